@@ -1,0 +1,52 @@
+"""Every exception that leaves this package. Knows nothing of what raises them.
+
+Messages are one line, say what is wrong and what to do next: the command line prints them as they are.
+"""
+
+
+class DagsterTaskiqError(Exception):
+    """Root of the errors of this package; its text is meant for the person who reads it."""
+
+
+class SettingsError(DagsterTaskiqError):
+    """A setting is missing, unknown, out of range, or contradicts another one."""
+
+
+class QueueError(DagsterTaskiqError):
+    """An SQS request could not be carried out; the text names the queue, the cause and the next step."""
+
+
+class QueueMissing(QueueError):
+    """The queue does not exist (or not in this region, or not for this account)."""
+
+
+class QueueUnreachable(QueueError):
+    """The endpoint did not answer, refused, or throttled: worth trying again."""
+
+
+class AccessDenied(QueueError):
+    """Credentials are missing, wrong, or lack a permission."""
+
+
+class LeaseLost(QueueError):
+    """The message is no longer ours: its receipt expired, or it was deleted or received by somebody else."""
+
+
+class MessageUnreadable(DagsterTaskiqError):
+    """A queue message that is not what its queue carries. Never fatal: it is logged once and left to expire."""
+
+
+class MessageTooLarge(DagsterTaskiqError):
+    """A payload over the SQS limit of 1,048,576 bytes."""
+
+
+class ChildStartFailed(DagsterTaskiqError):
+    """The process in which Dagster works could not be started."""
+
+
+class TaskCancelled(DagsterTaskiqError):
+    """The error of the result of a cancelled task. `reason` is what the canceller said, or None."""
+
+    def __init__(self, reason: str | None = None) -> None:
+        self.reason = reason
+        super().__init__(f"cancelled: {reason}" if reason else "cancelled")

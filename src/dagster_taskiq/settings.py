@@ -1,0 +1,263 @@
+"""Every setting, read once, checked once, frozen. The only module that reads the environment for settings.
+
+Configuration over environment over default. Knows neither Dagster nor SQS: `launcher`, `executor` and `cli` hand
+it a plain mapping.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Final, Literal
+from urllib.parse import urlsplit
+
+from dagster_taskiq.errors import SettingsError
+
+ENABLE_CANCELLATION_VARIABLE: Final = "DAGSTER_TASKIQ_ENABLE_CANCELLATION"
+QUEUE_URL_VARIABLE: Final = "DAGSTER_TASKIQ_SQS_QUEUE_URL"
+ENDPOINT_URL_VARIABLE: Final = "DAGSTER_TASKIQ_SQS_ENDPOINT_URL"
+REGION_VARIABLES: Final = ("AWS_REGION", "AWS_DEFAULT_REGION")
+
+TOP_LEVEL_KEYS: Final = ("queue_url", "region_name", "endpoint_url", "config_source")
+_REGION_IN_HOST = re.compile(r"(?:^|\.)sqs\.([a-z0-9-]+)\.(?:amazonaws\.com|on\.aws|api\.aws|localhost)")
+
+StartMethod = Literal["forkserver", "spawn"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    low: float
+    high: float
+    unit: str
+
+
+# SQS: wait time 0-20 s, batches of 1-10, visibility up to 12 h (AWS API reference, ReceiveMessage).
+_RANGES: Final[Mapping[str, _Range]] = {
+    "wait_time_seconds": _Range(0, 20, "seconds"),
+    "max_number_of_messages": _Range(1, 10, "messages"),
+    "visibility_timeout_seconds": _Range(4, 43_200, "seconds"),
+    "cancel_ttl": _Range(10, 86_400, "seconds"),
+    "grace_seconds": _Range(0, 3_600, "seconds"),
+    "status_poll_seconds": _Range(0.2, 300, "seconds"),
+    "drain_seconds": _Range(0, 86_400, "seconds"),
+    "stop_timeout_seconds": _Range(2, 86_400, "seconds"),
+    "max_concurrent_runs": _Range(1, 1_000, "runs"),
+}
+_WHOLE: Final = {
+    "wait_time_seconds",
+    "max_number_of_messages",
+    "visibility_timeout_seconds",
+    "max_concurrent_runs",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """All settings of launcher and worker. Durations are seconds."""
+
+    queue_url: str
+    """URL of the work queue; the cancel queue's URL is derived from it."""
+    region_name: str
+    endpoint_url: str | None = None
+    """Another SQS endpoint than AWS's own (an emulator, a VPC endpoint)."""
+
+    enable_cancellation: bool = True
+    is_fair_queue: bool = False
+    """On a standard queue: send the job's name as message group, so that one backfill cannot starve other jobs."""
+    wait_time_seconds: int = 20
+    """Long polling: how long one receive may wait."""
+    max_number_of_messages: int = 1
+    """Work messages per receive. More than one only helps when tasks are short."""
+    visibility_timeout_seconds: int = 30
+    """How long a message stays hidden without renewal: after a worker's death, the delay until the next one gets it."""
+    cancel_ttl: float = 120
+    """Seconds after which a cancel message that nobody claims is deleted."""
+    grace_seconds: float = 30
+    """Seconds between the interrupt and the kill."""
+    status_poll_seconds: float = 5
+    """How often the run status in the database is looked at, the second channel of a cancellation."""
+    drain_seconds: float = 15
+    """At shutdown: how long running work may go on before it is interrupted."""
+    stop_timeout_seconds: float = 30
+    """The `stopTimeout` of the worker's container: when it ends, ECS kills everything."""
+    max_concurrent_runs: int = 4
+    """Runs that one worker works on at a time."""
+    start_method: StartMethod = "forkserver"
+    """How the child is started: forked from a warm process, or a fresh interpreter."""
+    preload_modules: tuple[str, ...] = ()
+    """Modules that the warm process imports before it forks."""
+
+    @property
+    def renew_every_s(self) -> float:
+        """Lease renewal: a quarter of the visibility timeout. Derived, so that it cannot be set wrong."""
+        return self.visibility_timeout_seconds / 4
+
+    @property
+    def heartbeat_every_s(self) -> float:
+        """A sixth of the visibility timeout (5 s by default)."""
+        return self.visibility_timeout_seconds / 6
+
+    @property
+    def dead_after_s(self) -> float:
+        """Half the visibility timeout without a heartbeat: before its messages are received again, a worker counts as dead.
+
+        (They become visible at the earliest three quarters of the visibility timeout after its death.)
+        """
+        return self.visibility_timeout_seconds / 2
+
+    @property
+    def shutdown_grace_s(self) -> float:
+        """What a shutdown leaves between interrupt and kill: all must be over before the container is killed."""
+        return max(0.0, min(self.grace_seconds, self.stop_timeout_seconds - self.drain_seconds - 2))
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], *, environ: Mapping[str, str] | None = None, **overrides: object
+    ) -> "Settings":
+        """Read a configuration of the form `{queue_url, region_name, endpoint_url, config_source: {…}}`.
+
+        `overrides` (command line) win over everything; those that are None are ignored. Raises `SettingsError`.
+        """
+        environ = os.environ if environ is None else environ
+        _refuse_unknown(config, TOP_LEVEL_KEYS, "configuration")
+        source = config.get("config_source") or {}
+        if not isinstance(source, Mapping):
+            raise SettingsError("config_source must be a mapping of settings")
+        _refuse_unknown(source, SOURCE_KEYS, "config_source")
+        values: dict[str, Any] = {key: value for key, value in source.items() if value is not None}
+        values |= {key: value for key, value in overrides.items() if value is not None}
+        _from_environment(values, config, environ)
+        return cls(**{key: _checked(key, value) for key, value in values.items()})
+
+    def __post_init__(self) -> None:
+        """Check what concerns more than one setting. Raises `SettingsError` that names both."""
+        if self.drain_seconds >= self.stop_timeout_seconds:
+            raise SettingsError(
+                f"drain_seconds ({self.drain_seconds:g}) must be less than stop_timeout_seconds"
+                f" ({self.stop_timeout_seconds:g}), or the container is killed while it drains;"
+                " lower drain_seconds, or raise stop_timeout_seconds together with the container's stopTimeout"
+            )
+        if self.cancel_ttl <= self.status_poll_seconds:
+            raise SettingsError(
+                f"cancel_ttl ({self.cancel_ttl:g}) must be greater than status_poll_seconds"
+                f" ({self.status_poll_seconds:g}): until then the cancel message is the faster channel"
+            )
+
+    def check_against_cancel_timeout(self, cancel_timeout_seconds: float) -> None:
+        """Compare with the `cancel_timeout_seconds` of Dagster's run monitoring. Raises `SettingsError`.
+
+        After that time Dagster marks the run CANCELED whether or not its process still lives, so the whole
+        ladder has to fit into it.
+        """
+        if 0 < cancel_timeout_seconds <= self.grace_seconds + self.status_poll_seconds:
+            raise SettingsError(
+                f"grace_seconds ({self.grace_seconds:g}) plus status_poll_seconds ({self.status_poll_seconds:g}) must be"
+                f" less than run_monitoring.cancel_timeout_seconds ({cancel_timeout_seconds:g}) in dagster.yaml:"
+                " lower the first or raise the last"
+            )
+
+
+SOURCE_KEYS: Final = tuple(
+    field.name for field in fields(Settings) if field.name not in {"queue_url", "region_name", "endpoint_url"}
+)
+"""The keys of `config_source`."""
+
+
+def grace_from_tag(value: str) -> float:
+    """Seconds from the run tag `dagster-taskiq/grace_seconds`. Raises `SettingsError`."""
+    return float(_checked("grace_seconds", value))
+
+
+def _refuse_unknown(given: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    known = tuple(known)
+    for key in given:
+        if key in known:
+            continue
+        every_key = (*TOP_LEVEL_KEYS, *SOURCE_KEYS)
+        close = difflib.get_close_matches(str(key), known, 1, 0.5) or difflib.get_close_matches(
+            str(key), every_key, 1, 0.5
+        )
+        if not close:
+            hint = f"known are: {', '.join(known)}"
+        elif close[0] in known:
+            hint = f"did you mean {close[0]!r}?"
+        else:
+            hint = f"{close[0]!r} belongs {'into config_source' if close[0] in SOURCE_KEYS else 'beside config_source'}"
+        raise SettingsError(f"unknown key {key!r} in the {where}; {hint}")
+
+
+def _from_environment(values: dict[str, Any], config: Mapping[str, Any], environ: Mapping[str, str]) -> None:
+    queue_url = values.get("queue_url") or config.get("queue_url") or environ.get(QUEUE_URL_VARIABLE)
+    if not queue_url:
+        raise SettingsError(f"no queue: set queue_url in the configuration, or the variable {QUEUE_URL_VARIABLE}")
+    values["queue_url"] = queue_url
+    endpoint_url = values.get("endpoint_url") or config.get("endpoint_url") or environ.get(ENDPOINT_URL_VARIABLE)
+    values["endpoint_url"] = endpoint_url or None
+    region = values.get("region_name") or config.get("region_name")
+    region = region or next((environ[name] for name in REGION_VARIABLES if environ.get(name)), None)
+    if not region and isinstance(queue_url, str):
+        match = _REGION_IN_HOST.search(urlsplit(queue_url).hostname or "")
+        region = match[1] if match else None
+    if not region:
+        raise SettingsError("no region: set region_name in the configuration, or the variable AWS_REGION")
+    values["region_name"] = region
+    if "enable_cancellation" not in values and environ.get(ENABLE_CANCELLATION_VARIABLE):
+        values["enable_cancellation"] = environ[ENABLE_CANCELLATION_VARIABLE]
+
+
+def _checked(key: str, value: Any) -> Any:
+    if key in _RANGES:
+        return _number(key, value, _RANGES[key])
+    if key in {"enable_cancellation", "is_fair_queue"}:
+        return _boolean(key, value)
+    if key in {"queue_url", "endpoint_url"}:
+        return _url(key, value)
+    if key == "region_name":
+        if not isinstance(value, str) or not re.fullmatch(r"[a-z0-9-]{2,40}", value):
+            raise SettingsError(f"region_name must be the name of an AWS region such as 'us-east-1', not {value!r}")
+        return value
+    if key == "start_method":
+        if value not in ("forkserver", "spawn"):
+            raise SettingsError(f"start_method must be 'forkserver' or 'spawn', not {value!r}")
+        return value
+    if key == "preload_modules":
+        if isinstance(value, str) or not all(isinstance(name, str) for name in value):
+            raise SettingsError("preload_modules must be a list of module names")
+        return tuple(value)
+    raise SettingsError(f"unknown setting {key!r}")
+
+
+def _number(key: str, value: Any, allowed: _Range) -> float:
+    try:
+        number = float(value)
+        if isinstance(value, bool) or (key in _WHOLE and number != int(number)):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        kind = "a whole number" if key in _WHOLE else "a number"
+        raise SettingsError(f"{key} must be {kind} of {allowed.unit}, not {value!r}") from None
+    if not allowed.low <= number <= allowed.high:
+        raise SettingsError(f"{key} must be between {allowed.low:g} and {allowed.high:g} {allowed.unit}, not {value}")
+    return int(number) if key in _WHOLE else number
+
+
+def _boolean(key: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    text = str(value).strip().lower()
+    if text in {"1", "true", "yes", "on"}:
+        return True
+    if text in {"0", "false", "no", "off"}:
+        return False
+    raise SettingsError(f"{key} must be true or false, not {value!r}")
+
+
+def _url(key: str, value: Any) -> str | None:
+    if value is None and key == "endpoint_url":
+        return None
+    parts = urlsplit(value) if isinstance(value, str) else None
+    if parts is None or parts.scheme not in {"http", "https"} or not parts.netloc:
+        raise SettingsError(f"{key} must be a URL that begins with http:// or https://, not {value!r}")
+    if key == "queue_url" and not parts.path.strip("/"):
+        raise SettingsError(f"queue_url must end with the queue's name, as 'aws sqs get-queue-url' prints it; not {value!r}")
+    return str(value)
