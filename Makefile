@@ -1,0 +1,65 @@
+# Every target does its own set-up: `make demo` or `make test` is all a fresh clone needs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: $(STAMP) ## Create .venv and install the package with everything for local work
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; say which: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[local,test]' --constraint constraints.txt
+	@touch $(STAMP)
+
+.PHONY: demo
+demo: $(STAMP) ## Launch two real runs over an embedded SQS, terminate them, show what happened and when
+	$(BIN)/dagster-taskiq demo
+
+.PHONY: dev
+dev: $(STAMP) ## Dagster's UI, a worker and an embedded SQS, with the example jobs; one Ctrl-C stops it all
+	$(BIN)/dagster-taskiq dev
+
+.PHONY: test
+test: $(STAMP) ## Run all tests (PYTEST_ARGS='-k demo' narrows it down)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+
+.PHONY: check
+check: lint types unit ## What to run before every commit: linters, types, unit tests
+
+.PHONY: lint
+lint: $(STAMP) ## Run ruff, its formatter in check mode, and cfn-lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/cfn-lint --regions us-east-1 -- infra/*.yaml
+
+.PHONY: format
+format: $(STAMP) ## Let ruff format the code and mend what it can
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+.PHONY: types
+types: $(STAMP) ## Run mypy, strict, over src and tests
+	$(BIN)/mypy
+
+.PHONY: unit
+unit: $(STAMP) ## Run the tests without I/O
+	$(BIN)/python -m pytest -q tests/unit $(PYTEST_ARGS)
+
+.PHONY: acceptance
+acceptance: $(STAMP) ## Run the tests with real processes, signals, queues, databases and a browser
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/acceptance $(PYTEST_ARGS)
+
+.PHONY: clean
+clean: ## Remove the virtual environment and everything that was built
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
