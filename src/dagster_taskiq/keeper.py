@@ -1,0 +1,300 @@
+"""The fork server and the keepers: the processes between a worker and its children.
+
+    worker ── fork server (warm, single-threaded) ── keeper ── child (leader of its own session) ── whatever it starts
+
+A *keeper* has one child and one duty: that nothing of the child's process tree outlives it. It is the tree's
+subreaper, so whatever double-forks or leaves the session falls to it, and "no children left" (ECHILD) is the
+kernel's own proof that the tree is gone. It runs no code of users, so nothing that they do can block it; when the
+worker disappears (end of file on the control socket) it climbs the ladder by itself.
+
+Knows processes and signals; not asyncio, not what the child is for. Imports the standard library only.
+"""
+
+import array
+import ctypes
+import gc
+import importlib
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from time import monotonic
+from typing import Any, Final
+
+PR_SET_PDEATHSIG: Final = 1
+PR_SET_CHILD_SUBREAPER: Final = 36
+INTERRUPTS: Final = frozenset({signal.SIGTERM, signal.SIGINT})
+"""Blocked from before the fork until the child's own handlers stand, so that none is lost and none kills too early."""
+MARK_VARIABLE: Final = "DAGSTER_TASKIQ_TASK"
+"""In the environment of every child: by it a process is recognised that lost its keeper."""
+MAX_REQUEST: Final = 1 << 20
+_FDS: Final = 2
+_POLL_WHILE_KILLING_S: Final = 0.02
+_NAMES_KEPT: Final = 5
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def prctl(option: int, value: int) -> None:
+    """Linux `prctl(2)`. Raises OSError."""
+    if _libc.prctl(option, value, 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def serve_from_argv() -> None:
+    """Entry of the fork server's process: `argv[1]` is its socket, `argv[2]` what to import and warm up, as JSON."""
+    server = socket.socket(fileno=int(sys.argv[1]))
+    work = serve(server, **json.loads(sys.argv[2]))
+    # Only a child comes here. It leaves the server's frames, so that the interpreter ends as any other would:
+    # non-daemon threads joined, exit handlers run, buffers flushed.
+    sys.exit(work())
+
+
+def serve(server: socket.socket, *, preload: list[str], warm_up: str | None, argument: Any) -> Callable[[], int]:
+    """Fork a keeper and a child per request, until the worker closes its end. Returns only in a child."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        for module in preload:
+            importlib.import_module(module)
+        if warm_up is not None:
+            _load(warm_up)(argument)
+    except Exception as error:  # noqa: BLE001 - whatever an import raises, the worker is told and stops
+        server.send(json.dumps({"error": f"{type(error).__name__}: {error}"[:2000]}).encode())
+        os._exit(1)
+    # What is there now is shared by all children: keep the collector from touching (and so copying) it.
+    gc.collect()
+    gc.freeze()
+    signal.signal(signal.SIGCHLD, lambda *_: _reap_all())
+    server.send(json.dumps({"ready": os.getpid(), "threads": len(os.listdir("/proc/self/task"))}).encode())  # noqa: PTH208
+    while True:
+        request, fds = _receive(server)
+        if not request:
+            os._exit(0)
+        signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+        if os.fork() == 0:
+            server.close()
+            return keep(json.loads(request), *(socket.socket(fileno=fd) for fd in fds))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
+        for fd in fds:
+            os.close(fd)
+
+
+def keep(request: dict[str, Any], control: socket.socket, channel: socket.socket) -> Callable[[], int]:
+    """Become a keeper, start the child, stay until its tree is gone. Returns only in the child."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    keeper = os.getpid()
+    leader = os.fork()
+    if leader == 0:
+        control.close()
+        return lambda: _become_child(request, keeper, channel)
+    channel.close()
+    for ignored in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    try:
+        _Keeper(leader, control, grace_s=request["grace_s"], linger_s=request["linger_s"]).run()
+    finally:
+        os._exit(0)
+
+
+def _become_child(request: dict[str, Any], keeper: int, channel: socket.socket) -> int:
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != keeper:
+        os._exit(1)
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    os.environ[MARK_VARIABLE] = request["mark"]
+    if request["fresh"]:
+        channel.set_inheritable(True)
+        code = f"from {__name__} import run_fresh; run_fresh()"
+        arguments = [str(channel.fileno()), request["target"], json.dumps(request["argument"])]
+        os.execv(sys.executable, [sys.executable, "-c", code, *arguments])  # noqa: S606 - our own interpreter
+    return int(_load(request["target"])(request["argument"], channel))
+
+
+def run_fresh() -> None:
+    """Entry of a child in a fresh interpreter (start method "spawn"); the signals are still blocked."""
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    channel.set_inheritable(False)
+    target, argument = sys.argv[2], json.loads(sys.argv[3])
+    del sys.argv[1:]
+    sys.exit(_load(target)(argument, channel))
+
+
+class _Keeper:
+    """The life of one child, seen from its parent. Speaks JSON lines with the worker."""
+
+    def __init__(self, leader: int, control: socket.socket, *, grace_s: float, linger_s: float) -> None:
+        self._leader = leader
+        self._leader_lives = True
+        self._control = control
+        self._grace_s = grace_s
+        self._linger_s = linger_s
+        self._interrupted = False
+        self._killing = False
+        self._kill_at: float | None = None
+        self._killed: dict[int, str] = {}
+        self._buffer = b""
+        self._selector = selectors.DefaultSelector()
+
+    def run(self) -> None:
+        wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        self._control.setblocking(False)
+        self._selector.register(self._control, selectors.EVENT_READ, self._hear_worker)
+        self._selector.register(wake_read, selectors.EVENT_READ, lambda: os.read(wake_read, 4096))
+        self._say(started=self._leader)
+        while not self._reap():
+            if self._kill_at is not None and monotonic() >= self._kill_at:
+                self._killing = True
+            if self._killing:
+                self._kill_what_is_left()
+            for key, _ in self._selector.select(self._patience()):
+                key.data()
+        self._say(gone=True, killed=[f"{name}[{pid}]" for pid, name in [*self._killed.items()][:_NAMES_KEPT]])
+
+    def _patience(self) -> float | None:
+        if self._killing:
+            return _POLL_WHILE_KILLING_S
+        return None if self._kill_at is None else max(0.0, self._kill_at - monotonic())
+
+    def _hear_worker(self) -> None:
+        try:
+            data = self._control.recv(4096)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._worker_is_gone()
+            return
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
+        for line in lines:
+            command = json.loads(line)["do"]
+            if command == "interrupt":
+                self._interrupt()
+            elif command == "kill":
+                self._killing = True
+
+    def _worker_is_gone(self) -> None:
+        """No child outlives its worker: interrupt, and kill after the grace."""
+        self._selector.unregister(self._control)
+        self._interrupt()
+        self._kill_at = min(self._kill_at or float("inf"), monotonic() + self._grace_s)
+
+    def _interrupt(self) -> None:
+        # Once, and the leader only: a second one, or one to the group, would abort users' `finally` blocks half way.
+        if self._leader_lives and not self._interrupted:
+            self._interrupted = True
+            os.kill(self._leader, signal.SIGTERM)
+
+    def _reap(self) -> bool:
+        """Take in whoever ended; whether nobody is left."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return True
+            if pid == 0:
+                return False
+            if pid == self._leader:
+                self._leader_lives = False
+                self._say(exited=os.waitstatus_to_exitcode(status))
+                # What a leader that ended by itself left behind may end by itself, too; after an interrupt it may not.
+                self._killing = self._killing or self._interrupted
+                self._kill_at = monotonic() + self._linger_s
+
+    def _kill_what_is_left(self) -> None:
+        # The group in one go, so that it cannot spawn meanwhile; whoever left the group falls to us, its subreaper,
+        # when its parent is dead, and is found on the next round. A pid of ours cannot be reused before we reap it.
+        if self._leader_lives:
+            self._killed.setdefault(self._leader, _name(self._leader))
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._leader, signal.SIGKILL)
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(self._leader, signal.SIGKILL)  # should it die before it led its group
+        for pid in _children():
+            self._killed.setdefault(pid, _name(pid))
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _say(self, **message: Any) -> None:
+        with suppress(OSError):  # the worker is gone; the duty stays
+            self._control.send(json.dumps(message).encode() + b"\n")
+
+
+def _children() -> list[int]:
+    try:
+        listed = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii")
+    except OSError:  # a kernel without CONFIG_PROC_CHILDREN
+        return [pid for pid in processes() if parent_of(pid) == os.getpid()]
+    return [int(pid) for pid in listed.split()]
+
+
+def processes() -> list[int]:
+    """The pids of all processes that this one may see."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208 - names only, and fast
+
+
+def _stat(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat from the third on (proc(5)); empty when the process is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def parent_of(pid: int) -> int | None:
+    """The parent's pid, None when the process is gone."""
+    fields = _stat(pid)
+    return int(fields[1]) if fields else None
+
+
+def session_of(pid: int) -> int | None:
+    """The session id, None when the process is gone or a zombie."""
+    fields = _stat(pid)
+    return int(fields[3]) if fields and fields[0] not in "ZX" else None
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return "?"
+
+
+def _load(target: str) -> Callable[..., Any]:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+
+
+def _reap_all() -> None:
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def _receive(server: socket.socket) -> tuple[bytes, list[int]]:
+    """One request and its descriptors; empty at the end of file."""
+    descriptors = array.array("i")
+    try:
+        data, ancillary, _, _ = server.recvmsg(MAX_REQUEST, socket.CMSG_SPACE(_FDS * descriptors.itemsize))
+    except ConnectionResetError:
+        return b"", []
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            descriptors.frombytes(payload[: len(payload) - len(payload) % descriptors.itemsize])
+    for fd in descriptors:
+        os.set_inheritable(fd, False)
+    return data, list(descriptors)
