@@ -1,0 +1,49 @@
+"""Which exceptions a person can do something about, and in which words: one line each."""
+
+from collections.abc import Iterator
+
+import yaml
+from dagster import DagsterError, DagsterInvalidConfigError
+from sqlalchemy.exc import SQLAlchemyError
+
+from dagster_taskiq.errors import DagsterTaskiqError
+
+_NO_HOME = "DAGSTER_HOME is not set"
+
+
+def explain(error: BaseException) -> str | None:
+    """One line that says what is wrong and what to do; None for what nobody foresaw."""
+    if isinstance(error, DagsterTaskiqError):
+        return _one_line(str(error))
+    if isinstance(error, DagsterInvalidConfigError):
+        # What Dagster expected is its whole schema, hundreds of keys.
+        return _one_line("; ".join(problem.message.split(' Expected: "{')[0] for problem in error.errors))
+    if _NO_HOME in str(error):
+        return (
+            "DAGSTER_HOME is not set: set it to the absolute path of the folder with dagster.yaml,"
+            " the same that the Dagster webserver and daemon use"
+        )
+    if isinstance(error, yaml.YAMLError):
+        return _one_line(f"not readable as YAML: {error}")
+    if isinstance(error, SQLAlchemyError):
+        return _one_line(f"Dagster's database does not answer, see storage in $DAGSTER_HOME/dagster.yaml: {error}")
+    if isinstance(error, DagsterError | OSError | ImportError):
+        return _one_line(_with_causes(error))
+    return None
+
+
+def _with_causes(error: BaseException) -> str:
+    """The texts of an error and of what it was raised from, outermost first, each once."""
+    texts = dict.fromkeys(str(link) or type(link).__name__ for link in _links(error))
+    return ": ".join(texts)
+
+
+def _links(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _one_line(text: str, at_most: int = 600) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= at_most else line[: at_most - 1] + "…"

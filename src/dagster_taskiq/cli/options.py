@@ -1,0 +1,37 @@
+"""Options that several commands share."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def config_option(command: Command) -> Command:
+    """`-y/--config/--config-yaml FILE`, passed as `config_file`."""
+    return click.option(
+        "-y",
+        "--config",
+        "--config-yaml",
+        "config_file",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="YAML with the executor's run configuration (execution: config: ...) or its bare keys."
+        " Without it: run_launcher in $DAGSTER_HOME/dagster.yaml.",
+    )(command)
+
+
+def log_level_option(command: Command) -> Command:
+    """`-l/--log-level/--loglevel LEVEL`, passed as `log_level`."""
+    return click.option(
+        "-l",
+        "--log-level",
+        "--loglevel",
+        "log_level",
+        type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], case_sensitive=False),
+        default="INFO",
+        show_default=True,
+        help="How much is logged on stderr.",
+    )(command)

@@ -1,0 +1,132 @@
+"""`dagster-taskiq queue`: create the queues, look at them."""
+
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from dagster_taskiq.cli.options import config_option
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dagster_taskiq.settings import Settings
+    from dagster_taskiq.sqs import QueueStatus
+
+T = TypeVar("T")
+
+
+@click.group()
+def queue() -> None:
+    """Create and inspect the queues.
+
+    \b
+    Example:
+      dagster-taskiq queue create && dagster-taskiq queue status
+    """
+
+
+@queue.command()
+@config_option
+def create(config_file: Path | None) -> None:
+    """Create those of the three queues that are missing: work, steps, cancels. Existing ones are left as they are.
+
+    In production let infra/queues.yaml create them: it adds permissions and allows TLS only.
+
+    \b
+    Example:
+      dagster-taskiq queue create
+      dagster-taskiq queue create -y config.yaml
+    """
+    from dagster_taskiq.cli.configured import configured
+    from dagster_taskiq.sqs import queue_name, queue_urls
+
+    settings = configured(config_file)
+    created = create_missing(settings)
+    for url in queue_urls(settings.queue_url).values():
+        name = queue_name(url)
+        click.echo(f"{name}: {'created' if name in created else 'exists'}")
+
+
+def create_missing(settings: "Settings") -> tuple[str, ...]:
+    """Create the queues that are missing, and return their names."""
+    from dagster_taskiq.sqs import create_queues
+
+    return _ask(
+        settings,
+        lambda client: create_queues(
+            client, settings.queue_url, visibility_timeout_s=settings.visibility_timeout_seconds
+        ),
+    )
+
+
+@queue.command()
+@config_option
+@click.option("--json", "as_json", is_flag=True, help="For programs: one JSON array.")
+def status(config_file: Path | None, *, as_json: bool) -> None:
+    """Show how much waits in each queue, and what is wrong with it. Exit code 1 when a queue is missing.
+
+    \b
+    Example:
+      dagster-taskiq queue status
+      dagster-taskiq queue status --json | jq '.[] | select(.role == "work").visible'
+    """
+    from dagster_taskiq.cli.configured import configured
+    from dagster_taskiq.errors import QueueMissing
+    from dagster_taskiq.sqs import queue_status
+
+    settings = configured(config_file)
+    queues = _ask(settings, lambda client: queue_status(client, settings.queue_url))
+    if as_json:
+        click.echo(json.dumps([{"name": queue.name, **asdict(queue)} for queue in queues], indent=2))
+    else:
+        _show(queues)
+    missing = [warning for queue in queues if not queue.exists for warning in queue.warnings]
+    if missing:
+        raise QueueMissing(missing[0])
+
+
+def _show(queues: "Sequence[QueueStatus]") -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    table.add_column("queue", no_wrap=True)
+    table.add_column("role")
+    for heading in ("waiting", "in flight", "hidden for", "kept for"):
+        table.add_column(heading, justify="right")
+    for queue in queues:
+        seen = [str(queue.visible), str(queue.in_flight), *map(_duration, (queue.visibility_timeout_s, queue.retention_s))]
+        table.add_row(queue.name, queue.role, *(seen if queue.exists else ["missing"]))
+    console = Console()
+    console.print(table)
+    for warning in (warning for queue in queues if queue.exists for warning in queue.warnings):
+        console.print(f"[yellow]warning[/yellow] {warning}", highlight=False, soft_wrap=True)
+
+
+def _duration(seconds: int) -> str:
+    """`345600` as `4 d`."""
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds and seconds % length == 0:
+            return f"{seconds // length} {unit}"
+    return f"{seconds} s"
+
+
+def _ask(settings: "Settings", question: Callable[[Any], Awaitable[T]]) -> T:
+    """Put one question to SQS with a client that lives as long as the answer takes."""
+    import asyncio
+
+    from dagster_taskiq.sqs import Connection
+
+    async def ask() -> T:
+        connection = Connection(settings.region_name, settings.endpoint_url)
+        try:
+            return await question(await connection.client())
+        finally:
+            await connection.close()
+
+    return asyncio.run(ask())
