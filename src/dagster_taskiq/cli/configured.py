@@ -16,7 +16,7 @@ _EXECUTOR_KEYS: Final = {"max_concurrent", "tag_concurrency_limits", "retries", 
 """Keys of the executor that are no business of the worker's."""
 
 
-def configured(config_file: Path | None, **overrides: object) -> Settings:
+def configured(config_file: Path | None, **overrides: Any) -> Settings:
     """The settings for a command. Overrides (flags) win; those that are None are ignored. Raises `SettingsError`."""
     if config_file is not None:
         return Settings.from_config(_from_file(config_file), **overrides)
@@ -26,7 +26,7 @@ def configured(config_file: Path | None, **overrides: object) -> Settings:
     if all(value is None for value in overrides.values()):
         return settings
     given = {field.name: getattr(settings, field.name) for field in fields(Settings)}
-    config = {key: given.pop(key) for key in TOP_LEVEL_KEYS if key in given}
+    config: dict[str, Any] = {key: given.pop(key) for key in TOP_LEVEL_KEYS if key in given}
     return Settings.from_config({**config, "config_source": given}, environ={}, **overrides)
 
 
@@ -70,10 +70,10 @@ def _from_file(path: Path) -> Mapping[str, Any]:
     document = _mapping(path, "the file", {} if document is None else document)
     if "execution" in document:
         if unknown := document.keys() - _RUN_CONFIG_KEYS:
-            raise SettingsError(f"{path}: {sorted(map(str, unknown))[0]!r} has no place beside 'execution'")
+            raise SettingsError(f"{path}: {min(map(str, unknown))!r} has no place beside 'execution'")
         document = _mapping(path, "execution", document["execution"] or {})
         if unknown := document.keys() - {"config"}:
-            raise SettingsError(f"{path}: {sorted(map(str, unknown))[0]!r} in 'execution'; only 'config' is known there")
+            raise SettingsError(f"{path}: {min(map(str, unknown))!r} in 'execution'; only 'config' is known there")
         document = _mapping(path, "execution: config", document.get("config") or {})
         document = {key: value for key, value in document.items() if key not in _EXECUTOR_KEYS}
     resolved: Mapping[str, Any] = _resolved(document)

@@ -1,5 +1,48 @@
-"""`dagster-taskiq dev`: everything on this machine."""
+"""`dagster-taskiq dev`: everything on this machine, with Dagster's UI."""
+
+from pathlib import Path
+
 import click
+
+
 @click.command()
-def dev() -> None:
-    """D."""
+@click.option(
+    "-f",
+    "--python-file",
+    "file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A Python file with your definitions.",
+)
+@click.option("-m", "--module-name", "module", metavar="MODULE", help="A Python module with your definitions.")
+@click.option("--port", type=click.IntRange(1, 65_535), help="Port of the UI. Default: a free one.")
+@click.option(
+    "--dagster-home",
+    "home",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Keep runs and storage in this folder. Default: a temporary one, removed at the end.",
+)
+@click.option("--no-worker", is_flag=True, help="Start no worker: runs wait in the queue.")
+def dev(file: Path | None, module: str | None, port: int | None, home: Path | None, *, no_worker: bool) -> None:
+    """Run Dagster's UI, its daemon, a worker and an embedded SQS on this machine; one Ctrl-C stops them all.
+
+    Without -f and -m: the example jobs. Needs the extra [local]. Nothing leaves loopback.
+
+    \b
+    Example:
+      dagster-taskiq dev
+      dagster-taskiq dev -f my_definitions.py --port 3000
+    """
+    if file is not None and module is not None:
+        raise click.UsageError("give -f or -m, not both")
+    from dagster_taskiq.dev import EXAMPLES, serve
+
+    code = ["-f", str(file)] if file else ["-m", module or EXAMPLES]
+    serve(code, home=home, port=port, with_worker=not no_worker, say=say)
+
+
+_COLOURS = {"dev": "green", "worker": "cyan", "dagster": "blue", "aws": "yellow"}
+
+
+def say(who: str, line: str) -> None:
+    """Print one line of one process."""
+    click.echo(f"{click.style(f'{who:>7} |', fg=_COLOURS.get(who))} {line}")

@@ -18,7 +18,7 @@ class WithExtra(logging.Formatter):
 
 
 def log_to_stderr(level: str) -> None:
-    """Our own loggers at the given level; libraries no lower than INFO, and those that talk a lot no lower than WARNING."""
+    """Our own loggers at the given level; libraries at INFO at the lowest, those that talk a lot at WARNING."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(WithExtra("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     ours = logging.getLevelNamesMapping()[level.upper()]

@@ -100,7 +100,11 @@ def _show(queues: "Sequence[QueueStatus]") -> None:
     for heading in ("waiting", "in flight", "hidden for", "kept for"):
         table.add_column(heading, justify="right")
     for queue in queues:
-        seen = [str(queue.visible), str(queue.in_flight), *map(_duration, (queue.visibility_timeout_s, queue.retention_s))]
+        seen = [
+            str(queue.visible),
+            str(queue.in_flight),
+            *map(_duration, (queue.visibility_timeout_s, queue.retention_s)),
+        ]
         table.add_row(queue.name, queue.role, *(seen if queue.exists else ["missing"]))
     console = Console()
     console.print(table)
