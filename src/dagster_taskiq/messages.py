@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from dagster_taskiq.errors import MessageUnreadable
 
@@ -65,12 +65,12 @@ class CancelRequest:
         return cls(task_id, _text(data, "reason"), _text(data, "requested_by"), _moment(data.get("requested_at")))
 
 
-def is_task_id(value: object) -> bool:
+def is_task_id(value: object) -> TypeGuard[str]:
     """Whether the value may be a taskiq task id: 1 to 256 printable ASCII characters without spaces."""
     return isinstance(value, str) and _TASK_ID.fullmatch(value) is not None
 
 
-def is_run_id(value: object) -> bool:
+def is_run_id(value: object) -> TypeGuard[str]:
     """Whether the value may be a Dagster run id (a UUID by default; users may choose others of its alphabet)."""
     return isinstance(value, str) and _RUN_ID.fullmatch(value) is not None
 
@@ -85,7 +85,7 @@ def _text(data: Mapping[str, Any], key: str) -> str | None:
 
 
 def _moment(value: object) -> float | None:
-    """Seconds since the epoch from an ISO 8601 text or a number; a moment that cannot be read is no reason to refuse."""
+    """Seconds since the epoch from an ISO 8601 text or a number; None for a moment that cannot be read."""
     try:
         if isinstance(value, str):
             moment = datetime.fromisoformat(value[:64])

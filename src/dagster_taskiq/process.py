@@ -177,7 +177,7 @@ class ForkServer:
         with keepers_end, childs_end:
             try:
                 if self._socket is None:
-                    raise EOFError
+                    raise EOFError  # noqa: TRY301 - the clean-up below is for this, too
                 socket.send_fds(
                     self._socket, [json.dumps(request).encode()], [keepers_end.fileno(), childs_end.fileno()]
                 )

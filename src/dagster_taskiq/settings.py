@@ -100,7 +100,7 @@ class Settings:
 
     @property
     def dead_after_s(self) -> float:
-        """Half the visibility timeout without a heartbeat: before its messages are received again, a worker counts as dead.
+        """Half the visibility timeout without a heartbeat: so a worker counts as dead before its messages come again.
 
         (They become visible at the earliest three quarters of the visibility timeout after its death.)
         """
@@ -120,12 +120,13 @@ class Settings:
         `overrides` (command line) win over everything; those that are None are ignored. Raises `SettingsError`.
         """
         environ = os.environ if environ is None else environ
+        config = {key: _resolved(key, value, environ) for key, value in config.items()}
         _refuse_unknown(config, TOP_LEVEL_KEYS, "configuration")
         source = config.get("config_source") or {}
         if not isinstance(source, Mapping):
             raise SettingsError("config_source must be a mapping of settings")
         _refuse_unknown(source, SOURCE_KEYS, "config_source")
-        values: dict[str, Any] = {key: value for key, value in source.items() if value is not None}
+        values = {key: _resolved(key, value, environ) for key, value in source.items() if value is not None}
         values |= {key: value for key, value in overrides.items() if value is not None}
         _from_environment(values, config, environ)
         return cls(**{key: _checked(key, value) for key, value in values.items()})
@@ -152,8 +153,8 @@ class Settings:
         """
         if 0 < cancel_timeout_seconds <= self.grace_seconds + self.status_poll_seconds:
             raise SettingsError(
-                f"grace_seconds ({self.grace_seconds:g}) plus status_poll_seconds ({self.status_poll_seconds:g}) must be"
-                f" less than run_monitoring.cancel_timeout_seconds ({cancel_timeout_seconds:g}) in dagster.yaml:"
+                f"grace_seconds ({self.grace_seconds:g}) plus status_poll_seconds ({self.status_poll_seconds:g})"
+                f" must be less than run_monitoring.cancel_timeout_seconds ({cancel_timeout_seconds:g}) in dagster.yaml:"
                 " lower the first or raise the last"
             )
 
@@ -167,6 +168,16 @@ SOURCE_KEYS: Final = tuple(
 def grace_from_tag(value: str) -> float:
     """Seconds from the run tag `dagster-taskiq/grace_seconds`. Raises `SettingsError`."""
     return float(_checked("grace_seconds", value))
+
+
+def _resolved(key: str, value: Any, environ: Mapping[str, str]) -> Any:
+    """The value, or what `{env: NAME}` stands for, as everywhere in Dagster's configuration."""
+    if not (isinstance(value, Mapping) and set(value) == {"env"}):
+        return value
+    name = str(value["env"])
+    if name not in environ:
+        raise SettingsError(f"{key} comes from the variable {name}, which is not set")
+    return environ[name]
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: Iterable[str], where: str) -> None:
@@ -229,16 +240,22 @@ def _checked(key: str, value: Any) -> Any:
 
 
 def _number(key: str, value: Any, allowed: _Range) -> float:
-    try:
-        number = float(value)
-        if isinstance(value, bool) or (key in _WHOLE and number != int(number)):
-            raise ValueError
-    except (TypeError, ValueError, OverflowError):
+    number = _as_number(value)
+    if number is None or (key in _WHOLE and not number.is_integer()):
         kind = "a whole number" if key in _WHOLE else "a number"
-        raise SettingsError(f"{key} must be {kind} of {allowed.unit}, not {value!r}") from None
+        raise SettingsError(f"{key} must be {kind} of {allowed.unit}, not {value!r}")
     if not allowed.low <= number <= allowed.high:
         raise SettingsError(f"{key} must be between {allowed.low:g} and {allowed.high:g} {allowed.unit}, not {value}")
     return int(number) if key in _WHOLE else number
+
+
+def _as_number(value: Any) -> float | None:
+    if isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def _boolean(key: str, value: Any) -> bool:
@@ -259,5 +276,7 @@ def _url(key: str, value: Any) -> str | None:
     if parts is None or parts.scheme not in {"http", "https"} or not parts.netloc:
         raise SettingsError(f"{key} must be a URL that begins with http:// or https://, not {value!r}")
     if key == "queue_url" and not parts.path.strip("/"):
-        raise SettingsError(f"queue_url must end with the queue's name, as 'aws sqs get-queue-url' prints it; not {value!r}")
+        raise SettingsError(
+            f"queue_url must end with the queue's name, as 'aws sqs get-queue-url' prints it; not {value!r}"
+        )
     return str(value)

@@ -1,0 +1,142 @@
+"""What runs inside the child: handlers first, then the fence, then Dagster. Knows Dagster; not asyncio, not SQS.
+
+The *fence*: once this process was told to stop, in whatever way, it writes no terminal run event itself. It hands
+its verdict to the supervisor, which writes the final state when the whole process tree is gone.
+"""
+
+import json
+import signal
+import socket
+import sys
+import traceback
+from contextlib import suppress
+from typing import Any, Final
+
+from dagster import DagsterEventType, DagsterInstance, DagsterRunStatus
+
+from dagster_taskiq import dagster_internals as core
+
+WARM_UP: Final = "dagster_taskiq.child:warm_up"
+RUN_TARGET: Final = "dagster_taskiq.child:run"
+PRELOAD: Final = ("dagster_taskiq.child",)
+
+_INTERRUPTS: Final = {signal.SIGTERM, signal.SIGINT}
+_TERMINAL: Final = {DagsterEventType.RUN_SUCCESS, DagsterEventType.RUN_FAILURE, DagsterEventType.RUN_CANCELED}
+_BEFORE_MORE_WORK: Final = {
+    DagsterEventType.STEP_START,
+    DagsterEventType.STEP_UP_FOR_RETRY,
+    DagsterEventType.STEP_RESTARTED,
+}
+_STOPPED: Final = {*core.FINISHED_STATUSES, DagsterRunStatus.CANCELING}
+_BODIES: Final = {"execute_run": core.execute_run, "resume_run": core.resume_run}
+
+
+def warm_up(instance_ref: str) -> None:
+    """Runs in the fork server: open the instance once and close it again, so that forks find everything imported.
+
+    Most of what it saves is alembic's reading of the migration scripts. Leaves no connection and no thread behind.
+    """
+    with DagsterInstance.from_ref(core.deserialize_value(instance_ref, core.InstanceRef)) as instance:
+        instance.get_run_by_id("warm-up")
+        with suppress(Exception):  # a storage that has never seen this run may say so
+            instance.all_logs("warm-up")
+
+
+def run(argument: dict[str, Any], channel: socket.socket) -> int:
+    """Execute or resume the run that `argument` names. Starts with SIGTERM and SIGINT blocked; returns an exit code."""
+    voice = _Voice(channel)
+    with core.capture_interrupts():
+        # From here on a signal is either captured (and seen at the next step) or raised inside the op.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPTS)
+        try:
+            return _run(argument, voice)
+        except BaseException as error:  # noqa: BLE001 - the supervisor decides what it means; nothing may be lost
+            traceback.print_exc()
+            voice.say(error=f"{type(error).__name__}: {error}"[:2000])
+            return 1
+        finally:
+            # What comes now comes too late to matter, and must not tear the exit.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
+            voice.say(finished=True)
+            sys.stdout.flush()
+            sys.stderr.flush()
+
+
+def _run(argument: dict[str, Any], voice: "_Voice") -> int:
+    run_id = argument["run_id"]
+    with DagsterInstance.from_ref(core.deserialize_value(argument["instance_ref"], core.InstanceRef)) as instance:
+        fence = _Fence(instance, run_id, voice)
+        core.hook_interrupts(fence.note_interrupt)
+        instance.handle_new_event = fence  # type: ignore[method-assign]
+        return _BODIES[argument["kind"]](run_id, instance)
+
+
+class _Voice:
+    """The child's end of its channel: says lines, and hears whether there is an intent. Never blocks for long."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._heard = b""
+        self._closed = False
+
+    def say(self, **message: Any) -> None:
+        with suppress(OSError):  # no worker listens any more
+            self._channel.sendall(json.dumps(message).encode() + b"\n")
+
+    def told_to_stop(self) -> bool:
+        """Whether an intent has come, or the worker is gone."""
+        while not self._closed:
+            try:
+                data = self._channel.recv(4096, socket.MSG_DONTWAIT)
+            except (BlockingIOError, InterruptedError):
+                break
+            except OSError:
+                data = b""
+            self._heard += data
+            self._closed = not data
+        return self._closed or b"\n" in self._heard
+
+
+class _Fence:
+    """Stands where the instance takes in events: `DagsterInstance.handle_new_event` of this process."""
+
+    def __init__(self, instance: DagsterInstance, run_id: str, voice: _Voice) -> None:
+        self._instance = instance
+        self._store = instance.handle_new_event
+        self._run_id = run_id
+        self._voice = voice
+        self._took_hold = False
+
+    def note_interrupt(self) -> None:
+        """An interrupt is being raised inside the op (or inside Dagster)."""
+        self._took_hold = True
+
+    def __call__(self, event: Any, *, batch_metadata: Any = None) -> None:
+        dagster_event = core.event_of(event)
+        kind = dagster_event.event_type if dagster_event is not None and event.run_id == self._run_id else None
+        if kind in _TERMINAL and self._must_hold():
+            self._hold(event, kind)
+            return
+        self._store(event, batch_metadata=batch_metadata)
+        if kind is DagsterEventType.RUN_START:
+            self._mend_canceling()
+        if kind in _BEFORE_MORE_WORK and self._voice.told_to_stop():
+            # An op that swallowed the interrupt, or one with a RetryPolicy, would go on to its next step or attempt.
+            raise core.DagsterExecutionInterruptedError
+
+    def _must_hold(self) -> bool:
+        if self._took_hold or core.check_captured_interrupt() or self._voice.told_to_stop():
+            return True
+        run = self._instance.get_run_by_id(self._run_id)
+        return run is None or run.status in _STOPPED
+
+    def _hold(self, event: Any, kind: DagsterEventType) -> None:
+        self._voice.say(verdict=kind.value, took_hold=self._took_hold, entry=core.serialize_value(event))
+
+    def _mend_canceling(self) -> None:
+        # Transitions are unguarded: a RUN_START that follows a RUN_CANCELING makes the run STARTED again, and then
+        # nobody would see in the database that it is to be stopped.
+        if self._instance.all_logs(self._run_id, of_type=DagsterEventType.RUN_CANCELING):
+            run = self._instance.get_run_by_id(self._run_id)
+            if run is not None and run.status is DagsterRunStatus.STARTED:
+                self._instance.report_run_canceling(run)

@@ -1,0 +1,188 @@
+"""The final state of a run, once its process tree is gone: one table, and the writing of it.
+
+Knows Dagster's runs and events and how a child ended; not SQS, not processes. What has to be written is decided
+from the event log as well as from the status, because Dagster's transitions are unguarded: whoever writes last
+wins, also when he comes too late. All calls block on the database.
+"""
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus
+
+from dagster_taskiq import dagster_internals as core
+from dagster_taskiq.cancellation import CancelKind, Cancellation
+from dagster_taskiq.claims import write_note
+from dagster_taskiq.events import finished_all_the_same, left_behind, mended
+from dagster_taskiq.settlement import Settlement
+from dagster_taskiq.supervisor import ChildEnd
+
+_TERMINAL: Final = {DagsterEventType.RUN_SUCCESS, DagsterEventType.RUN_FAILURE, DagsterEventType.RUN_CANCELED}
+_STATUS_AFTER: Final = {
+    DagsterEventType.RUN_SUCCESS: DagsterRunStatus.SUCCESS,
+    DagsterEventType.RUN_FAILURE: DagsterRunStatus.FAILURE,
+    DagsterEventType.RUN_CANCELED: DagsterRunStatus.CANCELED,
+}
+
+
+class Verdict(enum.Enum):
+    """What is to be written."""
+
+    NOTHING = "the state is final and true, or not ours to decide"
+    CANCELED = "the run was cancelled and is gone"
+    SUCCESS = "the run had finished its work before the interrupt took hold"
+    RESTORE = "a terminal event was overwritten by a late writer; write it again"
+    HELD = "write the terminal event that the child held back"
+    FAILURE = "the child is gone and nothing will go on"
+    RESUMABLE = "interrupted; the next worker resumes it"
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Everything that the decision depends on. `history`: terminal run events in the log, in order."""
+
+    status: DagsterRunStatus | None
+    history: Sequence[DagsterEventType] = ()
+    kind: CancelKind | None = None
+    said: DagsterEventType | None = None
+    """The terminal event that the child held back."""
+    took_hold: bool = False
+    """Whether an interrupt was raised inside the child."""
+    will_resume: bool = False
+    clean_exit: bool = False
+    """Exit code 0."""
+
+
+def decide(ending: Ending) -> Verdict:
+    """What the run's final state is to be. Pure."""
+    if ending.status is None:
+        return Verdict.NOTHING
+    if ending.history:
+        # CANCELED is final whatever came after it; otherwise the first terminal event is the true one.
+        true = DagsterEventType.RUN_CANCELED if DagsterEventType.RUN_CANCELED in ending.history else ending.history[0]
+        return Verdict.NOTHING if ending.status is _STATUS_AFTER[true] else Verdict.RESTORE
+    if ending.status in core.FINISHED_STATUSES:
+        return Verdict.NOTHING
+    succeeded = ending.said is DagsterEventType.RUN_SUCCESS
+    if ending.status is DagsterRunStatus.CANCELING or ending.kind is CancelKind.REQUESTED:
+        return Verdict.SUCCESS if succeeded and not ending.took_hold else Verdict.CANCELED
+    if ending.kind is CancelKind.LEASE_LOST:
+        return Verdict.NOTHING
+    if succeeded:
+        return Verdict.HELD
+    if ending.will_resume and (ending.kind is CancelKind.SHUTDOWN or (ending.said is None and ending.clean_exit)):
+        return Verdict.RESUMABLE
+    if ending.kind is CancelKind.SHUTDOWN:
+        return Verdict.FAILURE
+    return Verdict.HELD if ending.said is not None else Verdict.FAILURE
+
+
+def finalise(
+    instance: DagsterInstance, run_id: str, end: ChildEnd | None, cancellation: Cancellation | None, worker_id: str
+) -> Settlement:
+    """Write what `decide` says; returns what becomes of the message. `end` is None when no child was started."""
+    run = instance.get_run_by_id(run_id)
+    kind = cancellation.kind if cancellation is not None else None
+    said: dict[str, Any] = _last(end, "verdict")
+    history = _history(instance, run_id) if run is not None else ()
+    verdict = decide(
+        Ending(
+            status=run.status if run is not None else None,
+            history=history,
+            kind=kind,
+            said=DagsterEventType(said["verdict"]) if said else None,
+            took_hold=bool(said.get("took_hold")),
+            will_resume=run is not None and kind is not CancelKind.REQUESTED and instance.run_will_resume(run_id),
+            clean_exit=end is not None and end.exit_code == 0,
+        )
+    )
+    if run is not None:
+        _write(instance, run, verdict, history, said, _failure_message(end, cancellation, worker_id))
+        if end is not None:
+            _free_what_it_held(instance, run, end)
+    if verdict is Verdict.RESUMABLE:
+        return Settlement.HAND_BACK
+    return Settlement.LEAVE if kind is CancelKind.LEASE_LOST else Settlement.DELETE
+
+
+def _last(end: ChildEnd | None, key: str) -> dict[str, Any]:
+    """The child's last message of that kind; empty when there is none."""
+    return next((message for message in reversed(end.messages if end is not None else ()) if key in message), {})
+
+
+def _history(instance: DagsterInstance, run_id: str) -> list[DagsterEventType]:
+    entries = instance.all_logs(run_id, of_type=_TERMINAL)
+    events = [core.event_of(entry) for entry in entries]
+    return [event.event_type for event in events if event is not None]
+
+
+def _write(
+    instance: DagsterInstance,
+    run: DagsterRun,
+    verdict: Verdict,
+    history: Sequence[DagsterEventType],
+    said: dict[str, Any],
+    failure: str,
+) -> None:
+    if verdict is Verdict.CANCELED:
+        instance.report_run_canceled(run, f'Execution of run for "{run.job_name}" canceled.')
+    elif verdict is Verdict.FAILURE:
+        instance.report_run_failed(run, failure, core.unexpected_termination())
+    elif verdict is Verdict.RESTORE:
+        restore(instance, run, history)
+    elif verdict in (Verdict.SUCCESS, Verdict.HELD):
+        if verdict is Verdict.SUCCESS:
+            write_note(instance, run, finished_all_the_same())
+        # As the child would have written it, with its time.
+        instance.handle_new_event(core.deserialize_entry(said["entry"]))
+
+
+def restore(instance: DagsterInstance, run: DagsterRun, history: Sequence[DagsterEventType]) -> None:
+    """Write the true terminal event again: CANCELED if there ever was one, else the first of the history."""
+    canceled = DagsterEventType.RUN_CANCELED in history
+    true = DagsterEventType.RUN_CANCELED if canceled else history[0]
+    write_note(
+        instance, run, mended(f"the run is {_STATUS_AFTER[true].value}, and a late event made it {run.status.value}")
+    )
+    event = DagsterEvent(true.value, run.job_name, message=f"The run stays {_STATUS_AFTER[true].value}.")
+    instance.report_dagster_event(event, run.run_id)
+
+
+def mend_late_canceling(instance: DagsterInstance, run_id: str) -> bool:
+    """After a RUN_CANCELING was written: was the run over by then? If so, restore its state; True if it was.
+
+    Between reading a run's status and writing CANCELING it may have ended, and then nobody would ever finish it.
+    """
+    history = _history(instance, run_id)
+    run = instance.get_run_by_id(run_id) if history else None
+    if run is None or run.status is not DagsterRunStatus.CANCELING:
+        return False
+    restore(instance, run, history)
+    return True
+
+
+def _failure_message(end: ChildEnd | None, cancellation: Cancellation | None, worker_id: str) -> str:
+    if cancellation is not None and cancellation.kind is CancelKind.SHUTDOWN:
+        return (
+            f"worker shut down: {worker_id} was stopped while it ran this ({cancellation.reason or 'no reason given'})"
+        )
+    if end is None:
+        return f"worker {worker_id} could not start the run"
+    error = _last(end, "error").get("error")
+    if error is not None:
+        return f"the run's process {end.pid} ended with an error: {error}"
+    if end.kill_at is None and end.killed_by == "SIGKILL":
+        return f"the run's process {end.pid} was killed by SIGKILL, likely out of memory"
+    if end.killed_by is not None:
+        return f"the run's process {end.pid} was killed by {end.killed_by}"
+    return f"the run's process {end.pid} ended with exit code {end.exit_code} before the run was finished"
+
+
+def _free_what_it_held(instance: DagsterInstance, run: DagsterRun, end: ChildEnd) -> None:
+    """What only a polite end gives back by itself: the slots of concurrency pools."""
+    if end.exit_code != 0 or end.killed:
+        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+    if end.kill_at is None and end.interrupted_at is None and end.killed:
+        write_note(instance, run, left_behind(end.killed))

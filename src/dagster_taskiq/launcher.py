@@ -1,0 +1,238 @@
+"""Dagster runs to work messages; terminate; health. Knows no asyncio, no processes and no SQS words.
+
+The launcher's methods are called from threads of the webserver and the daemon; the broker is asynchronous. One
+portal with one warm client serves them.
+"""
+
+import logging
+import threading
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Future
+from contextlib import ExitStack
+from typing import Any, Final, TypeVar
+
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+from dagster import Any as Any_
+from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, Field, Permissive
+from taskiq.kicker import AsyncKicker
+
+from dagster_taskiq import dagster_internals as core
+from dagster_taskiq import events
+from dagster_taskiq.cancellable_broker import CancellableSQSBroker
+from dagster_taskiq.claims import Claims, write_note
+from dagster_taskiq.errors import DagsterTaskiqError
+from dagster_taskiq.finalise import mend_late_canceling
+from dagster_taskiq.settings import Settings
+from dagster_taskiq.tags import TASK_ID_TAG
+from dagster_taskiq.tasks import EXECUTE_RUN, RESUME_RUN
+
+logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+_REQUEST_TIMEOUT_S: Final = 10
+
+
+class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClass):
+    """Launches runs over Taskiq on AWS SQS, and terminates them.
+
+    .. code-block:: yaml
+
+        run_launcher:
+          module: dagster_taskiq.launcher
+          class: TaskiqRunLauncher
+          config:
+            queue_url: "https://sqs.us-east-1.amazonaws.com/123456789012/dagster-tasks"
+            config_source:
+              grace_seconds: 30
+    """
+
+    def __init__(
+        self,
+        queue_url: str | None = None,
+        region_name: str | None = None,
+        endpoint_url: str | None = None,
+        config_source: Mapping[str, Any] | None = None,
+        inst_data: core.ConfigurableClassData | None = None,
+        **unknown: Any,
+    ) -> None:
+        """Check the configuration; nothing is connected before it is needed. Raises `SettingsError`."""
+        self._inst_data = inst_data
+        given = {
+            "queue_url": queue_url,
+            "region_name": region_name,
+            "endpoint_url": endpoint_url,
+            "config_source": config_source,
+        }
+        self.settings = Settings.from_config(
+            {key: value for key, value in given.items() if value is not None} | unknown
+        )
+        self._lock = threading.Lock()
+        self._resources = ExitStack()
+        self._open: tuple[BlockingPortal, CancellableSQSBroker] | None = None
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @property
+    def inst_data(self) -> core.ConfigurableClassData | None:
+        """Where the configuration came from."""
+        return self._inst_data
+
+    @classmethod
+    def config_type(cls) -> Any:
+        """The schema. Unknown keys pass it and are refused by `Settings`, which suggests the right one."""
+        return Permissive(dict(CONFIG_FIELDS))  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def from_config_value(
+        cls, inst_data: core.ConfigurableClassData | None, config_value: Mapping[str, Any]
+    ) -> "TaskiqRunLauncher":
+        """Called by Dagster with the checked configuration."""
+        return cls(inst_data=inst_data, **config_value)
+
+    def launch_run(self, context: core.LaunchRunContext) -> None:
+        """Tag the run with a new task id, then send its work. Raises `QueueError` when it cannot be sent."""
+        self._submit(context.dagster_run, EXECUTE_RUN)
+
+    @property
+    def supports_resume_run(self) -> bool:
+        """Yes: a resumed run is a new task."""
+        return True
+
+    def resume_run(self, context: core.ResumeRunContext) -> None:
+        """As `launch_run`; the new task id makes an old message that is still about worthless."""
+        self._submit(context.dagster_run, RESUME_RUN)
+
+    def _submit(self, run: DagsterRun, task_name: str) -> None:
+        task_id = uuid.uuid4().hex
+        # The tag first: a worker may have the message before `send` returns.
+        self._instance.add_run_tags(run.run_id, {TASK_ID_TAG: task_id})
+        labels = {"message_group": run.job_name} if self.settings.is_fair_queue else {}
+
+        async def send(broker: CancellableSQSBroker) -> None:
+            kicker: AsyncKicker[Any, Any] = AsyncKicker(task_name, broker, labels)
+            await kicker.with_task_id(task_id).kiq(run_id=run.run_id)
+
+        self._ask(send).result(_REQUEST_TIMEOUT_S)
+        queue = self.settings.queue_url.rstrip("/").rpartition("/")[2]
+        write_note(self._instance, run, events.submitted(task_id, queue))
+
+    def terminate(self, run_id: str) -> bool:
+        """Have the run stopped; quick, and never raises for a run that exists.
+
+        Returns True when something was done that stops it, False when there is nothing to stop (unknown or finished)
+        or nothing that this launcher could stop. The run is CANCELED when its processes are gone.
+        """
+        run = self._instance.get_run_by_id(run_id)
+        if run is None or run.status in core.FINISHED_STATUSES:
+            return False
+        if not self.settings.enable_cancellation:
+            self._note(run, events.cancellation_disabled())
+            return False
+        task_id = run.tags.get(TASK_ID_TAG)
+        if task_id is None:
+            self._note(run, events.no_task_id())
+            self._instance.report_run_canceled(run, "Nothing that this launcher started can be working on the run.")
+            return False
+        return self._terminate(run, task_id)
+
+    def _terminate(self, run: DagsterRun, task_id: str) -> bool:
+        if run.status is not DagsterRunStatus.CANCELING:
+            self._instance.report_run_canceling(run)
+            # It may have ended in between: the transition is unguarded, and nobody else would ever finish it.
+            if mend_late_canceling(self._instance, run.run_id):
+                return False
+        if run.status in (DagsterRunStatus.STARTING, DagsterRunStatus.NOT_STARTED) and not self._owner(run.run_id):
+            # Status written, then the claims read: a worker that claims from now on reads CANCELING.
+            self._instance.report_run_canceled(run, "Canceled before a worker had picked it up.")
+            return True
+        try:
+            self._ask(lambda broker: broker.cancel_task(task_id, requested_by=events.UNKNOWN_AUTHOR)).result(
+                _REQUEST_TIMEOUT_S
+            )
+        except (DagsterTaskiqError, TimeoutError, RuntimeError) as error:
+            self._note(run, events.request_failed(str(error) or repr(error), self.settings.status_poll_seconds))
+        else:
+            self._note(run, events.requested(task_id))
+        return True
+
+    @property
+    def supports_check_run_worker_health(self) -> bool:
+        """Yes: by claims and heartbeats."""
+        return True
+
+    def check_run_worker_health(self, run: DagsterRun) -> core.CheckRunHealthResult:
+        """NOT_FOUND when the worker that had the run is dead. "Cannot tell" is RUNNING: anything else would fail it."""
+        if run.status in core.FINISHED_STATUSES:
+            succeeded = run.status is DagsterRunStatus.SUCCESS
+            status = core.WorkerStatus.SUCCESS if succeeded else core.WorkerStatus.FAILED
+            return core.CheckRunHealthResult(status, f"the run is {run.status.value}")
+        try:
+            owner = self._claims().owner(run.run_id)
+        except Exception as error:  # noqa: BLE001 - whatever the storage raises, a healthy run must not die of it
+            return core.CheckRunHealthResult(core.WorkerStatus.RUNNING, f"cannot tell: {error!r}")
+        if owner is None:
+            return core.CheckRunHealthResult(core.WorkerStatus.RUNNING, "waiting in its queue for a worker")
+        if owner.alive:
+            return core.CheckRunHealthResult(
+                core.WorkerStatus.RUNNING, f"worker {owner.worker_id} is alive", run_worker_id=owner.worker_id
+            )
+        return core.CheckRunHealthResult(
+            core.WorkerStatus.NOT_FOUND, f"worker {owner.worker_id} is dead", run_worker_id=owner.worker_id
+        )
+
+    def get_run_worker_debug_info(self, run: DagsterRun, include_container_logs: bool | None = True) -> str | None:
+        """Task id, queue and worker of the run, in words. `include_container_logs` is Dagster's; we have none."""
+        owner = self._owner(run.run_id)
+        worker = f"{owner.worker_id} ({'alive' if owner.alive else 'dead'})" if owner is not None else "none yet"
+        return (
+            f"Taskiq task {run.tags.get(TASK_ID_TAG, 'unknown')} on queue {self.settings.queue_url}; worker: {worker}"
+        )
+
+    def dispose(self) -> None:
+        """Close the client and its thread."""
+        with self._lock:
+            self._open = None
+            self._resources.close()
+
+    def _claims(self) -> Claims:
+        return Claims(self._instance, self.settings.dead_after_s)
+
+    def _owner(self, run_id: str) -> Any:
+        return self._claims().owner(run_id)
+
+    def _note(self, run: DagsterRun, note: events.Note) -> None:
+        try:
+            write_note(self._instance, run, note)
+        except Exception:
+            logger.exception("engine event could not be written", extra={"run_id": run.run_id})
+
+    def _ask(self, request: Callable[[CancellableSQSBroker], Awaitable[_T]]) -> "Future[_T]":
+        """Begin a request on the portal's thread."""
+        with self._lock:
+            if self._open is None:
+                self._open = self._connect()
+            portal, broker = self._open
+        return portal.start_task_soon(request, broker)
+
+    def _connect(self) -> tuple[BlockingPortal, CancellableSQSBroker]:
+        portal = self._resources.enter_context(start_blocking_portal(name="dagster-taskiq launcher"))
+        broker = CancellableSQSBroker(
+            self.settings.queue_url,
+            self.settings.region_name,
+            endpoint_url=self.settings.endpoint_url,
+            enable_cancellation=self.settings.enable_cancellation,
+        )
+        self._resources.callback(portal.call, broker.shutdown)
+        return portal, broker
+
+
+CONFIG_FIELDS: Final[Mapping[str, Any]] = {
+    key: Field(Any_, is_required=False, description=description)
+    for key, description in {
+        "queue_url": "URL of the work queue; its cancel queue is derived from it.",
+        "region_name": "AWS region of the queues.",
+        "endpoint_url": "Another SQS endpoint than AWS's own: an emulator, a VPC endpoint.",
+        "config_source": "All other settings; see the table in the README.",
+    }.items()
+}
+"""Launcher and executor take the same keys. `Settings` checks the values, with one text for every way in."""

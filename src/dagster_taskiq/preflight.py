@@ -1,0 +1,119 @@
+"""May this message be started? One table, and what has to be read and written to look it up.
+
+The order is what makes two racing sides see each other: the worker appends its claim, then reads the run; the
+launcher writes the run's status, then reads the claims. Knows Dagster's runs and claims; not SQS, not processes.
+"""
+
+import enum
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
+
+from dagster_taskiq import dagster_internals as core
+from dagster_taskiq.claims import Claims, Owner
+from dagster_taskiq.tags import TASK_ID_TAG
+
+logger = logging.getLogger(__name__)
+
+WorkKind = Literal["execute_run", "resume_run"]
+
+
+class Step(enum.Enum):
+    """What the worker does with a message."""
+
+    DROP = "delete the message; there is nothing to do"
+    HAND_BACK = "give the message back with a delay; somebody else is at work"
+    FINISH_CANCELLATION = "report the run CANCELED; the worker that had it is gone"
+    START = "start the child"
+    RESUME = "resume the run in a child"
+    FAIL = "report the run FAILURE; the worker that had it is gone"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """`why` is for the log and, where a run is finished by it, for the run's events."""
+
+    step: Step
+    why: str
+    run: DagsterRun | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One received message and who received it."""
+
+    kind: WorkKind
+    run_id: str
+    task_id: str
+    worker_id: str
+    where: str
+
+
+def preflight(instance: DagsterInstance, claims: Claims, candidate: Candidate) -> Decision:
+    """Look the run up, claim it, look again, decide. Blocks on the database.
+
+    A decision other than DROP and HAND_BACK leaves the claim with this worker.
+    """
+    run = instance.get_run_by_id(candidate.run_id)
+    early = _before_the_claim(claims, candidate, run)
+    if early is not None:
+        return early
+    assert run is not None  # noqa: S101 - for the type checker: an unknown run was dropped above
+    if TASK_ID_TAG not in run.tags:
+        # Sent by somebody else's producer: from now on the run can be terminated all the same.
+        instance.add_run_tags(run.run_id, {TASK_ID_TAG: candidate.task_id})
+    earlier = _dead_owner(claims, candidate, run)
+    claims.claim(run, candidate.worker_id, candidate.task_id, candidate.where)
+    run = instance.get_run_by_id(candidate.run_id)
+    owner = claims.owner(candidate.run_id, candidate.worker_id)
+    decision = _after_the_claim(candidate, run, owner, earlier, instance)
+    if run is not None and decision.step in (Step.DROP, Step.HAND_BACK):
+        claims.release(run, candidate.worker_id, candidate.task_id, decision.why)
+    return decision
+
+
+def _before_the_claim(claims: Claims, candidate: Candidate, run: DagsterRun | None) -> Decision | None:
+    """What can be decided without a claim, so that it leaves no trace in the log of a run that goes on."""
+    if run is None:
+        return Decision(Step.DROP, "the run does not exist (deleted?)")
+    if run.status in core.FINISHED_STATUSES:
+        return Decision(Step.DROP, f"the run is {run.status.value} already")
+    if run.tags.get(TASK_ID_TAG, candidate.task_id) != candidate.task_id:
+        return Decision(Step.DROP, "superseded: the run was launched or resumed again under another task id")
+    if run.status is DagsterRunStatus.QUEUED:
+        return Decision(Step.DROP, "the run is QUEUED: its run coordinator has not launched it")
+    if run.status not in (DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING):
+        owner = claims.owner(candidate.run_id)
+        if owner is not None and owner.alive and owner.worker_id != candidate.worker_id:
+            return Decision(Step.HAND_BACK, f"worker {owner.worker_id} is at work on it")
+    return None
+
+
+def _dead_owner(claims: Claims, candidate: Candidate, run: DagsterRun) -> str | None:
+    if run.status in (DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING):
+        return None
+    owner = claims.owner(candidate.run_id)
+    return owner.worker_id if owner is not None else None
+
+
+def _after_the_claim(
+    candidate: Candidate, run: DagsterRun | None, owner: Owner | None, earlier: str | None, instance: DagsterInstance
+) -> Decision:
+    if run is None:
+        return Decision(Step.DROP, "the run was deleted")
+    if run.status in core.FINISHED_STATUSES:
+        return Decision(Step.DROP, f"the run is {run.status.value} already", run)
+    if owner is not None and owner.worker_id != candidate.worker_id:
+        return Decision(Step.HAND_BACK, f"worker {owner.worker_id} claimed it first", run)
+    if run.status is DagsterRunStatus.CANCELING:
+        return Decision(Step.FINISH_CANCELLATION, "terminated while no worker was at work on it", run)
+    if candidate.kind == "resume_run":
+        return Decision(Step.RESUME, "resume requested by run monitoring", run)
+    if run.status in (DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING):
+        return Decision(Step.START, "to be started", run)
+    who = f"worker {earlier}, which had it, is gone" if earlier else "the worker that had it is unknown"
+    if instance.run_will_resume(run.run_id):
+        return Decision(Step.RESUME, who, run)
+    return Decision(Step.FAIL, who, run)

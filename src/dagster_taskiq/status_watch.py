@@ -1,0 +1,67 @@
+"""The second channel: the status of every run that this worker works on, in one query, every few seconds.
+
+No luxury beside the cancel queue: for a run that is still STARTING, and on a second click, Dagster's UI never calls
+the launcher, it only marks the run. Knows Dagster's run status and one callable; not queues, not processes.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from typing import Final, NoReturn
+
+from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
+
+from dagster_taskiq.cancellation import CancelChannel, CancelKind, Cancellation
+
+logger = logging.getLogger(__name__)
+
+_WHY: Final[Mapping[DagsterRunStatus, str]] = {
+    DagsterRunStatus.CANCELING: "the run is CANCELING",
+    DagsterRunStatus.CANCELED: "the run was marked CANCELED",
+    DagsterRunStatus.FAILURE: "the run was marked FAILURE",
+}
+
+
+class StatusWatch:
+    """`watched` says which task works on which run (task id to run id); `cancel` is called for those to be stopped."""
+
+    def __init__(
+        self,
+        instance: DagsterInstance,
+        watched: Callable[[], Mapping[str, str]],
+        cancel: Callable[[str, Cancellation], bool],
+        every_s: float,
+    ) -> None:
+        self._instance = instance
+        self._watched = watched
+        self._cancel = cancel
+        self._every_s = every_s
+        self._failures = 0
+
+    async def run(self) -> NoReturn:
+        """Watch until cancelled. A database that does not answer is survived; nothing is stopped because of it."""
+        while True:
+            await asyncio.sleep(self._every_s)
+            try:
+                await self.look()
+            except Exception as error:  # noqa: BLE001 - whatever the storage raises: look again, and say it once
+                self._failures += 1
+                if self._failures == 1:
+                    logger.warning("cannot read run status; trying again", extra={"error": repr(error)})
+            else:
+                if self._failures:
+                    logger.info("run status can be read again", extra={"tries": self._failures})
+                self._failures = 0
+
+    async def look(self) -> None:
+        """Look once."""
+        watched = dict(self._watched())
+        if not watched:
+            return
+        filters = RunsFilter(run_ids=sorted(set(watched.values())))
+        runs = await asyncio.to_thread(self._instance.get_runs, filters)
+        status = {run.run_id: run.status for run in runs}
+        for task_id, run_id in watched.items():
+            why = _WHY.get(status[run_id]) if run_id in status else "the run was deleted"
+            if why is not None:
+                self._cancel(task_id, Cancellation(CancelKind.REQUESTED, why, channel=CancelChannel.STATUS_WATCH))
