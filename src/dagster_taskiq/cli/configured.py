@@ -45,7 +45,8 @@ def _from_instance() -> Settings | None:
         try:
             launcher = instance.run_launcher
         except CheckError as error:
-            raise SettingsError(f"run_launcher in $DAGSTER_HOME/dagster.yaml cannot be loaded: {error}") from error
+            cause = f"{error}: {error.__context__}" if error.__context__ else str(error)
+            raise SettingsError(f"run_launcher in $DAGSTER_HOME/dagster.yaml cannot be loaded: {cause}") from error
         settings = getattr(launcher, "settings", None)
         if isinstance(settings, Settings):
             return settings

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import click
+
+LOG_LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -30,7 +32,7 @@ def log_level_option(command: Command) -> Command:
         "--log-level",
         "--loglevel",
         "log_level",
-        type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], case_sensitive=False),
+        type=click.Choice(LOG_LEVELS, case_sensitive=False),
         default="INFO",
         show_default=True,
         help="How much is logged on stderr.",
