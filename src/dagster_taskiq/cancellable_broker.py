@@ -1,0 +1,213 @@
+"""A taskiq broker over SQS whose tasks can be cancelled: leased work messages, and the cancel queue beside them.
+
+Knows taskiq's messages and the two queues; no Dagster, no processes, and not what a worker does with a cancellation.
+The envelope on the wire is that of `taskiq_aws.SQSBroker`, so each of the two can feed the other.
+"""
+
+import asyncio
+import base64
+import functools
+import json
+import weakref
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from logging import getLogger
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ConfigDict
+from taskiq import AckableMessage, BrokerMessage
+from taskiq.abc.result_backend import AsyncResultBackend
+from taskiq_aws import SQSBroker
+
+from dagster_taskiq import sqs
+from dagster_taskiq.cancel_queue import CancelQueue
+from dagster_taskiq.cancel_queue import CancelReport as CancelReport
+from dagster_taskiq.cancel_queue import ReceivedCancel as ReceivedCancel
+from dagster_taskiq.errors import AccessDenied, DagsterTaskiqError, MessageTooLarge, QueueError
+from dagster_taskiq.lease import Lease, to_the_end
+from dagster_taskiq.outage import Outage
+from dagster_taskiq.settlement import Settlement
+from dagster_taskiq.sqs_queue import Receipt, SQSQueue, grouping, history
+
+if TYPE_CHECKING:
+    from types_aiobotocore_sqs import SQSClient
+    from types_aiobotocore_sqs.type_defs import MessageTypeDef
+
+logger = getLogger(__name__)
+
+
+class LeasedMessage(AckableMessage):
+    """A work message, ours until its lease is settled; `ack` deletes it. `sent_at`: seconds since the epoch."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    lease: Lease
+    message_id: str
+    receive_count: int = 1
+    sent_at: float = 0.0
+
+
+class CancellableSQSBroker(SQSBroker):  # type: ignore[misc]  # taskiq_aws has no type marker
+    """`taskiq_aws.SQSBroker` with one warm client, renewed leases, FIFO and fair queues, and cancellation."""
+
+    def __init__(
+        self,
+        queue_url: str,
+        aws_region: str | None = None,
+        max_messages: int = 10,
+        wait_time: int = 20,
+        task_id_generator: Callable[[], str] | None = None,
+        result_backend: AsyncResultBackend[Any] | None = None,
+        *,
+        endpoint_url: str | None = None,
+        enable_cancellation: bool = True,
+        visibility_timeout_s: int = 30,
+        cancel_visibility_timeout_s: int = sqs.CANCEL_VISIBILITY_S,
+    ) -> None:
+        # taskiq warns of the last two as deprecated, but only when they are not None.
+        super().__init__(queue_url, aws_region, max_messages, wait_time, task_id_generator, result_backend)
+        self.cancel_queue_url = sqs.cancel_queue_url(queue_url)
+        self.endpoint_url = endpoint_url
+        self.enable_cancellation = enable_cancellation
+        self.visibility_timeout_s = visibility_timeout_s
+        self.cancel_visibility_timeout_s = cancel_visibility_timeout_s
+        self._connection: sqs.Connection | None = None
+        self._work = SQSQueue(queue_url, self._client)
+        self._cancel_queue = SQSQueue(self.cancel_queue_url, self._client)
+        self._cancels = CancelQueue(self._cancel_queue)
+        self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
+
+    async def _client(self) -> "SQSClient":
+        # Another event loop needs another client: a client's sockets belong to the loop that opened them.
+        if self._connection is None or self._connection.loop is not asyncio.get_running_loop():
+            self._connection = sqs.Connection(self.aws_region, self.endpoint_url)
+        return await self._connection.client()
+
+    async def startup(self) -> None:
+        """Open the client, so that the first message does not wait for it."""
+        await self._client()
+        await super().startup()
+
+    async def shutdown(self) -> None:
+        """Leave what is still leased to the queue, and close the client."""
+        try:
+            await super().shutdown()
+        finally:
+            for lease in list(self._leases):
+                await lease.settle(Settlement.LEAVE)
+            connection, self._connection = self._connection, None
+            if connection is not None and connection.loop is asyncio.get_running_loop():
+                await connection.close()
+
+    async def check_queues(self) -> None:
+        """Ask for the queues once. Raises `QueueMissing`, `QueueUnreachable` or `AccessDenied`, with a clear line.
+
+        A role without the permission to ask (`sqs:GetQueueAttributes`) can still work: that is only a warning.
+        """
+        for queue in (self._work, self._cancel_queue) if self.enable_cancellation else (self._work,):
+            try:
+                await queue.check()
+            except AccessDenied as error:
+                if not sqs.is_missing_permission(error):
+                    raise
+                logger.warning("queue not checked: %s", error)
+
+    async def kick(self, message: BrokerMessage) -> None:
+        """Send a task. Raises `MessageTooLarge` or a `QueueError`."""
+        envelope = {
+            "task_id": message.task_id,
+            "task_name": message.task_name,
+            "message": base64.b64encode(message.message).decode(),
+            "labels": message.labels,
+        }
+        body = json.dumps(envelope)
+        if len(body) > sqs.MAX_MESSAGE_BYTES:  # it is ASCII: a character is a byte
+            raise MessageTooLarge(
+                f"task {message.task_id}: a message of {len(body):,} bytes is over the SQS limit of"
+                f" {sqs.MAX_MESSAGE_BYTES:,}; pass a reference to the data instead"
+            )
+        await self._work.send(body, self._grouping(message))
+        logger.debug("task sent", extra={"task_id": message.task_id})
+
+    def _grouping(self, message: BrokerMessage) -> dict[str, str]:
+        if not self._work.is_fifo:
+            return grouping(False, message.labels.get("message_group"))
+        # A group for each task: no task waits for another. A retry keeps the task id, and must not be taken for a
+        # duplicate of the first try.
+        retries = message.labels.get("_retries")
+        return grouping(True, message.task_id, f"{message.task_id}-retry-{retries}" if retries else message.task_id)
+
+    async def listen(self) -> AsyncGenerator[LeasedMessage, None]:
+        """Yield work messages, each leased from receipt. A receive that fails is tried again for ever.
+
+        When the generator is closed, what it has received and not yielded is handed back.
+        """
+        waiting: deque[LeasedMessage] = deque()
+        outage = Outage("receive work")
+        try:
+            while True:
+                try:
+                    received = await self._work.receive(
+                        at_most=self.max_messages, wait_s=self.wait_time, visibility_s=self.visibility_timeout_s
+                    )
+                except QueueError as error:
+                    await outage.wait(error)
+                    continue
+                outage.over()
+                waiting.extend(message for raw in received if (message := self._leased(raw)) is not None)
+                while waiting:
+                    yield waiting.popleft()
+        finally:
+            await to_the_end(_hand_back(waiting), name="hand back unstarted work")
+
+    def _leased(self, raw: "MessageTypeDef") -> LeasedMessage | None:
+        message_id = raw["MessageId"]
+        try:
+            data = base64.b64decode(json.loads(raw["Body"])["message"], validate=True)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            self._work.log_unreadable(message_id, error)
+            return None
+        receipt = Receipt(self._work, raw["ReceiptHandle"])
+        lease = Lease(receipt, visibility_timeout_s=self.visibility_timeout_s, name=message_id).start()
+        self._leases.add(lease)
+        receive_count, sent_at = history(raw)
+        return LeasedMessage(
+            data=data,
+            ack=functools.partial(lease.settle, Settlement.DELETE),
+            lease=lease,
+            message_id=message_id,
+            receive_count=receive_count,
+            sent_at=sent_at,
+        )
+
+    async def cancel_task(self, task_id: str, *, reason: str | None = None, requested_by: str | None = None) -> None:
+        """Ask whichever worker runs the task to cancel it. Raises a `DagsterTaskiqError` when that cannot be sent."""
+        self._require_cancellation()
+        await self._cancels.send(task_id, reason, requested_by)
+
+    async def cancel_tasks(
+        self, task_ids: Iterable[str], *, reason: str | None = None, requested_by: str | None = None
+    ) -> CancelReport:
+        """Ask for many, ten to a request. What fails is in the report, and does not stop the rest."""
+        self._require_cancellation()
+        return await self._cancels.send_all(task_ids, reason, requested_by)
+
+    def _require_cancellation(self) -> None:
+        if not self.enable_cancellation:
+            raise DagsterTaskiqError("cancellation is disabled; set enable_cancellation to true in the configuration")
+
+    async def receive_cancels(self) -> list[ReceivedCancel]:
+        """Wait for cancel messages (one long poll). Unreadable ones are logged once and left to expire."""
+        return await self._cancels.receive(wait_s=self.wait_time, visibility_s=self.cancel_visibility_timeout_s)
+
+    async def delete_cancels(self, cancels: Sequence[ReceivedCancel]) -> None:
+        """Nobody needs them any more. A failure is logged: they come again, and are deleted then."""
+        await self._cancels.delete(cancels)
+
+    async def hand_back_cancels(self, cancels: Sequence[ReceivedCancel]) -> None:
+        """Let another worker have them at once. A failure is logged: they come back by themselves."""
+        await self._cancels.hand_back(cancels)
+
+
+async def _hand_back(messages: Iterable[LeasedMessage]) -> None:
+    await asyncio.gather(*[message.lease.settle(Settlement.HAND_BACK) for message in messages])

@@ -1,0 +1,290 @@
+"""taskiq's receiver, made cancellable: one asyncio task per piece of work, every message settled exactly once.
+
+Knows taskiq and leases; hears cancels through `cancel_listener`. Knows no Dagster and no processes. Usable as it is:
+`taskiq worker module:broker --receiver dagster_taskiq.cancellable_receiver:CancellableReceiver`.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from logging import getLogger
+from types import MappingProxyType
+from typing import Any
+
+from taskiq import AckableMessage, TaskiqMessage, TaskiqResult
+from taskiq.acks import AckController, AcknowledgeType
+from taskiq.receiver import Receiver
+from taskiq.receiver.receiver import _PrefetchedMessage, _QueueSignal, _StartedCallback
+
+from dagster_taskiq.cancel_listener import CancelListener
+from dagster_taskiq.cancellable_broker import CancellableSQSBroker, LeasedMessage
+from dagster_taskiq.cancellation import CancelChannel, CancelKind, Cancellation
+from dagster_taskiq.lease import to_the_end
+from dagster_taskiq.recently import Recently
+from dagster_taskiq.running import CURRENT, Settle, cancelled_result
+from dagster_taskiq.running import Running as Running
+from dagster_taskiq.running import current_work as current_work
+from dagster_taskiq.settlement import Settlement
+
+logger = getLogger(__name__)
+
+_Queue = asyncio.Queue[_PrefetchedMessage | _QueueSignal]
+_SHUTDOWN = "the worker stops"
+_LOOK_UP_S = 0.5
+
+
+class CancellableReceiver(Receiver):
+    """Receives work, hears cancels, settles messages. The attributes below may be set before `listen`."""
+
+    start_cancelled_work: bool = False
+    """Whether work that was cancelled before it began is started all the same, to look at its cancellation itself."""
+    cancel_ttl_s: float = 120
+    """A cancel message older than that, and still nobody's, is deleted."""
+    is_over: Callable[[str], Awaitable[bool]] | None = None
+    """Tells of a task id whether its work is known to be finished; lets cancels for nobody end early."""
+    still_ours: Callable[[str], Awaitable[bool]] | None = None
+    """Asked when a lease is lost: is the work nevertheless ours, so that it should go on?"""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.hearing = asyncio.Event()
+        self._running: dict[str, Running] = {}
+        self._callbacks: set[asyncio.Task[Any]] = set()
+        self._lost: set[asyncio.Task[None]] = set()
+        self._finished: Recently[bool] = Recently(ttl_s=3_600)
+        self._unreadable: Recently[bool] = Recently()
+        self._listener: CancelListener | None = None
+        self._finish: asyncio.Event | None = None
+
+    @property
+    def running(self) -> Mapping[str, Running]:
+        """The work of this worker by task id, from receipt until settled."""
+        return MappingProxyType(self._running)
+
+    def cancel(self, task_id: str, cancellation: Cancellation) -> bool:
+        """Cancel work that runs here. False: it does not."""
+        running = self._running.get(task_id)
+        if running is not None:
+            running.cancel(cancellation)
+        return running is not None
+
+    async def stop_running(self, cancellation: Cancellation) -> None:
+        """Cancel all work and wait until it is settled. To keep more from coming, set the finish event first."""
+        for running in list(self._running.values()):
+            running.cancel(cancellation)
+        await asyncio.sleep(0)  # callbacks that were only just created register themselves
+        callbacks, works = set(self._callbacks), list(self._running.values())
+        for running in works:
+            running.cancel(cancellation)
+        if callbacks:
+            await asyncio.wait(callbacks)
+        for running in works:
+            await running.settled.wait()
+
+    # Listening
+
+    async def listen(self, finish_event: asyncio.Event) -> None:
+        """Work until the finish event is set and the running work is settled; hear cancels all the while."""
+        if self.run_startup:
+            await self.broker.startup()
+            self.run_startup = False  # the base must not do it again
+        self._finish = finish_event
+        helpers: set[asyncio.Task[None]] = set()
+        if isinstance(self.broker, CancellableSQSBroker) and self.broker.enable_cancellation:
+            self._listener = self._new_listener(self.broker)
+            helpers.add(asyncio.create_task(self._listener.run(), name="hear cancels"))
+        working = asyncio.create_task(super().listen(finish_event), name="receive work")
+        try:
+            # Waking now and then lets the loop notice a finish event that was set by a signal handler.
+            while not any(task.done() for task in (working, *helpers)):
+                await asyncio.wait({working, *helpers}, timeout=_LOOK_UP_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            failed = [task for task in helpers if task.done()]
+            await to_the_end(self._wind_up(working, helpers), name="wind up")
+            self._listener = None
+        for task in failed:
+            task.result()
+        working.result()
+
+    def _new_listener(self, broker: CancellableSQSBroker) -> CancelListener:
+        return CancelListener(
+            broker, self.cancel, finished=self._finished, cancel_ttl_s=self.cancel_ttl_s, is_over=self.is_over
+        )
+
+    async def _wind_up(self, working: "asyncio.Task[None]", helpers: "set[asyncio.Task[None]]") -> None:
+        # In this order: nothing new, nothing running, and cancels are heard until then.
+        if not working.done():
+            working.cancel()
+            await asyncio.wait({working})
+        await self.stop_running(Cancellation(CancelKind.SHUTDOWN, reason=_SHUTDOWN))
+        for task in (*helpers, *self._lost):
+            task.cancel()
+        if helpers or self._lost:
+            await asyncio.wait({*helpers, *self._lost})
+
+    async def prefetcher(self, queue: _Queue, finish_event: asyncio.Event) -> None:
+        """Receive work, but claim nothing before cancels are heard."""
+        if self._listener is not None:
+            await self._listener.listening.wait()
+        self.hearing.set()
+        await super().prefetcher(queue, finish_event)
+        if finish_event.is_set():
+            await to_the_end(self._hand_back_queued(queue), name="hand back queued work")
+
+    async def _discard_queued_messages(self, queue: _Queue) -> None:
+        await self._hand_back_queued(queue)
+        await super()._discard_queued_messages(queue)
+
+    async def _hand_back_queued(self, queue: _Queue) -> None:
+        queued = [queue.get_nowait() for _ in range(queue.qsize())]
+        messages = [entry for entry in queued if isinstance(entry, _PrefetchedMessage)]
+        for entry in queued:
+            if isinstance(entry, _QueueSignal):
+                queue.put_nowait(entry)
+        for message in messages:
+            if message.owns_delivery_slot:
+                self.sem_prefetch.release()
+        await asyncio.gather(*[_settling(message.data)(Settlement.HAND_BACK) for message in messages])
+
+    def _start_callback(self, message: _PrefetchedMessage, *, owns_execution_slot: bool) -> _StartedCallback:
+        started = super()._start_callback(message, owns_execution_slot=owns_execution_slot)
+        self._callbacks.add(started.task)
+        started.task.add_done_callback(self._callbacks.discard)
+        return started
+
+    # One message
+
+    async def callback(self, message: bytes | AckableMessage, raise_err: bool = False) -> None:
+        """Carry one message through: from receipt to exactly one settlement."""
+        settle = _settling(message)
+        task_id = self._task_id(message)
+        if task_id is None:
+            await settle(Settlement.LEAVE)
+        elif self._finish is not None and self._finish.is_set():
+            await settle(Settlement.HAND_BACK)
+        elif task_id in self._running:
+            logger.warning("task runs here already; its second message is handed back", extra={"task_id": task_id})
+            await settle(Settlement.HAND_BACK, int(getattr(self.broker, "visibility_timeout_s", 0)))
+        else:
+            await self._carry_through(task_id, message, settle, raise_err=raise_err)
+
+    def _task_id(self, message: bytes | AckableMessage) -> str | None:
+        """The id, or None when the message is unreadable or its task unknown here: another worker may know better."""
+        body = message.data if isinstance(message, AckableMessage) else message
+        try:
+            parsed = self.broker.formatter.loads(message=body)
+            parsed.parse_labels()
+            self._get_ack_time(parsed)
+        except Exception as error:  # noqa: BLE001  whatever a stranger wrote is no reason for the worker to fail
+            self._log_once(message, f"unreadable ({error})")
+            return None
+        if self.broker.find_task(parsed.task_name) is None:
+            self._log_once(message, f"task {parsed.task_name!r} is not known here; is its module imported?")
+            return None
+        return parsed.task_id
+
+    def _log_once(self, message: bytes | AckableMessage, text: str) -> None:
+        key = message.message_id if isinstance(message, LeasedMessage) else str(hash(repr(message)))
+        if self._unreadable.remember(key, True):
+            logger.warning("work message is left to expire: %s", " ".join(text.split())[:500])
+
+    async def _carry_through(
+        self, task_id: str, message: bytes | AckableMessage, settle: Settle, *, raise_err: bool
+    ) -> None:
+        receive_count = message.receive_count if isinstance(message, LeasedMessage) else 1
+        running = Running(
+            task_id, receive_count=receive_count, settle=settle, start_cancelled=self.start_cancelled_work
+        )
+        self._running[task_id] = running
+        if isinstance(message, LeasedMessage):
+            message.lease.when_lost(lambda: self._on_lost(running))
+        ahead = self._listener.cancelled_ahead(task_id) if self._listener is not None else None
+        if ahead is not None:
+            running.cancel(ahead)
+        body = message.data if isinstance(message, AckableMessage) else message
+        token = CURRENT.set(running)
+        try:
+            await super().callback(AckableMessage(data=body, ack=running.acknowledge), raise_err)
+        except Exception:
+            # A middleware failed, perhaps the one that was to send the task again: let it be delivered again.
+            running.unsettled_unless_told = True
+            logger.exception("task could not be carried through", extra={"task_id": task_id})
+            if raise_err:
+                raise
+        finally:
+            CURRENT.reset(token)
+            await to_the_end(self._conclude(running), name=f"conclude {task_id}")
+
+    async def _conclude(self, running: Running) -> None:
+        try:
+            await running.settle()
+        finally:
+            del self._running[running.task_id]
+            requested = running.cancellation is not None and running.cancellation.kind is CancelKind.REQUESTED
+            # A task that failed may have been sent again under its id: a cancel for that is not to be dropped.
+            if running.verdict()[0] is Settlement.DELETE and (running.succeeded or requested):
+                self._finished.remember(running.task_id, True)
+            running.settled.set()
+
+    def _on_lost(self, running: Running) -> None:
+        task = asyncio.create_task(self._lease_lost(running), name=f"lease lost of {running.task_id}")
+        self._lost.add(task)
+        task.add_done_callback(self._lost.discard)
+
+    async def _lease_lost(self, running: Running) -> None:
+        try:
+            if self.still_ours is not None and await self.still_ours(running.task_id):
+                logger.warning("lease lost, but the work is still ours", extra={"task_id": running.task_id})
+                return
+        except Exception:  # who cannot say that it is ours, must not go on as if it were
+            logger.exception("could not find out whether work is still ours", extra={"task_id": running.task_id})
+        running.cancel(Cancellation(CancelKind.LEASE_LOST, reason="lease lost", channel=CancelChannel.LEASE))
+
+    async def run_task(
+        self, target: Callable[..., Any], message: TaskiqMessage, ack_controller: AckController | None = None
+    ) -> TaskiqResult[Any]:
+        """Run the task function in an asyncio task of its own, which alone is what a cancellation cancels."""
+        running = CURRENT.get(None)
+        if running is None:
+            return await super().run_task(target, message, ack_controller)
+        running.attach(message)
+        running.unsettled_unless_told = self._get_ack_time(message) is AcknowledgeType.MANUAL
+        if running.dropped:
+            result = cancelled_result(message)
+        else:
+            observed = running.observed(target, self.executor)
+            inner = asyncio.create_task(
+                super().run_task(observed, message, ack_controller), name=f"task {message.task_id}"
+            )
+            running.begin(inner)
+            result = await self._result_of(inner, running, message)
+        running.end(succeeded=not result.is_err)
+        return running.told(result)
+
+    async def _result_of(
+        self, inner: "asyncio.Task[TaskiqResult[Any]]", running: Running, message: TaskiqMessage
+    ) -> TaskiqResult[Any]:
+        interrupted: asyncio.CancelledError | None = None
+        while not inner.done():
+            try:
+                await asyncio.wait({inner})
+            except asyncio.CancelledError as error:  # the loop is torn down; the work is not left behind
+                interrupted = error
+                running.cancel(Cancellation(CancelKind.SHUTDOWN, reason=_SHUTDOWN))
+        result = cancelled_result(message) if inner.cancelled() else inner.result()
+        if interrupted is not None:
+            running.end(succeeded=not result.is_err)
+            raise interrupted
+        return result
+
+
+def _settling(message: bytes | AckableMessage) -> Settle:
+    """How to settle a message; without a lease, all that can be done is to acknowledge it."""
+    if isinstance(message, LeasedMessage):
+        return message.lease.settle
+    acks = AckController(message.ack if isinstance(message, AckableMessage) else None)
+
+    async def settle(settlement: Settlement, delay_s: int = 0) -> None:
+        if settlement is Settlement.DELETE and acks.is_ackable:
+            await acks.ack()
+
+    return settle

@@ -1,0 +1,46 @@
+"""Remember things for a while and never too many of them. Knows time, not what is remembered."""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+V = TypeVar("V")
+
+
+class Recently(Generic[V]):
+    """A bounded mapping whose entries are forgotten after `ttl_s`; when it is full, the oldest one goes."""
+
+    def __init__(
+        self, *, at_most: int = 10_000, ttl_s: float = float("inf"), clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.ttl_s = ttl_s
+        self._at_most = at_most
+        self._clock = clock
+        self._entries: OrderedDict[str, tuple[float, V]] = OrderedDict()
+
+    def remember(self, key: str, value: V) -> bool:
+        """Keep it from now on; False when it was known already (its time then starts anew)."""
+        new = self.recall(key) is None
+        self._entries.pop(key, None)
+        self._entries[key] = (self._clock(), value)
+        while len(self._entries) > self._at_most:
+            self._entries.popitem(last=False)
+        return new
+
+    def recall(self, key: str) -> V | None:
+        """What was remembered under the key, or None when nothing was or too long ago."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return None
+        if self._clock() - entry[0] > self.ttl_s:
+            del self._entries[key]
+            return None
+        return entry[1]
+
+    def forget(self, key: str) -> None:
+        """As if it had never been remembered."""
+        self._entries.pop(key, None)
+
+    def __contains__(self, key: str) -> bool:
+        return self.recall(key) is not None

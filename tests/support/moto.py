@@ -1,0 +1,94 @@
+"""A moto SQS server in a process of its own, on loopback and a free port."""
+
+import http.client
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import botocore.session
+from botocore.config import Config
+
+REGION = "us-east-1"
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_SESSION_TOKEN": "testing",
+    "AWS_DEFAULT_REGION": REGION,
+    "AWS_REGION": REGION,
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+def free_port() -> int:
+    """A port on loopback that nobody uses just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def moto_server(start_within_s: float = 30) -> Iterator[str]:
+    """Start a server and give its URL; it is gone afterwards."""
+    port = free_port()
+    environ = {**os.environ, **CREDENTIALS}
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environ,
+    )
+    try:
+        _wait_until_it_answers(server, port, start_within_s)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        try:
+            server.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _wait_until_it_answers(server: "subprocess.Popen[bytes]", port: int, within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline and server.poll() is None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+        try:
+            connection.request("GET", "/moto-api/data.json")
+            if connection.getresponse().status == 200:
+                return
+        except OSError:
+            time.sleep(0.05)
+        finally:
+            connection.close()
+    raise RuntimeError(f"moto did not start within {within_s} s (exit code {server.poll()})")
+
+
+def sqs_client(endpoint: str, region: str = REGION) -> Any:
+    """A synchronous client, to look at queues from outside."""
+    session = botocore.session.Session()
+    session.set_credentials("testing", "testing")
+    return session.create_client(
+        "sqs", region_name=region, endpoint_url=endpoint, config=Config(retries={"total_max_attempts": 1})
+    )
+
+
+def create_queues(endpoint: str, name: str, fifo: bool = False, visibility_timeout_s: int = 30) -> str:
+    """Create the work, steps and cancel queue of that name (without `.fifo`); the work queue's URL."""
+    client = sqs_client(endpoint)
+    ending = ".fifo" if fifo else ""
+    attributes = {"FifoQueue": "true"} if fifo else {}
+    try:
+        for suffix, seconds in (("-steps", visibility_timeout_s), ("-cancels", 5), ("", visibility_timeout_s)):
+            url = client.create_queue(
+                QueueName=f"{name}{suffix}{ending}", Attributes={**attributes, "VisibilityTimeout": str(seconds)}
+            )["QueueUrl"]
+    finally:
+        client.close()
+    return str(url)
