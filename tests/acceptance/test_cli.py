@@ -1,0 +1,308 @@
+"""The command line: what is wrong is said in one line that says what to do, with an exit code, without a traceback."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from support.moto import CREDENTIALS, create_queues, free_port, moto_server, sqs_client
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.xdist_group("cli")]
+
+ENTRYPOINT = Path(__file__).parents[2] / "worker_entrypoint.py"
+COMMANDS = (
+    ["--help"],
+    ["worker", "--help"],
+    ["worker", "start", "--help"],
+    ["queue", "--help"],
+    ["queue", "create", "--help"],
+    ["queue", "status", "--help"],
+    ["dev", "--help"],
+    ["demo", "--help"],
+)
+
+
+@dataclass
+class Ended:
+    """What a command said, and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass
+class Desk:
+    """A home and an environment in which commands are given."""
+
+    home: Path
+    endpoint_url: str
+    queue_url: str
+
+    def run(self, *arguments: str, script: Path | None = None, without: tuple[str, ...] = (), **environ: str) -> Ended:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "DAGSTER_"))}
+        environment = kept | CREDENTIALS | {"DAGSTER_HOME": str(self.home), "HOME": str(self.home)} | environ
+        for name in without:
+            environment.pop(name, None)
+        program = [str(script)] if script else ["-m", "dagster_taskiq.cli"]
+        done = subprocess.run(
+            [sys.executable, *program, *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=50,
+            check=False,
+        )
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    def launcher(self, config_source: Mapping[str, Any] | None = None, **config: Any) -> None:
+        """Write a dagster.yaml with our launcher."""
+        whole = {"queue_url": self.queue_url, "region_name": "us-east-1", "endpoint_url": self.endpoint_url, **config}
+        whole["config_source"] = dict(config_source or {})
+        launcher = {"module": "dagster_taskiq.launcher", "class": "TaskiqRunLauncher", "config": whole}
+        self.write("dagster.yaml", {"run_launcher": launcher})
+
+    def write(self, name: str, document: Any) -> str:
+        path = self.home / name
+        path.write_text(document if isinstance(document, str) else yaml.safe_dump(document))
+        return str(path)
+
+
+@pytest.fixture(scope="module")
+def endpoint_url() -> Iterator[str]:
+    with moto_server() as url:
+        yield url
+
+
+@pytest.fixture
+def desk(tmp_path: Path, endpoint_url: str) -> Desk:
+    queue_url = create_queues(endpoint_url, f"tasks-{tmp_path.name[-40:]}")
+    return Desk(tmp_path, endpoint_url, queue_url)
+
+
+def assert_one_line(ended: Ended, *said: str) -> None:
+    assert ended.code == 1, ended
+    errors = [line for line in ended.err.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1, ended.err
+    assert ended.err.splitlines()[-1] == errors[0], ended.err
+    assert "Traceback" not in ended.err + ended.out, ended.err
+    for text in said:
+        assert text in errors[0], errors[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_the_help_of_every_command_has_an_example(desk: Desk, command: list[str]) -> None:
+    ended = desk.run(*command)
+    assert ended.code == 0, ended
+    assert "Example" in ended.out
+    assert "dagster-taskiq " in ended.out.split("Example", 1)[1]
+
+
+def test_help_is_quick_because_it_imports_neither_dagster_nor_botocore() -> None:
+    code = (
+        "import sys; from dagster_taskiq.cli import main; main(['worker', 'start', '--help'], standalone_mode=False);"
+        "print([name for name in ('dagster', 'botocore', 'aioboto3', 'taskiq', 'rich') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_queues_are_created_once_and_shown(desk: Desk, endpoint_url: str) -> None:
+    desk.launcher(queue_url=f"{endpoint_url}/123456789012/fresh.fifo")
+    assert_one_line(desk.run("queue", "status"), "fresh.fifo: no such queue", "dagster-taskiq queue create")
+    first = desk.run("queue", "create")
+    assert (first.code, first.out.count("created")) == (0, 3), first
+    second = desk.run("queue", "create")
+    assert (second.code, second.out.count("exists")) == (0, 3), second
+
+    shown = desk.run("queue", "status")
+    assert shown.code == 0, shown
+    assert "fresh-cancels.fifo" in shown.out
+
+    listed = {queue["role"]: queue for queue in json.loads(desk.run("queue", "status", "--json").out)}
+    assert [listed[role]["name"] for role in ("work", "steps", "cancels")] == [
+        "fresh.fifo",
+        "fresh-steps.fifo",
+        "fresh-cancels.fifo",
+    ]
+    assert all(queue["exists"] and queue["fifo"] for queue in listed.values())
+    assert listed["cancels"]["visibility_timeout_s"] <= 10
+
+
+def test_status_counts_what_waits(desk: Desk) -> None:
+    client = sqs_client(desk.endpoint_url)
+    client.send_message(QueueUrl=desk.queue_url, MessageBody="x")
+    client.close()
+    desk.launcher()
+    listed = json.loads(desk.run("queue", "status", "--json").out)
+    assert [(queue["role"], queue["visible"]) for queue in listed] == [("work", 1), ("steps", 0), ("cancels", 0)]
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["executor's run configuration", "bare keys"])
+def test_settings_come_from_a_file_in_both_forms(desk: Desk, wrapped: bool) -> None:
+    bare = {"queue_url": {"env": "MY_QUEUE"}, "region_name": "us-east-1", "endpoint_url": desk.endpoint_url}
+    executor = {"execution": {"config": {**bare, "max_concurrent": 3}}, "ops": {}}
+    file = desk.write("config.yaml", executor if wrapped else bare)
+    ended = desk.run("queue", "status", "--config-yaml", file, without=("DAGSTER_HOME",), MY_QUEUE=desk.queue_url)
+    assert ended.code == 0, ended
+    assert_one_line(desk.run("queue", "status", "-y", file), "environment variable MY_QUEUE, which is not set")
+
+
+def test_the_environment_alone_is_enough(desk: Desk) -> None:
+    ended = desk.run(
+        "queue",
+        "status",
+        without=("DAGSTER_HOME",),
+        DAGSTER_TASKIQ_SQS_QUEUE_URL=desk.queue_url,
+        DAGSTER_TASKIQ_SQS_ENDPOINT_URL=desk.endpoint_url,
+    )
+    assert ended.code == 0, ended
+
+
+def test_a_missing_queue(desk: Desk) -> None:
+    desk.launcher(queue_url=f"{desk.endpoint_url}/123456789012/nowhere")
+    assert_one_line(desk.run("worker", "start"), "nowhere", "no such queue", "dagster-taskiq queue create")
+
+
+def test_a_missing_cancel_queue(desk: Desk) -> None:
+    client = sqs_client(desk.endpoint_url)
+    client.delete_queue(QueueUrl=f"{desk.queue_url}-cancels")
+    client.close()
+    desk.launcher()
+    assert_one_line(desk.run("worker", "start"), "-cancels: no such queue")
+
+
+def test_the_wrong_region(desk: Desk) -> None:
+    desk.launcher(region_name="eu-west-1")
+    assert_one_line(desk.run("worker", "start"), "no such queue in region eu-west-1")
+
+
+def test_no_credentials(desk: Desk) -> None:
+    desk.launcher()
+    keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+    assert_one_line(desk.run("worker", "start", without=keys), "no usable AWS credentials", "IAM role")
+
+
+def test_an_endpoint_that_is_down(desk: Desk) -> None:
+    down = f"http://127.0.0.1:{free_port()}"
+    desk.launcher(endpoint_url=down, queue_url=f"{down}/123456789012/tasks")
+    assert_one_line(desk.run("worker", "start"), "cannot reach SQS", "check the network and endpoint_url")
+
+
+def test_a_fifo_url_for_a_standard_queue(desk: Desk) -> None:
+    desk.launcher(queue_url=f"{desk.queue_url}.fifo")
+    assert_one_line(desk.run("worker", "start"), ".fifo: no such queue")
+
+
+@pytest.mark.parametrize(
+    ("config_source", "said"),
+    [
+        ({"grace_secnds": 5}, "grace_seconds"),
+        ({"wait_time_seconds": 0.5}, "wait_time_seconds"),
+        ({"max_number_of_messages": 0}, "max_number_of_messages must be between 1 and 10"),
+        ({"max_concurrent_runs": -3}, "max_concurrent_runs must be between 1 and 1000"),
+        ({"visibility_timeout_seconds": 10**9}, "visibility_timeout_seconds must be between 4 and 43200"),
+        ({"drain_seconds": 60}, "stop_timeout_seconds"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_setting_that_cannot_be(desk: Desk, config_source: dict[str, Any], said: str) -> None:
+    desk.launcher(config_source)
+    assert_one_line(desk.run("worker", "start"), said)
+    bare = {"queue_url": desk.queue_url, "region_name": "us-east-1", "config_source": config_source}
+    assert_one_line(desk.run("worker", "start", "-y", desk.write("config.yaml", bare)), said)
+
+
+def test_a_setting_in_the_wrong_place(desk: Desk) -> None:
+    file = desk.write("config.yaml", {"queue_url": desk.queue_url, "region_name": "us-east-1", "grace_seconds": 5})
+    assert_one_line(desk.run("worker", "start", "-y", file), "'grace_seconds' belongs into config_source")
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "1000000"])
+def test_an_absurd_concurrency(desk: Desk, number: str) -> None:
+    desk.launcher()
+    assert_one_line(desk.run("worker", "start", "--concurrency", number), "max_concurrent_runs must be between 1 and")
+
+
+def test_no_dagster_home(desk: Desk) -> None:
+    assert_one_line(desk.run("worker", "start", without=("DAGSTER_HOME",)), "set DAGSTER_HOME", "-y FILE")
+    file = desk.write("config.yaml", {"queue_url": desk.queue_url, "region_name": "us-east-1"})
+    started = desk.run("worker", "start", "-y", file, without=("DAGSTER_HOME",))
+    assert_one_line(started, "DAGSTER_HOME is not set", "same that the Dagster webserver and daemon use")
+
+
+def test_a_dagster_home_that_is_not_there(desk: Desk) -> None:
+    assert_one_line(desk.run("worker", "start", DAGSTER_HOME=str(desk.home / "nowhere")), "does not exist")
+    assert_one_line(desk.run("worker", "start", DAGSTER_HOME="home"), "must be an absolute path")
+
+
+def test_an_instance_with_another_launcher(desk: Desk) -> None:
+    desk.write("dagster.yaml", "telemetry: {enabled: false}")
+    assert_one_line(desk.run("worker", "start"), "DefaultRunLauncher", "TaskiqRunLauncher")
+
+
+@pytest.mark.parametrize(
+    ("document", "said"),
+    [
+        ("run_launcher: [", "not readable as YAML"),
+        ("run_lancher: {}", "run_lancher"),
+        ("run_launcher: {module: nowhere.at.all, class: Launcher}", "nowhere.at.all"),
+        ("storage: {postgres: {postgres_url: 'postgresql://127.0.0.1:1/none'}}", ""),
+    ],
+    ids=["no YAML", "unknown key", "unknown module", "database down"],
+)
+def test_a_dagster_yaml_that_does_not_load(desk: Desk, document: str, said: str) -> None:
+    desk.write("dagster.yaml", document)
+    assert_one_line(desk.run("worker", "start"), said)
+
+
+@pytest.mark.parametrize(
+    ("document", "said"),
+    [
+        ("queue_url: [", "not readable as YAML"),
+        ("- queue_url", "must be a mapping"),
+        ("", "no queue: set queue_url"),
+        ("execution: {config: {}}\nqueue_url: x", "'queue_url' has no place beside 'execution'"),
+        ("execution: {multiprocess: {}}", "only 'config' is known there"),
+        (b"\xff\xfe".decode("latin-1"), ""),
+    ],
+    ids=["no YAML", "a list", "empty", "beside execution", "another executor", "no text"],
+)
+def test_a_file_that_is_no_configuration(desk: Desk, document: str, said: str) -> None:
+    assert_one_line(desk.run("worker", "start", "-y", desk.write("config.yaml", document)), said)
+
+
+def test_a_file_that_is_not_there(desk: Desk) -> None:
+    assert_one_line(desk.run("worker", "start", "-y", str(desk.home / "nowhere.yaml")), "nowhere.yaml: no such file")
+
+
+def test_a_flag_that_does_not_exist_is_a_matter_of_usage(desk: Desk) -> None:
+    ended = desk.run("worker", "start", "--concurency", "2")
+    assert ended.code == 2
+    assert "--concurrency" in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_dev_with_a_file_and_a_module_is_a_matter_of_usage(desk: Desk) -> None:
+    assert desk.run("dev", "-f", desk.write("defs.py", ""), "-m", "defs").code == 2
+
+
+def test_dev_leaves_a_dagster_yaml_of_somebody_else_alone(desk: Desk) -> None:
+    desk.write("dagster.yaml", "telemetry: {enabled: false}")
+    assert_one_line(desk.run("dev", "--dagster-home", str(desk.home)), "choose another folder for --dagster-home")
+    assert (desk.home / "dagster.yaml").read_text() == "telemetry: {enabled: false}"
+
+
+def test_the_entrypoint_says_what_is_wrong_in_one_line(desk: Desk) -> None:
+    desk.launcher(queue_url=f"{desk.endpoint_url}/123456789012/nowhere")
+    assert_one_line(desk.run(script=ENTRYPOINT), "nowhere", "no such queue")
+    assert_one_line(desk.run(script=ENTRYPOINT, DAGSTER_TASKIQ_LOG_LEVEL="LOUD"), "DAGSTER_TASKIQ_LOG_LEVEL")
+    assert_one_line(desk.run(script=ENTRYPOINT, DAGSTER_TASKIQ_CREATE_QUEUES="please"), "must be 1 or 0")
