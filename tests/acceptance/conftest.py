@@ -1,0 +1,109 @@
+"""Fixtures with real processes: an emulator, Dagster homes, workers."""
+
+import os
+import shutil
+import tempfile
+import urllib.parse
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dagster import DagsterInstance
+from tests.support.moto import CREDENTIALS, create_queues, moto_server
+from tests.support.platform import Platform, write_home
+
+POSTGRES_VARIABLE = "DAGSTER_TASKIQ_TEST_POSTGRES_URL"
+REQUIRE_ALL_VARIABLE = "DAGSTER_TASKIQ_TEST_REQUIRE_ALL"
+DEFAULT_POSTGRES = "postgresql://postgres@127.0.0.1:5432/postgres"
+
+SNAPPY: Mapping[str, Any] = {
+    "wait_time_seconds": 1,
+    "visibility_timeout_seconds": 8,
+    "grace_seconds": 10,
+    "status_poll_seconds": 1,
+    "drain_seconds": 3,
+    "stop_timeout_seconds": 15,
+    "max_concurrent_runs": 8,
+}
+"""Settings that make the tests quick: moto wakes its waiting pollers once a second, so long polls are short."""
+
+PlatformFactory = Callable[..., Any]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def credentials() -> Iterator[None]:
+    """The emulator's credentials, for this process and the ones it starts."""
+    before = dict(os.environ)
+    os.environ.update(CREDENTIALS)
+    os.environ.pop("DAGSTER_HOME", None)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def endpoint() -> Iterator[str]:
+    with moto_server() as url:
+        yield url
+
+
+@contextmanager
+def open_platform(
+    endpoint: str,
+    *,
+    fifo: bool = False,
+    source: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Iterator[Platform]:
+    """A new home and new queues; everything is gone afterwards."""
+    with ExitStack() as stack:
+        home = Path(tempfile.mkdtemp(prefix="dagster-taskiq-"))
+        stack.callback(shutil.rmtree, home, ignore_errors=True)
+        queue_url = create_queues(endpoint, f"q-{uuid.uuid4().hex[:8]}", fifo)
+        write_home(home, queue_url, endpoint, source={**SNAPPY, **(source or {})}, extra=extra or {})
+        instance = stack.enter_context(DagsterInstance.from_config(str(home)))
+        yield Platform(home, queue_url, endpoint, instance)
+
+
+@pytest.fixture(scope="module")
+def platform(endpoint: str) -> Iterator[Platform]:
+    """Standard queues, SQLite, no worker."""
+    with open_platform(endpoint) as platform:
+        yield platform
+
+
+@pytest.fixture(scope="module")
+def working(endpoint: str) -> Iterator[Platform]:
+    """A platform of its own with one worker."""
+    with open_platform(endpoint) as platform, platform.worker("-n", "w"):
+        yield platform
+
+
+def missing(what: str) -> None:
+    """Skip, unless everything is required."""
+    if os.environ.get(REQUIRE_ALL_VARIABLE):
+        pytest.fail(f"{what}, and {REQUIRE_ALL_VARIABLE} is set", pytrace=False)
+    pytest.skip(what)
+
+
+@pytest.fixture
+def postgres() -> Iterator[str]:
+    """The URL of a new, empty database."""
+    import psycopg2  # type: ignore[import-untyped]
+    import psycopg2.extensions  # type: ignore[import-untyped]
+
+    base = os.environ.get(POSTGRES_VARIABLE, DEFAULT_POSTGRES)
+    name = f"dagster_taskiq_test_{uuid.uuid4().hex[:12]}"
+    try:
+        connection = psycopg2.connect(base, connect_timeout=3)
+    except psycopg2.OperationalError as error:
+        missing(f"no PostgreSQL server at {base} ({str(error).splitlines()[0]}); set {POSTGRES_VARIABLE}")
+    connection.set_isolation_level(psycopg2.extensions.ISOLATION_LEVEL_AUTOCOMMIT)
+    cursor = connection.cursor()
+    cursor.execute(f"CREATE DATABASE {name}")
+    yield urllib.parse.urlsplit(base)._replace(path=f"/{name}").geturl()
+    cursor.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    connection.close()

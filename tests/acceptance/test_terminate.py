@@ -1,0 +1,146 @@
+"""Whatever an op does, Terminate stops it: CANCELED, nothing alive, clean-up to its end."""
+
+import sqlite3
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from dagster import DagsterEventType, DagsterRunStatus
+from tests.support.platform import Platform
+
+from dagster_taskiq.events import Stage
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
+
+POLITE = ["sleepy_job", "busy_job", "retried_job", "holds_a_transaction_job"]
+LEAVES_PROCESSES = {
+    "runs_a_subprocess_job": "subprocess",
+    "double_forks_a_daemon_job": "daemon",
+    "has_a_setsid_grandchild_job": "grandchild",
+}
+STUBBORN = ["blocked_in_c_job", "carries_on_job"]
+
+
+def terminate(platform: Platform, run_id: str) -> None:
+    assert platform.launcher.terminate(run_id) is True
+    assert platform.finished(run_id) is DagsterRunStatus.CANCELED, platform.story(run_id)
+    platform.assert_nothing_left(run_id)
+    events = Counter(platform.events(run_id))
+    assert events[DagsterEventType.RUN_CANCELED] == 1
+    assert not events[DagsterEventType.RUN_FAILURE]
+    assert not events[DagsterEventType.RUN_SUCCESS]
+
+
+@pytest.mark.parametrize("job", POLITE)
+def test_a_polite_op_is_interrupted_and_cleans_up_exactly_once(working: Platform, job: str) -> None:
+    run_id = working.launch(job)
+    working.marked(run_id, "started")
+    terminate(working, run_id)
+    marks = Counter(working.marks(run_id))
+    assert marks["cleanup-begin"] == marks["cleanup-end"] == 1, marks
+    assert Stage.KILLED not in working.stages(run_id)
+
+
+def test_a_terminated_run_tells_its_story_in_order(working: Platform) -> None:
+    run_id = working.launch("sleepy_job")
+    working.marked(run_id, "started")
+    terminate(working, run_id)
+    story = [Stage.REACHED, Stage.INTERRUPTING, Stage.TREE_GONE]
+    assert [stage for stage in working.stages(run_id) if stage in story] == story
+    told = "\n".join(working.story(run_id))
+    assert "picked up by worker w-" in told
+    assert "Requested Taskiq task cancellation." in told
+    assert told.index("process tree gone") < told.index("PIPELINE_CANCELED")
+
+
+def test_an_open_transaction_is_rolled_back(working: Platform) -> None:
+    run_id = working.launch("holds_a_transaction_job")
+    working.marked(run_id, "started")
+    terminate(working, run_id)
+    database = Path(working.run(run_id).tags["marks"].replace("marks-", "database-"))
+    connection = sqlite3.connect(database)
+    assert connection.execute("SELECT count(*) FROM rows").fetchone() == (0,)
+    connection.close()
+
+
+@pytest.mark.parametrize("job", STUBBORN)
+def test_an_op_that_does_not_obey_is_killed_after_the_grace(working: Platform, job: str) -> None:
+    run_id = working.launch(job, grace=0.5)
+    working.marked(run_id, "started")
+    terminate(working, run_id)
+    assert Stage.KILLED in working.stages(run_id)
+    assert "slept" not in working.marks(run_id)
+
+
+@pytest.mark.parametrize(("job", "what"), LEAVES_PROCESSES.items())
+def test_what_an_op_started_is_gone_with_it(working: Platform, job: str, what: str) -> None:
+    run_id = working.launch(job)
+    pid = int(working.marked(run_id, what))
+    working.marked(run_id, "started")
+    assert Path(f"/proc/{pid}").exists()
+    terminate(working, run_id)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_an_op_with_a_retry_policy_is_not_tried_again(working: Platform) -> None:
+    run_id = working.launch("retried_job")
+    working.marked(run_id, "started")
+    terminate(working, run_id)
+    assert [mark.split()[0] for mark in working.marks(run_id)].count("started") == 1
+    assert Stage.KILLED not in working.stages(run_id)
+
+
+def test_after_a_swallowed_interrupt_no_further_step_begins(working: Platform) -> None:
+    run_id = working.launch("swallows_once_job")
+    working.marked(run_id, "started")
+    terminate(working, run_id)
+    assert "swallowed" in working.marks(run_id)
+    assert "afterwards" not in working.marks(run_id)
+
+
+def test_the_steps_of_a_multiprocess_run_clean_up_too(working: Platform) -> None:
+    run_id = working.launch("multiprocess_job")
+    working.marked(run_id, "started")
+    terminate(working, run_id)
+    marks = Counter(working.marks(run_id))
+    assert marks["cleanup-begin"] == marks["cleanup-end"]
+    assert Stage.KILLED not in working.stages(run_id)
+
+
+def test_a_second_click_changes_nothing(working: Platform) -> None:
+    run_id = working.launch("carries_on_job", grace=1)
+    working.marked(run_id, "started")
+    assert working.launcher.terminate(run_id)
+    working.marked(run_id, "swallowed")
+    assert working.launcher.terminate(run_id)
+    terminate(working, run_id)
+    assert working.marks(run_id).count("swallowed") == 1, "interrupted more than once"
+
+
+def test_a_process_that_a_run_leaves_behind_is_killed_and_named(working: Platform) -> None:
+    run_id = working.launch("leaves_a_daemon_job")
+    pid = int(working.marked(run_id, "daemon"))
+    assert working.finished(run_id) is DagsterRunStatus.SUCCESS
+    told = working.wait_for_stage(run_id, Stage.LEFT_BEHIND)
+    assert str(pid) in told
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_child_that_dies_makes_the_run_fail_with_the_reason(working: Platform) -> None:
+    run_id = working.launch("dies_job")
+    assert working.finished(run_id) is DagsterRunStatus.FAILURE
+    assert "exit code 17" in "\n".join(working.story(run_id))
+
+
+def test_a_child_that_is_killed_makes_the_run_fail_with_the_reason(working: Platform) -> None:
+    run_id = working.launch("sleepy_job")
+    pid = int(working.marked(run_id, "started"))
+    working.kill(pid)
+    assert working.finished(run_id) is DagsterRunStatus.FAILURE
+    assert "killed by SIGKILL, likely out of memory" in "\n".join(working.story(run_id))
+
+
+def test_a_job_that_fails_by_itself_is_a_failure(working: Platform) -> None:
+    run_id = working.launch("fails_job")
+    assert working.finished(run_id) is DagsterRunStatus.FAILURE
+    assert "as it should" in str(working.instance.all_logs(run_id))

@@ -1,0 +1,241 @@
+"""Jobs whose ops are hard, or a pleasure, to stop. Each op writes what it lived through into the file `marks`."""
+
+import contextlib
+import itertools
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+import dagster as dg
+
+
+class Marks(dg.Config):
+    marks: str
+    seconds: float = 300.0
+
+
+def mark(config: Marks, text: str) -> None:
+    with Path(config.marks).open("a") as file:
+        file.write(f"{text} {time.time()}\n")
+
+
+@dg.op
+def sleepy(config: Marks) -> None:
+    mark(config, f"started {os.getpid()}")
+    try:
+        time.sleep(config.seconds)
+        mark(config, "slept")
+    except BaseException:
+        mark(config, "interrupted")
+        raise
+    finally:
+        mark(config, "cleanup-begin")
+        time.sleep(0.05)
+        mark(config, "cleanup-end")
+
+
+@dg.op
+def busy(config: Marks) -> None:
+    mark(config, f"started {os.getpid()}")
+    until = time.monotonic() + config.seconds
+    try:
+        while time.monotonic() < until:
+            sum(range(1000))
+    except BaseException:
+        mark(config, "interrupted")
+        raise
+    finally:
+        mark(config, "cleanup-begin")
+        mark(config, "cleanup-end")
+
+
+@dg.op
+def blocked_in_c(config: Marks) -> None:
+    """One C call of many minutes that keeps the interpreter lock, so that no Python signal handler can run."""
+    mark(config, f"started {os.getpid()}")
+    deque(itertools.repeat(None, 10**12), maxlen=0)
+    mark(config, "slept")
+
+
+@dg.op
+def carries_on(config: Marks) -> None:
+    mark(config, f"started {os.getpid()}")
+    until = time.monotonic() + config.seconds
+    while time.monotonic() < until:
+        try:
+            time.sleep(0.05)
+        except BaseException:  # noqa: BLE001 - what some code of users does
+            mark(config, "swallowed")
+    mark(config, "slept")
+
+
+@dg.op
+def swallows_once(config: Marks) -> None:
+    """Swallows the interrupt and then ends as if nothing had happened."""
+    mark(config, f"started {os.getpid()}")
+    with contextlib.suppress(BaseException):
+        time.sleep(config.seconds)
+    mark(config, "swallowed")
+
+
+@dg.op(ins={"before": dg.In(dg.Nothing)})
+def afterwards(config: Marks) -> None:
+    mark(config, "afterwards")
+
+
+@dg.op(retry_policy=dg.RetryPolicy(max_retries=3, delay=0.1))
+def retried(config: Marks) -> None:
+    mark(config, f"started {os.getpid()}")
+    try:
+        time.sleep(config.seconds)
+    finally:
+        mark(config, "cleanup-begin")
+        mark(config, "cleanup-end")
+
+
+@dg.op
+def runs_a_subprocess(config: Marks) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    mark(config, f"subprocess {process.pid}")
+    mark(config, f"started {os.getpid()}")
+    process.wait()
+
+
+def leave_behind(config: Marks, name: str) -> None:
+    """A daemon in the classical way: two forks and a session of its own."""
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.setsid()
+        daemon = os.fork()
+        if daemon == 0:
+            os.execv(sys.executable, [sys.executable, "-c", "import time; time.sleep(300)"])
+        os.write(write, str(daemon).encode())
+        os._exit(0)
+    os.wait()
+    mark(config, f"{name} {os.read(read, 20).decode()}")
+
+
+@dg.op
+def double_forks_a_daemon(config: Marks) -> None:
+    leave_behind(config, "daemon")
+    mark(config, f"started {os.getpid()}")
+    time.sleep(config.seconds)
+
+
+@dg.op
+def has_a_setsid_grandchild(config: Marks) -> None:
+    code = (
+        "import subprocess, sys, time;"
+        "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)'], start_new_session=True);"
+        "print(p.pid, flush=True); time.sleep(300)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    mark(config, f"grandchild {process.stdout.readline().strip()}")
+    mark(config, f"started {os.getpid()}")
+    process.wait()
+
+
+class Transaction(Marks):
+    database: str
+
+
+@dg.op
+def holds_a_transaction(config: Transaction) -> None:
+    connection = sqlite3.connect(config.database, isolation_level=None)
+    connection.execute("CREATE TABLE IF NOT EXISTS rows (value INTEGER)")
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        connection.execute("INSERT INTO rows VALUES (1)")
+        mark(config, f"started {os.getpid()}")
+        time.sleep(config.seconds)
+        connection.execute("COMMIT")
+    finally:
+        mark(config, "cleanup-begin")
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        connection.close()
+        mark(config, "cleanup-end")
+
+
+@dg.op
+def quick(config: Marks) -> None:
+    mark(config, f"started {os.getpid()}")
+    time.sleep(min(config.seconds, 1.0))
+    mark(config, "cleanup-begin")
+    mark(config, "cleanup-end")
+
+
+@dg.op
+def fails() -> None:
+    raise RuntimeError("as it should")
+
+
+@dg.op
+def dies(config: Marks) -> None:
+    mark(config, f"started {os.getpid()}")
+    os._exit(17)
+
+
+@dg.op
+def leaves_a_daemon(config: Marks) -> None:
+    leave_behind(config, "daemon")
+
+
+def _job_of(op: dg.OpDefinition) -> dg.JobDefinition:
+    @dg.job(name=f"{op.name}_job", executor_def=dg.in_process_executor)
+    def job() -> None:
+        op()
+
+    return job
+
+
+sleepy_job = _job_of(sleepy)
+busy_job = _job_of(busy)
+blocked_in_c_job = _job_of(blocked_in_c)
+carries_on_job = _job_of(carries_on)
+retried_job = _job_of(retried)
+runs_a_subprocess_job = _job_of(runs_a_subprocess)
+double_forks_a_daemon_job = _job_of(double_forks_a_daemon)
+has_a_setsid_grandchild_job = _job_of(has_a_setsid_grandchild)
+holds_a_transaction_job = _job_of(holds_a_transaction)
+quick_job = _job_of(quick)
+fails_job = _job_of(fails)
+dies_job = _job_of(dies)
+leaves_a_daemon_job = _job_of(leaves_a_daemon)
+
+
+@dg.job(executor_def=dg.in_process_executor)
+def swallows_once_job() -> None:
+    afterwards(swallows_once())
+
+
+@dg.job(executor_def=dg.multiprocess_executor)
+def multiprocess_job() -> None:
+    sleepy.alias("first")()
+    sleepy.alias("second")()
+
+
+defs = dg.Definitions(
+    jobs=[
+        sleepy_job,
+        busy_job,
+        blocked_in_c_job,
+        carries_on_job,
+        retried_job,
+        runs_a_subprocess_job,
+        double_forks_a_daemon_job,
+        has_a_setsid_grandchild_job,
+        holds_a_transaction_job,
+        quick_job,
+        fails_job,
+        dies_job,
+        leaves_a_daemon_job,
+        swallows_once_job,
+        multiprocess_job,
+    ]
+)

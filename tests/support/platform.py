@@ -1,0 +1,211 @@
+"""A data platform in small: a DAGSTER_HOME, queues on an emulator, workers as real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from dagster import DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus
+from dagster._core.definitions.reconstruct import ReconstructableJob
+
+from dagster_taskiq.claims import notes
+from dagster_taskiq.events import Stage
+from dagster_taskiq.launcher import TaskiqRunLauncher
+from dagster_taskiq.process import find_processes
+from dagster_taskiq.tags import GRACE_SECONDS_TAG, TASK_ID_TAG
+from tests.support.waiting import wait_until
+
+JOBS = Path(__file__).parent / "jobs.py"
+FINISHED = {DagsterRunStatus.SUCCESS, DagsterRunStatus.FAILURE, DagsterRunStatus.CANCELED}
+
+
+@dataclass
+class WorkerProcess:
+    """A `dagster-taskiq worker start` of the test's own."""
+
+    process: subprocess.Popen[str]
+    lines: list[str] = field(default_factory=list)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def wait_ready(self) -> None:
+        wait_until(
+            lambda: any(" ready" in line for line in self.lines) or self.process.poll() is not None,
+            "worker is ready",
+            within=60,
+            seen=lambda: self.lines,
+        )
+        assert self.process.poll() is None, self.lines
+
+    def stop(self, number: int = signal.SIGTERM, within: float = 40) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(within)
+
+    def log(self) -> str:
+        return "".join(self.lines)
+
+
+@dataclass
+class Platform:
+    """What a test talks to. Every process that it starts is stopped by it."""
+
+    home: Path
+    queue_url: str
+    endpoint_url: str
+    instance: DagsterInstance
+    jobs: Path = JOBS
+
+    @property
+    def launcher(self) -> TaskiqRunLauncher:
+        launcher = self.instance.run_launcher
+        assert isinstance(launcher, TaskiqRunLauncher)
+        return launcher
+
+    def create(self, job: str, tags: Mapping[str, str] | None = None, **config: Any) -> DagsterRun:
+        recon = ReconstructableJob.for_file(str(self.jobs), job)
+        definition = recon.get_definition()
+        ops = definition.graph.node_dict
+        token = os.urandom(6).hex()
+        marks = self.home / f"marks-{token}"
+        if job == "holds_a_transaction_job":
+            config["database"] = str(self.home / f"database-{token}")
+        with_config = {name for name in ops if ops[name].definition.name != "fails"}
+        run_config = {"ops": {name: {"config": {"marks": str(marks), **config}} for name in with_config}}
+        return self.instance.create_run_for_job(
+            definition,
+            run_config=run_config,
+            tags={"marks": str(marks), **(tags or {})},
+            job_code_origin=recon.get_python_origin(),
+        )
+
+    def launch(self, job: str, *, grace: float | None = None, **config: Any) -> str:
+        tags = {GRACE_SECONDS_TAG: str(grace)} if grace is not None else {}
+        run = self.create(job, tags, **config)
+        self.instance.launch_run(run.run_id, workspace=None)  # type: ignore[arg-type]
+        return run.run_id
+
+    def run(self, run_id: str) -> DagsterRun:
+        run = self.instance.get_run_by_id(run_id)
+        assert run is not None
+        return run
+
+    def status(self, run_id: str) -> DagsterRunStatus:
+        return self.run(run_id).status
+
+    def task_id(self, run_id: str) -> str:
+        return self.run(run_id).tags[TASK_ID_TAG]
+
+    def marks(self, run_id: str) -> list[str]:
+        path = Path(self.run(run_id).tags["marks"])
+        return [line.rpartition(" ")[0] for line in path.read_text().splitlines()] if path.exists() else []
+
+    def marked(self, run_id: str, name: str, *, within: float = 30) -> str:
+        """Wait for a mark; returns what stands behind its name."""
+        found = wait_until(
+            lambda: [mark for mark in self.marks(run_id) if mark.split()[0] == name],
+            f"mark {name!r} of run {run_id}",
+            within=within,
+            seen=lambda: (self.status(run_id), self.marks(run_id), self.story(run_id)),
+        )
+        return found[-1].partition(" ")[2]
+
+    def finished(self, run_id: str, *, within: float = 30) -> DagsterRunStatus:
+        wait_until(
+            lambda: self.status(run_id) in FINISHED,
+            f"run {run_id} is finished",
+            within=within,
+            seen=lambda: (self.status(run_id), self.marks(run_id), self.story(run_id)),
+        )
+        return self.status(run_id)
+
+    def story(self, run_id: str) -> list[str]:
+        entries = self.instance.all_logs(run_id)
+        events = [entry.dagster_event for entry in entries]
+        return [f"{event.event_type_value}: {(event.message or '')[:200]}" for event in events if event is not None]
+
+    def events(self, run_id: str) -> list[DagsterEventType]:
+        entries = self.instance.all_logs(run_id)
+        return [entry.dagster_event.event_type for entry in entries if entry.dagster_event is not None]
+
+    def stages(self, run_id: str) -> list[Stage]:
+        return [stage for stage, _ in notes(self.instance, run_id)]
+
+    def wait_for_stage(self, run_id: str, stage: Stage) -> str:
+        """The facts of that engine event, as text."""
+        wait_until(lambda: stage in self.stages(run_id), f"{stage} of {run_id}", seen=lambda: self.story(run_id))
+        messages = [str(entry.dagster_event) for entry in self.instance.all_logs(run_id) if entry.dagster_event]
+        return next(message for message in messages if stage.value in message)
+
+    def kill(self, pid: int, number: int = signal.SIGKILL) -> None:
+        """Signal one process of a run of ours."""
+        os.kill(pid, number)
+
+    def processes(self, run_id: str) -> list[int]:
+        """Living processes of the run's tree, wherever they have gone."""
+        return find_processes(self.task_id(run_id))
+
+    def assert_nothing_left(self, run_id: str) -> None:
+        assert self.processes(run_id) == []
+
+    @contextmanager
+    def worker(
+        self, *arguments: str, env: Mapping[str, str] | None = None, ready: bool = True
+    ) -> Iterator[WorkerProcess]:
+        command = [sys.executable, "-m", "dagster_taskiq.cli", "worker", "start", *arguments]
+        process = subprocess.Popen(
+            command,
+            env=os.environ | {"DAGSTER_HOME": str(self.home)} | dict(env or {}),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        worker = WorkerProcess(process)
+        assert process.stdout is not None
+        pump = threading.Thread(target=lambda out: worker.lines.extend(out), args=(process.stdout,), daemon=True)
+        pump.start()
+        try:
+            if ready:
+                worker.wait_ready()
+            yield worker
+        finally:
+            try:
+                worker.stop()
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(5)
+                raise AssertionError(f"the worker did not stop within its bound: {worker.log()[-3000:]}") from None
+            finally:
+                pump.join(5)
+                process.stdout.close()
+
+
+def write_home(
+    home: Path, queue_url: str, endpoint_url: str, *, source: Mapping[str, Any], extra: Mapping[str, Any]
+) -> None:
+    """A dagster.yaml as an operator would write it."""
+    home.mkdir(parents=True, exist_ok=True)
+    launcher = {
+        "module": "dagster_taskiq.launcher",
+        "class": "TaskiqRunLauncher",
+        "config": {
+            "queue_url": queue_url,
+            "region_name": "us-east-1",
+            "endpoint_url": endpoint_url,
+            "config_source": dict(source),
+        },
+    }
+    document = {"run_launcher": launcher, "telemetry": {"enabled": False}, **extra}
+    (home / "dagster.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(document))))
