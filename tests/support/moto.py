@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import botocore.session
@@ -70,8 +71,9 @@ def _wait_until_it_answers(server: "subprocess.Popen[bytes]", port: int, within_
     raise RuntimeError(f"moto did not start within {within_s} s (exit code {server.poll()})")
 
 
+@lru_cache
 def sqs_client(endpoint: str, region: str = REGION) -> Any:
-    """A synchronous client, to look at queues from outside."""
+    """A synchronous client, to look at queues from outside. Shared, because making one takes a while."""
     session = botocore.session.Session()
     session.set_credentials("testing", "testing")
     return session.create_client(
@@ -84,11 +86,8 @@ def create_queues(endpoint: str, name: str, fifo: bool = False, visibility_timeo
     client = sqs_client(endpoint)
     ending = ".fifo" if fifo else ""
     attributes = {"FifoQueue": "true"} if fifo else {}
-    try:
-        for suffix, seconds in (("-steps", visibility_timeout_s), ("-cancels", 5), ("", visibility_timeout_s)):
-            url = client.create_queue(
-                QueueName=f"{name}{suffix}{ending}", Attributes={**attributes, "VisibilityTimeout": str(seconds)}
-            )["QueueUrl"]
-    finally:
-        client.close()
+    for suffix, seconds in (("-steps", visibility_timeout_s), ("-cancels", 5), ("", visibility_timeout_s)):
+        url = client.create_queue(
+            QueueName=f"{name}{suffix}{ending}", Attributes={**attributes, "VisibilityTimeout": str(seconds)}
+        )["QueueUrl"]
     return str(url)

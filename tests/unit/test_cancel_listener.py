@@ -1,0 +1,201 @@
+"""Whose cancel is it, and what becomes of its message: every case, without a queue and without waiting."""
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+from tests.support.eventually import eventually
+
+from dagster_taskiq.cancel_listener import LONGEST_SIT_OUT_S, SIT_OUT_S, CancelListener
+from dagster_taskiq.cancel_queue import ReceivedCancel
+from dagster_taskiq.cancellation import CancelChannel, CancelKind, Cancellation
+from dagster_taskiq.errors import QueueUnreachable
+from dagster_taskiq.messages import CancelRequest
+from dagster_taskiq.recently import Recently
+
+pytestmark = pytest.mark.anyio
+
+NOW = 1_000_000.0
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+class Queue:
+    """A cancel queue that gives what it is told to, and keeps a record."""
+
+    def __init__(self) -> None:
+        self.deleted: list[str] = []
+        self.handed_back: list[str] = []
+        self.receives: list[list[ReceivedCancel] | Exception] = []
+
+    async def receive_cancels(self) -> list[ReceivedCancel]:
+        if not self.receives:
+            await asyncio.Event().wait()
+        answer = self.receives.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def delete_cancels(self, cancels: Sequence[ReceivedCancel]) -> None:
+        self.deleted += [cancel.message_id for cancel in cancels]
+
+    async def hand_back_cancels(self, cancels: Sequence[ReceivedCancel]) -> None:
+        self.handed_back += [cancel.message_id for cancel in cancels]
+
+
+class Here:
+    """The worker: which tasks it runs, and what it was told to cancel."""
+
+    def __init__(self, *running: str) -> None:
+        self.running = running
+        self.cancelled: dict[str, Cancellation] = {}
+
+    def cancel(self, task_id: str, cancellation: Cancellation) -> bool:
+        if task_id not in self.running:
+            return False
+        self.cancelled[task_id] = cancellation
+        return True
+
+
+def cancel_of(
+    task_id: str, *, receive_count: int = 1, age_s: float = 0, message_id: str | None = None
+) -> ReceivedCancel:
+    request = CancelRequest(task_id, "why", "who", NOW - age_s)
+    return ReceivedCancel(request, message_id or f"m-{task_id}", "receipt", receive_count, NOW - age_s)
+
+
+class Over:
+    """The injected question, counted."""
+
+    def __init__(self, answer: bool | Exception) -> None:
+        self.answer = answer
+        self.asked = 0
+
+    async def __call__(self, task_id: str) -> bool:
+        self.asked += 1
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+def listener(queue: Queue, here: Here, is_over: Over | None = None) -> CancelListener:
+    return CancelListener(
+        queue,
+        here.cancel,
+        finished=Recently(),
+        cancel_ttl_s=120,
+        is_over=is_over,
+        now=lambda: NOW,
+        uniform=lambda low, high: (low + high) / 2,
+    )
+
+
+async def test_the_owner_cancels_and_deletes() -> None:
+    queue, here = Queue(), Here("t")
+    assert await listener(queue, here).hear([cancel_of("t", receive_count=3)]) == 0
+    assert queue.deleted == ["m-t"]
+    heard = here.cancelled["t"]
+    assert (heard.kind, heard.reason, heard.requested_by) == (CancelKind.REQUESTED, "why", "who")
+    assert (heard.channel, heard.attempt, heard.requested_at) == (CancelChannel.CANCEL_QUEUE, 3, NOW)
+
+
+async def test_anybody_else_hands_it_on_at_once_and_sits_out_only_when_it_comes_back() -> None:
+    queue, here = Queue(), Here()
+    listening = listener(queue, here)
+    assert await listening.hear([cancel_of("t")]) == 0
+    assert await listening.hear([cancel_of("u")]) == 0
+    assert await listening.hear([cancel_of("t", receive_count=2)]) == pytest.approx(SIT_OUT_S * 1.1)
+    assert await listening.hear([cancel_of("t", receive_count=9_999)]) == LONGEST_SIT_OUT_S
+    assert queue.handed_back == ["m-t", "m-u", "m-t", "m-t"]
+    assert queue.deleted == []
+
+
+async def test_it_is_remembered_for_work_that_comes_later() -> None:
+    listening = listener(Queue(), Here())
+    await listening.hear([cancel_of("t")])
+    ahead = listening.cancelled_ahead("t")
+    assert ahead is not None
+    assert ahead.reason == "why"
+    assert listening.cancelled_ahead("u") is None
+
+
+async def test_what_finished_here_needs_no_cancel() -> None:
+    queue = Queue()
+    listening = listener(queue, Here())
+    listening._finished.remember("t", True)
+    assert await listening.hear([cancel_of("t")]) == 0
+    assert queue.deleted == ["m-t"]
+
+
+async def test_what_nobody_claims_is_deleted_in_the_end_and_remembered() -> None:
+    queue = Queue()
+    listening = listener(queue, Here())
+    assert await listening.hear([cancel_of("t", age_s=121)]) == 0
+    assert queue.deleted == ["m-t"]
+    assert listening.cancelled_ahead("t") is not None
+
+
+async def test_an_old_cancel_of_running_work_still_counts() -> None:
+    here = Here("t")
+    await listener(Queue(), here).hear([cancel_of("t", age_s=500)])
+    assert "t" in here.cancelled
+
+
+async def test_it_asks_whether_work_is_over_only_when_a_message_comes_back() -> None:
+    queue, over = Queue(), Over(True)
+    listening = listener(queue, Here(), over)
+    await listening.hear([cancel_of("t")])
+    assert over.asked == 0
+    assert await listening.hear([cancel_of("t", receive_count=2)]) == 0
+    assert over.asked == 1
+    assert queue.deleted == ["m-t"]
+
+
+async def test_who_cannot_answer_is_no_reason_to_stop() -> None:
+    queue, over = Queue(), Over(RuntimeError("database is away"))
+    listening = listener(queue, Here(), over)
+    await listening.hear([cancel_of("t")])
+    await listening.hear([cancel_of("t")])
+    assert queue.handed_back == ["m-t", "m-t"]
+
+
+async def test_a_batch_is_sorted_one_by_one() -> None:
+    queue, here = Queue(), Here("mine")
+    listening = listener(queue, here)
+    await listening.hear([cancel_of("mine"), cancel_of("other"), cancel_of("old", age_s=999)])
+    assert sorted(queue.deleted) == ["m-mine", "m-old"]
+    assert queue.handed_back == ["m-other"]
+
+
+async def test_failing_receives_are_logged_once_and_survived(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dagster_taskiq.outage.random.uniform", lambda low, high: 0.0)
+    queue, here = Queue(), Here("t")
+    queue.receives = [QueueUnreachable("down"), QueueUnreachable("down"), QueueUnreachable("down"), [cancel_of("t")]]
+    running = asyncio.create_task(listener(queue, here).run())
+    await eventually(lambda: queue.deleted, "the cancel is heard after the outage")
+    running.cancel()
+    assert [message for message in caplog.messages if "cancel messages" in message] == [
+        "cannot receive cancel messages, trying again: down",
+        "can receive cancel messages again after 3 tries",
+    ]
+
+
+def test_memory_is_bounded_in_time_and_number() -> None:
+    now = 0.0
+    memory: Recently[int] = Recently(at_most=2, ttl_s=10, clock=lambda: now)
+    assert memory.remember("a", 1)
+    assert not memory.remember("a", 2)
+    assert memory.recall("a") == 2
+    memory.remember("b", 1)
+    memory.remember("c", 1)
+    assert "a" not in memory
+    now = 11
+    assert "c" not in memory
+    memory.remember("d", 1)
+    memory.forget("d")
+    assert "d" not in memory

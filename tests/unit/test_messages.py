@@ -1,0 +1,106 @@
+"""Cancel requests survive the wire, and garbage is refused with one kind of error."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dagster_taskiq.errors import MessageUnreadable
+from dagster_taskiq.messages import MAX_TEXT_LENGTH, CancelRequest, is_run_id, is_task_id
+
+TASK_IDS = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=256)
+TEXTS = st.none() | st.text(max_size=300)
+MOMENTS = st.none() | st.integers(min_value=0, max_value=4_000_000_000).map(float)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=10,
+)
+FIELDS = st.sampled_from(["version", "task_id", "reason", "requested_by", "requested_at", "other"])
+
+
+@given(TASK_IDS, TEXTS, TEXTS, MOMENTS)
+def test_what_is_written_is_read(
+    task_id: str, reason: str | None, requested_by: str | None, requested_at: float | None
+) -> None:
+    request = CancelRequest(task_id, reason, requested_by, requested_at)
+    assert CancelRequest.from_json(request.to_json()) == request
+
+
+@given(st.text())
+def test_any_text_is_read_or_refused(body: str) -> None:
+    _read_or_refuse(body)
+
+
+@given(JSON)
+def test_any_json_is_read_or_refused(value: Any) -> None:
+    _read_or_refuse(json.dumps(value))
+
+
+@given(st.dictionaries(FIELDS, JSON))
+def test_any_object_with_our_fields_is_read_or_refused(value: dict[str, Any]) -> None:
+    _read_or_refuse(json.dumps(value))
+
+
+@given(TASK_IDS, st.dictionaries(FIELDS, JSON))
+def test_what_is_read_is_bounded(task_id: str, others: dict[str, Any]) -> None:
+    request = _read_or_refuse(json.dumps({**others, "task_id": task_id, "version": 1}))
+    if request is not None:
+        assert len(request.reason or "") <= MAX_TEXT_LENGTH
+        assert len(request.requested_by or "") <= MAX_TEXT_LENGTH
+
+
+def _read_or_refuse(body: str) -> CancelRequest | None:
+    try:
+        return CancelRequest.from_json(body)
+    except MessageUnreadable as error:
+        assert str(error)  # noqa: PT017  both ways are right
+        return None
+
+
+def test_only_the_task_id_is_required() -> None:
+    assert CancelRequest.from_json('{"task_id": "t-1"}') == CancelRequest("t-1")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "",
+        "not json",
+        "[]",
+        "null",
+        '"t-1"',
+        "{}",
+        '{"task_id": ""}',
+        '{"task_id": "a b"}',
+        '{"task_id": 7}',
+        '{"task_id": "t", "version": 2}',
+        '{"task_id": "t", "version": true}',
+        '{"task_id": "t", "version": "1"}',
+        '{"task_id": "t", "reason": 1}',
+        "[" * 10_000,
+        json.dumps({"task_id": "t", "reason": "x" * 20_000}),
+        json.dumps({"task_id": "t" * 257}),
+    ],
+)
+def test_what_is_no_cancel_request_is_refused(body: str) -> None:
+    with pytest.raises(MessageUnreadable):
+        CancelRequest.from_json(body)
+
+
+def test_an_unreadable_moment_is_no_reason_to_refuse() -> None:
+    assert CancelRequest.from_json('{"task_id": "t", "requested_at": "yesterday"}').requested_at is None
+
+
+def test_a_task_id_that_could_not_be_read_back_is_not_sent() -> None:
+    with pytest.raises(MessageUnreadable, match="not a task id"):
+        CancelRequest("a b").to_json()
+
+
+def test_ids() -> None:
+    assert is_task_id("0123-abc")
+    assert not is_task_id(None)
+    assert is_run_id("0e4f2a7c-1111-2222-3333-444455556666")
+    assert not is_run_id("../../etc")
