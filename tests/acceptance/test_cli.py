@@ -4,17 +4,21 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import yaml
+from click.testing import CliRunner
+from tests.support.moto import CREDENTIALS, create_queues, free_port, sqs_client
 
-from support.moto import CREDENTIALS, create_queues, free_port, moto_server, sqs_client
+from dagster_taskiq.cli import main
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.xdist_group("cli")]
+pytestmark = pytest.mark.acceptance
 
 ENTRYPOINT = Path(__file__).parents[2] / "worker_entrypoint.py"
 COMMANDS = (
@@ -46,11 +50,22 @@ class Desk:
     endpoint_url: str
     queue_url: str
 
+    def environment(self, without: tuple[str, ...], environ: Mapping[str, str]) -> dict[str, str | None]:
+        """What is set, and (None) what is not."""
+        unset = dict.fromkeys(name for name in os.environ if name.startswith(("AWS_", "DAGSTER_")))
+        home = {"DAGSTER_HOME": str(self.home), "HOME": str(self.home)}
+        return unset | CREDENTIALS | home | dict(environ) | dict.fromkeys(without)
+
+    def ask(self, *arguments: str, without: tuple[str, ...] = (), **environ: str) -> Ended:
+        """Give a command in this process: quicker, for what ends before any work begins."""
+        result = CliRunner().invoke(main, arguments, env=self.environment(without, environ))
+        unforeseen = result.exception if not isinstance(result.exception, SystemExit) else None
+        return Ended(result.exit_code, result.stdout, result.stderr + "".join(format_exception(unforeseen)))
+
     def run(self, *arguments: str, script: Path | None = None, without: tuple[str, ...] = (), **environ: str) -> Ended:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "DAGSTER_"))}
-        environment = kept | CREDENTIALS | {"DAGSTER_HOME": str(self.home), "HOME": str(self.home)} | environ
-        for name in without:
-            environment.pop(name, None)
+        """Give a command as people do."""
+        wanted = {**os.environ, **self.environment(without, environ)}
+        environment = {name: value for name, value in wanted.items() if value is not None}
         program = [str(script)] if script else ["-m", "dagster_taskiq.cli"]
         done = subprocess.run(
             [sys.executable, *program, *arguments],
@@ -76,16 +91,9 @@ class Desk:
         return str(path)
 
 
-@pytest.fixture(scope="module")
-def endpoint_url() -> Iterator[str]:
-    with moto_server() as url:
-        yield url
-
-
 @pytest.fixture
-def desk(tmp_path: Path, endpoint_url: str) -> Desk:
-    queue_url = create_queues(endpoint_url, f"tasks-{tmp_path.name[-40:]}")
-    return Desk(tmp_path, endpoint_url, queue_url)
+def desk(tmp_path: Path, endpoint: str) -> Desk:
+    return Desk(tmp_path, endpoint, create_queues(endpoint, f"tasks-{uuid4()}"))
 
 
 def assert_one_line(ended: Ended, *said: str) -> None:
@@ -100,7 +108,7 @@ def assert_one_line(ended: Ended, *said: str) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_the_help_of_every_command_has_an_example(desk: Desk, command: list[str]) -> None:
-    ended = desk.run(*command)
+    ended = desk.ask(*command)
     assert ended.code == 0, ended
     assert "Example" in ended.out
     assert "dagster-taskiq " in ended.out.split("Example", 1)[1]
@@ -115,19 +123,19 @@ def test_help_is_quick_because_it_imports_neither_dagster_nor_botocore() -> None
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_queues_are_created_once_and_shown(desk: Desk, endpoint_url: str) -> None:
-    desk.launcher(queue_url=f"{endpoint_url}/123456789012/fresh.fifo")
-    assert_one_line(desk.run("queue", "status"), "fresh.fifo: no such queue", "dagster-taskiq queue create")
-    first = desk.run("queue", "create")
+def test_queues_are_created_once_and_shown(desk: Desk, endpoint: str) -> None:
+    desk.launcher(queue_url=f"{endpoint}/123456789012/fresh.fifo")
+    assert_one_line(desk.ask("queue", "status"), "fresh.fifo: no such queue", "dagster-taskiq queue create")
+    first = desk.ask("queue", "create")
     assert (first.code, first.out.count("created")) == (0, 3), first
-    second = desk.run("queue", "create")
+    second = desk.ask("queue", "create")
     assert (second.code, second.out.count("exists")) == (0, 3), second
 
-    shown = desk.run("queue", "status")
+    shown = desk.ask("queue", "status")
     assert shown.code == 0, shown
     assert "fresh-cancels.fifo" in shown.out
 
-    listed = {queue["role"]: queue for queue in json.loads(desk.run("queue", "status", "--json").out)}
+    listed = {queue["role"]: queue for queue in json.loads(desk.ask("queue", "status", "--json").out)}
     assert [listed[role]["name"] for role in ("work", "steps", "cancels")] == [
         "fresh.fifo",
         "fresh-steps.fifo",
@@ -142,7 +150,7 @@ def test_status_counts_what_waits(desk: Desk) -> None:
     client.send_message(QueueUrl=desk.queue_url, MessageBody="x")
     client.close()
     desk.launcher()
-    listed = json.loads(desk.run("queue", "status", "--json").out)
+    listed = json.loads(desk.ask("queue", "status", "--json").out)
     assert [(queue["role"], queue["visible"]) for queue in listed] == [("work", 1), ("steps", 0), ("cancels", 0)]
 
 
@@ -151,13 +159,13 @@ def test_settings_come_from_a_file_in_both_forms(desk: Desk, wrapped: bool) -> N
     bare = {"queue_url": {"env": "MY_QUEUE"}, "region_name": "us-east-1", "endpoint_url": desk.endpoint_url}
     executor = {"execution": {"config": {**bare, "max_concurrent": 3}}, "ops": {}}
     file = desk.write("config.yaml", executor if wrapped else bare)
-    ended = desk.run("queue", "status", "--config-yaml", file, without=("DAGSTER_HOME",), MY_QUEUE=desk.queue_url)
+    ended = desk.ask("queue", "status", "--config-yaml", file, without=("DAGSTER_HOME",), MY_QUEUE=desk.queue_url)
     assert ended.code == 0, ended
-    assert_one_line(desk.run("queue", "status", "-y", file), "environment variable MY_QUEUE, which is not set")
+    assert_one_line(desk.ask("queue", "status", "-y", file), "environment variable MY_QUEUE, which is not set")
 
 
 def test_the_environment_alone_is_enough(desk: Desk) -> None:
-    ended = desk.run(
+    ended = desk.ask(
         "queue",
         "status",
         without=("DAGSTER_HOME",),
@@ -216,17 +224,17 @@ def test_a_fifo_url_for_a_standard_queue(desk: Desk) -> None:
 )
 def test_a_setting_that_cannot_be(desk: Desk, config_source: dict[str, Any], said: str) -> None:
     desk.launcher(config_source)
-    assert_one_line(desk.run("worker", "start"), said)
+    assert_one_line(desk.ask("queue", "status"), said)
     bare = {"queue_url": desk.queue_url, "region_name": "us-east-1", "config_source": config_source}
-    assert_one_line(desk.run("worker", "start", "-y", desk.write("config.yaml", bare)), said)
+    assert_one_line(desk.ask("queue", "status", "-y", desk.write("config.yaml", bare)), said)
 
 
 def test_a_setting_in_the_wrong_place(desk: Desk) -> None:
     file = desk.write("config.yaml", {"queue_url": desk.queue_url, "region_name": "us-east-1", "grace_seconds": 5})
-    assert_one_line(desk.run("worker", "start", "-y", file), "'grace_seconds' belongs into config_source")
+    assert_one_line(desk.ask("queue", "status", "-y", file), "'grace_seconds' belongs into config_source")
 
 
-@pytest.mark.parametrize("number", ["0", "-1", "1000000"])
+@pytest.mark.parametrize("number", ["0", "1000000"])
 def test_an_absurd_concurrency(desk: Desk, number: str) -> None:
     desk.launcher()
     assert_one_line(desk.run("worker", "start", "--concurrency", number), "max_concurrent_runs must be between 1 and")
@@ -240,13 +248,13 @@ def test_no_dagster_home(desk: Desk) -> None:
 
 
 def test_a_dagster_home_that_is_not_there(desk: Desk) -> None:
-    assert_one_line(desk.run("worker", "start", DAGSTER_HOME=str(desk.home / "nowhere")), "does not exist")
-    assert_one_line(desk.run("worker", "start", DAGSTER_HOME="home"), "must be an absolute path")
+    assert_one_line(desk.ask("queue", "status", DAGSTER_HOME=str(desk.home / "nowhere")), "does not exist")
+    assert_one_line(desk.ask("queue", "status", DAGSTER_HOME="home"), "must be an absolute path")
 
 
 def test_an_instance_with_another_launcher(desk: Desk) -> None:
     desk.write("dagster.yaml", "telemetry: {enabled: false}")
-    assert_one_line(desk.run("worker", "start"), "DefaultRunLauncher", "TaskiqRunLauncher")
+    assert_one_line(desk.ask("queue", "status"), "DefaultRunLauncher", "TaskiqRunLauncher")
 
 
 @pytest.mark.parametrize(
@@ -261,7 +269,7 @@ def test_an_instance_with_another_launcher(desk: Desk) -> None:
 )
 def test_a_dagster_yaml_that_does_not_load(desk: Desk, document: str, said: str) -> None:
     desk.write("dagster.yaml", document)
-    assert_one_line(desk.run("worker", "start"), said)
+    assert_one_line(desk.ask("queue", "status"), said)
 
 
 @pytest.mark.parametrize(
@@ -277,11 +285,11 @@ def test_a_dagster_yaml_that_does_not_load(desk: Desk, document: str, said: str)
     ids=["no YAML", "a list", "empty", "beside execution", "another executor", "no text"],
 )
 def test_a_file_that_is_no_configuration(desk: Desk, document: str, said: str) -> None:
-    assert_one_line(desk.run("worker", "start", "-y", desk.write("config.yaml", document)), said)
+    assert_one_line(desk.ask("queue", "status", "-y", desk.write("config.yaml", document)), said)
 
 
 def test_a_file_that_is_not_there(desk: Desk) -> None:
-    assert_one_line(desk.run("worker", "start", "-y", str(desk.home / "nowhere.yaml")), "nowhere.yaml: no such file")
+    assert_one_line(desk.ask("queue", "status", "-y", str(desk.home / "nowhere.yaml")), "nowhere.yaml: no such file")
 
 
 def test_a_flag_that_does_not_exist_is_a_matter_of_usage(desk: Desk) -> None:
@@ -292,7 +300,7 @@ def test_a_flag_that_does_not_exist_is_a_matter_of_usage(desk: Desk) -> None:
 
 
 def test_dev_with_a_file_and_a_module_is_a_matter_of_usage(desk: Desk) -> None:
-    assert desk.run("dev", "-f", desk.write("defs.py", ""), "-m", "defs").code == 2
+    assert desk.ask("dev", "-f", desk.write("defs.py", ""), "-m", "defs").code == 2
 
 
 def test_dev_leaves_a_dagster_yaml_of_somebody_else_alone(desk: Desk) -> None:
