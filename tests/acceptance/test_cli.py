@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from traceback import format_exception
 from typing import Any
 from uuid import uuid4
 
@@ -59,8 +58,9 @@ class Desk:
     def ask(self, *arguments: str, without: tuple[str, ...] = (), **environ: str) -> Ended:
         """Give a command in this process: quicker, for what ends before any work begins."""
         result = CliRunner().invoke(main, arguments, env=self.environment(without, environ))
-        unforeseen = result.exception if not isinstance(result.exception, SystemExit) else None
-        return Ended(result.exit_code, result.stdout, result.stderr + "".join(format_exception(unforeseen)))
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception  # nobody foresaw it: a person would see a traceback
+        return Ended(result.exit_code, result.stdout, result.stderr)
 
     def run(self, *arguments: str, script: Path | None = None, without: tuple[str, ...] = (), **environ: str) -> Ended:
         """Give a command as people do."""
