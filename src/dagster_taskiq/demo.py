@@ -5,13 +5,13 @@ Knows Dagster's event log and the process table: what it says about a run, it ha
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from dagster import DagsterEventType, DagsterInstance, DagsterRunStatus, EventLogEntry, reconstructable
 
-from dagster_taskiq.crew import StopRequest, ToldToStop, stop_requests
+from dagster_taskiq.crew import StopRequest, stop_requests
 from dagster_taskiq.dev import Playground, playground
 from dagster_taskiq.errors import DagsterTaskiqError
 from dagster_taskiq.events import STAGE_KEY
@@ -106,8 +106,9 @@ class Demo:
         say("terminate(run_id) called" if accepted else "terminate(run_id) was refused")
         status = self._until_final(run_id, within_s=scene.grace_s + 30)
         left = self._what_is_left(idle, within_s=1)
-        moments = tuple(self._moments(run_id, terminated_at))
-        return Outcome(scene, run_id, moments, tuple(_complaints(scene, status, left, moments, accepted=accepted)))
+        called = Moment(0, "terminate", f"terminate({run_id!r}) called")
+        moments = tuple(sorted([called, *self._moments(run_id, terminated_at)], key=lambda moment: moment.ms))
+        return Outcome(scene, run_id, moments, tuple(complaints(scene, status, left, moments, accepted=accepted)))
 
     def _launch(self, scene: Scene) -> str:
         run = self._instance.create_run_for_job(
@@ -143,7 +144,7 @@ class Demo:
             raise DemoFailed(f"run {run_id} has disappeared")
         return run.status
 
-    def _what_is_left(self, idle: "Mapping[int, str] | Any", within_s: float) -> Mapping[int, str]:
+    def _what_is_left(self, idle: Collection[int], within_s: float) -> Mapping[int, str]:
         """Processes that were not there before the run; its keeper, which outlives it by a moment, gets that moment."""
         end = time.monotonic() + within_s
         while True:
@@ -152,8 +153,8 @@ class Demo:
                 return left
             self._wait(_TICK_S)
 
-    def _moments(self, run_id: str, zero: float) -> "list[Moment]":
-        entries = sorted(self._instance.all_logs(run_id), key=lambda entry: entry.timestamp)
+    def _moments(self, run_id: str, zero: float) -> list[Moment]:
+        entries = self._instance.all_logs(run_id)
         told = [(entry, described) for entry in entries if (described := _describe(entry))]
         return [Moment((entry.timestamp - zero) * 1000, what, text) for entry, (what, text) in told]
 
@@ -174,9 +175,9 @@ def _describe(entry: EventLogEntry) -> tuple[str, str] | None:
     return None
 
 
-def _complaints(
+def complaints(
     scene: Scene, status: DagsterRunStatus, left: Mapping[int, str], moments: tuple[Moment, ...], *, accepted: bool
-) -> "list[str]":
+) -> list[str]:
     """What is not as promised."""
     found = [] if accepted else ["terminate returned False"]
     if status is not DagsterRunStatus.CANCELED:
@@ -223,6 +224,3 @@ def _stay_within(request: StopRequest, seconds: float, deadline: float) -> None:
     if time.monotonic() > deadline:
         raise DemoFailed("the demo took too long; something does not move")
     request.wait(seconds)
-
-
-__all__ = ["SCENES", "DemoFailed", "Moment", "Outcome", "Scene", "ToldToStop", "run_demo"]

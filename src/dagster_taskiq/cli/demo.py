@@ -23,7 +23,8 @@ def demo() -> None:
       dagster-taskiq demo
     """
     from dagster_taskiq.cli.logs import log_to_stderr
-    from dagster_taskiq.demo import ToldToStop, run_demo
+    from dagster_taskiq.crew import ToldToStop
+    from dagster_taskiq.demo import run_demo
 
     log_to_stderr("ERROR")
     try:

@@ -1,0 +1,99 @@
+"""`dagster-taskiq dev` starts everything, and stops everything on one Ctrl-C or when a part of it dies."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from tests.support.household import clean_environment, processes_of
+from tests.support.waiting import wait_until
+
+from dagster_taskiq.crew import answers
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(120)]
+
+
+class Dev:
+    """A `dagster-taskiq dev` of the test's own."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self.process = process
+        self.lines: list[str] = []
+
+    def say(self) -> str:
+        return "\n".join(self.lines[-40:])
+
+    def told(self, pattern: str) -> str:
+        """Wait for a line; returns the first group of the pattern."""
+
+        def look() -> str | None:
+            found = re.search(pattern, "\n".join(self.lines))
+            assert found or self.process.poll() is None, self.say()
+            return found[1] if found else None
+
+        return wait_until(look, pattern, within=90, seen=self.say) or ""
+
+
+@contextmanager
+def dev(home: Path, *arguments: str) -> Iterator[Dev]:
+    command = [sys.executable, "-m", "dagster_taskiq.cli", "dev", *arguments]
+    process = subprocess.Popen(
+        command, env=clean_environment(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    running = Dev(process)
+    assert process.stdout is not None
+    pump = Thread(target=lambda out: running.lines.extend(map(str.rstrip, out)), args=(process.stdout,), daemon=True)
+    pump.start()
+    try:
+        yield running
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.wait(60)
+        pump.join(10)
+        process.stdout.close()
+
+
+def port_of(address: str) -> int:
+    return int(address.rsplit(":", 1)[-1])
+
+
+def test_one_ctrl_c_stops_everything(tmp_path: Path) -> None:
+    with dev(tmp_path) as running:
+        port = port_of(running.told(r"Dagster's UI: (\S+)"))
+        assert answers(port, "/server_info")
+        assert any("worker" in line and " ready" in line for line in running.lines), running.say()
+        running.process.send_signal(signal.SIGINT)
+        assert running.process.wait(50) == 0, running.say()
+        assert not answers(port, "/server_info")
+    wait_until(lambda: not processes_of(tmp_path), "everything is gone", seen=lambda: processes_of(tmp_path))
+    assert list(tmp_path.glob("dagster-taskiq-*")) == [], "the temporary home stays behind"
+
+
+def test_when_one_part_dies_it_says_which_and_stops_the_rest(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    with dev(tmp_path, "--dagster-home", str(home)) as running:
+        running.told(r"(Dagster's UI)")
+        (worker,) = [pid for pid, command in processes_of(tmp_path).items() if "worker start" in command]
+        os.kill(worker, signal.SIGKILL)
+        assert running.process.wait(60) == 1, running.say()
+    assert "Error: the worker process ended (killed by SIGKILL)" in running.say()
+    assert (home / "dagster.yaml").exists(), "a folder that was asked for is kept"
+    wait_until(lambda: not processes_of(tmp_path), "everything is gone", seen=lambda: processes_of(tmp_path))
+
+
+def test_ones_own_definitions_without_a_worker(tmp_path: Path) -> None:
+    definitions = tmp_path / "mine.py"
+    definitions.write_text("import dagster as dg\n@dg.asset\ndef mine(): ...\n")
+    with dev(tmp_path, "-f", str(definitions), "--no-worker") as running:
+        running.told(r"(another worker: DAGSTER_HOME=\S+ AWS_ACCESS_KEY_ID=\S+)")
+        running.told(r"(Dagster's UI)")
+        assert not [command for command in processes_of(tmp_path).values() if "worker start" in command]
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(50) == 0, running.say()

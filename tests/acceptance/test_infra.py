@@ -1,0 +1,139 @@
+"""The CloudFormation template: linted, deployed to an emulator, and a run cancelled through the queues that it made."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import botocore.session
+import pytest
+from dagster import DagsterInstance, DagsterRunStatus
+from tests.support.moto import CREDENTIALS, REGION, sqs_client
+from tests.support.platform import Platform, write_home
+
+from dagster_taskiq.sqs import queue_name, queue_urls
+
+pytestmark = pytest.mark.acceptance
+
+TEMPLATE: Final = Path(__file__).parents[2] / "infra" / "queues.yaml"
+# What launcher and worker call; see the broker.
+LAUNCHER_ACTIONS: Final = {"sqs:SendMessage", "sqs:GetQueueUrl", "sqs:GetQueueAttributes"}
+WORKER_ACTIONS: Final = {
+    "sqs:ReceiveMessage",
+    "sqs:DeleteMessage",
+    "sqs:ChangeMessageVisibility",
+    "sqs:GetQueueUrl",
+    "sqs:GetQueueAttributes",
+    "sqs:SendMessage",
+}
+
+
+@dataclass
+class Stack:
+    """A deployed template."""
+
+    name: str
+    endpoint: str
+    outputs: dict[str, str]
+
+    def url(self, output: str) -> str:
+        """A queue's URL as it is reached here: the emulator answers with one of AWS's own hosts."""
+        return self.endpoint + urlsplit(self.outputs[output]).path
+
+
+def client(service: str, endpoint: str) -> Any:
+    session = botocore.session.Session()
+    session.set_credentials(CREDENTIALS["AWS_ACCESS_KEY_ID"], CREDENTIALS["AWS_SECRET_ACCESS_KEY"])
+    return session.create_client(service, region_name=REGION, endpoint_url=endpoint)
+
+
+@pytest.fixture(params=["false", "true"], ids=["standard", "fifo"])
+def stack(request: pytest.FixtureRequest, endpoint: str) -> Iterator[Stack]:
+    name = f"stack-{uuid4().hex[:8]}"
+    parameters = {"QueueName": name, "Fifo": request.param, "VisibilityTimeout": "8"}
+    cloud = client("cloudformation", endpoint)
+    cloud.create_stack(
+        StackName=name,
+        TemplateBody=TEMPLATE.read_text(),
+        Capabilities=["CAPABILITY_IAM"],
+        Parameters=[{"ParameterKey": key, "ParameterValue": value} for key, value in parameters.items()],
+    )
+    (described,) = cloud.describe_stacks(StackName=name)["Stacks"]
+    assert described["StackStatus"] == "CREATE_COMPLETE", described
+    yield Stack(name, endpoint, {output["OutputKey"]: output["OutputValue"] for output in described["Outputs"]})
+    cloud.delete_stack(StackName=name)
+    cloud.close()
+
+
+def test_the_template_has_no_lint() -> None:
+    linter = Path(sys.executable).with_name("cfn-lint")
+    done = subprocess.run([linter, "-r", REGION, "--", TEMPLATE], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_queues_are_those_that_launcher_and_worker_derive(stack: Stack) -> None:
+    derived = queue_urls(stack.url("QueueUrl"))
+    assert derived["steps"] == stack.url("StepQueueUrl")
+    assert derived["cancels"] == stack.url("CancelQueueUrl")
+    sqs = sqs_client(stack.endpoint)
+    for role, url in derived.items():
+        attributes = sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["All"])["Attributes"]
+        assert attributes["VisibilityTimeout"] == ("5" if role == "cancels" else "8")
+        assert attributes["MessageRetentionPeriod"] == ("600" if role == "cancels" else "1209600")
+        assert "RedrivePolicy" not in attributes
+        assert (attributes.get("FifoQueue") == "true") is queue_name(url).endswith(".fifo")
+    sqs.close()
+
+
+def test_the_policies_allow_what_is_needed_and_nothing_else(stack: Stack) -> None:
+    assert allowed(stack, "LauncherPolicyArn") == dict.fromkeys(queues(stack), LAUNCHER_ACTIONS)
+    work, steps, cancels = queues(stack)
+    assert allowed(stack, "WorkerPolicyArn") == {
+        work: WORKER_ACTIONS - {"sqs:SendMessage"},
+        steps: WORKER_ACTIONS,
+        cancels: WORKER_ACTIONS,
+    }
+
+
+def queues(stack: Stack) -> list[str]:
+    return [queue_name(url) for url in queue_urls(stack.url("QueueUrl")).values()]
+
+
+def allowed(stack: Stack, output: str) -> dict[str, set[str]]:
+    """Which actions a policy allows on which queue."""
+    iam = client("iam", stack.endpoint)
+    arn = stack.outputs[output]
+    version = iam.get_policy(PolicyArn=arn)["Policy"]["DefaultVersionId"]
+    document = iam.get_policy_version(PolicyArn=arn, VersionId=version)["PolicyVersion"]["Document"]
+    iam.close()
+    document = json.loads(document) if isinstance(document, str) else document
+    found: dict[str, set[str]] = {}
+    for statement in document["Statement"]:
+        assert statement["Effect"] == "Allow"
+        actions = statement["Action"]
+        for resource in statement["Resource"]:
+            found.setdefault(resource.rsplit(":", 1)[-1], set()).update(
+                [actions] if isinstance(actions, str) else actions
+            )
+    return found
+
+
+@pytest.mark.slow
+def test_a_run_is_cancelled_through_the_queues_of_the_template(stack: Stack, tmp_path: Path) -> None:
+    queue_url = stack.url("QueueUrl")
+    # Long status polls: it is the cancel queue of the template that has to carry the cancellation.
+    source = {"wait_time_seconds": 1, "visibility_timeout_seconds": 8, "status_poll_seconds": 60, "cancel_ttl": 90}
+    write_home(tmp_path, queue_url, stack.endpoint, source=source, extra={})
+    with DagsterInstance.from_config(str(tmp_path)) as instance:
+        platform = Platform(tmp_path, queue_url, stack.endpoint, instance)
+        with platform.worker():
+            run_id = platform.launch("sleepy_job")
+            platform.marked(run_id, "started")
+            assert platform.launcher.terminate(run_id)
+            assert platform.finished(run_id) is DagsterRunStatus.CANCELED
+            platform.assert_nothing_left(run_id)
