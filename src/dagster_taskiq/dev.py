@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
+from dagster import DagsterInstance
 
 from dagster_taskiq.crew import (
     LOOPBACK,
@@ -79,16 +80,16 @@ class Playground:
         )
 
     def start_aws(self) -> None:
-        """Start the emulator, create the queues, write `dagster.yaml`."""
+        """Start the emulator; meanwhile write `dagster.yaml` and create the storage; then create the queues."""
         if find_spec("moto") is None or find_spec("flask") is None:
             raise StartFailed(f"the embedded AWS endpoint is missing; {_LOCAL_EXTRA}")
         port = free_port()
         self.endpoint_url = f"http://{LOOPBACK}:{port}"
         command = [sys.executable, "-m", "moto.server", "-H", LOOPBACK, "-p", str(port)]
         self._crew.start("aws", command, self.environment, quiet=True)
+        self._create_instance()
         self._crew.wait_until(lambda: answers(port, "/moto-api/"), within_s=30, what="the embedded AWS endpoint")
         self._create_queues()
-        self._write_instance()
 
     def _create_queues(self) -> None:
         # By the command line, in a process of its own: our own environment has no credentials for the emulator.
@@ -100,7 +101,13 @@ class Playground:
         if done.returncode != 0:
             raise StartFailed(f"the queues could not be created: {done.stderr.strip()}")
 
-    def _write_instance(self) -> None:
+    def _create_instance(self) -> None:
+        self._write_configuration()
+        # SQLite's tables, before several processes try to be the first: one of them would fail.
+        with DagsterInstance.from_config(str(self.home)):
+            pass
+
+    def _write_configuration(self) -> None:
         path = self.home / "dagster.yaml"
         if path.exists() and not path.read_text("utf-8").startswith(_OURS):
             raise StartFailed(f"{path} was not written by dagster-taskiq; choose another folder for --dagster-home")

@@ -5,7 +5,7 @@ import sys
 from typing import Final
 
 _STANDARD: Final = logging.makeLogRecord({}).__dict__.keys() | {"message", "asctime", "taskName"}
-_TALKATIVE: Final = ("aioboto3", "aiobotocore", "asyncio", "boto3", "botocore", "urllib3")
+_TALKATIVE: Final = ("aioboto3", "alembic", "aiobotocore", "asyncio", "boto3", "botocore", "urllib3")
 
 
 class WithExtra(logging.Formatter):
