@@ -157,6 +157,10 @@ class CancellableReceiver(Receiver):
         """Carry one message through: from receipt to exactly one settlement."""
         settle = _settling(message)
         task_id = self._task_id(message)
+        earlier = self._running.get(task_id or "")
+        if earlier is not None and earlier.over:
+            # A retry has the id of the first try, and may come before that is settled.
+            await earlier.settled.wait()
         if task_id is None:
             await settle(Settlement.LEAVE)
         elif self._finish is not None and self._finish.is_set():
@@ -185,7 +189,7 @@ class CancellableReceiver(Receiver):
     def _log_once(self, message: bytes | AckableMessage, text: str) -> None:
         key = message.message_id if isinstance(message, LeasedMessage) else str(hash(repr(message)))
         if self._unreadable.remember(key, True):
-            logger.warning("work message is left to expire: %s", " ".join(text.split())[:500])
+            logger.warning("work message is left to expire: %s", " ".join(text.split())[:200])
 
     async def _carry_through(
         self, task_id: str, message: bytes | AckableMessage, settle: Settle, *, raise_err: bool
