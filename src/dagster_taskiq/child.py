@@ -106,6 +106,7 @@ class _Fence:
         self._run_id = run_id
         self._voice = voice
         self._took_hold = False
+        self._canceling = False
 
     def note_interrupt(self) -> None:
         """An interrupt is being raised inside the op (or inside Dagster)."""
@@ -120,7 +121,7 @@ class _Fence:
         self._store(event, batch_metadata=batch_metadata)
         if kind is DagsterEventType.RUN_START:
             self._mend_canceling()
-        if kind in _BEFORE_MORE_WORK and self._voice.told_to_stop():
+        if kind in _BEFORE_MORE_WORK and (self._canceling or self._voice.told_to_stop()):
             # An op that swallowed the interrupt, or one with a RetryPolicy, would go on to its next step or attempt.
             raise core.DagsterExecutionInterruptedError
 
@@ -140,3 +141,4 @@ class _Fence:
             run = self._instance.get_run_by_id(self._run_id)
             if run is not None and run.status is DagsterRunStatus.STARTED:
                 self._instance.report_run_canceling(run)
+            self._canceling = True

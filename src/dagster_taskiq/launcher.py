@@ -136,24 +136,29 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
         return self._terminate(run, task_id)
 
     def _terminate(self, run: DagsterRun, task_id: str) -> bool:
+        waiting = run.status in (DagsterRunStatus.STARTING, DagsterRunStatus.NOT_STARTED)
+        # The doorbell rings while the status is being written: each takes some milliseconds, and the worker that
+        # hears it needs neither order. Only a run that may not have a worker yet must not leave a message behind.
+        request = None if waiting else self._request_cancel(task_id)
         if run.status is not DagsterRunStatus.CANCELING:
             self._instance.report_run_canceling(run)
             # It may have ended in between: the transition is unguarded, and nobody else would ever finish it.
             if mend_late_canceling(self._instance, run.run_id):
                 return False
-        if run.status in (DagsterRunStatus.STARTING, DagsterRunStatus.NOT_STARTED) and not self._owner(run.run_id):
+        if waiting and self._owner(run.run_id) is None:
             # Status written, then the claims read: a worker that claims from now on reads CANCELING.
             self._instance.report_run_canceled(run, "Canceled before a worker had picked it up.")
             return True
         try:
-            self._ask(lambda broker: broker.cancel_task(task_id, requested_by=events.UNKNOWN_AUTHOR)).result(
-                _REQUEST_TIMEOUT_S
-            )
+            (request or self._request_cancel(task_id)).result(_REQUEST_TIMEOUT_S)
         except (DagsterTaskiqError, TimeoutError, RuntimeError) as error:
             self._note(run, events.request_failed(str(error) or repr(error), self.settings.status_poll_seconds))
         else:
             self._note(run, events.requested(task_id))
         return True
+
+    def _request_cancel(self, task_id: str) -> "Future[None]":
+        return self._ask(lambda broker: broker.cancel_task(task_id, requested_by=events.UNKNOWN_AUTHOR))
 
     @property
     def supports_check_run_worker_health(self) -> bool:

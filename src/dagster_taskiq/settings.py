@@ -154,7 +154,7 @@ class Settings:
         if 0 < cancel_timeout_seconds <= self.grace_seconds + self.status_poll_seconds:
             raise SettingsError(
                 f"grace_seconds ({self.grace_seconds:g}) plus status_poll_seconds ({self.status_poll_seconds:g})"
-                f" must be less than run_monitoring.cancel_timeout_seconds ({cancel_timeout_seconds:g}) in dagster.yaml:"
+                f" must be less than run_monitoring.cancel_timeout_seconds ({cancel_timeout_seconds:g}):"
                 " lower the first or raise the last"
             )
 

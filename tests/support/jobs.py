@@ -112,7 +112,7 @@ def leave_behind(config: Marks, name: str) -> None:
         os.setsid()
         daemon = os.fork()
         if daemon == 0:
-            os.execv(sys.executable, [sys.executable, "-c", "import time; time.sleep(300)"])
+            os.execv(sys.executable, [sys.executable, "-c", "import time; time.sleep(300)"])  # noqa: S606 - our own interpreter
         os.write(write, str(daemon).encode())
         os._exit(0)
     os.wait()

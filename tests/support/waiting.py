@@ -8,7 +8,12 @@ _T = TypeVar("_T")
 
 
 def wait_until(
-    look: Callable[[], _T], description: str, *, within: float = 20.0, seen: Callable[[], object] | None = None
+    look: Callable[[], _T],
+    description: str,
+    *,
+    within: float = 20.0,
+    every: float = 0.02,
+    seen: Callable[[], object] | None = None,
 ) -> _T:
     """The first truthy answer of `look`. Fails after `within` seconds and prints what `seen` says."""
     deadline = time.monotonic() + within
@@ -19,4 +24,4 @@ def wait_until(
         if time.monotonic() > deadline:
             what = f"; seen: {seen()}" if seen is not None else f"; last answer: {answer!r}"
             raise AssertionError(f"not within {within:g} s: {description}{what}")
-        time.sleep(0.01)
+        time.sleep(every)
