@@ -13,6 +13,10 @@ _NO_HOME = "DAGSTER_HOME is not set"
 
 def explain(error: BaseException) -> str | None:
     """One line that says what is wrong and what to do; None for what nobody foresaw."""
+    if isinstance(error, BaseExceptionGroup):
+        parts = [explain(part) for part in error.exceptions]
+        known = [part for part in parts if part is not None]
+        return "; ".join(dict.fromkeys(known)) if len(known) == len(parts) else None
     if isinstance(error, DagsterTaskiqError):
         return _one_line(str(error))
     if isinstance(error, DagsterInvalidConfigError):
