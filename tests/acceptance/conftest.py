@@ -104,6 +104,7 @@ def postgres() -> Iterator[str]:
     connection.set_isolation_level(psycopg2.extensions.ISOLATION_LEVEL_AUTOCOMMIT)
     cursor = connection.cursor()
     cursor.execute(f"CREATE DATABASE {name}")
-    yield urllib.parse.urlsplit(base)._replace(path=f"/{name}").geturl()
+    # With the driver's name: without it SQLAlchemy 2.1 looks for psycopg 3, and dagster-postgres brings psycopg2.
+    yield urllib.parse.urlsplit(base)._replace(scheme="postgresql+psycopg2", path=f"/{name}").geturl()
     cursor.execute(f"DROP DATABASE {name} WITH (FORCE)")
     connection.close()
