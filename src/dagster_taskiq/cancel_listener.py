@@ -89,16 +89,17 @@ class CancelListener:
         done = [one for one in received if one.message_id in ours or self._needs_nobody(one)]
         others = [one for one in received if one not in done]
         again = [one for one in others if one.message_id in self._seen]
-        over = [one for one in again if await self._known_to_be_over(one.request.task_id)]
-        strangers = [one for one in others if one not in over]
-        for one in strangers:
+        first = [one for one in others if one not in again]
+        for one in others:
             self._ahead.remember(one.request.task_id, _cancellation(one))
             self._seen.remember(one.message_id, True)
-        await self._source.delete_cancels([*done, *over])
-        await self._source.hand_back_cancels(strangers)
+        await asyncio.gather(self._source.hand_back_cancels(first), self._source.delete_cancels(done))
+        over = [one for one in again if await self._known_to_be_over(one.request.task_id)]
+        again = [one for one in again if one not in over]
+        await asyncio.gather(self._source.hand_back_cancels(again), self._source.delete_cancels(over))
         # Polling at once would bring the same message to the same worker for ever; having seen it before, let it
         # visit the others. Meanwhile this worker is deaf, so it does so for no other reason.
-        return max((self._sit_out_s(one) for one in again if one not in over), default=0.0)
+        return max((self._sit_out_s(one) for one in again), default=0.0)
 
     def _needs_nobody(self, cancel: ReceivedCancel) -> bool:
         task_id = cancel.request.task_id

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ConfigDict
 from taskiq import AckableMessage, BrokerMessage
 from taskiq.abc.result_backend import AsyncResultBackend
+from taskiq.acks import AckController
 from taskiq_aws import SQSBroker
 
 from dagster_taskiq import sqs
@@ -24,7 +25,7 @@ from dagster_taskiq.cancel_queue import CancelQueue
 from dagster_taskiq.cancel_queue import CancelReport as CancelReport
 from dagster_taskiq.cancel_queue import ReceivedCancel as ReceivedCancel
 from dagster_taskiq.errors import AccessDenied, DagsterTaskiqError, MessageTooLarge, QueueError
-from dagster_taskiq.lease import Lease, to_the_end
+from dagster_taskiq.lease import Lease, Settle, to_the_end
 from dagster_taskiq.outage import Outage
 from dagster_taskiq.settlement import Settlement
 from dagster_taskiq.sqs_queue import Receipt, SQSQueue, grouping, history
@@ -211,3 +212,16 @@ class CancellableSQSBroker(SQSBroker):  # type: ignore[misc]  # taskiq_aws has n
 
 async def _hand_back(messages: Iterable[LeasedMessage]) -> None:
     await asyncio.gather(*[message.lease.settle(Settlement.HAND_BACK) for message in messages])
+
+
+def settling(message: bytes | AckableMessage) -> Settle:
+    """How to settle a message; without a lease, all that can be done is to acknowledge it."""
+    if isinstance(message, LeasedMessage):
+        return message.lease.settle
+    acks = AckController(message.ack if isinstance(message, AckableMessage) else None)
+
+    async def settle(settlement: Settlement, delay_s: int = 0) -> None:
+        if settlement is Settlement.DELETE and acks.is_ackable:
+            await acks.ack()
+
+    return settle

@@ -6,6 +6,7 @@ Knows taskiq and leases; hears cancels through `cancel_listener`. Knows no Dagst
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from logging import getLogger
 from types import MappingProxyType
 from typing import Any
@@ -16,11 +17,12 @@ from taskiq.receiver import Receiver
 from taskiq.receiver.receiver import _PrefetchedMessage, _QueueSignal, _StartedCallback
 
 from dagster_taskiq.cancel_listener import CancelListener
-from dagster_taskiq.cancellable_broker import CancellableSQSBroker, LeasedMessage
+from dagster_taskiq.cancellable_broker import CancellableSQSBroker, LeasedMessage, settling
 from dagster_taskiq.cancellation import CancelChannel, CancelKind, Cancellation
-from dagster_taskiq.lease import to_the_end
+from dagster_taskiq.errors import QueueUnreachable
+from dagster_taskiq.lease import Settle, to_the_end
 from dagster_taskiq.recently import Recently
-from dagster_taskiq.running import CURRENT, Settle, cancelled_result
+from dagster_taskiq.running import CURRENT, CancelledIsNoError, cancelled_result
 from dagster_taskiq.running import Running as Running
 from dagster_taskiq.running import current_work as current_work
 from dagster_taskiq.settlement import Settlement
@@ -30,6 +32,7 @@ logger = getLogger(__name__)
 _Queue = asyncio.Queue[_PrefetchedMessage | _QueueSignal]
 _SHUTDOWN = "the worker stops"
 _LOOK_UP_S = 0.5
+getLogger("taskiq.receiver.receiver").addFilter(CancelledIsNoError())
 
 
 class CancellableReceiver(Receiver):
@@ -87,6 +90,7 @@ class CancellableReceiver(Receiver):
         if self.run_startup:
             await self.broker.startup()
             self.run_startup = False  # the base must not do it again
+            await self._check_queues()
         self._finish = finish_event
         helpers: set[asyncio.Task[None]] = set()
         if isinstance(self.broker, CancellableSQSBroker) and self.broker.enable_cancellation:
@@ -104,6 +108,11 @@ class CancellableReceiver(Receiver):
         for task in failed:
             task.result()
         working.result()
+
+    async def _check_queues(self) -> None:
+        if isinstance(self.broker, CancellableSQSBroker):
+            with suppress(QueueUnreachable):  # that passes; what is missing or forbidden does not
+                await self.broker.check_queues()
 
     def _new_listener(self, broker: CancellableSQSBroker) -> CancelListener:
         return CancelListener(
@@ -143,7 +152,7 @@ class CancellableReceiver(Receiver):
         for message in messages:
             if message.owns_delivery_slot:
                 self.sem_prefetch.release()
-        await asyncio.gather(*[_settling(message.data)(Settlement.HAND_BACK) for message in messages])
+        await asyncio.gather(*[settling(message.data)(Settlement.HAND_BACK) for message in messages])
 
     def _start_callback(self, message: _PrefetchedMessage, *, owns_execution_slot: bool) -> _StartedCallback:
         started = super()._start_callback(message, owns_execution_slot=owns_execution_slot)
@@ -155,7 +164,7 @@ class CancellableReceiver(Receiver):
 
     async def callback(self, message: bytes | AckableMessage, raise_err: bool = False) -> None:
         """Carry one message through: from receipt to exactly one settlement."""
-        settle = _settling(message)
+        settle = settling(message)
         task_id = self._task_id(message)
         earlier = self._running.get(task_id or "")
         if earlier is not None and earlier.over:
@@ -279,16 +288,3 @@ class CancellableReceiver(Receiver):
             running.end(succeeded=not result.is_err)
             raise interrupted
         return result
-
-
-def _settling(message: bytes | AckableMessage) -> Settle:
-    """How to settle a message; without a lease, all that can be done is to acknowledge it."""
-    if isinstance(message, LeasedMessage):
-        return message.lease.settle
-    acks = AckController(message.ack if isinstance(message, AckableMessage) else None)
-
-    async def settle(settlement: Settlement, delay_s: int = 0) -> None:
-        if settlement is Settlement.DELETE and acks.is_ackable:
-            await acks.ack()
-
-    return settle

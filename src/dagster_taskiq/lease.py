@@ -33,6 +33,13 @@ class LeaseCalls(Protocol):
         """Visible to everybody after `delay_s`."""
 
 
+class Settle(Protocol):
+    """How to be rid of the message: a lease's `settle`."""
+
+    async def __call__(self, settlement: Settlement, delay_s: int = 0) -> None:
+        """Only the first call counts."""
+
+
 class Lease:
     """One received message: renewed from receipt (`start`) until it is settled or lost.
 
@@ -60,6 +67,7 @@ class Lease:
         self._hidden_until = self._received_at + visibility_timeout_s
         self._stop = asyncio.Event()
         self._renewal: asyncio.Task[None] | None = None
+        self._failing = False
         self._lost = False
         self._settled = False
 
@@ -157,8 +165,11 @@ class Lease:
         except LeaseLost:
             raise
         except (QueueError, TimeoutError) as error:
-            logger.warning("lease not renewed, trying again: %s", error, extra={"lease": self._name})
+            if not self._failing:
+                logger.warning("lease not renewed, trying again: %s", error, extra={"lease": self._name})
+            self._failing = True
             return False
+        self._failing = False
         self._hidden_until = now + timeout_s
         return True
 

@@ -10,14 +10,15 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextvars import ContextVar
-from logging import getLogger
-from typing import Any, Protocol
+from logging import Filter, LogRecord, getLogger
+from typing import Any
 
 from taskiq import TaskiqMessage, TaskiqResult
 from taskiq.exceptions import NoResultError
 
 from dagster_taskiq.cancellation import Cancellation, stronger
 from dagster_taskiq.errors import TaskCancelled
+from dagster_taskiq.lease import Settle
 from dagster_taskiq.settlement import AFTER_CANCEL, Settlement
 
 logger = getLogger(__name__)
@@ -28,13 +29,6 @@ CURRENT: ContextVar["Running"] = ContextVar("dagster_taskiq_running")
 def current_work() -> "Running":
     """The work that calls this, from inside a task function. Raises `LookupError` anywhere else."""
     return CURRENT.get()
-
-
-class Settle(Protocol):
-    """How to be rid of the message: a lease's `settle`."""
-
-    async def __call__(self, settlement: Settlement, delay_s: int = 0) -> None:
-        """Only the first call counts."""
 
 
 class Running:
@@ -173,6 +167,16 @@ class Running:
         # Retry middlewares look at this label of the message, and would send the task again.
         if self._message is not None:
             self._message.labels["retry_on_error"] = False
+
+
+class CancelledIsNoError(Filter):
+    """Keeps taskiq from logging an error with a traceback for each task that was cancelled because somebody asked."""
+
+    def filter(self, record: LogRecord) -> bool:
+        """Whether to log it."""
+        running = CURRENT.get(None)
+        error = record.exc_info[1] if record.exc_info else None
+        return running is None or running.cancellation is None or not isinstance(error, asyncio.CancelledError)
 
 
 def cancelled_result(message: TaskiqMessage) -> TaskiqResult[Any]:

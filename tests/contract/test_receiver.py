@@ -24,7 +24,7 @@ from tests.support.workers import Outside, broker_for, leftovers, working
 from dagster_taskiq.cancellable_broker import CancellableSQSBroker
 from dagster_taskiq.cancellable_receiver import CancellableReceiver, current_work
 from dagster_taskiq.cancellation import CancelKind, Cancellation
-from dagster_taskiq.errors import TaskCancelled
+from dagster_taskiq.errors import QueueMissing, TaskCancelled
 from dagster_taskiq.settlement import Settlement
 
 pytestmark = pytest.mark.anyio
@@ -104,7 +104,8 @@ class Bench:
     async def all_quiet(self) -> None:
         """Nothing runs, and no message is left on either queue."""
         await eventually(lambda: not self.receiver.running, "nothing runs")
-        assert (self.outside.work(), self.outside.cancels()) == ((0, 0), (0, 0))
+        look = self.outside
+        await eventually(lambda: (look.work(), look.cancels()) == ((0, 0), (0, 0)), "no message is left")
 
 
 @asynccontextmanager
@@ -146,6 +147,7 @@ async def test_a_cancelled_task_stops_cleans_up_and_is_not_tried_again(
         assert at.diary.cancelled == at.diary.cleaned_up == [task.task_id]
         await at.all_quiet()
     assert caplog.messages.count(f"Cancelling task {task.task_id}") == 1
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 async def test_a_task_that_fails_is_still_tried_again(queue_url: str, endpoint: str) -> None:
@@ -604,6 +606,13 @@ async def test_without_cancellation_work_is_done_all_the_same(standard_url: str,
         assert at.receiver.cancel(task.task_id, REQUESTED)
         assert isinstance(await error_of(task), TaskCancelled)
         await at.all_quiet()
+
+
+async def test_a_worker_without_queues_says_so_and_stops(standard_url: str, endpoint: str) -> None:
+    broker = broker_for(f"{standard_url}-not", endpoint)
+    with pytest.raises(QueueMissing, match="no such queue"):
+        await CancellableReceiver(broker, max_async_tasks=4).listen(asyncio.Event())
+    await broker.shutdown()
 
 
 async def test_outside_of_a_task_there_is_no_current_work() -> None:

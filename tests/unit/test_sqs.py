@@ -1,6 +1,9 @@
 """Queue names, and what the errors of SQS mean: one clear line each."""
 
+import asyncio
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import aiohttp
 import pytest
@@ -26,7 +29,7 @@ from dagster_taskiq.errors import (
     QueueMissing,
     QueueUnreachable,
 )
-from dagster_taskiq.sqs_queue import batches, group_id, grouping
+from dagster_taskiq.sqs_queue import SQSQueue, batches, group_id, grouping
 
 URL = "https://sqs.eu-west-1.amazonaws.com/123456789012/runs"
 
@@ -135,3 +138,43 @@ def test_grouping() -> None:
 def test_batches_are_of_ten() -> None:
     assert [len(batch) for batch in batches(range(25))] == [10, 10, 5]
     assert batches([]) == []
+
+
+class Client:
+    """Answers batches as told."""
+
+    def __init__(self, answer: dict[str, Any] | Exception) -> None:
+        self.meta = SimpleNamespace(region_name="eu-west-1")
+        self._answer = answer
+
+    async def _request(self, **_: Any) -> dict[str, Any]:
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return self._answer
+
+    send_message_batch = delete_message_batch = change_message_visibility_batch = _request
+
+
+def queue_with(answer: dict[str, Any] | Exception) -> SQSQueue:
+    async def client() -> Any:
+        return Client(answer)
+
+    return SQSQueue(URL, client)
+
+
+def test_a_batch_may_fail_in_part_or_as_a_whole() -> None:
+    refused = {"Failed": [{"Id": "1", "Code": "InternalError", "Message": "try again"}, {"Id": "2", "Code": "Other"}]}
+    bodies: list[tuple[str, dict[str, str]]] = [("a", {}), ("b", {}), ("c", {})]
+    assert asyncio.run(queue_with(refused).send_batch(bodies)) == {1: "try again", 2: "Other"}
+    assert asyncio.run(queue_with({}).send_batch(bodies)) == {}
+    failed = asyncio.run(queue_with(answer("AccessDenied")).send_batch(bodies))
+    assert sorted(failed) == [0, 1, 2]
+    assert "permissions" in failed[0]
+
+
+def test_what_cannot_be_deleted_or_handed_back_is_only_logged(caplog: pytest.LogCaptureFixture) -> None:
+    for reply in ({"Failed": [{"Id": "0", "Code": "ReceiptHandleIsInvalid"}]}, answer("RequestThrottled")):
+        queue = queue_with(reply)
+        asyncio.run(queue.delete_all(["receipt"]))
+        asyncio.run(queue.hand_back(["receipt"]))
+    assert sum("messages not" in text for text in caplog.messages) == 2
