@@ -96,7 +96,13 @@ class Playground:
         environment = {name: value for name, value in self.environment.items() if name != "DAGSTER_HOME"}
         environment |= {QUEUE_URL_VARIABLE: self.queue_url, ENDPOINT_URL_VARIABLE: self.endpoint_url}
         done = subprocess.run(  # noqa: S603 - our own interpreter and our own arguments
-            [*COMMAND_LINE, "queue", "create"], env=environment, capture_output=True, text=True, timeout=30, check=False
+            [*COMMAND_LINE, "queue", "create"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+            start_new_session=True,  # as all of them: a Ctrl-C is for us alone
         )
         if done.returncode != 0:
             raise StartFailed(f"the queues could not be created: {done.stderr.strip()}")

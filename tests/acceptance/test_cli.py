@@ -62,6 +62,12 @@ class Desk:
             raise result.exception  # nobody foresaw it: a person would see a traceback
         return Ended(result.exit_code, result.stdout, result.stderr)
 
+    def start(self, script: Path, **environ: str) -> "subprocess.Popen[str]":
+        """Start a program that stays."""
+        wanted = {**os.environ, **self.environment((), environ)}
+        environment = {name: value for name, value in wanted.items() if value is not None}
+        return subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, text=True)
+
     def run(self, *arguments: str, script: Path | None = None, without: tuple[str, ...] = (), **environ: str) -> Ended:
         """Give a command as people do."""
         wanted = {**os.environ, **self.environment(without, environ)}
@@ -299,6 +305,11 @@ def test_a_flag_that_does_not_exist_is_a_matter_of_usage(desk: Desk) -> None:
     assert "Traceback" not in ended.err
 
 
+def test_dev_without_the_extra_says_how_to_install_it(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dagster_taskiq.dev.find_spec", lambda name: None)
+    assert_one_line(desk.ask("dev"), "pip install 'dagster-taskiq[local]'")
+
+
 def test_dev_with_a_file_and_a_module_is_a_matter_of_usage(desk: Desk) -> None:
     assert desk.ask("dev", "-f", desk.write("defs.py", ""), "-m", "defs").code == 2
 
@@ -314,3 +325,18 @@ def test_the_entrypoint_says_what_is_wrong_in_one_line(desk: Desk) -> None:
     assert_one_line(desk.run(script=ENTRYPOINT), "nowhere", "no such queue")
     assert_one_line(desk.run(script=ENTRYPOINT, DAGSTER_TASKIQ_LOG_LEVEL="LOUD"), "DAGSTER_TASKIQ_LOG_LEVEL")
     assert_one_line(desk.run(script=ENTRYPOINT, DAGSTER_TASKIQ_CREATE_QUEUES="please"), "must be 1 or 0")
+
+
+def test_the_entrypoint_creates_queues_becomes_the_worker_and_stops_on_sigterm(desk: Desk) -> None:
+    desk.launcher({"wait_time_seconds": 1}, queue_url=f"{desk.endpoint_url}/123456789012/created-{uuid4()}")
+    with desk.start(ENTRYPOINT, DAGSTER_TASKIQ_CREATE_QUEUES="1") as worker:
+        assert worker.stdout is not None
+        lines = []
+        for line in worker.stdout:
+            lines.append(line)
+            if " is ready" in line:
+                break
+        assert sum(line.startswith("created queue created-") for line in lines) == 3, lines
+        assert len([line for line in lines if "ready" in line]) == 1
+        worker.terminate()
+        assert worker.wait(30) == 0
