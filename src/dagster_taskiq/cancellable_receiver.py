@@ -232,9 +232,7 @@ class CancellableReceiver(Receiver):
             await running.settle()
         finally:
             del self._running[running.task_id]
-            requested = running.cancellation is not None and running.cancellation.kind is CancelKind.REQUESTED
-            # A task that failed may have been sent again under its id: a cancel for that is not to be dropped.
-            if running.verdict()[0] is Settlement.DELETE and (running.succeeded or requested):
+            if running.finished:
                 self._finished.remember(running.task_id, True)
             running.settled.set()
 

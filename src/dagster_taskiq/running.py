@@ -16,7 +16,7 @@ from typing import Any
 from taskiq import TaskiqMessage, TaskiqResult
 from taskiq.exceptions import NoResultError
 
-from dagster_taskiq.cancellation import Cancellation, stronger
+from dagster_taskiq.cancellation import CancelKind, Cancellation, stronger
 from dagster_taskiq.errors import TaskCancelled
 from dagster_taskiq.lease import Settle
 from dagster_taskiq.settlement import AFTER_CANCEL, Settlement
@@ -60,6 +60,17 @@ class Running:
     def dropped(self) -> bool:
         """Whether it was cancelled before it began, and is not to begin."""
         return self.cancellation is not None and not self._begun and not self._start_cancelled
+
+    @property
+    def finished(self) -> bool:
+        """Whether nobody will ever work under this id again, so that a cancel for it has no addressee.
+
+        Not known of a task that failed, because it may have been sent again under its id; nor of work with a wish,
+        because it may have given way to the same work elsewhere.
+        """
+        requested = self.cancellation is not None and self.cancellation.kind is CancelKind.REQUESTED
+        over = self._wish is None and self.verdict()[0] is Settlement.DELETE
+        return over and (self.succeeded or requested)
 
     def settle_as(self, settlement: Settlement, delay_s: int = 0) -> None:
         """What the work itself wants to become of its message; wins over the table."""
