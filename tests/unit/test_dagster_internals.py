@@ -1,0 +1,89 @@
+"""What this package uses of Dagster's private parts: these tests say when they move."""
+
+import inspect
+import signal
+
+import pytest
+from dagster import DagsterEvent, DagsterEventType, DagsterInstance
+from dagster._core.execution import api
+from dagster._daemon.monitoring import run_monitoring
+
+from dagster_taskiq import dagster_internals as core
+
+
+def test_the_bodies_of_the_commands_take_what_we_give() -> None:
+    for body in (core._execute_run_command_body, core._resume_run_command_body):
+        assert list(inspect.signature(body).parameters) == [
+            "run_id",
+            "instance",
+            "write_stream_fn",
+            "set_exit_code_on_failure",
+        ]
+
+
+def test_an_interrupt_that_is_raised_is_noticed_and_one_that_is_captured_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(core.DagsterExecutionInterruptedError, "__init__", BaseException.__init__)
+    from dagster._utils.interrupts import raise_interrupts_as
+
+    noticed: list[str] = []
+    core.hook_interrupts(lambda: noticed.append("raised"))
+    with core.capture_interrupts():
+        signal.raise_signal(signal.SIGTERM)
+        assert core.check_captured_interrupt()
+        assert noticed == []
+        with (
+            pytest.raises(core.DagsterExecutionInterruptedError),
+            raise_interrupts_as(core.DagsterExecutionInterruptedError),
+        ):
+            pass
+    assert noticed == ["raised"]
+
+
+def test_every_event_passes_through_one_method_of_the_instance() -> None:
+    """The fence stands there."""
+    instance = DagsterInstance.ephemeral()
+    seen: list[object] = []
+    instance.handle_new_event = lambda event, *, batch_metadata=None: seen.append(event)  # type: ignore[method-assign]
+    event = DagsterEvent(DagsterEventType.RUN_SUCCESS.value, "job", message="")
+    instance.report_dagster_event(event, "run")
+    assert len(seen) == 1
+    parameters = inspect.signature(DagsterInstance.handle_new_event).parameters
+    assert list(parameters) == ["self", "event", "batch_metadata"]
+
+
+def test_an_event_log_entry_survives_its_way_through_the_channel() -> None:
+    instance = DagsterInstance.ephemeral()
+    seen: list[object] = []
+    instance.handle_new_event = lambda event, *, batch_metadata=None: seen.append(event)  # type: ignore[method-assign]
+    instance.report_dagster_event(DagsterEvent(DagsterEventType.RUN_SUCCESS.value, "job", message="done"), "run")
+    assert core.deserialize_entry(core.serialize_value(seen[0])) == seen[0]
+
+
+def test_dagster_still_counts_resumes_by_the_message_that_we_write() -> None:
+    assert core.RESUME_RUN_LOG_MESSAGE == run_monitoring.RESUME_RUN_LOG_MESSAGE
+    assert "RESUME_RUN_LOG_MESSAGE" in inspect.getsource(run_monitoring.count_resume_run_attempts)
+
+
+def test_dagster_itself_still_decides_by_the_status_when_a_run_worker_starts() -> None:
+    """The reasons for our preflight: should Dagster change its mind, look at the table again."""
+    source = inspect.getsource(api.execute_run_iterator)
+    assert "RUN_WORKER_RESTART" in source
+    assert "DagsterRunStatus.CANCELED" in source
+
+
+def test_the_status_transitions_are_still_unguarded() -> None:
+    """The reason for writing first and looking afterwards, on both sides."""
+    instance = DagsterInstance.ephemeral()
+    from dagster import job
+
+    @job
+    def nothing() -> None: ...
+
+    run = instance.create_run_for_job(nothing)
+    instance.report_run_canceled(run)
+    instance.report_dagster_event(DagsterEvent(DagsterEventType.RUN_SUCCESS.value, "nothing", message=""), run.run_id)
+    after = instance.get_run_by_id(run.run_id)
+    assert after is not None
+    assert after.status.value == "SUCCESS", "Dagster guards CANCELED now: parts of finalise.py can go"
