@@ -22,8 +22,8 @@ from dagster._core.launcher import (
 from dagster._core.storage.dagster_run import FINISHED_STATUSES
 from dagster._daemon.monitoring import RESUME_RUN_LOG_MESSAGE
 from dagster._serdes import ConfigurableClass, ConfigurableClassData, deserialize_value, serialize_value
-from dagster_shared.error import SerializableErrorInfo
 from dagster._utils.interrupts import capture_interrupts, check_captured_interrupt
+from dagster_shared.error import SerializableErrorInfo
 
 __all__ = [
     "FINISHED_STATUSES",

@@ -49,4 +49,7 @@ class TaskCancelled(DagsterTaskiqError):
 
     def __init__(self, reason: str | None = None) -> None:
         self.reason = reason
-        super().__init__(f"cancelled: {reason}" if reason else "cancelled")
+        super().__init__(reason)
+
+    def __str__(self) -> str:
+        return f"cancelled: {self.reason}" if self.reason else "cancelled"

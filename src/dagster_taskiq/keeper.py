@@ -13,6 +13,7 @@ Knows processes and signals; not asyncio, not what the child is for. Imports the
 import array
 import ctypes
 import gc
+import hashlib
 import importlib
 import json
 import os
@@ -27,15 +28,18 @@ from time import monotonic
 from typing import Any, Final
 
 PR_SET_PDEATHSIG: Final = 1
+PR_SET_NAME: Final = 15
 PR_SET_CHILD_SUBREAPER: Final = 36
 INTERRUPTS: Final = frozenset({signal.SIGTERM, signal.SIGINT})
 """Blocked from before the fork until the child's own handlers stand, so that none is lost and none kills too early."""
 MARK_VARIABLE: Final = "DAGSTER_TASKIQ_TASK"
 """In the environment of every child: by it a process is recognised that lost its keeper."""
+NAME_PREFIX: Final = "dagster-"
 MAX_REQUEST: Final = 1 << 20
 _FDS: Final = 2
 _POLL_WHILE_KILLING_S: Final = 0.02
 _NAMES_KEPT: Final = 5
+_NAME_LENGTH: Final = 15  # prctl(2): 16 bytes with the terminating one
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -45,6 +49,11 @@ def prctl(option: int, value: int) -> None:
     if _libc.prctl(option, value, 0, 0, 0) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+def name_for(mark: str) -> str:
+    """The name (`comm`) of a child: a process that it forks without executing anything keeps it."""
+    return NAME_PREFIX + hashlib.blake2s(mark.encode()).hexdigest()[: _NAME_LENGTH - len(NAME_PREFIX)]
 
 
 def serve_from_argv() -> None:
@@ -114,6 +123,7 @@ def _become_child(request: dict[str, Any], keeper: int, channel: socket.socket) 
     os.dup2(null, 0)
     os.close(null)
     os.environ[MARK_VARIABLE] = request["mark"]
+    _libc.prctl(PR_SET_NAME, name_for(request["mark"]).encode(), 0, 0, 0)
     if request["fresh"]:
         channel.set_inheritable(True)
         code = f"from {__name__} import run_fresh; run_fresh()"
@@ -219,13 +229,13 @@ class _Keeper:
         # The group in one go, so that it cannot spawn meanwhile; whoever left the group falls to us, its subreaper,
         # when its parent is dead, and is found on the next round. A pid of ours cannot be reused before we reap it.
         if self._leader_lives:
-            self._killed.setdefault(self._leader, _name(self._leader))
+            self._killed.setdefault(self._leader, command_of(self._leader))
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._leader, signal.SIGKILL)
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(self._leader, signal.SIGKILL)  # should it die before it led its group
         for pid in _children():
-            self._killed.setdefault(pid, _name(pid))
+            self._killed.setdefault(pid, command_of(pid))
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -267,7 +277,8 @@ def session_of(pid: int) -> int | None:
     return int(fields[3]) if fields and fields[0] not in "ZX" else None
 
 
-def _name(pid: int) -> str:
+def command_of(pid: int) -> str:
+    """The process's name (`comm`)."""
     try:
         return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
     except OSError:

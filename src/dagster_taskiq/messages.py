@@ -4,6 +4,7 @@ Whatever arrives is untrusted: it is bounded and checked field by field, and it 
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from dagster_taskiq.errors import MessageUnreadable
 CANCEL_MESSAGE_VERSION: Final = 1
 MAX_TASK_ID_LENGTH: Final = 256
 MAX_TEXT_LENGTH: Final = 1024
-_MAX_CANCEL_BODY: Final = 16 * 1024
+_MAX_CANCEL_BODY: Final = 64 * 1024
 _TASK_ID = re.compile(r"[\x21-\x7e]{1,256}")
 _RUN_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
@@ -90,7 +91,7 @@ def _moment(value: object) -> float | None:
         if isinstance(value, str):
             moment = datetime.fromisoformat(value[:64])
             return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
     except (ValueError, OverflowError):
         pass

@@ -81,7 +81,7 @@ class Child:
         for writer in (self._control, self._channel):
             if writer is not None:
                 writer.close()
-        await asyncio.gather(*self._readers)
+        await asyncio.wait(self._readers)
 
 
 def _write(writer: asyncio.StreamWriter | None, message: dict[str, Any]) -> None:
@@ -247,7 +247,8 @@ async def _hear_keeper(child: Child, reader: asyncio.StreamReader, hear_child: a
     if not child.exited.done():
         child.exited.set_result(-signal.SIGKILL)
     # The tree is gone, so the child's end of its channel is closed and all that it said can be read.
-    await asyncio.wait({hear_child})
+    await asyncio.wait({hear_child}, timeout=_STOP_TIMEOUT_S)
+    hear_child.cancel()
     child.gone.set_result(said[0])
 
 
@@ -262,7 +263,11 @@ def _kill_stragglers(leader: int, mark: str) -> tuple[str, ...]:
 
 
 def find_processes(mark: str, *, session: int | None = None) -> list[int]:
-    """Living processes that carry the mark in their environment, or belong to the session; this one excepted."""
+    """Living processes that carry the mark, or belong to the session; this one excepted.
+
+    The mark is in the environment of what was executed, and in the name of what was only forked.
+    """
+    name = keeper.name_for(mark)
     wanted = f"{keeper.MARK_VARIABLE}={mark}".encode()
     found = []
     for pid in keeper.processes():
@@ -273,6 +278,7 @@ def find_processes(mark: str, *, session: int | None = None) -> list[int]:
         except OSError:
             environment = []
         its_session = keeper.session_of(pid)
-        if its_session is not None and (its_session == session or wanted in environment):
+        marked = its_session == session or wanted in environment or keeper.command_of(pid) == name
+        if its_session is not None and marked:
             found.append(pid)
     return found

@@ -16,7 +16,7 @@ from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
 
-TIMES = int(os.environ.get("DAGSTER_TASKIQ_TEST_MOMENTS", "300"))
+TIMES = int(os.environ.get("DAGSTER_TASKIQ_TEST_MOMENTS", "200"))
 AT_ONCE = 6
 OP_SECONDS = 0.2
 

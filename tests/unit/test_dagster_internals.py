@@ -5,6 +5,8 @@ import signal
 
 import pytest
 from dagster import DagsterEvent, DagsterEventType, DagsterInstance
+from dagster._cli.api import _execute_run_command_body, _resume_run_command_body
+from dagster._core.events.log import EventLogEntry
 from dagster._core.execution import api
 from dagster._daemon.monitoring import run_monitoring
 
@@ -12,7 +14,7 @@ from dagster_taskiq import dagster_internals as core
 
 
 def test_the_bodies_of_the_commands_take_what_we_give() -> None:
-    for body in (core._execute_run_command_body, core._resume_run_command_body):
+    for body in (_execute_run_command_body, _resume_run_command_body):
         assert list(inspect.signature(body).parameters) == [
             "run_id",
             "instance",
@@ -55,7 +57,7 @@ def test_every_event_passes_through_one_method_of_the_instance() -> None:
 
 def test_an_event_log_entry_survives_its_way_through_the_channel() -> None:
     instance = DagsterInstance.ephemeral()
-    seen: list[object] = []
+    seen: list[EventLogEntry] = []
     instance.handle_new_event = lambda event, *, batch_metadata=None: seen.append(event)  # type: ignore[method-assign]
     instance.report_dagster_event(DagsterEvent(DagsterEventType.RUN_SUCCESS.value, "job", message="done"), "run")
     assert core.deserialize_entry(core.serialize_value(seen[0])) == seen[0]

@@ -45,8 +45,8 @@ class World:
 @pytest.fixture
 def world() -> Iterator[World]:
     with DagsterInstance.ephemeral() as instance:
-        world = World(instance, Claims(instance, 10, clock=lambda: world.now))
-        yield world
+        made: World = World(instance, Claims(instance, 10, clock=lambda: made.now))
+        yield made
 
 
 START, CANCELING = DagsterEventType.RUN_START, DagsterEventType.RUN_CANCELING

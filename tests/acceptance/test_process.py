@@ -1,0 +1,271 @@
+"""A child and its keeper: real processes, real signals."""
+
+import asyncio
+import os
+import signal
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import pytest
+
+from dagster_taskiq.cancellation import CancelKind, Cancellation
+from dagster_taskiq.errors import ChildStartFailed
+from dagster_taskiq.process import Child, ChildSpec, ForkServer, find_processes
+from dagster_taskiq.supervisor import Cancelled, ChildEnd, supervise, to_the_end
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
+
+
+@dataclass
+class Work:
+    """One supervised child, cancelled the way a receiver does it."""
+
+    server: ForkServer
+    target: str
+    grace_s: float = 5
+    argument: dict[str, Any] = field(default_factory=dict)
+    cancellation: Cancellation | None = None
+    child: Child | None = None
+    killings: int = 0
+    interruptions: int = 0
+    forked: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.mark = uuid.uuid4().hex
+        self.cancelled = Cancelled(lambda: self.cancellation)
+        self.task: asyncio.Task[ChildEnd] | None = None
+
+    async def fork(self, spec: ChildSpec) -> Child:
+        self.child = await self.server.fork(spec)
+        self.forked.set()
+        return self.child
+
+    def interrupting(self, pid: int, grace_s: float) -> None:
+        self.interruptions += 1
+
+    def killing(self, pid: int, waited_s: float) -> None:
+        self.killings += 1
+
+    def start(self) -> "Work":
+        spec = ChildSpec(f"tests.support.targets:{self.target}", self.argument, self.mark, self.grace_s, 0.2)
+        body = supervise(self, spec, self.cancelled, self, lambda: self.grace_s)
+        self.task = asyncio.create_task(to_the_end(body, self.cancelled))
+        return self
+
+    def cancel(self, kind: CancelKind = CancelKind.REQUESTED) -> None:
+        self.cancellation = self.cancellation or Cancellation(kind, "why", "who")
+        assert self.task is not None
+        self.task.cancel()
+
+    async def said(self, key: str) -> Any:
+        async def look() -> Any:
+            while True:
+                for message in self.child.messages if self.child is not None else ():
+                    if key in message:
+                        return message[key]
+                await asyncio.sleep(0.01)
+
+        return await asyncio.wait_for(look(), 20)
+
+    async def end(self) -> ChildEnd:
+        assert self.task is not None
+        end = await asyncio.wait_for(asyncio.shield(self.task), 30)
+        assert find_processes(self.mark, session=end.pid) == []
+        return end
+
+
+@asynccontextmanager
+async def server(**options: Any) -> AsyncIterator[ForkServer]:
+    server = ForkServer(preload=["tests.support.targets"], **options)
+    try:
+        yield server
+    finally:
+        await server.stop()
+    assert psutil.Process().children() == []
+
+
+def run(test: Callable[[ForkServer], Any], **options: Any) -> None:
+    async def body() -> None:
+        async with server(**options) as started:
+            await test(started)
+
+    asyncio.run(body())
+
+
+both_ways = pytest.mark.parametrize("fresh", [False, True], ids=["forkserver", "spawn"])
+
+
+@both_ways
+def test_a_child_leads_its_own_session_and_has_no_stdin(fresh: bool) -> None:
+    async def test(server: ForkServer) -> None:
+        work = Work(server, "ends", argument={"code": 7}).start()
+        end = await work.end()
+        assert end.exit_code == 7
+        assert end.messages[0] == {"stdin": "", "session": end.pid, "pid": end.pid}
+
+    run(test, fresh=fresh)
+
+
+@both_ways
+def test_the_intent_comes_before_the_signal(fresh: bool) -> None:
+    async def test(server: ForkServer) -> None:
+        work = Work(server, "polite").start()
+        await work.said("up")
+        work.cancel()
+        end = await work.end()
+        told = next(message for message in end.messages if "interrupted" in message)
+        assert '"intent": "REQUESTED"' in told["heard"]
+        assert '"by": "who"' in told["heard"]
+        assert (end.exit_code, end.killed, work.killings) == (0, (), 0)
+
+    run(test, fresh=fresh)
+
+
+def test_a_shutdown_interrupts_without_an_intent() -> None:
+    async def test(server: ForkServer) -> None:
+        work = Work(server, "polite").start()
+        await work.said("up")
+        work.cancel(CancelKind.SHUTDOWN)
+        end = await work.end()
+        # Nothing to read on the channel: the read fails, and with it the handler.
+        assert not any("interrupted" in message for message in end.messages)
+
+    run(test)
+
+
+@both_ways
+def test_a_signal_before_the_handlers_stand_is_not_lost(fresh: bool) -> None:
+    async def test(server: ForkServer) -> None:
+        work = Work(server, "slow_to_set_up").start()
+        await work.forked.wait()
+        work.cancel()
+        end = await work.end()
+        assert any("interrupted" in message for message in end.messages)
+        assert work.killings == 0
+
+    run(test, fresh=fresh)
+
+
+@both_ways
+def test_the_whole_tree_is_killed_wherever_it_hides(fresh: bool) -> None:
+    async def test(server: ForkServer) -> None:
+        work = Work(server, "stubborn", grace_s=0.3).start()
+        pids = await work.said("pids")
+        work.cancel()
+        work.cancel()  # a second cancel while the ladder runs orphans nothing
+        end = await work.end()
+        assert work.interruptions == work.killings == 1
+        assert end.killed_by == "SIGKILL"
+        assert not [pid for pid in pids if alive(pid)]
+
+    run(test, fresh=fresh)
+
+
+def test_a_tree_that_forks_faster_than_one_can_look_is_killed() -> None:
+    async def test(server: ForkServer) -> None:
+        work = Work(server, "storms", grace_s=0.5).start()
+        await work.said("up")
+        work.cancel()
+        end = await work.end()
+        assert end.kill_at is not None
+
+    run(test)
+
+
+def test_a_cancel_in_the_middle_of_the_start_orphans_nothing() -> None:
+    async def test(server: ForkServer) -> None:
+        for delay in (0.0, 0.0005, 0.001, 0.002, 0.004, 0.008) * 4:
+            work = Work(server, "polite").start()
+            await asyncio.sleep(delay)
+            work.cancel()
+            await work.end()
+            assert work.killings == 0
+
+    run(test)
+
+
+def test_a_child_that_has_finished_but_stays_is_killed_after_the_grace() -> None:
+    async def test(server: ForkServer) -> None:
+        work = Work(server, "finishes_but_stays", grace_s=0.3).start()
+        end = await work.end()
+        assert (work.interruptions, work.killings) == (0, 1)
+        assert end.killed_by == "SIGKILL"
+
+    run(test)
+
+
+def test_a_keeper_that_is_killed_takes_its_tree_with_it() -> None:
+    async def test(server: ForkServer) -> None:
+        work = Work(server, "stubborn").start()
+        pids = await work.said("pids")
+        assert work.child is not None
+        os.kill(psutil.Process(work.child.pid).ppid(), signal.SIGKILL)
+        end = await work.end()
+        assert end.exit_code == -signal.SIGKILL
+        assert not [pid for pid in pids if alive(pid)]
+
+    run(test)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_fork_server_that_is_killed_is_started_anew_and_its_children_go_on() -> None:
+    async def test(server: ForkServer) -> None:
+        before = Work(server, "polite").start()
+        await before.said("up")
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGKILL)
+        after = Work(server, "ends", argument={"code": 3}).start()
+        assert (await after.end()).exit_code == 3
+        before.cancel()
+        end = await before.end()
+        assert (end.exit_code, before.killings) == (0, 0)
+
+    run(test)
+
+
+def test_many_children_at_once() -> None:
+    async def test(server: ForkServer) -> None:
+        works = [Work(server, "ends", argument={"code": code}).start() for code in range(40)]
+        assert [(await work.end()).exit_code for work in works] == list(range(40))
+
+    run(test)
+
+
+def test_no_descriptor_and_no_task_is_left() -> None:
+    async def test(server: ForkServer) -> None:
+        await Work(server, "ends").start().end()
+        before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - descriptors
+        for _ in range(10):
+            await Work(server, "ends").start().end()
+        assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208 - descriptors
+        assert len(asyncio.all_tasks()) == 1
+
+    run(test)
+
+
+def test_modules_that_cannot_be_preloaded_are_named() -> None:
+    async def test() -> None:
+        bad = ForkServer(preload=["no_such_module_at_all"])
+        with pytest.raises(ChildStartFailed, match=r"no_such_module_at_all.*start_method: spawn"):
+            await bad.start()
+
+    asyncio.run(test())
+
+
+def test_modules_that_start_threads_are_refused() -> None:
+    async def test() -> None:
+        bad = ForkServer(warm_up="tests.support.targets:start_a_thread")
+        with pytest.raises(ChildStartFailed, match="started 1 threads"):
+            await bad.start()
+
+    asyncio.run(test())

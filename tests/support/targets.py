@@ -1,0 +1,90 @@
+"""What children do in tests of the process layer. Each is called as a child's target: argument, channel."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+
+INTERRUPTS = {signal.SIGTERM, signal.SIGINT}
+
+
+def say(channel: socket.socket, **message: Any) -> None:
+    channel.sendall(json.dumps(message).encode() + b"\n")
+
+
+def ends(argument: dict[str, Any], channel: socket.socket) -> int:
+    say(channel, stdin=os.read(0, 1).decode(), session=os.getsid(0), pid=os.getpid())
+    return int(argument.get("code", 0))
+
+
+def polite(argument: dict[str, Any], channel: socket.socket) -> int:
+    def handle(*_: object) -> None:
+        say(channel, interrupted=True, heard=channel.recv(4096, socket.MSG_DONTWAIT).decode())
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
+    say(channel, up=True)
+    time.sleep(300)
+    return 1
+
+
+def stubborn(argument: dict[str, Any], channel: socket.socket) -> int:
+    """Ignores the signal, and hides processes in every way there is."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
+    plain = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    apart = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.write(write, str(os.getpid()).encode())
+            time.sleep(300)
+        os._exit(0)
+    os.wait()
+    daemon = int(os.read(read, 20))
+    say(channel, pids=[plain.pid, apart.pid, daemon])
+    while True:
+        time.sleep(1)
+
+
+def finishes_but_stays(argument: dict[str, Any], channel: socket.socket) -> int:
+    """Its work is over, but a thread of its own keeps the process."""
+    import threading
+
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
+    threading.Thread(target=time.sleep, args=(300,)).start()
+    say(channel, finished=True)
+    return 0
+
+
+def slow_to_set_up(argument: dict[str, Any], channel: socket.socket) -> int:
+    """Stands its handlers late; signals are blocked until then."""
+    time.sleep(0.3)
+    return polite(argument, channel)
+
+
+def storms(argument: dict[str, Any], channel: socket.socket) -> int:
+    """Forks faster than one can look."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
+    say(channel, up=True)
+    until = time.monotonic() + 300
+    while time.monotonic() < until:
+        if os.fork() == 0:
+            os.setsid()
+            time.sleep(300)
+            os._exit(0)
+        time.sleep(0.002)
+    return 0
+
+
+def start_a_thread(argument: Any) -> None:
+    import threading
+
+    threading.Thread(target=time.sleep, args=(300,), daemon=True).start()
