@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 from dagster import DagsterEventType, DagsterInstance, DagsterRunStatus, EventLogEntry, reconstructable
 
@@ -20,7 +20,6 @@ from dagster_taskiq.tags import GRACE_SECONDS_TAG
 
 if TYPE_CHECKING:
     from dagster import JobDefinition
-    from dagster._core.workspace.context import BaseWorkspaceRequestContext
 
 FINAL: Final = frozenset({DagsterRunStatus.CANCELED, DagsterRunStatus.FAILURE, DagsterRunStatus.SUCCESS})
 _STATUS_EVENTS: Final = {
@@ -116,8 +115,8 @@ class Demo:
             tags={GRACE_SECONDS_TAG: f"{scene.grace_s:g}"},
             job_code_origin=reconstructable(scene.job).get_python_origin(),
         )
-        # The run record is all that is needed: no workspace, no code server.
-        self._instance.launch_run(run.run_id, cast("BaseWorkspaceRequestContext", None))
+        no_workspace: Any = None  # the run record is all that is needed: no workspace, no code server
+        self._instance.launch_run(run.run_id, no_workspace)
         return run.run_id
 
     def _until_under_way(self, scene: Scene, run_id: str) -> str:
