@@ -152,10 +152,13 @@ def index_stubbornly(context: dg.OpExecutionContext, config: StubbornConfig) -> 
     with subprocess.Popen(command, stdout=subprocess.PIPE) as helper:  # noqa: S603 - our own interpreter and script
         if helper.stdout is not None:
             helper.stdout.readline()
-        context.log.info(f"indexing stubbornly, with pid {helper.pid} to help")
         end = monotonic() + config.seconds
+        announced = False
         while monotonic() < end:
             try:
+                if not announced:
+                    context.log.info(f"indexing stubbornly, with pid {helper.pid} to help")
+                    announced = True
                 for _ in rows(paths):
                     if monotonic() >= end:
                         break
