@@ -7,7 +7,6 @@ its verdict to the supervisor, which writes the final state when the whole proce
 import json
 import signal
 import socket
-import sys
 import traceback
 from contextlib import suppress
 from typing import Any, Final
@@ -58,8 +57,6 @@ def run(argument: dict[str, Any], channel: socket.socket) -> int:
             # What comes now comes too late to matter, and must not tear the exit.
             signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
             voice.say(finished=True)
-            sys.stdout.flush()
-            sys.stderr.flush()
 
 
 def _run(argument: dict[str, Any], voice: "_Voice") -> int:

@@ -11,6 +11,7 @@ Knows processes and signals; not asyncio, not what the child is for. Imports the
 """
 
 import array
+import atexit
 import ctypes
 import gc
 import hashlib
@@ -21,6 +22,8 @@ import selectors
 import signal
 import socket
 import sys
+import threading
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -60,9 +63,7 @@ def serve_from_argv() -> None:
     """Entry of the fork server's process: `argv[1]` is its socket, `argv[2]` what to import and warm up, as JSON."""
     server = socket.socket(fileno=int(sys.argv[1]))
     work = serve(server, **json.loads(sys.argv[2]))
-    # Only a child comes here. It leaves the server's frames, so that the interpreter ends as any other would:
-    # non-daemon threads joined, exit handlers run, buffers flushed.
-    sys.exit(work())
+    _live_and_leave(work)  # only a child comes here
 
 
 def serve(server: socket.socket, *, preload: list[str], warm_up: str | None, argument: Any) -> Callable[[], int]:
@@ -138,7 +139,27 @@ def run_fresh() -> None:
     channel.set_inheritable(False)
     target, argument = sys.argv[2], json.loads(sys.argv[3])
     del sys.argv[1:]
-    sys.exit(_load(target)(argument, channel))
+    _live_and_leave(lambda: _load(target)(argument, channel))
+
+
+def _live_and_leave(work: Callable[[], int]) -> None:
+    """Do the work and end as an interpreter does: threads joined, exit handlers run, buffers flushed.
+
+    But without dismantling the interpreter module by module, which takes a cancelled run another 60 ms (measured).
+    """
+    code = 1
+    try:
+        code = work()
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except BaseException:  # noqa: BLE001 - printed as the interpreter would
+        traceback.print_exc()
+    finally:
+        threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001 - as multiprocessing ends its children
+        atexit._run_exitfuncs()  # noqa: SLF001
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 class _Keeper:

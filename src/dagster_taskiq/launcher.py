@@ -8,7 +8,7 @@ import logging
 import threading
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from typing import Any, Final, TypeVar
 
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _REQUEST_TIMEOUT_S: Final = 10
+_HEAD_START_S: Final = 0.05
 
 
 class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClass):
@@ -137,9 +138,12 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
 
     def _terminate(self, run: DagsterRun, task_id: str) -> bool:
         waiting = run.status in (DagsterRunStatus.STARTING, DagsterRunStatus.NOT_STARTED)
-        # The doorbell rings while the status is being written: each takes some milliseconds, and the worker that
-        # hears it needs neither order. Only a run that may not have a worker yet must not leave a message behind.
+        # The doorbell first, for the worker that hears it does not need the status; but a queue that does not answer
+        # must not keep the status from being written. Only a run that may not have a worker yet is looked at first,
+        # so that no message is left behind.
         request = None if waiting else self._request_cancel(task_id)
+        if request is not None:
+            wait({request}, timeout=_HEAD_START_S)
         if run.status is not DagsterRunStatus.CANCELING:
             self._instance.report_run_canceling(run)
             # It may have ended in between: the transition is unguarded, and nobody else would ever finish it.

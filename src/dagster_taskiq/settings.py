@@ -186,9 +186,7 @@ def _refuse_unknown(given: Mapping[str, Any], known: Iterable[str], where: str) 
         if key in known:
             continue
         every_key = (*TOP_LEVEL_KEYS, *SOURCE_KEYS)
-        close = difflib.get_close_matches(str(key), known, 1, 0.5) or difflib.get_close_matches(
-            str(key), every_key, 1, 0.5
-        )
+        close = difflib.get_close_matches(str(key), known, 1) or difflib.get_close_matches(str(key), every_key, 1)
         if not close:
             hint = f"known are: {', '.join(known)}"
         elif close[0] in known:
@@ -202,7 +200,7 @@ def _from_environment(values: dict[str, Any], config: Mapping[str, Any], environ
     queue_url = values.get("queue_url") or config.get("queue_url") or environ.get(QUEUE_URL_VARIABLE)
     if not queue_url:
         raise SettingsError(f"no queue: set queue_url in the configuration, or the variable {QUEUE_URL_VARIABLE}")
-    values["queue_url"] = queue_url
+    values["queue_url"] = _url("queue_url", queue_url)
     endpoint_url = values.get("endpoint_url") or config.get("endpoint_url") or environ.get(ENDPOINT_URL_VARIABLE)
     values["endpoint_url"] = endpoint_url or None
     region = values.get("region_name") or config.get("region_name")

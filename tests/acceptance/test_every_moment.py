@@ -14,7 +14,7 @@ from tests.acceptance.conftest import open_platform
 from tests.support.platform import FINISHED, Platform
 from tests.support.waiting import wait_until
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
+pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(400)]
 
 TIMES = int(os.environ.get("DAGSTER_TASKIQ_TEST_MOMENTS", "200"))
 AT_ONCE = 6

@@ -2,7 +2,7 @@
 
 import itertools
 
-from dagster_taskiq.cancellation import Cancellation, CancelKind, stronger
+from dagster_taskiq.cancellation import CancelKind, Cancellation, stronger
 from dagster_taskiq.settlement import AFTER_CANCEL, Settlement
 
 
