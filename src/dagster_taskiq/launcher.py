@@ -20,8 +20,8 @@ from taskiq.kicker import AsyncKicker
 from dagster_taskiq import dagster_internals as core
 from dagster_taskiq import events
 from dagster_taskiq.cancellable_broker import CancellableSQSBroker
-from dagster_taskiq.claims import Claims, write_note
-from dagster_taskiq.errors import DagsterTaskiqError
+from dagster_taskiq.claims import Claims, Owner, write_note
+from dagster_taskiq.errors import DagsterTaskiqError, QueueUnreachable
 from dagster_taskiq.finalise import mend_late_canceling
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.tags import TASK_ID_TAG
@@ -113,9 +113,15 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
             kicker: AsyncKicker[Any, Any] = AsyncKicker(task_name, broker, labels)
             await kicker.with_task_id(task_id).kiq(run_id=run.run_id)
 
-        self._ask(send).result(_REQUEST_TIMEOUT_S)
+        try:
+            self._ask(send).result(_REQUEST_TIMEOUT_S)
+        except TimeoutError as error:
+            raise QueueUnreachable(
+                f"{self.settings.queue_url} did not answer within {_REQUEST_TIMEOUT_S} s; the run was not launched."
+                " Look at the endpoint and at the network, then launch it again"
+            ) from error
         queue = self.settings.queue_url.rstrip("/").rpartition("/")[2]
-        write_note(self._instance, run, events.submitted(task_id, queue))
+        self._note(run, events.submitted(task_id, queue))
 
     def terminate(self, run_id: str) -> bool:
         """Have the run stopped; quick, and never raises for a run that exists.
@@ -206,7 +212,7 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
     def _claims(self) -> Claims:
         return Claims(self._instance, self.settings.dead_after_s)
 
-    def _owner(self, run_id: str) -> Any:
+    def _owner(self, run_id: str) -> Owner | None:
         return self._claims().owner(run_id)
 
     def _note(self, run: DagsterRun, note: events.Note) -> None:

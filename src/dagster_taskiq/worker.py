@@ -139,7 +139,13 @@ class Worker:
 
         async def still_ours(task_id: str) -> bool:
             run_id = work.watched.get(task_id)
-            return run_id is not None and await asyncio.to_thread(self._owns, run_id)
+            if run_id is None:
+                return False
+            try:
+                return await asyncio.to_thread(self._owns, run_id)
+            except Exception:  # nothing is killed because the database did not answer: the claim was ours and is
+                logger.exception("cannot read the claims; going on", extra={"run_id": run_id})
+                return True
 
         receiver.still_ours = still_ours
         return receiver

@@ -1,5 +1,6 @@
 """Whatever an op does, Terminate stops it: CANCELED, nothing alive, clean-up to its end."""
 
+import signal
 import sqlite3
 from collections import Counter
 from pathlib import Path
@@ -115,6 +116,29 @@ def test_a_second_click_changes_nothing(working: Platform) -> None:
     assert working.launcher.terminate(run_id)
     terminate(working, run_id)
     assert working.marks(run_id).count("swallowed") == 1, "interrupted more than once"
+
+
+def test_a_killed_run_gives_its_pool_slots_back(working: Platform) -> None:
+    storage = working.instance.event_log_storage
+    storage.set_concurrency_slots("scarce", 1)
+    run_id = working.launch("holds_a_pool_slot_job", grace=0.3)
+    working.marked(run_id, "started")
+    assert storage.get_concurrency_info("scarce").active_run_ids == {run_id}
+    terminate(working, run_id)
+    assert Stage.KILLED in working.stages(run_id)
+    assert not storage.get_concurrency_info("scarce").active_run_ids
+    again = working.launch("holds_a_pool_slot_job", seconds=0)
+    assert working.finished(again) is DagsterRunStatus.SUCCESS
+
+
+def test_a_signal_that_nobody_announced_is_an_interruption_not_a_cancellation(working: Platform) -> None:
+    run_id = working.launch("sleepy_job")
+    pid = int(working.marked(run_id, "started"))
+    working.kill(pid, signal.SIGTERM)
+    assert working.finished(run_id) is DagsterRunStatus.FAILURE
+    assert "No user initiated termination request was found" in "\n".join(working.story(run_id))
+    assert Counter(working.marks(run_id))["cleanup-end"] == 1
+    working.assert_nothing_left(run_id)
 
 
 def test_a_process_that_a_run_leaves_behind_is_killed_and_named(working: Platform) -> None:

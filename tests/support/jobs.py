@@ -73,6 +73,15 @@ def carries_on(config: Marks) -> None:
     mark(config, "slept")
 
 
+@dg.op(pool="scarce")
+def holds_a_pool_slot(config: Marks) -> None:
+    mark(config, f"started {os.getpid()}")
+    until = time.monotonic() + config.seconds
+    while time.monotonic() < until:
+        with contextlib.suppress(BaseException):
+            time.sleep(0.05)
+
+
 @dg.op
 def swallows_once(config: Marks) -> None:
     """Swallows the interrupt and then ends as if nothing had happened."""
@@ -199,6 +208,7 @@ busy_job = _job_of(busy)
 blocked_in_c_job = _job_of(blocked_in_c)
 carries_on_job = _job_of(carries_on)
 retried_job = _job_of(retried)
+holds_a_pool_slot_job = _job_of(holds_a_pool_slot)
 runs_a_subprocess_job = _job_of(runs_a_subprocess)
 double_forks_a_daemon_job = _job_of(double_forks_a_daemon)
 has_a_setsid_grandchild_job = _job_of(has_a_setsid_grandchild)
@@ -227,6 +237,7 @@ defs = dg.Definitions(
         blocked_in_c_job,
         carries_on_job,
         retried_job,
+        holds_a_pool_slot_job,
         runs_a_subprocess_job,
         double_forks_a_daemon_job,
         has_a_setsid_grandchild_job,
