@@ -13,9 +13,9 @@ from typing import Final, Protocol
 from dagster_taskiq.cancel_queue import ReceivedCancel
 from dagster_taskiq.cancellation import CancelChannel, CancelKind, Cancellation
 from dagster_taskiq.errors import QueueError
-from dagster_taskiq.lease import to_the_end
 from dagster_taskiq.outage import Outage
 from dagster_taskiq.recently import Recently
+from dagster_taskiq.to_the_end import to_the_end
 
 logger = getLogger(__name__)
 

@@ -25,10 +25,11 @@ from dagster_taskiq.cancel_queue import CancelQueue
 from dagster_taskiq.cancel_queue import CancelReport as CancelReport
 from dagster_taskiq.cancel_queue import ReceivedCancel as ReceivedCancel
 from dagster_taskiq.errors import AccessDenied, DagsterTaskiqError, MessageTooLarge, QueueError
-from dagster_taskiq.lease import Lease, Settle, to_the_end
+from dagster_taskiq.lease import Lease, Settle
 from dagster_taskiq.outage import Outage
 from dagster_taskiq.settlement import Settlement
 from dagster_taskiq.sqs_queue import Receipt, SQSQueue, grouping, history
+from dagster_taskiq.to_the_end import to_the_end
 
 if TYPE_CHECKING:
     from types_aiobotocore_sqs import SQSClient

@@ -20,12 +20,13 @@ from dagster_taskiq.cancel_listener import CancelListener
 from dagster_taskiq.cancellable_broker import CancellableSQSBroker, LeasedMessage, settling
 from dagster_taskiq.cancellation import CancelChannel, CancelKind, Cancellation
 from dagster_taskiq.errors import QueueUnreachable
-from dagster_taskiq.lease import Settle, to_the_end
+from dagster_taskiq.lease import Settle
 from dagster_taskiq.recently import Recently
 from dagster_taskiq.running import CURRENT, CancelledIsNoError, cancelled_result
 from dagster_taskiq.running import Running as Running
 from dagster_taskiq.running import current_work as current_work
 from dagster_taskiq.settlement import Settlement
+from dagster_taskiq.to_the_end import to_the_end
 
 logger = getLogger(__name__)
 

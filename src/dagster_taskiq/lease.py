@@ -2,12 +2,13 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from logging import getLogger
-from typing import Any, Final, Protocol, TypeVar
+from typing import Final, Protocol
 
 from dagster_taskiq.errors import LeaseLost, QueueError
 from dagster_taskiq.settlement import Settlement
+from dagster_taskiq.to_the_end import to_the_end
 
 logger = getLogger(__name__)
 
@@ -16,8 +17,6 @@ MAX_LEASE_S: Final = 43_200
 _MARGIN_S: Final = 5
 _SHORT_S: Final = 1.0
 _DELETE_TRIES: Final = 5
-
-_T = TypeVar("_T")
 
 
 class LeaseCalls(Protocol):
@@ -186,17 +185,3 @@ class Lease:
         logger.warning("lease lost: %s", error)
         if self._on_lost is not None:
             self._on_lost()
-
-
-async def to_the_end(body: Coroutine[Any, Any, _T], *, name: str) -> _T:
-    """Run it to its end even when this task is cancelled meanwhile; the cancellation is raised afterwards."""
-    task = asyncio.create_task(body, name=name)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        raise cancelled
-    return task.result()

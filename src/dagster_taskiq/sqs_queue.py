@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from dagster_taskiq import sqs
 from dagster_taskiq.errors import DagsterTaskiqError
-from dagster_taskiq.lease import to_the_end
 from dagster_taskiq.recently import Recently
+from dagster_taskiq.to_the_end import to_the_end
 
 if TYPE_CHECKING:
     from types_aiobotocore_sqs import SQSClient

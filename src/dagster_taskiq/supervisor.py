@@ -8,16 +8,15 @@ Knows children and cancellations; not Dagster, not SQS. What the end means for a
 import asyncio
 import logging
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import time
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from dagster_taskiq.cancellation import CancelKind, Cancellation
 from dagster_taskiq.process import Child, ChildSpec
 
 logger = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 
 class Processes(Protocol):
@@ -84,28 +83,14 @@ class Cancelled:
         await self._event.wait()
 
 
-async def to_the_end(body: Coroutine[Any, Any, _T], cancelled: Cancelled) -> _T:
-    """Run `body` to its end whatever happens to the calling task; its cancellation becomes an event for `body`.
-
-    So no await inside `body` can be torn, and a second `Task.cancel()` orphans nothing. The cancellation counts as
-    carried out when `body` returns, so it is not raised again.
-    """
-    task = asyncio.get_running_loop().create_task(body, name="to the end")
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError:
-            cancelled.note()
-    return task.result()
-
-
 async def supervise(
     processes: Processes, spec: ChildSpec, cancelled: Cancelled, observer: Observer, grace_s: Callable[[], float]
 ) -> ChildEnd:
     """Start the child and see it through; returns when its whole tree is gone. Raises `ChildStartFailed`.
 
-    Must run inside `to_the_end`. `grace_s` is asked when the interrupt is due: it depends on the kind of the
-    cancellation.
+    Must run inside `to_the_end` with `cancelled.note` for its cancellation, so that no await in here can be torn and
+    a second `Task.cancel()` orphans nothing. `grace_s` is asked when the interrupt is due: it depends on the kind of
+    the cancellation.
     """
     child = await processes.fork(spec)
     life = _Life(child, cancelled, observer)

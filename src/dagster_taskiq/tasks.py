@@ -26,8 +26,9 @@ from dagster_taskiq.preflight import Candidate, Decision, Step, WorkKind, prefli
 from dagster_taskiq.process import ChildSpec
 from dagster_taskiq.settings import Settings, grace_from_tag
 from dagster_taskiq.settlement import Settlement
-from dagster_taskiq.supervisor import Cancelled, ChildEnd, Processes, supervise, to_the_end
+from dagster_taskiq.supervisor import Cancelled, ChildEnd, Processes, supervise
 from dagster_taskiq.tags import GRACE_SECONDS_TAG
+from dagster_taskiq.to_the_end import to_the_end
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,9 @@ class RunWork:
         """See one message through. The cancellation of the calling task becomes an event (`to_the_end`)."""
         work = current_work()
         cancelled = Cancelled(lambda: work.cancellation)
-        await to_the_end(self._work(kind, run_id, work, cancelled), cancelled)
+        await to_the_end(
+            self._work(kind, run_id, work, cancelled), name=f"{kind} {run_id[:64]}", on_cancel=cancelled.note
+        )
 
     async def _work(self, kind: WorkKind, run_id: str, work: Running, cancelled: Cancelled) -> None:
         extra = {"run_id": run_id[:64], "task_id": work.task_id}

@@ -15,7 +15,8 @@ import pytest
 from dagster_taskiq.cancellation import CancelKind, Cancellation
 from dagster_taskiq.errors import ChildStartFailed
 from dagster_taskiq.process import Child, ChildSpec, ForkServer, find_processes
-from dagster_taskiq.supervisor import Cancelled, ChildEnd, supervise, to_the_end
+from dagster_taskiq.supervisor import Cancelled, ChildEnd, supervise
+from dagster_taskiq.to_the_end import to_the_end
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
 
@@ -53,7 +54,7 @@ class Work:
     def start(self) -> "Work":
         spec = ChildSpec(f"tests.support.targets:{self.target}", self.argument, self.mark, self.grace_s, 0.2)
         body = supervise(self, spec, self.cancelled, self, lambda: self.grace_s)
-        self.task = asyncio.create_task(to_the_end(body, self.cancelled))
+        self.task = asyncio.create_task(to_the_end(body, name="work", on_cancel=self.cancelled.note))
         return self
 
     def cancel(self, kind: CancelKind = CancelKind.REQUESTED) -> None:

@@ -299,8 +299,12 @@ async def test_or_it_is_started_to_see_for_itself(standard_url: str, endpoint: s
         seen.append(current_work().cancellation)
         current_work().settle_as(Settlement.DELETE)
 
+    async def over(task_id: str) -> bool:
+        return bool(seen)
+
     def told(receiver: CancellableReceiver) -> None:
         receiver.start_cancelled_work = True
+        receiver.is_over = over
 
     async with bench(standard_url, endpoint, told) as at:
         looking = at.broker.register_task(look, task_name="look")

@@ -21,7 +21,7 @@ LAYERS = [
     {"process", "sqs", "dagster_internals"},
     {"keeper"},
     {"events"},
-    {"cancellation", "settlement", "messages", "settings", "tags", "errors", "version"},
+    {"cancellation", "settlement", "messages", "settings", "tags", "errors", "version", "to_the_end"},
 ]
 
 FENCES = {
