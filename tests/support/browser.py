@@ -1,0 +1,227 @@
+"""Dagster's UI as a person sees it, in a headless Chromium, and the same runs as its GraphQL endpoint tells them.
+
+Knows the words on Dagster's pages; not what the jobs do, not how the processes behind the UI were started.
+"""
+
+import http.client
+import json
+import os
+import re
+import urllib.parse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from tests.support.waiting import wait_until
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+WITHIN_MS = 20_000
+
+_STORY = """
+query Story($id: ID!) {
+  runOrError(runId: $id) { ... on Run { status } }
+  logsForRun(runId: $id, limit: 1000) { ... on EventConnection { events {
+    ... on MessageEvent { message eventType stepKey }
+    ... on EngineEvent { metadataEntries { label ... on TextMetadataEntry { text } } }
+  } } }
+}
+"""
+_LAUNCH = """
+mutation Launch($params: ExecutionParams!) {
+  launchRun(executionParams: $params) {
+    __typename
+    ... on LaunchRunSuccess { run { runId } }
+    ... on PythonError { message }
+  }
+}
+"""
+_MARK_CANCELED = """
+mutation Mark($ids: [String!]!) {
+  terminateRuns(runIds: $ids, terminatePolicy: MARK_AS_CANCELED_IMMEDIATELY) {
+    ... on TerminateRunsResult { terminateRunResults { __typename } }
+  }
+}
+"""
+
+
+@contextmanager
+def chromium(executable: str) -> Iterator[Browser]:
+    """One browser with a new, empty profile. While it is open this thread counts as inside an event loop."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, headless=True, args=FLAGS)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@dataclass(frozen=True)
+class Event:
+    """One event of a run. `stage` is that of `dagster_taskiq.events`."""
+
+    kind: str
+    message: str
+    step: str | None
+    stage: str | None
+
+
+class Dagster:
+    """A webserver's GraphQL endpoint."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+
+    def ask(self, query: str, **variables: Any) -> dict[str, Any]:
+        connection = http.client.HTTPConnection(urllib.parse.urlsplit(self.address).netloc, timeout=20)
+        try:
+            body = json.dumps({"query": query, "variables": variables})
+            connection.request("POST", "/graphql", body, {"Content-Type": "application/json"})
+            answer = json.load(connection.getresponse())
+        finally:
+            connection.close()
+        assert "errors" not in answer, answer["errors"]
+        data: dict[str, Any] = answer["data"]
+        return data
+
+    def be_known(self) -> None:
+        """Dagster greets whoever opens a new instance with a dialog that covers everything; not us."""
+        self.ask("mutation { setNuxSeen }")
+
+    def launch(self, location: str, job: str) -> str:
+        """Start a run of a job with its default configuration."""
+        selector = {
+            "repositoryLocationName": location,
+            "repositoryName": "__repository__",
+            "jobName": job,
+        }
+        launched = self.ask(_LAUNCH, params={"selector": selector, "runConfigData": {}, "mode": "default"})["launchRun"]
+        assert launched["__typename"] == "LaunchRunSuccess", launched
+        return str(launched["run"]["runId"])
+
+    def mark_canceled(self, run_ids: list[str]) -> None:
+        """What the UI asks for when none of the runs can be terminated in the ordinary way."""
+        results = self.ask(_MARK_CANCELED, ids=run_ids)["terminateRuns"]["terminateRunResults"]
+        assert {result["__typename"] for result in results} == {"TerminateRunSuccess"}, results
+
+    def status(self, run_id: str) -> str:
+        return str(self.ask(_STORY, id=run_id)["runOrError"]["status"])
+
+    def events(self, run_id: str) -> list[Event]:
+        def stage(event: dict[str, Any]) -> str | None:
+            entries = event.get("metadataEntries") or []
+            return next((entry["text"] for entry in entries if entry["label"] == "dagster-taskiq/stage"), None)
+
+        found = self.ask(_STORY, id=run_id)["logsForRun"]["events"]
+        return [
+            Event(event["eventType"] or "LOG", event["message"] or "", event["stepKey"], stage(event))
+            for event in found
+            if event
+        ]
+
+    def story(self, run_id: str) -> str:
+        """All of it, for whoever reads why a test failed."""
+        lines = [f"{event.kind} {event.step or ''}: {event.message[:160]}" for event in self.events(run_id)]
+        return "\n".join([f"run {run_id} is {self.status(run_id)}", *lines])
+
+    def wait_for_event(self, run_id: str, wanted: Callable[[Event], bool], what: str, within: float = 30) -> Event:
+        found = wait_until(
+            lambda: [event for event in self.events(run_id) if wanted(event)],
+            f"{what} of run {run_id}",
+            within=within,
+            every=0.1,
+            seen=lambda: self.story(run_id),
+        )
+        return found[0]
+
+    def wait_for_status(self, run_id: str, status: str, within: float = 30) -> None:
+        wait_until(
+            lambda: self.status(run_id) == status,
+            f"run {run_id} is {status}",
+            within=within,
+            every=0.1,
+            seen=lambda: self.story(run_id),
+        )
+
+
+class Screen:
+    """One tab that looks at Dagster's UI."""
+
+    def __init__(self, page: Page, address: str, pictures: Path) -> None:
+        self.page = page
+        self.address = address
+        self._pictures = pictures
+
+    def open_run(self, run_id: str) -> None:
+        self.page.goto(f"{self.address}/runs/{run_id}")
+
+    def launch(self, location: str, job: str) -> str:
+        """Open the job's launchpad and press its button; afterwards the page shows the run."""
+        self.page.goto(f"{self.address}/locations/{location}/jobs/{job}/playground")
+        self.page.get_by_role("button", name="Launch Run").click()
+        self.page.wait_for_url(re.compile(r"/runs/[0-9a-f-]{36}"))
+        found = re.search(r"/runs/([0-9a-f-]{36})", self.page.url)
+        assert found
+        return found[1]
+
+    def reads(self, status: str) -> None:
+        """Wait until the run's badge says so."""
+        expect(self.page.get_by_text(status, exact=True).first).to_be_visible()
+
+    def terminate(self, *, force: bool = False) -> str:
+        """Press *Terminate*, then confirm. Returns what the dialog said before that."""
+        # Its accessible name begins with that of its icon.
+        self.page.get_by_role("button", name=re.compile(r"\bTerminate$")).click()
+        dialog = self.page.get_by_role("dialog")
+        confirm = dialog.get_by_role("button", name=re.compile(r"\b\d+ runs?$"))
+        confirm.wait_for()
+        if force:
+            # Its own <input> is invisible: people click the words.
+            dialog.get_by_text("Force termination immediately").click()
+        said = dialog.inner_text()
+        self.picture("dialog")
+        confirm.click()
+        # It says "Done", and goes by itself as soon as the page knows that the run is over.
+        return said
+
+    def picture(self, name: str) -> Path:
+        path = self._pictures / f"{name}.png"
+        self.page.screenshot(path=path)
+        return path
+
+
+@contextmanager
+def screen(browser: Browser, address: str, pictures: Path, also: Callable[[], str]) -> Iterator[Screen]:
+    """A new tab. What it shows when a test fails goes into the test's report, with what `also` says."""
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    page.set_default_timeout(WITHIN_MS)
+    expect.set_options(timeout=WITHIN_MS)
+    shown = Screen(page, address, pictures)
+    try:
+        yield shown
+    except BaseException as error:
+        error.add_note(f"the page ({page.url}, {shown.picture('failed')}) read:\n{page.inner_text('body')[:3000]}")
+        error.add_note(also())
+        raise
+    finally:
+        page.close()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process; one that has ended and waits for its parent is not alive."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX" and os.getpid() != pid
