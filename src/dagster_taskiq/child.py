@@ -33,8 +33,9 @@ _BODIES: Final = {"execute_run": core.execute_run, "resume_run": core.resume_run
 def warm_up(instance_ref: str) -> None:
     """Runs in the fork server: open the instance once and close it again, so that forks find everything imported.
 
-    Most of what it saves is alembic's reading of the migration scripts. Leaves no connection and no thread behind.
+    Leaves no connection and no thread behind.
     """
+    core.read_migration_scripts_once()
     with DagsterInstance.from_ref(core.deserialize_value(instance_ref, core.InstanceRef)) as instance:
         instance.get_run_by_id("warm-up")
         with suppress(Exception):  # a storage that has never seen this run may say so
@@ -61,6 +62,7 @@ def run(argument: dict[str, Any], channel: socket.socket) -> int:
 
 def _run(argument: dict[str, Any], voice: "_Voice") -> int:
     run_id = argument["run_id"]
+    core.read_migration_scripts_once()
     with DagsterInstance.from_ref(core.deserialize_value(argument["instance_ref"], core.InstanceRef)) as instance:
         fence = _Fence(instance, run_id, voice)
         core.hook_interrupts(fence.note_interrupt)

@@ -39,6 +39,7 @@ def run_worker(settings: Settings, *, name: str | None = None, on_ready: Callabl
     `name` begins the worker's id. `on_ready` is called with that id once the worker hears all its queues. Installs
     handlers for SIGTERM and SIGINT. Raises `DagsterTaskiqError` when it cannot start.
     """
+    core.read_migration_scripts_once()
     with DagsterInstance.get() as instance:
         if instance.run_monitoring_enabled:
             settings.check_against_cancel_timeout(instance.run_monitoring_cancel_timeout_seconds)

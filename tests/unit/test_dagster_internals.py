@@ -2,12 +2,17 @@
 
 import inspect
 import signal
+from pathlib import Path
 
 import pytest
+from alembic.config import Config
+from alembic.script import ScriptDirectory
 from dagster import DagsterEvent, DagsterEventType, DagsterInstance
 from dagster._cli.api import _execute_run_command_body, _resume_run_command_body
 from dagster._core.events.log import EventLogEntry
 from dagster._core.execution import api
+from dagster._core.storage.runs.sqlite.sqlite_run_storage import __file__ as run_storage_module
+from dagster._core.storage.sql import get_alembic_config
 from dagster._daemon.monitoring import run_monitoring
 
 from dagster_taskiq import dagster_internals as core
@@ -89,3 +94,24 @@ def test_the_status_transitions_are_still_unguarded() -> None:
     after = instance.get_run_by_id(run.run_id)
     assert after is not None
     assert after.status.value == "SUCCESS", "Dagster guards CANCELED now: parts of finalise.py can go"
+
+
+def test_dagsters_migration_scripts_are_read_once_and_users_each_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    reads: list[str] = []
+
+    def read(config: Config) -> object:
+        reads.append(config.get_main_option("script_location") or "")
+        return object()
+
+    monkeypatch.setattr(ScriptDirectory, "from_config", read)
+    core.read_migration_scripts_once()
+    core.read_migration_scripts_once()
+    theirs, dagsters = Config(), get_alembic_config(run_storage_module)
+    theirs.set_main_option("script_location", str(tmp_path))
+    for _ in range(3):
+        ScriptDirectory.from_config(theirs)
+        ScriptDirectory.from_config(dagsters)
+    assert reads.count(str(tmp_path)) == 3
+    assert len(reads) == 4, reads
