@@ -63,3 +63,7 @@ acceptance: $(STAMP) ## Run the tests with real processes, signals, queues, data
 clean: ## Remove the virtual environment and everything that was built
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: benchmark
+benchmark: $(STAMP) ## Measure launch and Terminate against Dagster's own launcher and a bare SQS message (a minute or two)
+	$(BIN)/python -m benchmarks.terminate 2>benchmark.log || { tail -n 20 benchmark.log; exit 1; }

@@ -127,7 +127,7 @@ class Playground:
                 "config_source": self._config_source,
             },
         }
-        instance = {"run_launcher": launcher, "telemetry": {"enabled": False}}
+        instance = {"run_launcher": launcher, "telemetry": {"enabled": False}, "nux": {"enabled": False}}
         path.write_text(_OURS + yaml.safe_dump(instance, sort_keys=False), "utf-8")
 
     def start_worker(self) -> Member:

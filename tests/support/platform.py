@@ -72,7 +72,9 @@ class Platform:
         assert isinstance(launcher, TaskiqRunLauncher)
         return launcher
 
-    def create(self, job: str, tags: Mapping[str, str] | None = None, **config: Any) -> DagsterRun:
+    def create(
+        self, job: str, tags: Mapping[str, str] | None = None, *, remote_job_origin: Any = None, **config: Any
+    ) -> DagsterRun:
         recon = ReconstructableJob.for_file(str(self.jobs), job)
         definition = recon.get_definition()
         ops = definition.graph.node_dict
@@ -87,6 +89,7 @@ class Platform:
             run_config=run_config,
             tags={"marks": str(marks), **(tags or {})},
             job_code_origin=recon.get_python_origin(),
+            remote_job_origin=remote_job_origin,
         )
 
     def launch(self, job: str, *, grace: float | None = None, **config: Any) -> str:
