@@ -79,13 +79,26 @@ def decide(ending: Ending) -> Verdict:
     return Verdict.HELD if ending.said is not None else Verdict.FAILURE
 
 
-def finalise(
+@dataclass(frozen=True, slots=True)
+class Conclusion:
+    """What is to be written, and all that is needed to write it."""
+
+    run: DagsterRun | None
+    verdict: Verdict
+    settlement: Settlement
+    history: Sequence[DagsterEventType]
+    entry: str
+    """The event log entry that the child held back."""
+    failure: str
+
+
+def examine(
     instance: DagsterInstance, run_id: str, end: ChildEnd | None, cancellation: Cancellation | None, worker_id: str
-) -> Settlement:
-    """Write what `decide` says; returns what becomes of the message. `end` is None when no child was started."""
+) -> Conclusion:
+    """Look at the run, now that its tree is gone, and decide. `end` is None when no child was started."""
     run = instance.get_run_by_id(run_id)
     kind = cancellation.kind if cancellation is not None else None
-    said: dict[str, Any] = _last(end, "verdict")
+    said = _last(end, "verdict")
     history = _history(instance, run_id) if run is not None else ()
     verdict = decide(
         Ending(
@@ -98,13 +111,35 @@ def finalise(
             clean_exit=end is not None and end.exit_code == 0,
         )
     )
-    if run is not None:
-        _write(instance, run, verdict, history, said, _failure_message(end, cancellation, worker_id))
-        if end is not None:
-            _free_what_it_held(instance, run, end)
-    if verdict is Verdict.RESUMABLE:
-        return Settlement.HAND_BACK
-    return Settlement.LEAVE if kind is CancelKind.LEASE_LOST else Settlement.DELETE
+    settlement = Settlement.LEAVE if kind is CancelKind.LEASE_LOST else Settlement.DELETE
+    return Conclusion(
+        run=run,
+        verdict=verdict,
+        settlement=Settlement.HAND_BACK if verdict is Verdict.RESUMABLE else settlement,
+        history=history,
+        entry=str(said.get("entry", "")),
+        failure=_failure_message(end, cancellation, worker_id),
+    )
+
+
+def conclude(instance: DagsterInstance, conclusion: Conclusion, end: ChildEnd | None) -> None:
+    """Write the final state, and give back what the run held."""
+    run, verdict = conclusion.run, conclusion.verdict
+    if run is None:
+        return
+    if verdict is Verdict.CANCELED:
+        instance.report_run_canceled(run, f'Execution of run for "{run.job_name}" canceled.')
+    elif verdict is Verdict.FAILURE:
+        instance.report_run_failed(run, conclusion.failure, core.unexpected_termination())
+    elif verdict is Verdict.RESTORE:
+        restore(instance, run, conclusion.history)
+    elif verdict in (Verdict.SUCCESS, Verdict.HELD):
+        if verdict is Verdict.SUCCESS:
+            write_note(instance, run, finished_all_the_same())
+        # As the child would have written it, with its time.
+        instance.handle_new_event(core.deserialize_entry(conclusion.entry))
+    if end is not None:
+        _free_what_it_held(instance, run, end)
 
 
 def _last(end: ChildEnd | None, key: str) -> dict[str, Any]:
@@ -116,27 +151,6 @@ def _history(instance: DagsterInstance, run_id: str) -> list[DagsterEventType]:
     entries = instance.all_logs(run_id, of_type=_TERMINAL)
     events = [core.event_of(entry) for entry in entries]
     return [event.event_type for event in events if event is not None]
-
-
-def _write(
-    instance: DagsterInstance,
-    run: DagsterRun,
-    verdict: Verdict,
-    history: Sequence[DagsterEventType],
-    said: dict[str, Any],
-    failure: str,
-) -> None:
-    if verdict is Verdict.CANCELED:
-        instance.report_run_canceled(run, f'Execution of run for "{run.job_name}" canceled.')
-    elif verdict is Verdict.FAILURE:
-        instance.report_run_failed(run, failure, core.unexpected_termination())
-    elif verdict is Verdict.RESTORE:
-        restore(instance, run, history)
-    elif verdict in (Verdict.SUCCESS, Verdict.HELD):
-        if verdict is Verdict.SUCCESS:
-            write_note(instance, run, finished_all_the_same())
-        # As the child would have written it, with its time.
-        instance.handle_new_event(core.deserialize_entry(said["entry"]))
 
 
 def restore(instance: DagsterInstance, run: DagsterRun, history: Sequence[DagsterEventType]) -> None:

@@ -20,7 +20,7 @@ from dagster_taskiq.cancellation import CancelKind, Cancellation
 from dagster_taskiq.child import RUN_TARGET
 from dagster_taskiq.claims import Claims, write_note
 from dagster_taskiq.errors import ChildStartFailed, SettingsError
-from dagster_taskiq.finalise import finalise
+from dagster_taskiq.finalise import conclude, examine
 from dagster_taskiq.messages import is_run_id
 from dagster_taskiq.preflight import Candidate, Decision, Step, WorkKind, preflight
 from dagster_taskiq.process import ChildSpec
@@ -124,8 +124,7 @@ class RunWork:
         finally:
             self.watched.pop(work.task_id, None)
         chronicle.tell_end(end)
-        await chronicle.written()
-        await self._finalise(run, work, end, cancelled.cause if cancelled else None)
+        await self._finalise(run, work, end, cancelled.cause if cancelled else None, chronicle)
 
     async def _give_up(self, run: DagsterRun, work: Running, why: str, delay_s: int | None = None) -> None:
         await asyncio.to_thread(self.claims.release, run, self.worker_id, work.task_id, why)
@@ -155,15 +154,23 @@ class RunWork:
         return await supervise(self.processes, spec, cancelled, chronicle, grace_now)
 
     async def _finalise(
-        self, run: DagsterRun, work: Running, end: ChildEnd | None, cancellation: Cancellation | None
+        self,
+        run: DagsterRun,
+        work: Running,
+        end: ChildEnd | None,
+        cancellation: Cancellation | None,
+        chronicle: "_Chronicle | None" = None,
     ) -> None:
-        settlement = await asyncio.to_thread(finalise, self.instance, run.run_id, end, cancellation, self.worker_id)
-        if settlement is Settlement.HAND_BACK:
+        look = asyncio.to_thread(examine, self.instance, run.run_id, end, cancellation, self.worker_id)
+        # The events of the way stand before the final one; meanwhile look how it has to end.
+        conclusion, _ = await asyncio.gather(look, chronicle.written() if chronicle else asyncio.sleep(0))
+        await asyncio.to_thread(conclude, self.instance, conclusion, end)
+        if conclusion.settlement is Settlement.HAND_BACK:
             await self._give_up(run, work, "interrupted; the run will be resumed", 0)
             return
-        if settlement is Settlement.LEAVE:
+        if conclusion.settlement is Settlement.LEAVE:
             await asyncio.to_thread(self.claims.release, run, self.worker_id, work.task_id, "the lease was lost")
-        work.settle_as(settlement)
+        work.settle_as(conclusion.settlement)
 
 
 def _grace(run: DagsterRun, default_s: float) -> float:
