@@ -57,13 +57,12 @@ class Worker:
         settings: Settings,
         *,
         name: str | None = None,
-        processes: ForkServer | None = None,
     ) -> None:
         self.worker_id = f"{name or socket.gethostname()}-{secrets.token_hex(4)}"
         self._instance = instance
         self._settings = settings
         self._claims = Claims(instance, settings.dead_after_s)
-        self._fork_server = processes or fork_server(instance, settings)
+        self._fork_server = fork_server(instance, settings)
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
 
