@@ -1,0 +1,23 @@
+"""For all tests: the long ones first, so that two processes come to their end together."""
+
+import pytest
+
+LONG_FIRST = (
+    "test_every_moment",
+    "test_browser",
+    "test_dev",
+    "test_matrix",
+    "test_waiting_in_the_queue",
+    "test_demo",
+    "acceptance",
+    "contract",
+)
+
+
+def length(item: pytest.Item) -> int:
+    return next((place for place, name in enumerate(LONG_FIRST) if name in item.nodeid), len(LONG_FIRST))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=length)
