@@ -20,6 +20,7 @@ from dagster_taskiq.settlement import Settlement
 from dagster_taskiq.supervisor import ChildEnd
 
 _TERMINAL: Final = {DagsterEventType.RUN_SUCCESS, DagsterEventType.RUN_FAILURE, DagsterEventType.RUN_CANCELED}
+_NOT_BEGUN: Final = {DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING}
 _STATUS_AFTER: Final = {
     DagsterEventType.RUN_SUCCESS: DagsterRunStatus.SUCCESS,
     DagsterEventType.RUN_FAILURE: DagsterRunStatus.FAILURE,
@@ -36,7 +37,7 @@ class Verdict(enum.Enum):
     RESTORE = "a terminal event was overwritten by a late writer; write it again"
     HELD = "write the terminal event that the child held back"
     FAILURE = "the child is gone and nothing will go on"
-    RESUMABLE = "interrupted; the next worker resumes it"
+    RESUMABLE = "interrupted; the next worker goes on with it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,8 @@ def decide(ending: Ending) -> Verdict:
         return Verdict.NOTHING
     if succeeded:
         return Verdict.HELD
+    if ending.kind is CancelKind.SHUTDOWN and ending.status in _NOT_BEGUN:
+        return Verdict.RESUMABLE  # not a line of the job has run
     if ending.will_resume and (ending.kind is CancelKind.SHUTDOWN or (ending.said is None and ending.clean_exit)):
         return Verdict.RESUMABLE
     if ending.kind is CancelKind.SHUTDOWN:

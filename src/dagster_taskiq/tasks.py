@@ -6,9 +6,10 @@ Each task supervises one child. Knows Dagster's runs through `preflight` and `fi
 
 import asyncio
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, field
 from time import time
-from typing import Final
+from typing import Any, Final
 
 from dagster import DagsterInstance, DagsterRun
 from taskiq import AsyncBroker
@@ -22,6 +23,7 @@ from dagster_taskiq.claims import Claims, write_note
 from dagster_taskiq.errors import ChildStartFailed, SettingsError
 from dagster_taskiq.finalise import conclude, examine
 from dagster_taskiq.messages import is_run_id
+from dagster_taskiq.outage import Outage
 from dagster_taskiq.preflight import Candidate, Decision, Step, WorkKind, preflight
 from dagster_taskiq.process import ChildSpec
 from dagster_taskiq.settings import Settings, grace_from_tag
@@ -34,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 EXECUTE_RUN: Final = "dagster_taskiq.execute_run"
 RESUME_RUN: Final = "dagster_taskiq.resume_run"
+_FINAL_STATE_TRIES: Final = 10  # about a minute
 
 
 @dataclass(slots=True)
@@ -52,28 +55,28 @@ class RunWork:
     def register(self, broker: AsyncBroker) -> None:
         """Make the tasks known to a worker's broker."""
 
-        async def execute_run(run_id: str) -> None:
+        # Any argument is let in, to be refused in `work`: taskiq would drop a message whose arguments do not fit.
+        async def execute_run(run_id: Any = None, *_: Any, **__: Any) -> None:
             await self.work("execute_run", run_id)
 
-        async def resume_run(run_id: str) -> None:
+        async def resume_run(run_id: Any = None, *_: Any, **__: Any) -> None:
             await self.work("resume_run", run_id)
 
         broker.register_task(execute_run, EXECUTE_RUN)
         broker.register_task(resume_run, RESUME_RUN)
 
-    async def work(self, kind: WorkKind, run_id: str) -> None:
+    async def work(self, kind: WorkKind, run_id: object) -> None:
         """See one message through. The cancellation of the calling task becomes an event (`to_the_end`)."""
         work = current_work()
+        if not is_run_id(run_id):
+            if work.receive_count == 1:
+                logger.warning("work message names no run; it is left to expire", extra={"task_id": work.task_id})
+            work.settle_as(Settlement.LEAVE)
+            return
         cancelled = Cancelled(lambda: work.cancellation)
-        await to_the_end(
-            self._work(kind, run_id, work, cancelled), name=f"{kind} {run_id[:64]}", on_cancel=cancelled.note
-        )
+        await to_the_end(self._work(kind, run_id, work, cancelled), name=f"{kind} {run_id}", on_cancel=cancelled.note)
 
     async def _work(self, kind: WorkKind, run_id: str, work: Running, cancelled: Cancelled) -> None:
-        extra = {"run_id": run_id[:64], "task_id": work.task_id}
-        if not is_run_id(run_id):
-            logger.warning("message names no run; dropped", extra=extra)
-            return
         if cancelled and cancelled.cause.kind is CancelKind.SHUTDOWN:
             work.settle_as(Settlement.HAND_BACK)
             return
@@ -82,8 +85,16 @@ class RunWork:
             decision = await asyncio.to_thread(preflight, self.instance, self.claims, candidate)
             await self._carry_out(decision, candidate, work, cancelled)
         except Exception:  # the database, above all: the message stays, and is tried again when it is visible again
+            extra = {"run_id": run_id, "task_id": work.task_id}
             logger.exception("work could not be carried out; its message is handed back", extra=extra)
             work.settle_as(Settlement.HAND_BACK, self.settings.visibility_timeout_seconds)
+            with suppress(Exception):  # or else our claim keeps the others from it for as long as we live
+                await asyncio.to_thread(self._release, candidate)
+
+    def _release(self, candidate: Candidate) -> None:
+        run = self.instance.get_run_by_id(candidate.run_id)
+        if run is not None:
+            self.claims.release(run, self.worker_id, candidate.task_id, "it could not be carried out here")
 
     async def _carry_out(self, decision: Decision, candidate: Candidate, work: Running, cancelled: Cancelled) -> None:
         extra = {"run_id": candidate.run_id, "task_id": candidate.task_id, "why": decision.why}
@@ -123,6 +134,9 @@ class RunWork:
             return
         finally:
             self.watched.pop(work.task_id, None)
+        if end is None and cancelled.cause.kind is CancelKind.SHUTDOWN:
+            await self._give_up(run, work, "the worker shuts down", 0)
+            return
         chronicle.tell_end(end)
         await self._finalise(run, work, end, cancelled.cause if cancelled else None, chronicle)
 
@@ -161,10 +175,20 @@ class RunWork:
         cancellation: Cancellation | None,
         chronicle: "_Chronicle | None" = None,
     ) -> None:
-        look = asyncio.to_thread(examine, self.instance, run.run_id, end, cancellation, self.worker_id)
-        # The events of the way stand before the final one; meanwhile look how it has to end.
-        conclusion, _ = await asyncio.gather(look, chronicle.written() if chronicle else asyncio.sleep(0))
-        await asyncio.to_thread(conclude, self.instance, conclusion, end)
+        outage = Outage("write the final state of a run")
+        while True:
+            try:
+                look = asyncio.to_thread(examine, self.instance, run.run_id, end, cancellation, self.worker_id)
+                # The events of the way stand before the final one; meanwhile look how it has to end.
+                conclusion, _ = await asyncio.gather(look, chronicle.written() if chronicle else asyncio.sleep(0))
+                await asyncio.to_thread(conclude, self.instance, conclusion, end)
+                break
+            except Exception as error:
+                # The child is gone and the message still ours: nobody else can do this better, so not at once give up.
+                if outage.tries >= _FINAL_STATE_TRIES:
+                    raise
+                await outage.wait(error)
+        outage.over()
         if conclusion.settlement is Settlement.HAND_BACK:
             await self._give_up(run, work, "interrupted; the run will be resumed", 0)
             return

@@ -155,25 +155,29 @@ def test_our_messages_are_read_by_a_plain_worker(platform: Platform, monkeypatch
     assert body["kwargs"] == {"run_id": run_id}
 
 
+def envelope(message: bytes) -> str:
+    body = {"message": base64.b64encode(message).decode(), "task_id": "x", "task_name": "y", "labels": {}}
+    return json.dumps(body)
+
+
+def task(task_name: str, *args: object, **kwargs: object) -> str:
+    task_id = f"garbage-{task_name}-{len(args)}-{len(kwargs)}-{kwargs.get('run_id')}"
+    named = {"task_id": task_id.replace(" ", "-"), "task_name": task_name, "labels": {}}
+    return envelope(json.dumps({**named, "args": args, "kwargs": kwargs}).encode())
+
+
 GARBAGE = [
     "",
     "{",
     "[]",
     '{"task_id": 1}',
     '{"message": "!"}',
-    json.dumps({"message": base64.b64encode(b"\x80garbage").decode(), "task_id": "x", "task_name": "y", "labels": {}}),
-    json.dumps(
-        {
-            "message": base64.b64encode(
-                json.dumps(
-                    {"task_id": "x", "task_name": "os:system", "labels": {}, "args": ["id"], "kwargs": {}}
-                ).encode()
-            ).decode(),
-            "task_id": "x",
-            "task_name": "os:system",
-            "labels": {},
-        }
-    ),
+    envelope(b"\x80garbage"),
+    task("os:system", "id"),
+    task(EXECUTE_RUN),
+    task(EXECUTE_RUN, run_id=5),
+    task(EXECUTE_RUN, run_id="../../etc"),
+    task(EXECUTE_RUN, "not a run", "and", "more", code="import os"),
 ]
 
 

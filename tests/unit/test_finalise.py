@@ -30,6 +30,7 @@ TABLE: list[tuple[str, Ending, Verdict]] = [
     ("shutdown", Ending(S.STARTED, kind=K.SHUTDOWN, said=E.RUN_FAILURE, took_hold=True), V.FAILURE),
     ("shutdown, resumable", Ending(S.STARTED, kind=K.SHUTDOWN, took_hold=True, will_resume=True), V.RESUMABLE),
     ("shutdown, had finished", Ending(S.STARTED, kind=K.SHUTDOWN, said=E.RUN_SUCCESS, will_resume=True), V.HELD),
+    ("shutdown before RUN_START", Ending(S.STARTING, kind=K.SHUTDOWN, said=E.RUN_FAILURE), V.RESUMABLE),
     ("bare SIGTERM", Ending(S.STARTED, said=E.RUN_FAILURE, took_hold=True), V.HELD),
     ("bare SIGTERM, resumable", Ending(S.STARTED, will_resume=True, clean_exit=True), V.RESUMABLE),
     ("the child died", Ending(S.STARTED), V.FAILURE),
