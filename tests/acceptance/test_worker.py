@@ -101,6 +101,24 @@ def test_a_second_signal_skips_the_drain(endpoint: str) -> None:
         assert platform.status(run_id) is DagsterRunStatus.FAILURE
 
 
+def test_a_worker_that_is_stopped_while_it_picks_runs_up_loses_none(endpoint: str) -> None:
+    with open_platform(endpoint, source={"drain_seconds": 0, "stop_timeout_seconds": 10}) as platform:
+        with platform.worker("-n", "first") as worker:
+            runs = [platform.launch("quick_job", seconds=0.5) for _ in range(6)]
+            wait_until(
+                lambda: any(Stage.PICKED_UP in platform.stages(run_id) for run_id in runs), "one is picked up", every=0
+            )
+            assert worker.stop() == 0
+        for run_id in runs:
+            platform.assert_nothing_left(run_id)
+            assert platform.status(run_id) is not DagsterRunStatus.STARTED, platform.story(run_id)
+        with platform.worker("-n", "second"):
+            for run_id in runs:
+                interrupted = any("worker shut down" in line for line in platform.story(run_id))
+                expected = DagsterRunStatus.FAILURE if interrupted else DagsterRunStatus.SUCCESS
+                assert platform.finished(run_id) is expected, platform.story(run_id)
+
+
 def test_a_person_is_stronger_than_a_shutdown(endpoint: str) -> None:
     """Terminated while the shutdown's grace runs: CANCELED, not "worker shut down"."""
     with open_platform(endpoint, source={"drain_seconds": 0, "stop_timeout_seconds": 6}) as platform:
