@@ -7,7 +7,7 @@ subreaper, so whatever double-forks or leaves the session falls to it, and "no c
 kernel's own proof that the tree is gone. It runs no code of users, so nothing that they do can block it; when the
 worker disappears (end of file on the control socket) it climbs the ladder by itself.
 
-Knows processes and signals; not asyncio, not what the child is for. Imports the standard library only.
+Knows processes and signals; not asyncio, not what the child is for. Needs the standard library only.
 """
 
 import array
@@ -26,9 +26,10 @@ import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from time import monotonic
 from typing import Any, Final
+
+from dagster_taskiq import procfs
 
 PR_SET_PDEATHSIG: Final = 1
 PR_SET_NAME: Final = 15
@@ -250,60 +251,19 @@ class _Keeper:
         # The group in one go, so that it cannot spawn meanwhile; whoever left the group falls to us, its subreaper,
         # when its parent is dead, and is found on the next round. A pid of ours cannot be reused before we reap it.
         if self._leader_lives:
-            self._killed.setdefault(self._leader, command_of(self._leader))
+            self._killed.setdefault(self._leader, procfs.command_of(self._leader))
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._leader, signal.SIGKILL)
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(self._leader, signal.SIGKILL)  # should it die before it led its group
-        for pid in _children():
-            self._killed.setdefault(pid, command_of(pid))
+        for pid in procfs.children():
+            self._killed.setdefault(pid, procfs.command_of(pid))
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
 
     def _say(self, **message: Any) -> None:
         with suppress(OSError):  # the worker is gone; the duty stays
             self._control.send(json.dumps(message).encode() + b"\n")
-
-
-def _children() -> list[int]:
-    try:
-        listed = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii")
-    except OSError:  # a kernel without CONFIG_PROC_CHILDREN
-        return [pid for pid in processes() if parent_of(pid) == os.getpid()]
-    return [int(pid) for pid in listed.split()]
-
-
-def processes() -> list[int]:
-    """The pids of all processes that this one may see."""
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208 - names only, and fast
-
-
-def _stat(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat from the third on (proc(5)); empty when the process is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
-def parent_of(pid: int) -> int | None:
-    """The parent's pid, None when the process is gone."""
-    fields = _stat(pid)
-    return int(fields[1]) if fields else None
-
-
-def session_of(pid: int) -> int | None:
-    """The session id, None when the process is gone or a zombie."""
-    fields = _stat(pid)
-    return int(fields[3]) if fields and fields[0] not in "ZX" else None
-
-
-def command_of(pid: int) -> str:
-    """The process's name (`comm`)."""
-    try:
-        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return "?"
 
 
 def _load(target: str) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from dagster_taskiq import keeper
+from dagster_taskiq import keeper, procfs
 from dagster_taskiq.errors import ChildStartFailed
 
 logger = logging.getLogger(__name__)
@@ -270,15 +270,15 @@ def find_processes(mark: str, *, session: int | None = None) -> list[int]:
     name = keeper.name_for(mark)
     wanted = f"{keeper.MARK_VARIABLE}={mark}".encode()
     found = []
-    for pid in keeper.processes():
+    for pid in procfs.processes():
         if pid == os.getpid():
             continue
         try:
             environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         except OSError:
             environment = []
-        its_session = keeper.session_of(pid)
-        marked = its_session == session or wanted in environment or keeper.command_of(pid) == name
+        its_session = procfs.session_of(pid)
+        marked = its_session == session or wanted in environment or procfs.command_of(pid) == name
         if its_session is not None and marked:
             found.append(pid)
     return found
