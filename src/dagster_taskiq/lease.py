@@ -14,6 +14,8 @@ logger = getLogger(__name__)
 
 MAX_LEASE_S: Final = 43_200
 """SQS keeps a message invisible for twelve hours per receive; renewals do not extend that."""
+RENEWALS: Final = 4
+"""How often the visibility is renewed before it would run out. Derived from it, so that it cannot be set wrong."""
 _MARGIN_S: Final = 5
 _SHORT_S: Final = 1.0
 _DELETE_TRIES: Final = 5
@@ -58,7 +60,7 @@ class Lease:
     ) -> None:
         self._calls = calls
         self._visibility_timeout_s = visibility_timeout_s
-        self._renew_every_s = visibility_timeout_s / 4 if renew_every_s is None else renew_every_s
+        self._renew_every_s = visibility_timeout_s / RENEWALS if renew_every_s is None else renew_every_s
         self._name = name
         self._on_lost = on_lost
         self._clock = clock

@@ -14,7 +14,6 @@ from typing import Any, Final, TypeGuard
 from dagster_taskiq.errors import MessageUnreadable
 
 CANCEL_MESSAGE_VERSION: Final = 1
-MAX_TASK_ID_LENGTH: Final = 256
 MAX_TEXT_LENGTH: Final = 1024
 _MAX_CANCEL_BODY: Final = 64 * 1024
 _TASK_ID = re.compile(r"[\x21-\x7e]{1,256}")

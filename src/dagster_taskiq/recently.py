@@ -38,9 +38,5 @@ class Recently(Generic[V]):
             return None
         return entry[1]
 
-    def forget(self, key: str) -> None:
-        """As if it had never been remembered."""
-        self._entries.pop(key, None)
-
     def __contains__(self, key: str) -> bool:
         return self.recall(key) is not None

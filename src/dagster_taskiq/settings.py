@@ -89,11 +89,6 @@ class Settings:
     """Modules that the warm process imports before it forks."""
 
     @property
-    def renew_every_s(self) -> float:
-        """Lease renewal: a quarter of the visibility timeout. Derived, so that it cannot be set wrong."""
-        return self.visibility_timeout_seconds / 4
-
-    @property
     def heartbeat_every_s(self) -> float:
         """A sixth of the visibility timeout (5 s by default)."""
         return self.visibility_timeout_seconds / 6

@@ -196,6 +196,3 @@ def test_memory_is_bounded_in_time_and_number() -> None:
     assert "a" not in memory
     now = 11
     assert "c" not in memory
-    memory.remember("d", 1)
-    memory.forget("d")
-    assert "d" not in memory

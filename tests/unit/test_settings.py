@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from dagster_taskiq.errors import SettingsError
+from dagster_taskiq.lease import RENEWALS
 from dagster_taskiq.settings import SOURCE_KEYS, Settings, grace_from_tag
 
 URL = "https://sqs.eu-central-1.amazonaws.com/123456789012/dagster-tasks"
@@ -112,7 +113,7 @@ def test_the_grace_period_has_to_fit_into_dagsters_cancel_timeout() -> None:
 
 def test_what_follows_from_the_visibility_timeout_is_in_the_order_that_is_safe() -> None:
     settings = read(source(visibility_timeout_seconds=30))
-    a_lost_worker_is_received_again_after = settings.visibility_timeout_seconds - settings.renew_every_s
+    a_lost_worker_is_received_again_after = settings.visibility_timeout_seconds * (1 - 1 / RENEWALS)
     assert settings.heartbeat_every_s < settings.dead_after_s < a_lost_worker_is_received_again_after
 
 
