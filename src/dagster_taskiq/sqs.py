@@ -41,6 +41,8 @@ MAX_MESSAGE_BYTES: Final = 1_048_576
 MAX_BATCH: Final = 10
 CANCEL_VISIBILITY_S: Final = 5
 CANCEL_RETENTION_S: Final = 600
+WORK_RETENTION_S: Final = 1_209_600
+"""Fourteen days, the longest that SQS allows: a message that it drops is a run that never starts."""
 _FIFO: Final = ".fifo"
 
 
@@ -240,7 +242,11 @@ async def create_queues(
 
 
 def _attributes(role: str, visibility_timeout_s: int, *, fifo: bool) -> dict[Any, str]:
-    attributes = {"ReceiveMessageWaitTimeSeconds": "20", "VisibilityTimeout": str(visibility_timeout_s)}
+    attributes = {
+        "ReceiveMessageWaitTimeSeconds": "20",
+        "VisibilityTimeout": str(visibility_timeout_s),
+        "MessageRetentionPeriod": str(WORK_RETENTION_S),
+    }
     if role == "cancels":
         # No redrive policy: every hand-back counts as a receive, so a dead-letter queue would swallow live cancels.
         attributes |= {"VisibilityTimeout": str(CANCEL_VISIBILITY_S), "MessageRetentionPeriod": str(CANCEL_RETENTION_S)}
