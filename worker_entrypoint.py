@@ -46,7 +46,7 @@ def start() -> int:
     if _is_on("DAGSTER_TASKIQ_CREATE_QUEUES"):
         for name in create_missing(configured(config_file)):
             click.echo(f"created queue {name}")
-    return run(config_file, name=None, concurrency=None, log_level=log_level)
+    return run(config_file, log_level=log_level)
 
 
 def _is_on(variable: str) -> bool:

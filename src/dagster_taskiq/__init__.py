@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dagster_taskiq.cancellable_broker import CancellableSQSBroker
     from dagster_taskiq.cancellable_receiver import CancellableReceiver
     from dagster_taskiq.errors import DagsterTaskiqError, TaskCancelled
+    from dagster_taskiq.executor import taskiq_executor
     from dagster_taskiq.launcher import TaskiqRunLauncher
     from dagster_taskiq.settings import Settings
 
@@ -22,6 +23,7 @@ __all__ = [
     "TaskCancelled",
     "TaskiqRunLauncher",
     "__version__",
+    "taskiq_executor",
 ]
 
 _HOME = {
@@ -31,6 +33,7 @@ _HOME = {
     "Settings": "settings",
     "TaskCancelled": "errors",
     "TaskiqRunLauncher": "launcher",
+    "taskiq_executor": "executor",
 }
 
 

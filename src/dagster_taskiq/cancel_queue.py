@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dagster_taskiq import sqs
-from dagster_taskiq.errors import MessageUnreadable
+from dagster_taskiq.errors import DagsterTaskiqError, MessageUnreadable
 from dagster_taskiq.messages import CancelRequest
 from dagster_taskiq.sqs_queue import SQSQueue, batches, grouping, history
 
@@ -50,7 +50,11 @@ class CancelQueue:
             except MessageUnreadable as error:
                 failed[task_id] = str(error)
         for batch in batches(list(bodies)):
-            refused = await self._queue.send_batch([(bodies[task_id], self._grouping(task_id)) for task_id in batch])
+            messages = [(bodies[task_id], self._grouping(task_id)) for task_id in batch]
+            try:
+                refused = await self._queue.send_batch(messages)
+            except DagsterTaskiqError as error:
+                refused = dict.fromkeys(range(len(batch)), str(error))
             failed |= {batch[number]: why for number, why in refused.items()}
         return CancelReport(tuple(task_id for task_id in bodies if task_id not in failed), failed)
 

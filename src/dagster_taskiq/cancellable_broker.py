@@ -10,9 +10,9 @@ import functools
 import json
 import weakref
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from logging import getLogger
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import ConfigDict
 from taskiq import AckableMessage, BrokerMessage
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from types_aiobotocore_sqs.type_defs import MessageTypeDef
 
 logger = getLogger(__name__)
+
+_ATTRIBUTES: Final = 512
+"""Bytes of a message in a batch beside its body: group and deduplication ids of 128 each, and room."""
 
 
 class LeasedMessage(AckableMessage):
@@ -65,10 +68,12 @@ class CancellableSQSBroker(SQSBroker):  # type: ignore[misc]  # taskiq_aws has n
         enable_cancellation: bool = True,
         visibility_timeout_s: int = 30,
         cancel_visibility_timeout_s: int = sqs.CANCEL_VISIBILITY_S,
+        cancel_queue_url: str | None = None,
     ) -> None:
         # taskiq warns of the last two as deprecated, but only when they are not None.
         super().__init__(queue_url, aws_region, max_messages, wait_time, task_id_generator, result_backend)
-        self.cancel_queue_url = sqs.cancel_queue_url(queue_url)
+        # Several work queues may share one cancel queue.
+        self.cancel_queue_url = cancel_queue_url or sqs.cancel_queue_url(queue_url)
         self.endpoint_url = endpoint_url
         self.enable_cancellation = enable_cancellation
         self.visibility_timeout_s = visibility_timeout_s
@@ -116,20 +121,20 @@ class CancellableSQSBroker(SQSBroker):  # type: ignore[misc]  # taskiq_aws has n
 
     async def kick(self, message: BrokerMessage) -> None:
         """Send a task. Raises `MessageTooLarge` or a `QueueError`."""
-        envelope = {
-            "task_id": message.task_id,
-            "task_name": message.task_name,
-            "message": base64.b64encode(message.message).decode(),
-            "labels": message.labels,
-        }
-        body = json.dumps(envelope)
-        if len(body) > sqs.MAX_MESSAGE_BYTES:  # it is ASCII: a character is a byte
-            raise MessageTooLarge(
-                f"task {message.task_id}: a message of {len(body):,} bytes is over the SQS limit of"
-                f" {sqs.MAX_MESSAGE_BYTES:,}; pass a reference to the data instead"
-            )
-        await self._work.send(body, self._grouping(message))
+        await self._work.send(_envelope(message), self._grouping(message))
         logger.debug("task sent", extra={"task_id": message.task_id})
+
+    async def kick_all(self, messages: Sequence[BrokerMessage]) -> dict[str, str]:
+        """Send many tasks, as many to a request as fit. Returns the ids of those that SQS refused, with the reason.
+
+        Raises `MessageTooLarge` before any is sent, and a `QueueError` when a request fails: what was sent by then
+        stays sent.
+        """
+        refused: dict[str, str] = {}
+        for batch in _batches([(message, _envelope(message)) for message in messages]):
+            answer = await self._work.send_batch([(body, self._grouping(message)) for message, body in batch])
+            refused |= {batch[number][0].task_id: why for number, why in answer.items()}
+        return refused
 
     def _grouping(self, message: BrokerMessage) -> dict[str, str]:
         if not self._work.is_fifo:
@@ -209,6 +214,35 @@ class CancellableSQSBroker(SQSBroker):  # type: ignore[misc]  # taskiq_aws has n
     async def hand_back_cancels(self, cancels: Sequence[ReceivedCancel]) -> None:
         """Let another worker have them at once. A failure is logged: they come back by themselves."""
         await self._cancels.hand_back(cancels)
+
+
+def _envelope(message: BrokerMessage) -> str:
+    envelope = {
+        "task_id": message.task_id,
+        "task_name": message.task_name,
+        "message": base64.b64encode(message.message).decode(),
+        "labels": message.labels,
+    }
+    body = json.dumps(envelope)
+    if len(body) > sqs.MAX_MESSAGE_BYTES:  # it is ASCII: a character is a byte
+        raise MessageTooLarge(
+            f"task {message.task_id}: a message of {len(body):,} bytes is over the SQS limit of"
+            f" {sqs.MAX_MESSAGE_BYTES:,}; pass a reference to the data instead"
+        )
+    return body
+
+
+def _batches(messages: Iterable[tuple[BrokerMessage, str]]) -> Iterator[list[tuple[BrokerMessage, str]]]:
+    """Ten at the most, and together not over the limit of SQS, which is the same for one message and for a batch."""
+    batch: list[tuple[BrokerMessage, str]] = []
+    for message in messages:
+        size = sum(len(body) + _ATTRIBUTES for _, body in [*batch, message])
+        if len(batch) == sqs.MAX_BATCH or (batch and size > sqs.MAX_MESSAGE_BYTES):
+            yield batch
+            batch = []
+        batch.append(message)
+    if batch:
+        yield batch
 
 
 async def _hand_back(messages: Iterable[LeasedMessage]) -> None:

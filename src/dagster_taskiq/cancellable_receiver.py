@@ -45,6 +45,8 @@ class CancellableReceiver(Receiver):
     """A cancel message older than that, and still nobody's, is deleted."""
     is_over: Callable[[str], Awaitable[bool]] | None = None
     """Tells of a task id whether its work is known to be finished; lets cancels for nobody end early."""
+    shared_listener: CancelListener | None = None
+    """Who hears cancels for this receiver and others, and is run by whoever made it; None: it hears them itself."""
     still_ours: Callable[[str], Awaitable[bool]] | None = None
     """Asked when a lease is lost: is the work nevertheless ours, so that it should go on?"""
 
@@ -54,7 +56,8 @@ class CancellableReceiver(Receiver):
         self._running: dict[str, Running] = {}
         self._callbacks: set[asyncio.Task[Any]] = set()
         self._lost: set[asyncio.Task[None]] = set()
-        self._finished: Recently[bool] = Recently(ttl_s=3_600)
+        self.finished: Recently[bool] = Recently(ttl_s=3_600)
+        """Task ids under which nobody will ever work again."""
         self._unreadable: Recently[bool] = Recently()
         self._listener: CancelListener | None = None
         self._finish: asyncio.Event | None = None
@@ -94,7 +97,9 @@ class CancellableReceiver(Receiver):
             await self._check_queues()
         self._finish = finish_event
         helpers: set[asyncio.Task[None]] = set()
-        if isinstance(self.broker, CancellableSQSBroker) and self.broker.enable_cancellation:
+        if self.shared_listener is not None:
+            self._listener = self.shared_listener
+        elif isinstance(self.broker, CancellableSQSBroker) and self.broker.enable_cancellation:
             self._listener = self._new_listener(self.broker)
             helpers.add(asyncio.create_task(self._listener.run(), name="hear cancels"))
         working = asyncio.create_task(super().listen(finish_event), name="receive work")
@@ -117,7 +122,7 @@ class CancellableReceiver(Receiver):
 
     def _new_listener(self, broker: CancellableSQSBroker) -> CancelListener:
         return CancelListener(
-            broker, self.cancel, finished=self._finished, cancel_ttl_s=self.cancel_ttl_s, is_over=self.is_over
+            broker, self.cancel, finished=self.finished, cancel_ttl_s=self.cancel_ttl_s, is_over=self.is_over
         )
 
     async def _wind_up(self, working: "asyncio.Task[None]", helpers: "set[asyncio.Task[None]]") -> None:
@@ -234,7 +239,7 @@ class CancellableReceiver(Receiver):
         finally:
             del self._running[running.task_id]
             if running.finished:
-                self._finished.remember(running.task_id, True)
+                self.finished.remember(running.task_id, True)
             running.settled.set()
 
     def _on_lost(self, running: Running) -> None:

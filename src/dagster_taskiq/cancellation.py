@@ -1,6 +1,7 @@
 """What a cancellation is: its kind, reason, author and way. Knows neither queues nor processes nor Dagster."""
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import time
 
@@ -47,3 +48,14 @@ class Cancellation:
 def stronger(current: Cancellation | None, new: Cancellation) -> Cancellation:
     """The one of the two that decides: the stronger kind, and of equals the first."""
     return new if current is None or new.kind > current.kind else current
+
+
+def _nobody_tells() -> bool:
+    return False
+
+
+told_to_stop: Callable[[], bool] = _nobody_tells
+"""Whether this process was told that its work is cancelled, or has lost its worker; no I/O to speak of.
+
+Set by `child` in the processes that it starts. Elsewhere, under any other launcher, nobody tells.
+"""

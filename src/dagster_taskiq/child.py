@@ -1,23 +1,29 @@
 """What runs inside the child: handlers first, then the fence, then Dagster. Knows Dagster; not asyncio, not SQS.
 
 The *fence*: once this process was told to stop, in whatever way, it writes no terminal run event itself. It hands
-its verdict to the supervisor, which writes the final state when the whole process tree is gone.
+its verdict to the supervisor, which writes the final state when the whole process tree is gone. A step's process
+writes how its step ended, unless its worker is gone: then the run decides what becomes of the step.
 """
 
 import json
 import signal
 import socket
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
 
 from dagster import DagsterEventType, DagsterInstance, DagsterRunStatus
 
+from dagster_taskiq import cancellation, sqs
 from dagster_taskiq import dagster_internals as core
+from dagster_taskiq.events import PATIENCE_KEY
+from dagster_taskiq.messages import StepOrder, unpack
 
 WARM_UP: Final = "dagster_taskiq.child:warm_up"
 RUN_TARGET: Final = "dagster_taskiq.child:run"
-PRELOAD: Final = ("dagster_taskiq.child",)
+STEP_TARGET: Final = "dagster_taskiq.child:step"
+PRELOAD: Final = ("dagster_taskiq.child", "dagster_taskiq.executor")
 
 _INTERRUPTS: Final = {signal.SIGTERM, signal.SIGINT}
 _TERMINAL: Final = {DagsterEventType.RUN_SUCCESS, DagsterEventType.RUN_FAILURE, DagsterEventType.RUN_CANCELED}
@@ -26,6 +32,16 @@ _BEFORE_MORE_WORK: Final = {
     DagsterEventType.STEP_UP_FOR_RETRY,
     DagsterEventType.STEP_RESTARTED,
 }
+_STEP_ENDS: Final = {
+    DagsterEventType.STEP_SUCCESS,
+    DagsterEventType.STEP_FAILURE,
+    DagsterEventType.STEP_UP_FOR_RETRY,
+    DagsterEventType.STEP_SKIPPED,
+    DagsterEventType.RESOURCE_INIT_FAILURE,  # from which the run's executor makes a failure or a retry
+}
+_UNLESS_ORPHANED: Final = {DagsterEventType.STEP_FAILURE, DagsterEventType.STEP_UP_FOR_RETRY}
+_EXIT_S: Final = 5.0
+"""What a run's process has for its exit, after it has waited for its steps."""
 _STOPPED: Final = {*core.FINISHED_STATUSES, DagsterRunStatus.CANCELING}
 _BODIES: Final = {"execute_run": core.execute_run, "resume_run": core.resume_run}
 
@@ -36,6 +52,7 @@ def warm_up(instance_ref: str) -> None:
     Leaves no connection and no thread behind.
     """
     core.read_migration_scripts_once()
+    sqs.warm_up()
     with DagsterInstance.from_ref(core.deserialize_value(instance_ref, core.InstanceRef)) as instance:
         instance.get_run_by_id("warm-up")
         with suppress(Exception):  # a storage that has never seen this run may say so
@@ -44,12 +61,25 @@ def warm_up(instance_ref: str) -> None:
 
 def run(argument: dict[str, Any], channel: socket.socket) -> int:
     """Execute or resume the run that `argument` names. Starts with SIGTERM and SIGINT blocked; returns an exit code."""
+    return _work(_run, argument, channel)
+
+
+def step(argument: dict[str, Any], channel: socket.socket) -> int:
+    """Execute the step that `argument` names. Starts with SIGTERM and SIGINT blocked; returns an exit code."""
+    return _work(_step, argument, channel)
+
+
+def _work(body: Callable[[dict[str, Any], DagsterInstance, "_Voice"], int], argument: Any, channel: Any) -> int:
     voice = _Voice(channel)
+    cancellation.told_to_stop = voice.told_to_stop
     with core.capture_interrupts():
         # From here on a signal is either captured (and seen at the next step) or raised inside the op.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPTS)
         try:
-            return _run(argument, voice)
+            core.read_migration_scripts_once()
+            reference = core.deserialize_value(argument["instance_ref"], core.InstanceRef)
+            with DagsterInstance.from_ref(reference) as instance:
+                return body(argument, instance, voice)
         except BaseException as error:  # noqa: BLE001 - the supervisor decides what it means; nothing may be lost
             traceback.print_exc()
             voice.say(error=f"{type(error).__name__}: {error}"[:2000])
@@ -60,14 +90,24 @@ def run(argument: dict[str, Any], channel: socket.socket) -> int:
             voice.say(finished=True)
 
 
-def _run(argument: dict[str, Any], voice: "_Voice") -> int:
+def _run(argument: dict[str, Any], instance: DagsterInstance, voice: "_Voice") -> int:
     run_id = argument["run_id"]
-    core.read_migration_scripts_once()
-    with DagsterInstance.from_ref(core.deserialize_value(argument["instance_ref"], core.InstanceRef)) as instance:
-        fence = _Fence(instance, run_id, voice)
-        core.hook_interrupts(fence.note_interrupt)
-        instance.handle_new_event = fence  # type: ignore[method-assign]
-        return _BODIES[argument["kind"]](run_id, instance)
+    fence = _RunFence(instance, run_id, voice)
+    core.hook_interrupts(fence.note_interrupt)
+    instance.handle_new_event = fence  # type: ignore[method-assign]
+    return _BODIES[argument["kind"]](run_id, instance)
+
+
+def _step(argument: dict[str, Any], instance: DagsterInstance, voice: "_Voice") -> int:
+    order = StepOrder.from_kwargs(argument["order"])
+    run = instance.get_run_by_id(order.run_id)
+    if run is None:
+        raise LookupError(f"run {order.run_id} was deleted")
+    instance.handle_new_event = _StepFence(instance, order, voice)  # type: ignore[method-assign]
+    state = core.rebuild_state(unpack(order.state or ""), run, instance, history=order.reexecution)
+    for _ in core.execute_step(run, instance, order.step_key, state, core.RetryMode(order.retries)):
+        pass  # the events are in the database; nobody reads them here
+    return 0
 
 
 class _Voice:
@@ -95,6 +135,11 @@ class _Voice:
             self._closed = not data
         return self._closed or b"\n" in self._heard
 
+    def worker_is_gone(self) -> bool:
+        """Whether nobody will ever listen again."""
+        self.told_to_stop()
+        return self._closed
+
 
 class _Fence:
     """Stands where the instance takes in events: `DagsterInstance.handle_new_event` of this process."""
@@ -104,6 +149,26 @@ class _Fence:
         self._store = instance.handle_new_event
         self._run_id = run_id
         self._voice = voice
+
+    def __call__(self, event: Any, *, batch_metadata: Any = None) -> None:
+        dagster_event = core.event_of(event)
+        ours = dagster_event is not None and event.run_id == self._run_id
+        kind = dagster_event.event_type if dagster_event is not None and ours else None
+        if self._holds(event, kind):
+            return
+        self._store(event, batch_metadata=batch_metadata)
+        self._stored(event, kind)
+
+    def _holds(self, event: Any, kind: DagsterEventType | None) -> bool:
+        raise NotImplementedError
+
+    def _stored(self, event: Any, kind: DagsterEventType | None) -> None:
+        raise NotImplementedError
+
+
+class _RunFence(_Fence):
+    def __init__(self, instance: DagsterInstance, run_id: str, voice: _Voice) -> None:
+        super().__init__(instance, run_id, voice)
         self._took_hold = False
         self._canceling = False
 
@@ -111,18 +176,11 @@ class _Fence:
         """An interrupt is being raised inside the op (or inside Dagster)."""
         self._took_hold = True
 
-    def __call__(self, event: Any, *, batch_metadata: Any = None) -> None:
-        dagster_event = core.event_of(event)
-        kind = dagster_event.event_type if dagster_event is not None and event.run_id == self._run_id else None
-        if kind in _TERMINAL and self._must_hold():
-            self._hold(event, kind)
-            return
-        self._store(event, batch_metadata=batch_metadata)
-        if kind is DagsterEventType.RUN_START:
-            self._mend_canceling()
-        if kind in _BEFORE_MORE_WORK and (self._canceling or self._voice.told_to_stop()):
-            # An op that swallowed the interrupt, or one with a RetryPolicy, would go on to its next step or attempt.
-            raise core.DagsterExecutionInterruptedError
+    def _holds(self, event: Any, kind: DagsterEventType | None) -> bool:
+        if kind not in _TERMINAL or not self._must_hold():
+            return False
+        self._voice.say(verdict=kind.value, took_hold=self._took_hold, entry=core.serialize_value(event))
+        return True
 
     def _must_hold(self) -> bool:
         if self._took_hold or core.check_captured_interrupt() or self._voice.told_to_stop():
@@ -130,8 +188,20 @@ class _Fence:
         run = self._instance.get_run_by_id(self._run_id)
         return run is None or run.status in _STOPPED
 
-    def _hold(self, event: Any, kind: DagsterEventType) -> None:
-        self._voice.say(verdict=kind.value, took_hold=self._took_hold, entry=core.serialize_value(event))
+    def _stored(self, event: Any, kind: DagsterEventType | None) -> None:
+        if kind is DagsterEventType.RUN_START:
+            self._mend_canceling()
+        elif kind is DagsterEventType.ENGINE_EVENT:
+            self._ask_for_patience(event)
+        if kind in _BEFORE_MORE_WORK and (self._canceling or self._voice.told_to_stop()):
+            # An op that swallowed the interrupt, or one with a RetryPolicy, would go on to its next step or attempt.
+            raise core.DagsterExecutionInterruptedError
+
+    def _ask_for_patience(self, event: Any) -> None:
+        metadata = getattr(event.dagster_event.event_specific_data, "metadata", None) or {}
+        if PATIENCE_KEY in metadata:
+            # The executor says that it waits for its steps to stop, wherever they run.
+            self._voice.say(patience_s=float(metadata[PATIENCE_KEY].value) + _EXIT_S)
 
     def _mend_canceling(self) -> None:
         # Transitions are unguarded: a RUN_START that follows a RUN_CANCELING makes the run STARTED again, and then
@@ -141,3 +211,20 @@ class _Fence:
             if run is not None and run.status is DagsterRunStatus.STARTED:
                 self._instance.report_run_canceling(run)
             self._canceling = True
+
+
+class _StepFence(_Fence):
+    def __init__(self, instance: DagsterInstance, order: StepOrder, voice: _Voice) -> None:
+        super().__init__(instance, order.run_id, voice)
+        self._step_key = order.step_key
+
+    def _holds(self, event: Any, kind: DagsterEventType | None) -> bool:
+        # What a worker's death did to a step is no failure of the op: the run's executor finds the worker dead, and
+        # decides. A success is one.
+        return kind in _UNLESS_ORPHANED and self._voice.worker_is_gone()
+
+    def _stored(self, event: Any, kind: DagsterEventType | None) -> None:
+        if kind in _STEP_ENDS and event.dagster_event.step_key == self._step_key:
+            self._voice.say(step_ended=kind.value)
+        if kind in _BEFORE_MORE_WORK and self._voice.told_to_stop():
+            raise core.DagsterExecutionInterruptedError

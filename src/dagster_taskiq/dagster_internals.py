@@ -3,17 +3,35 @@
 `tests/unit/test_dagster_internals.py` says when they do.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Final
 
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from dagster import DagsterEvent, DagsterInstance
-from dagster._cli.api import _execute_run_command_body, _resume_run_command_body
+from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun
+from dagster._cli.api import _execute_run_command_body, _execute_step_command_body, _resume_run_command_body
+from dagster._core.definitions.executor_definition import multiple_process_executor_requirements
 from dagster._core.errors import DagsterExecutionInterruptedError, DagsterInvalidConfigError
 from dagster._core.events import EngineEventData, JobFailureData, RunFailureReason
 from dagster._core.events.log import EventLogEntry
+from dagster._core.execution.context.system import IStepContext, PlanOrchestrationContext
+from dagster._core.execution.plan.active import ActiveExecution
+from dagster._core.execution.plan.instance_concurrency_context import InstanceConcurrencyContext
+from dagster._core.execution.plan.objects import ErrorSource, StepFailureData
+from dagster._core.execution.plan.outputs import StepOutputHandle
+from dagster._core.execution.plan.plan import ExecutionPlan
+from dagster._core.execution.plan.state import KnownExecutionState
+from dagster._core.execution.plan.step import ExecutionStep
+from dagster._core.execution.retries import RetryMode, get_retries_config
+from dagster._core.execution.step_dependency_config import StepDependencyConfig, get_step_dependency_config_field
+from dagster._core.execution.tags import get_tag_concurrency_limits_config
+from dagster._core.executor.step_delegating import (
+    CheckStepHealthResult,
+    StepDelegatingExecutor,
+    StepHandler,
+    StepHandlerContext,
+)
 from dagster._core.instance import InstanceRef
 from dagster._core.launcher import (
     CheckRunHealthResult,
@@ -23,36 +41,64 @@ from dagster._core.launcher import (
     WorkerStatus,
 )
 from dagster._core.storage.dagster_run import FINISHED_STATUSES
+from dagster._core.storage.event_log import SqlEventLogStorage, SqlEventLogStorageTable
+from dagster._core.storage.sqlalchemy_compat import db_select
 from dagster._daemon.monitoring import RESUME_RUN_LOG_MESSAGE
+from dagster._grpc.types import ExecuteStepArgs
 from dagster._serdes import ConfigurableClass, ConfigurableClassData, deserialize_value, serialize_value
-from dagster._utils.interrupts import capture_interrupts, check_captured_interrupt
+from dagster._utils.interrupts import capture_interrupts, check_captured_interrupt, raise_interrupts_as
 from dagster_shared.error import SerializableErrorInfo
 
 __all__ = [
     "FINISHED_STATUSES",
     "RESUME_RUN_LOG_MESSAGE",
+    "ActiveExecution",
     "CheckRunHealthResult",
+    "CheckStepHealthResult",
     "ConfigurableClass",
     "ConfigurableClassData",
     "DagsterExecutionInterruptedError",
     "DagsterInvalidConfigError",
     "EngineEventData",
+    "ExecuteStepArgs",
+    "ExecutionPlan",
+    "ExecutionStep",
+    "IStepContext",
+    "InstanceConcurrencyContext",
     "InstanceRef",
     "JobFailureData",
+    "KnownExecutionState",
     "LaunchRunContext",
+    "PlanOrchestrationContext",
     "ResumeRunContext",
+    "RetryMode",
     "RunFailureReason",
     "RunLauncher",
+    "StepDelegatingExecutor",
+    "StepDependencyConfig",
+    "StepHandler",
+    "StepHandlerContext",
     "WorkerStatus",
     "capture_interrupts",
     "check_captured_interrupt",
+    "describe_state",
     "deserialize_entry",
     "deserialize_value",
     "error_info",
     "event_of",
+    "events_of_step",
     "execute_run",
+    "execute_step",
+    "get_retries_config",
+    "get_step_dependency_config_field",
+    "get_tag_concurrency_limits_config",
     "hook_interrupts",
+    "interrupted_step",
+    "multiple_process_executor_requirements",
+    "needs_history",
+    "raise_interrupts_as",
     "read_migration_scripts_once",
+    "rebuild_state",
     "resume_run",
     "serialize_value",
     "unexpected_termination",
@@ -70,6 +116,90 @@ def execute_run(run_id: str, instance: DagsterInstance) -> int:
 def resume_run(run_id: str, instance: DagsterInstance) -> int:
     """What `dagster api resume_run` does, in this process; returns its exit code."""
     return _resume_run_command_body(run_id, instance, _IGNORE, set_exit_code_on_failure=True)
+
+
+def execute_step(
+    run: DagsterRun, instance: DagsterInstance, step_key: str, known_state: KnownExecutionState, retry_mode: RetryMode
+) -> Iterator[DagsterEvent]:
+    """What `dagster api execute_step` does, in this process, as far as it is iterated."""
+    if run.job_code_origin is None:
+        raise ValueError(f"run {run.run_id} does not say where its code is")
+    arguments = ExecuteStepArgs(
+        job_origin=run.job_code_origin,
+        run_id=run.run_id,
+        step_keys_to_execute=[step_key],
+        retry_mode=retry_mode,
+        known_state=known_state,
+        should_verify_step=True,
+    )
+    return _execute_step_command_body(arguments, instance, run)
+
+
+def describe_state(state: KnownExecutionState) -> dict[str, Any]:
+    """What a step's process needs to know of the other steps, as JSON; all but the history of a re-execution."""
+    return {
+        "attempts": dict(state.previous_retry_attempts),
+        "mappings": {step: dict(outputs) for step, outputs in state.dynamic_mappings.items()},
+        "outputs": sorted(map(list, state.ready_outputs), key=str),
+    }
+
+
+def needs_history(state: KnownExecutionState) -> bool:
+    """Whether the run is a re-execution whose steps look at the outputs of earlier runs."""
+    return state.parent_state is not None or bool(state.step_output_versions)
+
+
+def rebuild_state(described: Mapping[str, Any], run: DagsterRun, instance: DagsterInstance, *, history: bool) -> Any:
+    """The `KnownExecutionState` that was described. With `history`, that of the run's own plan is put into it.
+
+    Raises whatever Dagster's checks raise for a description that is none.
+    """
+    state = KnownExecutionState(
+        previous_retry_attempts=dict(described["attempts"]),
+        dynamic_mappings={step: dict(outputs) for step, outputs in described["mappings"].items()},
+        ready_outputs={StepOutputHandle(*parts) for parts in described["outputs"]},
+    )
+    plan_id = run.execution_plan_snapshot_id
+    if not history or plan_id is None:
+        return state
+    past = instance.get_execution_plan_snapshot(plan_id).initial_known_state
+    if past is None:
+        return state
+    return state._replace(parent_state=past.parent_state, step_output_versions=past.step_output_versions)
+
+
+def events_of_step(
+    instance: DagsterInstance, run_id: str, step_key: str, of_type: Iterable[DagsterEventType]
+) -> list[DagsterEvent]:
+    """The events of one step, in order.
+
+    Dagster's own interface only reads those of the whole run, which for a run of a thousand steps would be a million.
+    """
+    storage = instance.event_log_storage
+    kinds = set(of_type)
+    if not isinstance(storage, SqlEventLogStorage):
+        entries: Iterable[EventLogEntry] = instance.all_logs(run_id, of_type=kinds)
+    else:
+        table = SqlEventLogStorageTable.c
+        query = (
+            db_select([table.event])
+            .where(table.run_id == run_id)
+            .where(table.step_key == step_key)
+            .where(table.dagster_event_type.in_([kind.value for kind in kinds]))
+            .order_by(table.id.asc())
+        )
+        with storage.run_connection(run_id) as connection:
+            entries = [deserialize_entry(row[0]) for row in connection.execute(query).fetchall()]
+    events = [event for event in map(event_of, entries) if event is not None]
+    return [event for event in events if event.step_key == step_key]
+
+
+def interrupted_step(step_context: IStepContext, why: str) -> DagsterEvent:
+    """Report the failure of a step that was stopped; for one whose process could not do it itself."""
+    data = StepFailureData(  # type: ignore[no-untyped-call]
+        error=error_info(why), user_failure_data=None, error_source=ErrorSource.INTERRUPT
+    )
+    return DagsterEvent.step_failure_event(step_context, data)
 
 
 def read_migration_scripts_once() -> None:

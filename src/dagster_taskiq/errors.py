@@ -40,6 +40,10 @@ class MessageTooLarge(DagsterTaskiqError):
     """A payload over the SQS limit of 1,048,576 bytes."""
 
 
+class PayloadUnavailable(DagsterTaskiqError):
+    """A payload in S3 could not be written or read; the text names the object and the cause."""
+
+
 class ChildStartFailed(DagsterTaskiqError):
     """The process in which Dagster works could not be started."""
 

@@ -5,7 +5,7 @@ A terminated run reads: picked up by worker … · Requested Taskiq task cancell
 """
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -14,6 +14,10 @@ from dagster_taskiq.cancellation import CancelChannel, Cancellation
 STAGE_KEY: Final = "dagster-taskiq/stage"
 WORKER_KEY: Final = "dagster-taskiq/worker"
 TASK_ID_KEY: Final = "dagster-taskiq/task_id"
+PATIENCE_KEY: Final = "dagster-taskiq/patience_s"
+WHY_KEY: Final = "why"
+RETRY_KEY: Final = "may be tried again"
+_NAMED_STEPS: Final = 10
 
 UNKNOWN_AUTHOR: Final = "Dagster UI or API"
 TASK_ID_MISSING: Final = "Taskiq task ID missing; unable to cancel run task."
@@ -35,7 +39,9 @@ class Stage(enum.StrEnum):
     FINISHED_ALL_THE_SAME = "finished_all_the_same"
     LEFT_BEHIND = "left_behind"
     MENDED = "mended"
-    SHUT_DOWN = "shut_down"
+    FORWARDING = "forwarding"
+    STEPS_STOPPED = "steps_stopped"
+    STEP_LOST = "step_lost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +129,7 @@ def killed(pid: int, waited_s: float, at: float) -> Note:
     """SIGKILL."""
     return Note(
         Stage.KILLED,
-        f"pid {pid} did not end within {waited_s:g} s: SIGKILL to its whole process tree",
+        f"pid {pid} did not end within {waited_s:.3g} s: SIGKILL to its whole process tree",
         {"pid": pid},
         at,
     )
@@ -150,3 +156,42 @@ def finished_all_the_same() -> Note:
 def mended(what: str) -> Note:
     """A late writer had overwritten the final state."""
     return Note(Stage.MENDED, f"{what}: restoring the final state")
+
+
+def step_submitted(task_id: str, queue: str) -> Note:
+    """The executor has sent a step to its queue."""
+    return Note(
+        Stage.SUBMITTED, f"Submitted to queue {queue} as task {task_id}", {TASK_ID_KEY: task_id, "queue": queue}
+    )
+
+
+def forwarding(steps: Sequence[str], patience_s: float) -> Note:
+    """The run is being stopped, and its executor passes it on to the steps that are at work."""
+    which = f" ({', '.join(steps[:_NAMED_STEPS])}{', …' if len(steps) > _NAMED_STEPS else ''})" if steps else ""
+    return Note(
+        Stage.FORWARDING,
+        f"forwarding the interrupt to {len(steps)} steps{which}; waiting for them to stop, at most {patience_s:g} s",
+        {"steps": len(steps), PATIENCE_KEY: patience_s},
+    )
+
+
+def steps_stopped(steps: int, after_s: float) -> Note:
+    """All steps that were at work have stopped."""
+    return Note(Stage.STEPS_STOPPED, f"{steps} steps stopped after {after_s:.3f} s", {"steps": steps})
+
+
+def steps_not_stopped(steps: Sequence[str], waited_s: float) -> Note:
+    """The bound was hit."""
+    return Note(
+        Stage.STEPS_STOPPED,
+        f"{len(steps)} steps had not stopped after {waited_s:.1f} s and are no longer waited for; their workers stop"
+        f" them as soon as they see that the run is over: {', '.join(steps[:_NAMED_STEPS])}",
+        {"steps": len(steps)},
+        error="not all steps have stopped",
+    )
+
+
+def step_lost(worker_id: str, task_id: str, why: str, *, retry: bool) -> Note:
+    """The step's process is gone and has not said how the step ended; its run decides what follows."""
+    facts: dict[str, str | int | float] = {WORKER_KEY: worker_id, TASK_ID_KEY: task_id, WHY_KEY: why, RETRY_KEY: retry}
+    return Note(Stage.STEP_LOST, f"step lost on worker {worker_id}: {why}", facts)

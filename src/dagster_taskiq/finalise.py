@@ -14,7 +14,7 @@ from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun,
 
 from dagster_taskiq import dagster_internals as core
 from dagster_taskiq.cancellation import CancelKind, Cancellation
-from dagster_taskiq.claims import write_note
+from dagster_taskiq.claims import OpenSteps, open_steps, write_note
 from dagster_taskiq.events import finished_all_the_same, left_behind, mended
 from dagster_taskiq.settlement import Settlement
 from dagster_taskiq.supervisor import ChildEnd
@@ -38,6 +38,9 @@ class Verdict(enum.Enum):
     HELD = "write the terminal event that the child held back"
     FAILURE = "the child is gone and nothing will go on"
     RESUMABLE = "interrupted; the next worker goes on with it"
+
+
+_AFTER_ITS_STEPS: Final = {Verdict.CANCELED, Verdict.FAILURE, Verdict.HELD}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,8 @@ class Conclusion:
     entry: str
     """The event log entry that the child held back."""
     failure: str
+    steps: OpenSteps | None = None
+    """Steps of the run that are still at work, where it is not to be final before they have stopped."""
 
 
 def examine(
@@ -114,6 +119,7 @@ def examine(
             clean_exit=end is not None and end.exit_code == 0,
         )
     )
+    steps = open_steps(instance, run_id) if verdict in _AFTER_ITS_STEPS else None
     settlement = Settlement.LEAVE if kind is CancelKind.LEASE_LOST else Settlement.DELETE
     return Conclusion(
         run=run,
@@ -122,7 +128,21 @@ def examine(
         history=history,
         entry=str(said.get("entry", "")),
         failure=_failure_message(end, cancellation, worker_id),
+        steps=steps if steps is not None and steps.workers else None,
     )
+
+
+def fail(instance: DagsterInstance, run_id: str, why: str) -> bool:
+    """The worker that had the run is gone, and nobody goes on with it: report that, and free what it held.
+
+    False, and nothing is written, when the run is no longer STARTED.
+    """
+    run = instance.get_run_by_id(run_id)
+    if run is None or run.status is not DagsterRunStatus.STARTED:
+        return False
+    instance.report_run_failed(run, why, core.unexpected_termination())
+    instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+    return True
 
 
 def conclude(instance: DagsterInstance, conclusion: Conclusion, end: ChildEnd | None) -> None:
@@ -141,8 +161,7 @@ def conclude(instance: DagsterInstance, conclusion: Conclusion, end: ChildEnd | 
             write_note(instance, run, finished_all_the_same())
         # As the child would have written it, with its time.
         instance.handle_new_event(core.deserialize_entry(conclusion.entry))
-    if end is not None:
-        _free_what_it_held(instance, run, end)
+    _free_what_it_held(instance, run, end)
 
 
 def _last(end: ChildEnd | None, key: str) -> dict[str, Any]:
@@ -187,18 +206,28 @@ def _failure_message(end: ChildEnd | None, cancellation: Cancellation | None, wo
         )
     if end is None:
         return f"worker {worker_id} could not start the run"
+    return how_it_ended(end, "the run's process")
+
+
+def how_it_ended(end: ChildEnd, whose: str) -> str:
+    """How a child ended that did not get to say so, in words; `whose`: "the run's process"."""
     error = _last(end, "error").get("error")
+    if end.kill_at is not None:
+        return f"{whose} {end.pid} did not end when it was interrupted, and was killed"
     if error is not None:
-        return f"the run's process {end.pid} ended with an error: {error}"
-    if end.kill_at is None and end.killed_by == "SIGKILL":
-        return f"the run's process {end.pid} was killed by SIGKILL, likely out of memory"
+        return f"{whose} {end.pid} ended with an error: {error}"
+    if end.killed_by == "SIGKILL":
+        return f"{whose} {end.pid} was killed by SIGKILL, likely out of memory"
     if end.killed_by is not None:
-        return f"the run's process {end.pid} was killed by {end.killed_by}"
-    return f"the run's process {end.pid} ended with exit code {end.exit_code} before the run was finished"
+        return f"{whose} {end.pid} was killed by {end.killed_by}"
+    return f"{whose} {end.pid} ended with exit code {end.exit_code} before its work was finished"
 
 
-def _free_what_it_held(instance: DagsterInstance, run: DagsterRun, end: ChildEnd) -> None:
+def _free_what_it_held(instance: DagsterInstance, run: DagsterRun, end: ChildEnd | None) -> None:
     """What only a polite end gives back by itself: the slots of concurrency pools."""
+    if end is None:
+        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+        return
     if end.exit_code != 0 or end.killed:
         instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
     if end.kill_at is None and end.interrupted_at is None and end.killed:

@@ -39,7 +39,8 @@ INTERRUPTS: Final = frozenset({signal.SIGTERM, signal.SIGINT})
 MARK_VARIABLE: Final = "DAGSTER_TASKIQ_TASK"
 """In the environment of every child: by it a process is recognised that lost its keeper."""
 NAME_PREFIX: Final = "dagster-"
-MAX_REQUEST: Final = 1 << 20
+MAX_REQUEST: Final = 1 << 16
+_LENGTH_BYTES: Final = 8
 _FDS: Final = 2
 _POLL_WHILE_KILLING_S: Final = 0.02
 _NAMES_KEPT: Final = 5
@@ -129,18 +130,40 @@ def _become_child(request: dict[str, Any], keeper: int, channel: socket.socket) 
     if request["fresh"]:
         channel.set_inheritable(True)
         code = f"from {__name__} import run_fresh; run_fresh()"
-        arguments = [str(channel.fileno()), request["target"], json.dumps(request["argument"])]
+        arguments = [str(channel.fileno()), request["target"]]
         os.execv(sys.executable, [sys.executable, "-c", code, *arguments])  # noqa: S606 - our own interpreter
-    return int(_load(request["target"])(request["argument"], channel))
+    return int(_load(request["target"])(receive_argument(channel), channel))
 
 
 def run_fresh() -> None:
     """Entry of a child in a fresh interpreter (start method "spawn"); the signals are still blocked."""
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.set_inheritable(False)
-    target, argument = sys.argv[2], json.loads(sys.argv[3])
+    target = sys.argv[2]
     del sys.argv[1:]
-    _live_and_leave(lambda: _load(target)(argument, channel))
+    _live_and_leave(lambda: _load(target)(receive_argument(channel), channel))
+
+
+def packed_argument(argument: Any) -> bytes:
+    """A child's argument as the worker sends it: first of all on the channel, because it may be large."""
+    data = json.dumps(argument).encode()
+    return len(data).to_bytes(_LENGTH_BYTES) + data
+
+
+def receive_argument(channel: socket.socket) -> Any:
+    """The argument, and not a byte of what may follow. Raises EOFError when the worker is gone before that."""
+    length = int.from_bytes(_receive_exactly(channel, _LENGTH_BYTES))
+    return json.loads(_receive_exactly(channel, length))
+
+
+def _receive_exactly(channel: socket.socket, length: int) -> bytes:
+    data = bytearray()
+    while len(data) < length:
+        more = channel.recv(min(length - len(data), 1 << 20))
+        if not more:
+            raise EOFError("the worker is gone")
+        data += more
+    return bytes(data)
 
 
 def _live_and_leave(work: Callable[[], int]) -> None:

@@ -1,34 +1,25 @@
-"""Dagster runs to work messages; terminate; health. Knows no asyncio, no processes and no SQS words.
-
-The launcher's methods are called from threads of the webserver and the daemon; the broker is asynchronous. One
-portal with one warm client serves them.
-"""
+"""Dagster runs to work messages; terminate; health. Knows no asyncio, no processes and no SQS words."""
 
 import logging
-import threading
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, wait
-from contextlib import ExitStack
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
-from anyio.from_thread import BlockingPortal, start_blocking_portal
 from dagster import Any as Any_
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, Field, Permissive
-from taskiq.kicker import AsyncKicker
 
 from dagster_taskiq import dagster_internals as core
 from dagster_taskiq import events
-from dagster_taskiq.cancellable_broker import CancellableSQSBroker
 from dagster_taskiq.claims import Claims, Owner, write_note
 from dagster_taskiq.errors import DagsterTaskiqError, QueueUnreachable
 from dagster_taskiq.finalise import mend_late_canceling
+from dagster_taskiq.sender import Sender, task
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.tags import TASK_ID_TAG
 from dagster_taskiq.tasks import EXECUTE_RUN, RESUME_RUN
 
 logger = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 _REQUEST_TIMEOUT_S: Final = 10
 _HEAD_START_S: Final = 0.05
@@ -68,9 +59,7 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
         self.settings = Settings.from_config(
             {key: value for key, value in given.items() if value is not None} | unknown
         )
-        self._lock = threading.Lock()
-        self._resources = ExitStack()
-        self._open: tuple[BlockingPortal, CancellableSQSBroker] | None = None
+        self._sender = Sender(self.settings, self.settings.queue_url, name="dagster-taskiq launcher")
         super().__init__()  # type: ignore[no-untyped-call]
 
     @property
@@ -107,14 +96,11 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
         task_id = uuid.uuid4().hex
         # The tag first: a worker may have the message before `send` returns.
         self._instance.add_run_tags(run.run_id, {TASK_ID_TAG: task_id})
-        labels = {"message_group": run.job_name} if self.settings.is_fair_queue else {}
-
-        async def send(broker: CancellableSQSBroker) -> None:
-            kicker: AsyncKicker[Any, Any] = AsyncKicker(task_name, broker, labels)
-            await kicker.with_task_id(task_id).kiq(run_id=run.run_id)
-
+        group = run.job_name if self.settings.is_fair_queue else None
         try:
-            self._ask(send).result(_REQUEST_TIMEOUT_S)
+            self._sender.ask(
+                lambda broker: broker.kick(task(broker, task_name, task_id, group, {"run_id": run.run_id}))
+            ).result(_REQUEST_TIMEOUT_S)
         except TimeoutError as error:
             raise QueueUnreachable(
                 f"{self.settings.queue_url} did not answer within {_REQUEST_TIMEOUT_S} s; the run was not launched."
@@ -168,7 +154,7 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
         return True
 
     def _request_cancel(self, task_id: str) -> "Future[None]":
-        return self._ask(lambda broker: broker.cancel_task(task_id, requested_by=events.UNKNOWN_AUTHOR))
+        return self._sender.ask(lambda broker: broker.cancel_task(task_id, requested_by=events.UNKNOWN_AUTHOR))
 
     @property
     def supports_check_run_worker_health(self) -> bool:
@@ -205,9 +191,7 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
 
     def dispose(self) -> None:
         """Close the client and its thread."""
-        with self._lock:
-            self._open = None
-            self._resources.close()
+        self._sender.close()
 
     def _claims(self) -> Claims:
         return Claims(self._instance, self.settings.dead_after_s)
@@ -221,30 +205,11 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
         except Exception:
             logger.exception("engine event could not be written", extra={"run_id": run.run_id})
 
-    def _ask(self, request: Callable[[CancellableSQSBroker], Awaitable[_T]]) -> "Future[_T]":
-        """Begin a request on the portal's thread."""
-        with self._lock:
-            if self._open is None:
-                self._open = self._connect()
-            portal, broker = self._open
-        return portal.start_task_soon(request, broker)
-
-    def _connect(self) -> tuple[BlockingPortal, CancellableSQSBroker]:
-        portal = self._resources.enter_context(start_blocking_portal(name="dagster-taskiq launcher"))
-        broker = CancellableSQSBroker(
-            self.settings.queue_url,
-            self.settings.region_name,
-            endpoint_url=self.settings.endpoint_url,
-            enable_cancellation=self.settings.enable_cancellation,
-        )
-        self._resources.callback(portal.call, broker.shutdown)
-        return portal, broker
-
 
 CONFIG_FIELDS: Final[Mapping[str, Any]] = {
     key: Field(Any_, is_required=False, description=description)
     for key, description in {
-        "queue_url": "URL of the work queue; its cancel queue is derived from it.",
+        "queue_url": "URL of the work queue; those of the steps queue and the cancel queue are derived from it.",
         "region_name": "AWS region of the queues.",
         "endpoint_url": "Another SQS endpoint than AWS's own: an emulator, a VPC endpoint.",
         "config_source": "All other settings; see the table in the README.",

@@ -3,13 +3,16 @@
 Whatever arrives is untrusted: it is bounded and checked field by field, and it can only *name* existing work.
 """
 
+import base64
+import hashlib
 import json
 import math
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final, TypeGuard
+from typing import Any, Final, Literal, TypeGuard
 
 from dagster_taskiq.errors import MessageUnreadable
 
@@ -18,6 +21,10 @@ MAX_TEXT_LENGTH: Final = 1024
 _MAX_CANCEL_BODY: Final = 64 * 1024
 _TASK_ID = re.compile(r"[\x21-\x7e]{1,256}")
 _RUN_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
+_STEP_TASK_ID = re.compile(r"([0-9A-Za-z_-]{1,64})\.[0-9a-f]{16}\.[0-9]{1,5}")
+_MAX_STEP_KEY: Final = 4096
+_MAX_ATTEMPT: Final = 99_999
+_MAX_UNPACKED: Final = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,87 @@ class CancelRequest:
         if not is_task_id(task_id):
             raise MessageUnreadable("cancel message without a valid task_id")
         return cls(task_id, _text(data, "reason"), _text(data, "requested_by"), _moment(data.get("requested_at")))
+
+
+RetryKind = Literal["deferred", "disabled"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOrder:
+    """What a message on the steps queue says: which step of which run, and what its process has to know."""
+
+    run_id: str
+    step_key: str
+    attempt: int
+    """1 for the first."""
+    retries: RetryKind
+    """Whether a step that fails may ask its run for a retry."""
+    reexecution: bool = False
+    """Whether the run builds on the outputs of an earlier run; which ones is written in the run's plan."""
+    state: str | None = None
+    """`pack`ed: what the run's steps have done so far. None: it is in the payload bucket, under the task id."""
+
+    @property
+    def task_id(self) -> str:
+        """Derived, so that nobody has to store it."""
+        return step_task_id(self.run_id, self.step_key, self.attempt)
+
+    def to_kwargs(self) -> dict[str, Any]:
+        """The arguments of the task."""
+        return {
+            "run_id": self.run_id,
+            "step_key": self.step_key,
+            "attempt": self.attempt,
+            "retries": self.retries,
+            "reexecution": self.reexecution,
+            "state": self.state,
+        }
+
+    @classmethod
+    def from_kwargs(cls, kwargs: Mapping[str, Any]) -> "StepOrder":
+        """Read the arguments of the task; unknown ones are ignored. Raises `MessageUnreadable` with the reason."""
+        run_id, step_key, attempt = kwargs.get("run_id"), kwargs.get("step_key"), kwargs.get("attempt", 1)
+        retries, state = kwargs.get("retries", "deferred"), kwargs.get("state")
+        if not is_run_id(run_id):
+            raise MessageUnreadable("step message without a valid run_id")
+        if not isinstance(step_key, str) or not 1 <= len(step_key) <= _MAX_STEP_KEY:
+            raise MessageUnreadable("step message without a valid step_key")
+        if not isinstance(attempt, int) or isinstance(attempt, bool) or not 1 <= attempt <= _MAX_ATTEMPT:
+            raise MessageUnreadable("step message without a valid attempt")
+        if retries not in ("deferred", "disabled"):
+            raise MessageUnreadable("step message whose retries are neither 'deferred' nor 'disabled'")
+        if state is not None and not isinstance(state, str):
+            raise MessageUnreadable("step message whose state is not a text")
+        return cls(run_id, step_key, attempt, retries, kwargs.get("reexecution") is True, state)
+
+
+def step_task_id(run_id: str, step_key: str, attempt: int) -> str:
+    """The task id of one attempt of one step: the run's id can be read from it, the step's key cannot."""
+    digest = hashlib.blake2s(step_key.encode(), digest_size=8).hexdigest()
+    return f"{run_id}.{digest}.{attempt}"
+
+
+def run_of_step_task(task_id: str) -> str | None:
+    """The run that a step's task id belongs to; None when it is no step's."""
+    match = _STEP_TASK_ID.fullmatch(task_id)
+    return match[1] if match else None
+
+
+def pack(data: object) -> str:
+    """JSON, compressed, as text."""
+    return base64.b64encode(zlib.compress(json.dumps(data, separators=(",", ":")).encode())).decode()
+
+
+def unpack(text: str) -> Any:
+    """What `pack` was given. Raises `MessageUnreadable`, also for a small text that unpacks to far too much."""
+    try:
+        inflater = zlib.decompressobj()
+        data = inflater.decompress(base64.b64decode(text, validate=True), _MAX_UNPACKED)
+        if not inflater.eof:
+            raise MessageUnreadable(f"packed data that is cut off, or unpacks to more than {_MAX_UNPACKED:,} bytes")
+        return json.loads(data)
+    except (ValueError, zlib.error, RecursionError) as error:
+        raise MessageUnreadable(f"packed data that cannot be read: {error}") from error
 
 
 def is_task_id(value: object) -> TypeGuard[str]:

@@ -12,15 +12,15 @@ from typing import Literal
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
 
 from dagster_taskiq import dagster_internals as core
-from dagster_taskiq.claims import Claims, Owner
+from dagster_taskiq.claims import Claims, Owner, StepRef
 from dagster_taskiq.tags import TASK_ID_TAG
 
 logger = logging.getLogger(__name__)
 
-WorkKind = Literal["execute_run", "resume_run"]
+WorkKind = Literal["execute_run", "resume_run", "execute_step"]
 
 
-class Step(enum.Enum):
+class Action(enum.Enum):
     """What the worker does with a message."""
 
     DROP = "delete the message; there is nothing to do"
@@ -35,7 +35,7 @@ class Step(enum.Enum):
 class Decision:
     """`why` is for the log and, where a run is finished by it, for the run's events."""
 
-    step: Step
+    action: Action
     why: str
     run: DagsterRun | None = None
 
@@ -69,7 +69,7 @@ def preflight(instance: DagsterInstance, claims: Claims, candidate: Candidate) -
     run = instance.get_run_by_id(candidate.run_id)
     owner = claims.owner(candidate.run_id, candidate.worker_id)
     decision = _after_the_claim(candidate, run, owner, earlier, instance)
-    if run is not None and decision.step in (Step.DROP, Step.HAND_BACK):
+    if run is not None and decision.action in (Action.DROP, Action.HAND_BACK):
         claims.release(run, candidate.worker_id, candidate.task_id, decision.why)
     return decision
 
@@ -77,17 +77,17 @@ def preflight(instance: DagsterInstance, claims: Claims, candidate: Candidate) -
 def _before_the_claim(claims: Claims, candidate: Candidate, run: DagsterRun | None) -> Decision | None:
     """What can be decided without a claim, so that it leaves no trace in the log of a run that goes on."""
     if run is None:
-        return Decision(Step.DROP, "the run does not exist (deleted?)")
+        return Decision(Action.DROP, "the run does not exist (deleted?)")
     if run.status in core.FINISHED_STATUSES:
-        return Decision(Step.DROP, f"the run is {run.status.value} already")
+        return Decision(Action.DROP, f"the run is {run.status.value} already")
     if run.tags.get(TASK_ID_TAG, candidate.task_id) != candidate.task_id:
-        return Decision(Step.DROP, "superseded: the run was launched or resumed again under another task id")
+        return Decision(Action.DROP, "superseded: the run was launched or resumed again under another task id")
     if run.status is DagsterRunStatus.QUEUED:
-        return Decision(Step.DROP, "the run is QUEUED: its run coordinator has not launched it")
+        return Decision(Action.DROP, "the run is QUEUED: its run coordinator has not launched it")
     if run.status not in (DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING):
         owner = claims.owner(candidate.run_id)
         if owner is not None and owner.alive and owner.worker_id != candidate.worker_id:
-            return Decision(Step.HAND_BACK, f"worker {owner.worker_id} is at work on it")
+            return Decision(Action.HAND_BACK, f"worker {owner.worker_id} is at work on it")
     return None
 
 
@@ -102,18 +102,51 @@ def _after_the_claim(
     candidate: Candidate, run: DagsterRun | None, owner: Owner | None, earlier: str | None, instance: DagsterInstance
 ) -> Decision:
     if run is None:
-        return Decision(Step.DROP, "the run was deleted")
+        return Decision(Action.DROP, "the run was deleted")
     if run.status in core.FINISHED_STATUSES:
-        return Decision(Step.DROP, f"the run is {run.status.value} already", run)
+        return Decision(Action.DROP, f"the run is {run.status.value} already", run)
     if owner is not None and owner.worker_id != candidate.worker_id:
-        return Decision(Step.HAND_BACK, f"worker {owner.worker_id} claimed it first", run)
+        return Decision(Action.HAND_BACK, f"worker {owner.worker_id} claimed it first", run)
     if run.status is DagsterRunStatus.CANCELING:
-        return Decision(Step.FINISH_CANCELLATION, "terminated while no worker was at work on it", run)
+        return Decision(Action.FINISH_CANCELLATION, "terminated while no worker was at work on it", run)
     if candidate.kind == "resume_run":
-        return Decision(Step.RESUME, "resume requested by run monitoring", run)
+        return Decision(Action.RESUME, "resume requested by run monitoring", run)
     if run.status in (DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING):
-        return Decision(Step.START, "to be started", run)
+        return Decision(Action.START, "to be started", run)
     who = f"worker {earlier}, which had it, is gone" if earlier else "the worker that had it is unknown"
     if instance.run_will_resume(run.run_id):
-        return Decision(Step.RESUME, who, run)
-    return Decision(Step.FAIL, who, run)
+        return Decision(Action.RESUME, who, run)
+    return Decision(Action.FAIL, who, run)
+
+
+def preflight_step(
+    instance: DagsterInstance, claims: Claims, step: StepRef, candidate: Candidate, *, received_before: bool
+) -> Decision:
+    """May this attempt of a step be started? Claims it and decides: START, DROP, or neither. Blocks on the database.
+
+    START leaves the claim with this worker. An attempt that anybody else has claimed is never started again, also
+    when that worker is dead: what becomes of it is for the run's executor to say, which looks after its workers.
+    """
+    run = instance.get_run_by_id(candidate.run_id)
+    why = _reason_to_drop_step(run)
+    if why is None and received_before and (owner := claims.first_claimant(candidate.run_id, step)) is not None:
+        why = f"worker {owner} had it before"
+    if why is not None or run is None:
+        return Decision(Action.DROP, why or "")  # without a trace in the log
+    claims.claim(run, candidate.worker_id, candidate.task_id, candidate.where, step.step_key)
+    run = instance.get_run_by_id(candidate.run_id)
+    why = _reason_to_drop_step(run)
+    owner = claims.first_claimant(candidate.run_id, step)
+    if why is None and owner != candidate.worker_id:
+        why = f"worker {owner} claimed it first"
+    if why is None:
+        return Decision(Action.START, "to be started", run)
+    if run is not None:
+        claims.release(run, candidate.worker_id, candidate.task_id, why, step.step_key)
+    return Decision(Action.DROP, why)
+
+
+def _reason_to_drop_step(run: DagsterRun | None) -> str | None:
+    if run is None:
+        return "the run does not exist (deleted?)"
+    return None if run.status is DagsterRunStatus.STARTED else f"its run is {run.status.value}"

@@ -54,6 +54,8 @@ class Child:
     messages: list[dict[str, Any]] = field(default_factory=list)
     finished: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the child says that its work is over and only its exit remains."""
+    patience_s: float = 0.0
+    """What the child asks for instead of the grace, because it waits for others (a run for its steps)."""
     _control: asyncio.StreamWriter | None = None
     _channel: asyncio.StreamWriter | None = None
     _readers: tuple[asyncio.Task[None], ...] = ()
@@ -75,6 +77,8 @@ class Child:
         self.messages.append(message)
         if "finished" in message:
             self.finished.set()
+        if "patience_s" in message:
+            self.patience_s = float(message["patience_s"])
 
     async def close(self) -> None:
         """Release what belongs to the child; only after `gone`."""
@@ -166,7 +170,6 @@ class ForkServer:
     async def _fork(self, spec: ChildSpec) -> Child:
         request = {
             "target": spec.target,
-            "argument": spec.argument,
             "mark": spec.mark,
             "grace_s": spec.grace_s,
             "linger_s": spec.linger_s,
@@ -215,6 +218,7 @@ async def _connect(spec: ChildSpec, control: socket.socket, channel: socket.sock
     loop = asyncio.get_running_loop()
     child = Child(json.loads(hello)["started"], spec, loop.create_future(), loop.create_future())
     child._control, child._channel = control_writer, channel_writer  # noqa: SLF001 - made here
+    channel_writer.write(keeper.packed_argument(spec.argument))
     hear_child = loop.create_task(_hear(channel_reader, child.hear), name=f"hear child {child.pid}")
     child._readers = (  # noqa: SLF001
         hear_child,

@@ -5,6 +5,7 @@ it a plain mapping.
 """
 
 import difflib
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,9 @@ from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
 from dagster_taskiq.errors import SettingsError
+from dagster_taskiq.tags import GRACE_SECONDS_TAG
+
+logger = logging.getLogger(__name__)
 
 ENABLE_CANCELLATION_VARIABLE: Final = "DAGSTER_TASKIQ_ENABLE_CANCELLATION"
 QUEUE_URL_VARIABLE: Final = "DAGSTER_TASKIQ_SQS_QUEUE_URL"
@@ -21,6 +25,9 @@ REGION_VARIABLES: Final = ("AWS_REGION", "AWS_DEFAULT_REGION")
 
 TOP_LEVEL_KEYS: Final = ("queue_url", "region_name", "endpoint_url", "config_source")
 _REGION_IN_HOST = re.compile(r"(?:^|\.)sqs\.([a-z0-9-]+)\.(?:amazonaws\.com|on\.aws|api\.aws|localhost)")
+
+_FIFO: Final = ".fifo"
+_STOP_MARGIN_S: Final = 3.0
 
 StartMethod = Literal["forkserver", "spawn"]
 
@@ -42,13 +49,22 @@ _RANGES: Final[Mapping[str, _Range]] = {
     "status_poll_seconds": _Range(0.2, 300, "seconds"),
     "drain_seconds": _Range(0, 86_400, "seconds"),
     "stop_timeout_seconds": _Range(2, 86_400, "seconds"),
-    "max_concurrent_runs": _Range(1, 1_000, "runs"),
+    "max_concurrent_runs": _Range(0, 1_000, "runs"),
+    "max_concurrent_steps": _Range(0, 1_000, "steps"),
 }
 _WHOLE: Final = {
     "wait_time_seconds",
     "max_number_of_messages",
     "visibility_timeout_seconds",
     "max_concurrent_runs",
+    "max_concurrent_steps",
+}
+
+
+# Bucket names: https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html
+_NAMES: Final[Mapping[str, tuple[str, str]]] = {
+    "region_name": (r"[a-z0-9-]{2,40}", "an AWS region such as 'us-east-1'"),
+    "payload_bucket": (r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", "an S3 bucket"),
 }
 
 
@@ -57,7 +73,7 @@ class Settings:
     """All settings of launcher and worker. Durations are seconds."""
 
     queue_url: str
-    """URL of the work queue; the cancel queue's URL is derived from it."""
+    """URL of the work queue; those of the steps queue and the cancel queue are derived from it."""
     region_name: str
     endpoint_url: str | None = None
     """Another SQS endpoint than AWS's own (an emulator, a VPC endpoint)."""
@@ -82,11 +98,32 @@ class Settings:
     stop_timeout_seconds: float = 30
     """The `stopTimeout` of the worker's container: when it ends, ECS kills everything."""
     max_concurrent_runs: int = 4
-    """Runs that one worker works on at a time."""
+    """Runs that one worker works on at a time; 0: this worker takes no runs."""
+    max_concurrent_steps: int = 4
+    """Steps of `taskiq_executor` that one worker works on at a time, beside its runs; 0: this worker takes no steps."""
+    payload_bucket: str | None = None
+    """S3 bucket for what is too large for a message of SQS: the known state of a step after thousands of outputs."""
     start_method: StartMethod = "forkserver"
     """How the child is started: forked from a warm process, or a fresh interpreter."""
     preload_modules: tuple[str, ...] = ()
     """Modules that the warm process imports before it forks."""
+
+    @property
+    def steps_queue_url(self) -> str:
+        """`name` has `name-steps`, `name.fifo` has `name-steps.fifo`."""
+        return sibling_queue(self.queue_url, "-steps")
+
+    @property
+    def cancel_queue_url(self) -> str:
+        """`name` has `name-cancels`, `name.fifo` has `name-cancels.fifo`."""
+        return sibling_queue(self.queue_url, "-cancels")
+
+    def steps_patience_s(self, grace_s: float) -> float:
+        """How long a run that is being stopped waits for its steps: their grace, and until the last of them knows.
+
+        A step whose cancel message is lost hears of it by the status watch.
+        """
+        return grace_s + self.status_poll_seconds + _STOP_MARGIN_S
 
     @property
     def heartbeat_every_s(self) -> float:
@@ -100,6 +137,15 @@ class Settings:
         (They become visible at the earliest three quarters of the visibility timeout after its death.)
         """
         return self.visibility_timeout_seconds / 2
+
+    @property
+    def step_lost_after_s(self) -> float:
+        """The visibility timeout without a heartbeat: then a step of that worker is lost, and may be tried again.
+
+        Later than `dead_after_s`: a child that lost its worker is gone by then, at the latest `dead_after_s` after the
+        worker's death, so that no step ever runs twice at a time.
+        """
+        return self.visibility_timeout_seconds
 
     @property
     def shutdown_grace_s(self) -> float:
@@ -126,6 +172,18 @@ class Settings:
         _from_environment(values, config, environ)
         return cls(**{key: _checked(key, value) for key, value in values.items()})
 
+    def overridden_by(self, config: Mapping[str, Any], **overrides: object) -> "Settings":
+        """These settings, but for what a configuration of the same form says. Raises `SettingsError`."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        base: dict[str, Any] = {key: own.pop(key) for key in TOP_LEVEL_KEYS if key in own}
+        source = config.get("config_source") or {}
+        if not isinstance(source, Mapping):
+            raise SettingsError("config_source must be a mapping of settings")
+        given = {key: value for key, value in config.items() if value is not None}
+        own |= {key: value for key, value in source.items() if value is not None}
+        own |= {key: value for key, value in overrides.items() if value is not None}
+        return Settings.from_config({**base, **given, "config_source": own})
+
     def __post_init__(self) -> None:
         """Check what concerns more than one setting. Raises `SettingsError` that names both."""
         if self.drain_seconds >= self.stop_timeout_seconds:
@@ -138,6 +196,10 @@ class Settings:
             raise SettingsError(
                 f"cancel_ttl ({self.cancel_ttl:g}) must be greater than status_poll_seconds"
                 f" ({self.status_poll_seconds:g}): until then the cancel message is the faster channel"
+            )
+        if not self.max_concurrent_runs and not self.max_concurrent_steps:
+            raise SettingsError(
+                "max_concurrent_runs and max_concurrent_steps are both 0: a worker would do nothing; raise one of them"
             )
 
     def check_against_cancel_timeout(self, cancel_timeout_seconds: float) -> None:
@@ -160,9 +222,26 @@ SOURCE_KEYS: Final = tuple(
 """The keys of `config_source`."""
 
 
+def sibling_queue(queue_url: str, suffix: str) -> str:
+    """The URL of the queue that belongs to a work queue: the suffix before `.fifo`, if it ends so."""
+    url = queue_url.rstrip("/")
+    return f"{url.removesuffix(_FIFO)}{suffix}{_FIFO}" if url.endswith(_FIFO) else f"{url}{suffix}"
+
+
 def grace_from_tag(value: str) -> float:
     """Seconds from the run tag `dagster-taskiq/grace_seconds`. Raises `SettingsError`."""
     return float(_checked("grace_seconds", value))
+
+
+def grace_of(tags: Mapping[str, str], default_s: float) -> float:
+    """A run's own grace, if it is tagged with a sensible one."""
+    if GRACE_SECONDS_TAG not in tags:
+        return default_s
+    try:
+        return grace_from_tag(tags[GRACE_SECONDS_TAG])
+    except SettingsError as error:
+        logger.warning("tag %s ignored: %s", GRACE_SECONDS_TAG, error)
+        return default_s
 
 
 def _resolved(key: str, value: Any, environ: Mapping[str, str]) -> Any:
@@ -217,10 +296,8 @@ def _checked(key: str, value: Any) -> Any:
         return _boolean(key, value)
     if key in {"queue_url", "endpoint_url"}:
         return _url(key, value)
-    if key == "region_name":
-        if not isinstance(value, str) or not re.fullmatch(r"[a-z0-9-]{2,40}", value):
-            raise SettingsError(f"region_name must be the name of an AWS region such as 'us-east-1', not {value!r}")
-        return value
+    if key in _NAMES:
+        return _name(key, value)
     if key == "start_method":
         if value not in ("forkserver", "spawn"):
             raise SettingsError(f"start_method must be 'forkserver' or 'spawn', not {value!r}")
@@ -230,6 +307,15 @@ def _checked(key: str, value: Any) -> Any:
             raise SettingsError("preload_modules must be a list of module names")
         return tuple(value)
     raise SettingsError(f"unknown setting {key!r}")
+
+
+def _name(key: str, value: Any) -> str | None:
+    pattern, what = _NAMES[key]
+    if value is None and key == "payload_bucket":
+        return None
+    if not isinstance(value, str) or not re.fullmatch(pattern, value):
+        raise SettingsError(f"{key} must be the name of {what}, not {value!r}")
+    return value
 
 
 def _number(key: str, value: Any, allowed: _Range) -> float:

@@ -33,6 +33,7 @@ from dagster_taskiq.errors import (
     QueueMissing,
     QueueUnreachable,
 )
+from dagster_taskiq.settings import sibling_queue
 
 if TYPE_CHECKING:
     from types_aiobotocore_sqs import SQSClient
@@ -58,17 +59,12 @@ def is_fifo(queue_url: str) -> bool:
 
 def cancel_queue_url(queue_url: str) -> str:
     """`name` has `name-cancels`, `name.fifo` has `name-cancels.fifo`."""
-    return _sibling(queue_url, "-cancels")
+    return sibling_queue(queue_url, "-cancels")
 
 
 def steps_queue_url(queue_url: str) -> str:
     """`name` has `name-steps`, `name.fifo` has `name-steps.fifo`."""
-    return _sibling(queue_url, "-steps")
-
-
-def _sibling(queue_url: str, suffix: str) -> str:
-    url = queue_url.rstrip("/")
-    return f"{url.removesuffix(_FIFO)}{suffix}{_FIFO}" if is_fifo(url) else f"{url}{suffix}"
+    return sibling_queue(queue_url, "-steps")
 
 
 class Connection:
@@ -107,6 +103,17 @@ class Connection:
         async with self._opening:
             self._client = None
             await self._stack.aclose()
+
+
+def warm_up() -> None:
+    """Import and load what making a client takes, without a request and without looking for credentials."""
+
+    async def make() -> None:
+        known = {"aws_access_key_id": "warm-up", "aws_secret_access_key": "warm-up", "region_name": "us-east-1"}
+        async with aioboto3.Session().client("sqs", **known):
+            pass
+
+    asyncio.run(make())
 
 
 # Error codes without their prefixes ("AWS.SimpleQueueService.", "com.amazonaws.sqs#").

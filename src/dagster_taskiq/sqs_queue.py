@@ -40,16 +40,13 @@ class SQSQueue:
             await client.send_message(QueueUrl=self.url, MessageBody=body, **grouping)
 
     async def send_batch(self, bodies: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[int, str]:
-        """Send up to ten; the numbers of those that failed, with the reason. Raises nothing of ours."""
+        """Send up to ten; the numbers of those that SQS refused, with the reason. Raises a `QueueError`."""
         entries: list[Any] = [
             {"Id": str(number), "MessageBody": body, **grouping} for number, (body, grouping) in enumerate(bodies)
         ]
-        try:
-            client = await self._client()
-            with sqs.translated(self.url, client.meta.region_name):
-                answer = await client.send_message_batch(QueueUrl=self.url, Entries=entries)
-        except DagsterTaskiqError as error:
-            return dict.fromkeys(range(len(bodies)), str(error))
+        client = await self._client()
+        with sqs.translated(self.url, client.meta.region_name):
+            answer = await client.send_message_batch(QueueUrl=self.url, Entries=entries)
         return {int(one["Id"]): one.get("Message") or one["Code"] for one in answer.get("Failed", [])}
 
     async def receive(self, *, at_most: int, wait_s: int, visibility_s: int) -> "list[MessageTypeDef]":

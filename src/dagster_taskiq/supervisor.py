@@ -145,8 +145,12 @@ class _Life:
         self._child.interrupt()
         self._observer.interrupting(self._child.pid, grace_s)
         await asyncio.wait({self._child.exited}, timeout=grace_s)
+        # A run that waits for its steps, on whichever workers, has the time that they have; but not in a shutdown.
+        longer_s = self._child.patience_s - grace_s if cause.kind is not CancelKind.SHUTDOWN else 0
+        if not self._child.exited.done() and longer_s > 0:
+            await asyncio.wait({self._child.exited}, timeout=longer_s)
         if not self._child.exited.done():
-            self._kill(grace_s)
+            self._kill(time() - self._interrupted_at)
 
     def _kill(self, waited_s: float) -> None:
         logger.warning("child does not end; killing it", extra={"pid": self._child.pid, "waited_s": waited_s})

@@ -7,11 +7,10 @@ Each task supervises one child. Knows Dagster's runs through `preflight` and `fi
 import asyncio
 import logging
 from contextlib import suppress
-from dataclasses import dataclass, field
 from time import time
 from typing import Any, Final
 
-from dagster import DagsterInstance, DagsterRun
+from dagster import DagsterRun
 from taskiq import AsyncBroker
 
 from dagster_taskiq import dagster_internals as core
@@ -19,18 +18,18 @@ from dagster_taskiq import events
 from dagster_taskiq.cancellable_receiver import Running, current_work
 from dagster_taskiq.cancellation import CancelKind, Cancellation
 from dagster_taskiq.child import RUN_TARGET
-from dagster_taskiq.claims import Claims, write_note
-from dagster_taskiq.errors import ChildStartFailed, SettingsError
-from dagster_taskiq.finalise import conclude, examine
+from dagster_taskiq.chronicle import Chronicle
+from dagster_taskiq.claims import Claims, OpenSteps, open_steps, write_note
+from dagster_taskiq.errors import ChildStartFailed
+from dagster_taskiq.finalise import Conclusion, conclude, examine, fail
 from dagster_taskiq.messages import is_run_id
 from dagster_taskiq.outage import Outage
-from dagster_taskiq.preflight import Candidate, Decision, Step, WorkKind, preflight
+from dagster_taskiq.preflight import Action, Candidate, Decision, WorkKind, preflight
 from dagster_taskiq.process import ChildSpec
-from dagster_taskiq.settings import Settings, grace_from_tag
 from dagster_taskiq.settlement import Settlement
-from dagster_taskiq.supervisor import Cancelled, ChildEnd, Processes, supervise
-from dagster_taskiq.tags import GRACE_SECONDS_TAG
+from dagster_taskiq.supervisor import Cancelled, ChildEnd, supervise
 from dagster_taskiq.to_the_end import to_the_end
+from dagster_taskiq.workplace import Workplace
 
 logger = logging.getLogger(__name__)
 
@@ -39,18 +38,11 @@ RESUME_RUN: Final = "dagster_taskiq.resume_run"
 _FINAL_STATE_TRIES: Final = 10  # about a minute
 
 
-@dataclass(slots=True)
 class RunWork:
-    """Everything that work on runs needs; one per worker."""
+    """Sees work on runs through."""
 
-    instance: DagsterInstance
-    settings: Settings
-    claims: Claims
-    processes: Processes
-    worker_id: str
-    where: str
-    watched: dict[str, str] = field(default_factory=dict)
-    """Task id to run id, of the work that has passed its preflight: what the status watch looks at."""
+    def __init__(self, place: Workplace) -> None:
+        self._place = place
 
     def register(self, broker: AsyncBroker) -> None:
         """Make the tasks known to a worker's broker."""
@@ -80,49 +72,52 @@ class RunWork:
         if cancelled and cancelled.cause.kind is CancelKind.SHUTDOWN:
             work.settle_as(Settlement.HAND_BACK)
             return
-        candidate = Candidate(kind, run_id, work.task_id, self.worker_id, self.where)
+        candidate = Candidate(kind, run_id, work.task_id, self._place.worker_id, self._place.where)
         try:
-            decision = await asyncio.to_thread(preflight, self.instance, self.claims, candidate)
+            decision = await asyncio.to_thread(preflight, self._place.instance, self._place.claims, candidate)
             await self._carry_out(decision, candidate, work, cancelled)
         except Exception:  # the database, above all: the message stays, and is tried again when it is visible again
             extra = {"run_id": run_id, "task_id": work.task_id}
             logger.exception("work could not be carried out; its message is handed back", extra=extra)
-            work.settle_as(Settlement.HAND_BACK, self.settings.visibility_timeout_seconds)
+            work.settle_as(Settlement.HAND_BACK, self._place.settings.visibility_timeout_seconds)
             with suppress(Exception):  # or else our claim keeps the others from it for as long as we live
                 await asyncio.to_thread(self._release, candidate)
 
     def _release(self, candidate: Candidate) -> None:
-        run = self.instance.get_run_by_id(candidate.run_id)
+        place = self._place
+        run = place.instance.get_run_by_id(candidate.run_id)
         if run is not None:
-            self.claims.release(run, self.worker_id, candidate.task_id, "it could not be carried out here")
+            place.claims.release(run, place.worker_id, candidate.task_id, "it could not be carried out here")
 
     async def _carry_out(self, decision: Decision, candidate: Candidate, work: Running, cancelled: Cancelled) -> None:
         extra = {"run_id": candidate.run_id, "task_id": candidate.task_id, "why": decision.why}
-        logger.info("run %s: %s", candidate.run_id, decision.step.value, extra=extra)
-        run = decision.run
-        if decision.step is Step.HAND_BACK:
-            work.settle_as(Settlement.HAND_BACK, self.settings.visibility_timeout_seconds)
-        elif decision.step is Step.DROP or run is None:
+        logger.info("run %s: %s", candidate.run_id, decision.action.value, extra=extra)
+        place, run = self._place, decision.run
+        if decision.action is Action.HAND_BACK:
+            work.settle_as(Settlement.HAND_BACK, place.settings.visibility_timeout_seconds)
+        elif decision.action is Action.DROP or run is None:
             work.settle_as(Settlement.DELETE)
-        elif decision.step is Step.FAIL:
-            failure = core.unexpected_termination()
-            await asyncio.to_thread(self.instance.report_run_failed, run, decision.why, failure)
-            work.settle_as(Settlement.DELETE)
-        elif decision.step is Step.FINISH_CANCELLATION:
+        elif decision.action is Action.FAIL:
+            await self._stop_steps(run, await asyncio.to_thread(open_steps, place.instance, run.run_id))
+            if await asyncio.to_thread(fail, place.instance, run.run_id, decision.why):
+                work.settle_as(Settlement.DELETE)
+            else:
+                await self._finalise(run, work, None, Cancellation(CancelKind.REQUESTED, "terminated meanwhile"))
+        elif decision.action is Action.FINISH_CANCELLATION:
             requested = Cancellation(CancelKind.REQUESTED, decision.why)
             await self._finalise(run, work, None, requested)
         else:
-            await self._run(run, decision.step, candidate, work, cancelled)
+            kind: WorkKind = "resume_run" if decision.action is Action.RESUME else "execute_run"
+            await self._run(run, kind, candidate, work, cancelled)
 
     async def _run(
-        self, run: DagsterRun, step: Step, candidate: Candidate, work: Running, cancelled: Cancelled
+        self, run: DagsterRun, kind: WorkKind, candidate: Candidate, work: Running, cancelled: Cancelled
     ) -> None:
-        kind: WorkKind = "resume_run" if step is Step.RESUME else "execute_run"
         if kind == "resume_run" and candidate.kind == "execute_run":
             # As the run monitoring daemon would announce it: by this event Dagster counts the attempts.
-            await asyncio.to_thread(self.instance.report_engine_event, core.RESUME_RUN_LOG_MESSAGE, run)
-        chronicle = _Chronicle(self.instance, run, self.worker_id, cancelled)
-        self.watched[work.task_id] = run.run_id
+            await asyncio.to_thread(self._place.instance.report_engine_event, core.RESUME_RUN_LOG_MESSAGE, run)
+        chronicle = Chronicle(self._place.instance, run, self._place.worker_id, cancelled)
+        self._place.watched[work.task_id] = run.run_id
         end: ChildEnd | None = None
         try:
             if not cancelled:
@@ -133,7 +128,7 @@ class RunWork:
             await self._give_up(run, work, str(error))
             return
         finally:
-            self.watched.pop(work.task_id, None)
+            self._place.watched.pop(work.task_id, None)
         if end is None and cancelled.cause.kind is CancelKind.SHUTDOWN:
             await self._give_up(run, work, "the worker shuts down", 0)
             return
@@ -141,31 +136,27 @@ class RunWork:
         await self._finalise(run, work, end, cancelled.cause if cancelled else None, chronicle)
 
     async def _give_up(self, run: DagsterRun, work: Running, why: str, delay_s: int | None = None) -> None:
-        await asyncio.to_thread(self.claims.release, run, self.worker_id, work.task_id, why)
-        work.settle_as(Settlement.HAND_BACK, self.settings.visibility_timeout_seconds if delay_s is None else delay_s)
+        place = self._place
+        await asyncio.to_thread(place.claims.release, run, place.worker_id, work.task_id, why)
+        work.settle_as(Settlement.HAND_BACK, place.settings.visibility_timeout_seconds if delay_s is None else delay_s)
 
     async def _supervise(
-        self, run: DagsterRun, kind: WorkKind, work: Running, cancelled: Cancelled, chronicle: "_Chronicle"
+        self, run: DagsterRun, kind: WorkKind, work: Running, cancelled: Cancelled, chronicle: Chronicle
     ) -> ChildEnd:
-        grace_s = _grace(run, self.settings.grace_seconds)
-
-        def grace_now() -> float:
-            shutting_down = cancelled.cause.kind is CancelKind.SHUTDOWN
-            return min(grace_s, self.settings.shutdown_grace_s) if shutting_down else grace_s
-
+        place = self._place
         argument = {
             "kind": kind,
             "run_id": run.run_id,
-            "instance_ref": core.serialize_value(self.instance.get_ref()),
+            "instance_ref": core.serialize_value(place.instance.get_ref()),
         }
         spec = ChildSpec(
             target=RUN_TARGET,
             argument=argument,
             mark=work.task_id,
             # Without its worker a child must be gone before the next worker can receive the message.
-            grace_s=min(grace_s, self.settings.dead_after_s),
+            grace_s=min(place.grace_s(run), place.settings.dead_after_s),
         )
-        return await supervise(self.processes, spec, cancelled, chronicle, grace_now)
+        return await supervise(place.processes, spec, cancelled, chronicle, lambda: place.grace_now_s(run, cancelled))
 
     async def _finalise(
         self,
@@ -173,15 +164,24 @@ class RunWork:
         work: Running,
         end: ChildEnd | None,
         cancellation: Cancellation | None,
-        chronicle: "_Chronicle | None" = None,
+        chronicle: Chronicle | None = None,
     ) -> None:
+        place = self._place
         outage = Outage("write the final state of a run")
+
+        def look() -> Conclusion:
+            return examine(place.instance, run.run_id, end, cancellation, place.worker_id)
+
         while True:
             try:
-                look = asyncio.to_thread(examine, self.instance, run.run_id, end, cancellation, self.worker_id)
                 # The events of the way stand before the final one; meanwhile look how it has to end.
-                conclusion, _ = await asyncio.gather(look, chronicle.written() if chronicle else asyncio.sleep(0))
-                await asyncio.to_thread(conclude, self.instance, conclusion, end)
+                looking = asyncio.to_thread(look)
+                conclusion, _ = await asyncio.gather(looking, chronicle.written() if chronicle else asyncio.sleep(0))
+                if conclusion.steps and conclusion.run is not None:
+                    shutting_down = cancellation is not None and cancellation.kind is CancelKind.SHUTDOWN
+                    await self._stop_steps(conclusion.run, conclusion.steps, patient=not shutting_down)
+                    conclusion = await asyncio.to_thread(look)
+                await asyncio.to_thread(conclude, place.instance, conclusion, end)
                 break
             except Exception as error:
                 # The child is gone and the message still ours: nobody else can do this better, so not at once give up.
@@ -193,60 +193,29 @@ class RunWork:
             await self._give_up(run, work, "interrupted; the run will be resumed", 0)
             return
         if conclusion.settlement is Settlement.LEAVE:
-            await asyncio.to_thread(self.claims.release, run, self.worker_id, work.task_id, "the lease was lost")
+            await asyncio.to_thread(place.claims.release, run, place.worker_id, work.task_id, "the lease was lost")
         work.settle_as(conclusion.settlement)
 
+    async def _stop_steps(self, run: DagsterRun, steps: OpenSteps, *, patient: bool = True) -> None:
+        """Before a run is final, its steps have stopped, wherever they work; for as long as that may take."""
+        place = self._place
+        patience_s = place.settings.steps_patience_s(place.grace_s(run)) if patient else 0
+        began, told = time(), False
+        while left := await asyncio.to_thread(self._at_work, steps):
+            if not told:
+                logger.info("stopping %d steps of run %s", len(left), run.run_id, extra={"run_id": run.run_id})
+                await place.cancel_tasks([steps.task_ids[step_key] for step_key in left])
+                told = True
+            waited_s = time() - began
+            if waited_s >= patience_s:
+                note = events.steps_not_stopped(left, waited_s)
+                await asyncio.to_thread(write_note, place.instance, run, note)
+                return
+            await asyncio.sleep(min(0.5, 0.05 + waited_s / 10))
+            steps = await asyncio.to_thread(open_steps, place.instance, run.run_id)
 
-def _grace(run: DagsterRun, default_s: float) -> float:
-    """The run's own grace, if it is tagged with a sensible one."""
-    if GRACE_SECONDS_TAG not in run.tags:
-        return default_s
-    try:
-        return grace_from_tag(run.tags[GRACE_SECONDS_TAG])
-    except SettingsError as error:
-        logger.warning("tag %s ignored: %s", GRACE_SECONDS_TAG, error, extra={"run_id": run.run_id})
-        return default_s
-
-
-class _Chronicle:
-    """Writes a run's engine events in order, beside the supervision and never in its way."""
-
-    def __init__(self, instance: DagsterInstance, run: DagsterRun, worker_id: str, cancelled: Cancelled) -> None:
-        self._instance = instance
-        self._run = run
-        self._worker_id = worker_id
-        self._cancelled = cancelled
-        self._tail: asyncio.Task[None] | None = None
-
-    def interrupting(self, pid: int, grace_s: float) -> None:
-        """See `supervisor.Observer`."""
-        at = time()
-        self._write(events.reached(self._worker_id, self._cancelled.cause))
-        self._write(events.interrupting(pid, grace_s, at))
-
-    def killing(self, pid: int, waited_s: float) -> None:
-        """See `supervisor.Observer`."""
-        self._write(events.killed(pid, waited_s, time()))
-
-    def tell_end(self, end: ChildEnd | None) -> None:
-        """What is to be said of a cancellation when all is over."""
-        if self._cancelled and end is None:
-            self._write(events.reached(self._worker_id, self._cancelled.cause))
-        elif end is not None and end.interrupted_at is not None:
-            self._write(events.tree_gone(end.gone_at - end.interrupted_at, end.killed, end.gone_at))
-
-    async def written(self) -> None:
-        """Until everything that was said is in the database."""
-        if self._tail is not None:
-            await asyncio.wait({self._tail})
-
-    def _write(self, note: events.Note) -> None:
-        self._tail = asyncio.create_task(self._after(self._tail, note), name=f"write {note.stage}")
-
-    async def _after(self, earlier: asyncio.Task[None] | None, note: events.Note) -> None:
-        if earlier is not None:
-            await asyncio.wait({earlier})
-        try:
-            await asyncio.to_thread(write_note, self._instance, self._run, note)
-        except Exception:  # an event that cannot be written must not keep the run from its end
-            logger.exception("engine event could not be written", extra={"run_id": self._run.run_id})
+    def _at_work(self, steps: OpenSteps) -> list[str]:
+        """The keys of those whose worker lives, or has not been dead for long enough for its children to be gone."""
+        place = self._place
+        alive = Claims(place.instance, place.settings.step_lost_after_s).alive(set(steps.workers.values()))
+        return [step_key for step_key, worker_id in steps.workers.items() if worker_id in alive]

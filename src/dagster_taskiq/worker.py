@@ -10,7 +10,7 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -18,15 +18,21 @@ from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
 from dagster_taskiq import child
 from dagster_taskiq import dagster_internals as core
+from dagster_taskiq.cancel_listener import CancelListener
 from dagster_taskiq.cancellable_broker import CancellableSQSBroker
 from dagster_taskiq.cancellable_receiver import CancellableReceiver
 from dagster_taskiq.cancellation import CancelKind, Cancellation
 from dagster_taskiq.claims import Claims
+from dagster_taskiq.messages import run_of_step_task
+from dagster_taskiq.payload_bucket import PayloadBucket
 from dagster_taskiq.process import ForkServer
+from dagster_taskiq.sender import broker_for
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.status_watch import StatusWatch
+from dagster_taskiq.step_tasks import StepWork
 from dagster_taskiq.tags import TASK_ID_TAG
 from dagster_taskiq.tasks import RunWork
+from dagster_taskiq.workplace import Workplace
 
 logger = logging.getLogger(__name__)
 
@@ -80,65 +86,124 @@ class Worker:
         if handle_signals:
             for number in _SIGNALS:
                 asyncio.get_running_loop().add_signal_handler(number, self.stop)
-        broker = self._broker()
-        work = RunWork(
+        brokers = self._brokers()
+        place = Workplace(
             instance=self._instance,
             settings=self._settings,
             claims=self._claims,
             processes=self._fork_server,
             worker_id=self.worker_id,
             where=f"pid {os.getpid()} on {socket.gethostname()}",
+            cancel_tasks=self._cancel_over(brokers[0]),
         )
-        work.register(broker)
+        bucket = self._settings.payload_bucket
+        payloads = PayloadBucket(bucket, self._settings.region_name) if bucket else None
         try:
-            await broker.check_queues()
+            for broker in brokers:
+                await broker.check_queues()
             await self._fork_server.start()
             await self._beat()
-            await self._work(self._receiver(broker, work), work, on_ready)
+            await self._work(self._receivers(brokers, place, payloads), brokers[0], place, on_ready)
         finally:
-            await broker.shutdown()
+            for broker in brokers:
+                await broker.shutdown()
+            if payloads is not None:
+                await payloads.close()
             await self._fork_server.stop()
             with suppress(Exception):  # the database may be the reason why we stop
                 await asyncio.to_thread(self._claims.gone, self.worker_id)
 
-    async def _work(self, receiver: CancellableReceiver, work: RunWork, on_ready: Callable[[str], None] | None) -> None:
+    async def _work(
+        self,
+        receivers: Sequence[CancellableReceiver],
+        broker: CancellableSQSBroker,
+        place: Workplace,
+        on_ready: Callable[[str], None] | None,
+    ) -> None:
         """Receive until told to stop; every helper has an owner, and one that fails stops the worker."""
-        watch = StatusWatch(self._instance, lambda: work.watched, receiver.cancel, self._settings.status_poll_seconds)
+
+        def cancel(task_id: str, cancellation: Cancellation) -> bool:
+            return any(receiver.cancel(task_id, cancellation) for receiver in receivers)
+
+        watch = StatusWatch(self._instance, lambda: place.watched, cancel, self._settings.status_poll_seconds)
         async with asyncio.TaskGroup() as helpers:
             side = [
                 helpers.create_task(watch.run(), name="status watch"),
                 helpers.create_task(self._keep_beating(), name="heartbeat"),
-                helpers.create_task(self._stop_what_does_not_finish(receiver), name="drain"),
-                helpers.create_task(self._announce(receiver, on_ready), name="announce"),
+                helpers.create_task(self._stop_what_does_not_finish(receivers), name="drain"),
+                helpers.create_task(self._announce(receivers, on_ready), name="announce"),
             ]
+            if self._settings.enable_cancellation:
+                listener = self._listener(receivers, broker, cancel)
+                side.append(helpers.create_task(listener.run(), name="hear cancels"))
             try:
-                await receiver.listen(self._stopping)
+                async with asyncio.TaskGroup() as receiving:
+                    for receiver in receivers:
+                        receiving.create_task(receiver.listen(self._stopping), name="receive")
             finally:
                 for task in side:
                     task.cancel()
 
-    def _broker(self) -> CancellableSQSBroker:
-        settings = self._settings
-        broker = CancellableSQSBroker(
-            settings.queue_url,
-            settings.region_name,
-            max_messages=settings.max_number_of_messages,
-            wait_time=settings.wait_time_seconds,
-            endpoint_url=settings.endpoint_url,
-            enable_cancellation=settings.enable_cancellation,
-            visibility_timeout_s=settings.visibility_timeout_seconds,
+    def _brokers(self) -> list[CancellableSQSBroker]:
+        """One for each queue that this worker serves: runs, steps."""
+        settings, brokers = self._settings, []
+        if settings.max_concurrent_runs:
+            brokers.append(broker_for(settings, settings.queue_url))
+        if settings.max_concurrent_steps:
+            brokers.append(broker_for(settings, settings.steps_queue_url))
+        for broker in brokers:
+            broker.is_worker_process = True
+        return brokers
+
+    def _receivers(
+        self, brokers: Sequence[CancellableSQSBroker], place: Workplace, payloads: PayloadBucket | None
+    ) -> list[CancellableReceiver]:
+        """One for each broker, with slots of its own: runs that wait for steps never take those that the steps need."""
+        receivers = []
+        for broker in brokers:
+            if broker.queue_url == self._settings.queue_url:
+                RunWork(place).register(broker)
+                slots, still_ours = self._settings.max_concurrent_runs, self._still_ours(place)
+            else:
+                StepWork(place, payloads).register(broker)
+                slots, still_ours = self._settings.max_concurrent_steps, _steps_stay_ours
+            receiver = CancellableReceiver(broker, max_async_tasks=slots)
+            receiver.start_cancelled_work = True
+            receiver.still_ours = still_ours
+            receivers.append(receiver)
+        return receivers
+
+    def _listener(
+        self,
+        receivers: Sequence[CancellableReceiver],
+        broker: CancellableSQSBroker,
+        cancel: Callable[[str, Cancellation], bool],
+    ) -> CancelListener:
+        """One pair of ears for both queues."""
+        finished = receivers[0].finished
+        listener = CancelListener(
+            broker, cancel, finished=finished, cancel_ttl_s=self._settings.cancel_ttl, is_over=self._is_over
         )
-        broker.is_worker_process = True
-        return broker
+        for receiver in receivers:
+            receiver.finished = finished
+            receiver.shared_listener = listener
+        return listener
 
-    def _receiver(self, broker: CancellableSQSBroker, work: RunWork) -> CancellableReceiver:
-        receiver = CancellableReceiver(broker, max_async_tasks=self._settings.max_concurrent_runs)
-        receiver.start_cancelled_work = True
-        receiver.cancel_ttl_s = self._settings.cancel_ttl
-        receiver.is_over = self._is_over
+    def _cancel_over(self, broker: CancellableSQSBroker) -> Callable[[Iterable[str]], Awaitable[None]]:
+        async def cancel_tasks(task_ids: Iterable[str]) -> None:
+            if not self._settings.enable_cancellation:
+                return
+            report = await broker.cancel_tasks(task_ids, requested_by=self.worker_id)
+            if report.failed:
+                logger.warning(
+                    "cancel messages not sent, the status watch does it: %s", next(iter(report.failed.values()))
+                )
 
+        return cancel_tasks
+
+    def _still_ours(self, place: Workplace) -> Callable[[str], Awaitable[bool]]:
         async def still_ours(task_id: str) -> bool:
-            run_id = work.watched.get(task_id)
+            run_id = place.watched.get(task_id)
             if run_id is None:
                 return False
             try:
@@ -147,36 +212,37 @@ class Worker:
                 logger.exception("cannot read the claims; going on", extra={"run_id": run_id})
                 return True
 
-        receiver.still_ours = still_ours
-        return receiver
+        return still_ours
 
     def _owns(self, run_id: str) -> bool:
         owner = self._claims.owner(run_id, self.worker_id)
         return owner is not None and owner.worker_id == self.worker_id
 
     async def _is_over(self, task_id: str) -> bool:
-        """Whether the run of that task is finished, or was never there."""
+        """Whether the run of that task, or of that step's task, is finished, or was never there."""
+        run_id = run_of_step_task(task_id)
+        filters = RunsFilter(run_ids=[run_id]) if run_id is not None else RunsFilter(tags={TASK_ID_TAG: task_id})
 
         def look() -> bool:
-            runs: Iterable[DagsterRunStatus] = [
-                run.status for run in self._instance.get_runs(RunsFilter(tags={TASK_ID_TAG: task_id}), limit=1)
-            ]
+            runs: Iterable[DagsterRunStatus] = [run.status for run in self._instance.get_runs(filters, limit=1)]
             return all(status in core.FINISHED_STATUSES for status in runs)
 
         return await asyncio.to_thread(look)
 
-    async def _announce(self, receiver: CancellableReceiver, on_ready: Callable[[str], None] | None) -> None:
-        await receiver.hearing.wait()
+    async def _announce(self, receivers: Sequence[CancellableReceiver], on_ready: Callable[[str], None] | None) -> None:
+        for receiver in receivers:
+            await receiver.hearing.wait()
         logger.info("worker is ready", extra={"worker_id": self.worker_id})
         if on_ready is not None:
             on_ready(self.worker_id)
 
-    async def _stop_what_does_not_finish(self, receiver: CancellableReceiver) -> None:
+    async def _stop_what_does_not_finish(self, receivers: Sequence[CancellableReceiver]) -> None:
         await self._stopping.wait()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_seconds):
                 await self._hurry.wait()
-        await receiver.stop_running(Cancellation(CancelKind.SHUTDOWN, "the worker is shutting down"))
+        shutdown = Cancellation(CancelKind.SHUTDOWN, "the worker is shutting down")
+        await asyncio.gather(*[receiver.stop_running(shutdown) for receiver in receivers])
 
     async def _keep_beating(self) -> None:
         while True:
@@ -188,6 +254,11 @@ class Worker:
 
     async def _beat(self) -> None:
         await asyncio.to_thread(self._claims.beat, self.worker_id, {"pid": os.getpid(), "host": socket.gethostname()})
+
+
+async def _steps_stay_ours(_: str) -> bool:
+    """An attempt of a step is started once, whoever gets its message: a lost lease changes nothing."""
+    return True
 
 
 def fork_server(instance: DagsterInstance, settings: Settings) -> ForkServer:

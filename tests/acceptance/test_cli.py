@@ -222,7 +222,7 @@ def test_a_fifo_url_for_a_standard_queue(desk: Desk) -> None:
         ({"grace_secnds": 5}, "grace_seconds"),
         ({"wait_time_seconds": 0.5}, "wait_time_seconds"),
         ({"max_number_of_messages": 0}, "max_number_of_messages must be between 1 and 10"),
-        ({"max_concurrent_runs": -3}, "max_concurrent_runs must be between 1 and 1000"),
+        ({"max_concurrent_runs": -3}, "max_concurrent_runs must be between 0 and 1000"),
         ({"visibility_timeout_seconds": 10**9}, "visibility_timeout_seconds must be between 4 and 43200"),
         ({"drain_seconds": 60}, "stop_timeout_seconds"),
     ],
@@ -240,10 +240,25 @@ def test_a_setting_in_the_wrong_place(desk: Desk) -> None:
     assert_one_line(desk.ask("queue", "status", "-y", file), "'grace_seconds' belongs into config_source")
 
 
-@pytest.mark.parametrize("number", ["0", "1000000"])
-def test_an_absurd_concurrency(desk: Desk, number: str) -> None:
+@pytest.mark.parametrize("number", ["-1", "1000000"])
+@pytest.mark.parametrize("what", ["runs", "steps"])
+def test_an_absurd_number_of_slots(desk: Desk, what: str, number: str) -> None:
     desk.launcher()
-    assert_one_line(desk.run("worker", "start", "--concurrency", number), "max_concurrent_runs must be between 1 and")
+    said = f"max_concurrent_{what} must be between 0 and"
+    assert_one_line(desk.run("worker", "start", f"--max-{what}", number), said)
+
+
+def test_a_worker_that_would_do_nothing(desk: Desk) -> None:
+    desk.launcher()
+    assert_one_line(desk.run("worker", "start", "--max-runs", "0", "--max-steps", "0"), "both 0", "raise one of them")
+
+
+@pytest.mark.parametrize("flags", [("--runs-only", "--steps-only"), ("--runs-only", "--max-steps", "2")])
+def test_flags_that_contradict_each_other(desk: Desk, flags: tuple[str, ...]) -> None:
+    ended = desk.run("worker", "start", *flags)
+    assert ended.code == 2
+    assert "--runs-only" in ended.err
+    assert "Traceback" not in ended.err
 
 
 def test_no_dagster_home(desk: Desk) -> None:
@@ -299,9 +314,9 @@ def test_a_file_that_is_not_there(desk: Desk) -> None:
 
 
 def test_a_flag_that_does_not_exist_is_a_matter_of_usage(desk: Desk) -> None:
-    ended = desk.run("worker", "start", "--concurency", "2")
+    ended = desk.run("worker", "start", "--max-rums", "2")
     assert ended.code == 2
-    assert "--concurrency" in ended.err
+    assert "--max-runs" in ended.err
     assert "Traceback" not in ended.err
 
 

@@ -12,23 +12,26 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = [
     {"cli", "dev", "demo", "examples"},
-    {"launcher", "executor"},
+    {"executor"},
+    {"launcher", "core_execution_loop"},
     {"worker"},
-    {"tasks", "cancellable_receiver", "running", "cancel_listener", "preflight", "status_watch", "finalise"},
+    {"tasks", "step_tasks", "cancellable_receiver", "running", "cancel_listener", "preflight", "status_watch"},
+    {"workplace", "chronicle", "finalise"},
+    {"sender"},
     {"cancellable_broker"},
     {"cancel_queue", "sqs_queue"},
     {"supervisor", "child", "claims", "lease", "crew", "outage", "recently"},
-    {"process", "sqs", "dagster_internals"},
+    {"process", "sqs", "payload_bucket", "dagster_internals"},
     {"keeper"},
     {"events"},
     {"cancellation", "settlement", "messages", "settings", "tags", "errors", "version", "to_the_end", "procfs"},
 ]
 
 FENCES = {
-    "botocore": {"sqs"},
-    "aiobotocore": {"sqs"},
-    "aioboto3": {"sqs"},
-    "taskiq": {"cancellable_broker", "cancellable_receiver", "running", "tasks", "launcher"},
+    "botocore": {"sqs", "payload_bucket"},
+    "aiobotocore": {"sqs", "payload_bucket"},
+    "aioboto3": {"sqs", "payload_bucket"},
+    "taskiq": {"cancellable_broker", "cancellable_receiver", "running", "tasks", "step_tasks", "sender"},
     "taskiq_aws": {"cancellable_broker"},
     "signal": {"keeper", "process", "child", "supervisor", "worker", "crew", "dev", "demo", "cli"},
 }

@@ -8,7 +8,7 @@ from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun,
 
 from dagster_taskiq.claims import Claims, Owner, notes
 from dagster_taskiq.events import Stage
-from dagster_taskiq.preflight import Candidate, Step, preflight
+from dagster_taskiq.preflight import Action, Candidate, preflight
 from dagster_taskiq.tags import TASK_ID_TAG
 
 ME, OTHER, TASK = "me-1", "other-1", "task-1"
@@ -37,9 +37,9 @@ class World:
         self.claims.claim(run, worker_id, TASK, "somewhere")
         self.claims.beat(worker_id) if alive else self.claims.gone(worker_id)
 
-    def decide(self, run_id: str, kind: str = "execute_run") -> Step:
+    def decide(self, run_id: str, kind: str = "execute_run") -> Action:
         candidate = Candidate(kind, run_id, TASK, ME, "here")  # type: ignore[arg-type]
-        return preflight(self.instance, self.claims, candidate).step
+        return preflight(self.instance, self.claims, candidate).action
 
 
 @pytest.fixture
@@ -53,26 +53,26 @@ START, CANCELING = DagsterEventType.RUN_START, DagsterEventType.RUN_CANCELING
 
 
 def test_unknown(world: World) -> None:
-    assert world.decide("no-such-run") is Step.DROP
+    assert world.decide("no-such-run") is Action.DROP
 
 
 @pytest.mark.parametrize("end", ["RUN_SUCCESS", "RUN_FAILURE", "RUN_CANCELED"])
 def test_finished(world: World, end: str) -> None:
     run = world.run(START, DagsterEventType[end])
-    assert world.decide(run.run_id) is Step.DROP
+    assert world.decide(run.run_id) is Action.DROP
     assert not list(notes(world.instance, run.run_id)), "no trace in the log of a run that is over"
 
 
 def test_starting(world: World) -> None:
     run = world.run()
-    assert world.decide(run.run_id) is Step.START
+    assert world.decide(run.run_id) is Action.START
     assert world.claims.owner(run.run_id, ME) == Owner(ME, alive=True)
 
 
 def test_starting_but_claimed_first_by_a_live_worker(world: World) -> None:
     run = world.run()
     world.claimed_by(run, OTHER, alive=True)
-    assert world.decide(run.run_id) is Step.HAND_BACK
+    assert world.decide(run.run_id) is Action.HAND_BACK
     assert world.claims.owner(run.run_id) == Owner(OTHER, alive=True)
     world.claims.gone(OTHER)
     assert world.claims.owner(run.run_id) == Owner(OTHER, alive=False), "the loser has given its claim up"
@@ -81,7 +81,7 @@ def test_starting_but_claimed_first_by_a_live_worker(world: World) -> None:
 def test_starting_and_claimed_by_a_worker_that_died(world: World) -> None:
     run = world.run()
     world.claimed_by(run, OTHER, alive=False)
-    assert world.decide(run.run_id) is Step.START
+    assert world.decide(run.run_id) is Action.START
 
 
 def test_started_by_a_live_worker(world: World) -> None:
@@ -89,7 +89,7 @@ def test_started_by_a_live_worker(world: World) -> None:
     world.claimed_by(run, OTHER, alive=True)
     world.report(run, START)
     before = list(notes(world.instance, run.run_id))
-    assert world.decide(run.run_id) is Step.HAND_BACK
+    assert world.decide(run.run_id) is Action.HAND_BACK
     assert list(notes(world.instance, run.run_id)) == before, "no trace in the log of a run that goes on"
 
 
@@ -98,50 +98,50 @@ def test_a_heartbeat_that_is_too_old_is_a_dead_workers(world: World) -> None:
     world.claimed_by(run, OTHER, alive=True)
     world.report(run, START)
     world.now += 10
-    assert world.decide(run.run_id) is Step.FAIL
+    assert world.decide(run.run_id) is Action.FAIL
 
 
 def test_started_by_a_dead_worker(world: World) -> None:
     run = world.run()
     world.claimed_by(run, OTHER, alive=False)
     world.report(run, START)
-    assert world.decide(run.run_id) is Step.FAIL
+    assert world.decide(run.run_id) is Action.FAIL
 
 
 def test_started_by_a_dead_worker_and_resume_asked_for(world: World) -> None:
     run = world.run()
     world.claimed_by(run, OTHER, alive=False)
     world.report(run, START)
-    assert world.decide(run.run_id, "resume_run") is Step.RESUME
+    assert world.decide(run.run_id, "resume_run") is Action.RESUME
 
 
 def test_canceling_without_an_owner(world: World) -> None:
     run = world.run(START, CANCELING)
-    assert world.decide(run.run_id) is Step.FINISH_CANCELLATION
+    assert world.decide(run.run_id) is Action.FINISH_CANCELLATION
 
 
 def test_canceling_with_a_dead_owner(world: World) -> None:
     run = world.run()
     world.claimed_by(run, OTHER, alive=False)
     world.report(run, START, CANCELING)
-    assert world.decide(run.run_id) is Step.FINISH_CANCELLATION
+    assert world.decide(run.run_id) is Action.FINISH_CANCELLATION
 
 
 def test_canceling_with_a_live_owner(world: World) -> None:
     run = world.run()
     world.claimed_by(run, OTHER, alive=True)
     world.report(run, START, CANCELING)
-    assert world.decide(run.run_id) is Step.HAND_BACK
+    assert world.decide(run.run_id) is Action.HAND_BACK
 
 
 def test_superseded_by_another_task(world: World) -> None:
     run = world.run(task_id="a-later-one")
-    assert world.decide(run.run_id) is Step.DROP
+    assert world.decide(run.run_id) is Action.DROP
 
 
 def test_a_run_without_a_task_id_is_adopted(world: World) -> None:
     run = world.run(task_id=None)
-    assert world.decide(run.run_id) is Step.START
+    assert world.decide(run.run_id) is Action.START
     after = world.instance.get_run_by_id(run.run_id)
     assert after is not None
     assert after.tags[TASK_ID_TAG] == TASK
@@ -157,7 +157,7 @@ def test_a_cancel_between_the_claim_and_the_second_look_is_seen(world: World, mo
         world.report(run, CANCELING)
 
     monkeypatch.setattr(world.claims, "claim", claim_and_be_overtaken)
-    assert world.decide(run.run_id) is Step.FINISH_CANCELLATION
+    assert world.decide(run.run_id) is Action.FINISH_CANCELLATION
 
 
 def test_a_claim_that_was_released_does_not_count(world: World) -> None:
@@ -165,7 +165,7 @@ def test_a_claim_that_was_released_does_not_count(world: World) -> None:
     world.claimed_by(run, OTHER, alive=True)
     world.claims.release(run, OTHER, TASK, "handed back")
     assert world.claims.owner(run.run_id) is None
-    assert world.decide(run.run_id) is Step.START
+    assert world.decide(run.run_id) is Action.START
     assert [stage for stage, _ in notes(world.instance, run.run_id)] == [
         Stage.PICKED_UP,
         Stage.RELEASED,

@@ -2,14 +2,13 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
 
 import yaml
 
 from dagster_taskiq.errors import SettingsError
-from dagster_taskiq.settings import QUEUE_URL_VARIABLE, SOURCE_KEYS, TOP_LEVEL_KEYS, Settings
+from dagster_taskiq.settings import QUEUE_URL_VARIABLE, SOURCE_KEYS, Settings
 
 _RUN_CONFIG_KEYS: Final = {"execution", "ops", "resources", "loggers", "inputs"}
 _EXECUTOR_KEYS: Final = {"max_concurrent", "tag_concurrency_limits", "retries", "step_dependency_config"}
@@ -25,9 +24,7 @@ def configured(config_file: Path | None, **overrides: Any) -> Settings:
         return Settings.from_config({}, **overrides)
     if all(value is None for value in overrides.values()):
         return settings
-    given = {field.name: getattr(settings, field.name) for field in fields(Settings)}
-    config: dict[str, Any] = {key: given.pop(key) for key in TOP_LEVEL_KEYS if key in given}
-    return Settings.from_config({**config, "config_source": given}, environ={}, **overrides)
+    return settings.overridden_by({}, **overrides)
 
 
 def _from_instance() -> Settings | None:

@@ -1,0 +1,78 @@
+"""Writes the engine events of one piece of work in order, beside the supervision and never in its way.
+
+Knows the wording and the event log; not processes, not queues.
+"""
+
+import asyncio
+import logging
+from dataclasses import replace
+from time import time
+
+from dagster import DagsterInstance, DagsterRun
+
+from dagster_taskiq import events
+from dagster_taskiq.claims import StepRef, write_note
+from dagster_taskiq.supervisor import Cancelled, ChildEnd
+
+logger = logging.getLogger(__name__)
+
+
+class Chronicle:
+    """What happens to a run, or with `step` to one of its steps, as its event log shall tell it."""
+
+    def __init__(
+        self,
+        instance: DagsterInstance,
+        run: DagsterRun,
+        worker_id: str,
+        cancelled: Cancelled,
+        step: StepRef | None = None,
+    ) -> None:
+        self._instance = instance
+        self._run = run
+        self._worker_id = worker_id
+        self._cancelled = cancelled
+        self._step = step
+        self._tail: asyncio.Task[None] | None = None
+
+    def interrupting(self, pid: int, grace_s: float) -> None:
+        """See `supervisor.Observer`."""
+        at = time()
+        self._write(events.reached(self._worker_id, self._cancelled.cause))
+        self._write(events.interrupting(pid, grace_s, at))
+
+    def killing(self, pid: int, waited_s: float) -> None:
+        """See `supervisor.Observer`."""
+        self._write(events.killed(pid, waited_s, time()))
+
+    def tell(self, note: events.Note) -> None:
+        """Anything else."""
+        self._write(note)
+
+    def tell_end(self, end: ChildEnd | None) -> None:
+        """What is to be said of a cancellation when all is over."""
+        if self._cancelled and end is None:
+            self._write(events.reached(self._worker_id, self._cancelled.cause))
+        elif end is not None and end.interrupted_at is not None:
+            self._write(events.tree_gone(end.gone_at - end.interrupted_at, end.killed, end.gone_at))
+
+    async def written(self) -> None:
+        """Until everything that was said is in the database."""
+        if self._tail is not None:
+            await asyncio.wait({self._tail})
+
+    def _write(self, note: events.Note) -> None:
+        self._tail = asyncio.create_task(self._after(self._tail, note), name=f"write {note.stage}")
+
+    async def _after(self, earlier: asyncio.Task[None] | None, note: events.Note) -> None:
+        if earlier is not None:
+            await asyncio.wait({earlier})
+        step_key = None
+        if self._step is not None:
+            # Whose attempt it is about, for whoever follows the steps of the run in its log.
+            mine = {events.WORKER_KEY: self._worker_id, events.TASK_ID_KEY: self._step.task_id}
+            note, step_key = replace(note, facts={**note.facts, **mine}), self._step.step_key
+        try:
+            await asyncio.to_thread(write_note, self._instance, self._run, note, step_key)
+        except Exception:  # an event that cannot be written must not keep the run from its end
+            logger.exception("engine event could not be written", extra={"run_id": self._run.run_id})

@@ -1,0 +1,228 @@
+"""`taskiq_executor`: each step of a run is a task of its own, on whichever worker. Knows no asyncio, no processes.
+
+Works under any run launcher; with `TaskiqRunLauncher` it takes its settings from there.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from dagster import (
+    DagsterEvent,
+    DagsterInstance,
+    DagsterRun,
+    Executor,
+    Field,
+    InitExecutorContext,
+    Noneable,
+    Permissive,
+)
+from dagster import executor as executor_decorator
+
+from dagster_taskiq import dagster_internals as core
+from dagster_taskiq import events
+from dagster_taskiq.cancellable_broker import CancellableSQSBroker
+from dagster_taskiq.claims import Claims, StepRef
+from dagster_taskiq.core_execution_loop import TaskiqExecutor, TaskiqStepHandler
+from dagster_taskiq.errors import DagsterTaskiqError, MessageTooLarge, QueueUnreachable
+from dagster_taskiq.launcher import CONFIG_FIELDS, TaskiqRunLauncher
+from dagster_taskiq.messages import StepOrder, pack
+from dagster_taskiq.payload_bucket import PayloadBucket
+from dagster_taskiq.sender import Sender, task
+from dagster_taskiq.settings import TOP_LEVEL_KEYS, Settings, grace_of
+from dagster_taskiq.step_tasks import EXECUTE_STEP
+
+logger = logging.getLogger(__name__)
+
+_REQUEST_TIMEOUT_S: Final = 30.0
+_MOST_STATE: Final = 750_000
+"""Characters of packed state that fit into a message of SQS (1 MiB), which has them in base64 once more."""
+
+EXECUTOR_FIELDS: Final[Mapping[str, Any]] = {
+    **CONFIG_FIELDS,
+    "retries": core.get_retries_config(),  # type: ignore[no-untyped-call]
+    "max_concurrent": Field(
+        Noneable(int),
+        default_value=None,
+        description="Steps of one run at a time. Default: as many as are due; the workers' slots are the limit then.",
+    ),
+    "tag_concurrency_limits": core.get_tag_concurrency_limits_config(),  # type: ignore[no-untyped-call]
+    "step_dependency_config": core.get_step_dependency_config_field(),  # type: ignore[no-untyped-call]
+}
+
+
+@executor_decorator(
+    name="taskiq",
+    config_schema=Permissive(dict(EXECUTOR_FIELDS)),  # type: ignore[no-untyped-call]
+    requirements=core.multiple_process_executor_requirements(),
+)
+def taskiq_executor(init_context: InitExecutorContext) -> Executor:
+    """Executes each step of a run as a task of its own, sent over SQS to whichever worker has a slot for it.
+
+    With `TaskiqRunLauncher` no configuration is needed; otherwise, or to use another queue:
+
+    .. code-block:: yaml
+
+        execution:
+          config:
+            queue_url: "https://sqs.us-east-1.amazonaws.com/123456789012/dagster-tasks"
+            max_concurrent: 20
+
+    Steps go over the queue `<queue>-steps`. Raises `SettingsError` for a configuration that is wrong.
+    """
+    config: Mapping[str, Any] = init_context.executor_config
+    own = {key: value for key, value in config.items() if key not in EXECUTOR_FIELDS or key in TOP_LEVEL_KEYS}
+    launcher = init_context.instance.run_launcher
+    if isinstance(launcher, TaskiqRunLauncher):
+        settings = launcher.settings.overridden_by(own)
+    else:
+        settings = Settings.from_config({key: value for key, value in own.items() if value is not None})
+    dependencies = core.StepDependencyConfig.from_config(config.get("step_dependency_config"))
+    return TaskiqExecutor(
+        SQSStepHandler(settings),
+        retries=core.RetryMode.from_config(config["retries"]),
+        max_concurrent=config.get("max_concurrent"),
+        tag_concurrency_limits=config.get("tag_concurrency_limits"),
+        step_dependency_config=dependencies,
+    )
+
+
+class SQSStepHandler(TaskiqStepHandler):
+    """Sends steps to the steps queue, and cancels them over the cancel queue."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._sender = Sender(settings, settings.steps_queue_url, name="dagster-taskiq executor")
+
+    @property
+    def name(self) -> str:
+        """For Dagster's engine events."""
+        return "TaskiqStepHandler"
+
+    def open(self) -> None:
+        """Open the client, while the plan is being looked at."""
+        self._sender.ask(lambda broker: broker.startup())
+
+    def close(self) -> None:
+        """Close the client and end its thread."""
+        self._sender.close()
+
+    def launch_steps(self, contexts: Sequence[core.StepHandlerContext]) -> Sequence[str]:
+        """Announce and send the steps; the keys of those that could not be sent because SQS does not answer.
+
+        Raises a `DagsterTaskiqError` for what another try does not mend.
+        """
+        orders = self._orders(contexts)
+        queue = self._settings.steps_queue_url.rpartition("/")[2]
+        for context, order in zip(contexts, orders, strict=True):
+            note = events.step_submitted(order.task_id, queue)
+            DagsterEvent.step_worker_starting(context.get_step_context(order.step_key), note.message, note.facts)
+        group = contexts[0].dagster_run.job_name if self._settings.is_fair_queue else None
+        try:
+            refused = self._sender.ask(lambda broker: self._send(broker, orders, group)).result(_REQUEST_TIMEOUT_S)
+        except (QueueUnreachable, TimeoutError) as error:
+            logger.warning("steps not sent, trying again: %s", str(error) or "no answer")
+            return [order.step_key for order in orders]
+        for why in sorted(set(refused.values())):
+            logger.warning("steps not sent, trying again: SQS refused them: %s", why)
+        return [order.step_key for order in orders if order.task_id in refused]
+
+    def _orders(self, contexts: Sequence[core.StepHandlerContext]) -> list[StepOrder]:
+        packed: dict[int, str] = {}  # by identity: the steps of a batch share their state
+        orders = []
+        for context in contexts:
+            arguments = context.execute_step_args
+            state, (step_key,) = arguments.known_state, arguments.step_keys_to_execute or ()
+            if state is None or arguments.retry_mode is None:
+                raise ValueError(f"step {step_key}: neither the known state nor the retry mode may be missing")
+            if id(state) not in packed:
+                packed[id(state)] = pack(core.describe_state(state))
+            orders.append(
+                StepOrder(
+                    run_id=arguments.run_id,
+                    step_key=step_key,
+                    attempt=state.get_retry_state().get_attempt_count(step_key) + 1,
+                    retries="disabled" if arguments.retry_mode is core.RetryMode.DISABLED else "deferred",
+                    reexecution=core.needs_history(state),
+                    state=packed[id(state)],
+                )
+            )
+        return orders
+
+    async def _send(
+        self, broker: CancellableSQSBroker, orders: Sequence[StepOrder], group: str | None
+    ) -> dict[str, str]:
+        arguments = [await self._arguments(order) for order in orders]
+        return await broker.kick_all(
+            [
+                task(broker, EXECUTE_STEP, order.task_id, group, given)
+                for order, given in zip(orders, arguments, strict=True)
+            ]
+        )
+
+    async def _arguments(self, order: StepOrder) -> dict[str, Any]:
+        if len(order.state or "") > _MOST_STATE:
+            await self._keep_apart(order)
+            return {**order.to_kwargs(), "state": None}
+        return order.to_kwargs()
+
+    async def _keep_apart(self, order: StepOrder) -> None:
+        if self._settings.payload_bucket is None:
+            raise MessageTooLarge(
+                f"step {order.step_key}: what its process has to know of the other steps is {len(order.state or ''):,}"
+                " characters, compressed, and does not fit into a message of SQS; set payload_bucket to the name of an"
+                " S3 bucket, or let fewer dynamic outputs come together in one run"
+            )
+        payloads = PayloadBucket(self._settings.payload_bucket, self._settings.region_name)
+        try:
+            await payloads.put(order.task_id, order.state or "")
+        finally:
+            await payloads.close()
+
+    def terminate_tasks(self, task_ids: Sequence[str]) -> None:
+        """Send the cancel messages, ten to a request. What cannot be sent is left to the status watch."""
+        if not task_ids or not self._settings.enable_cancellation:
+            return
+        try:
+            asking = self._sender.ask(lambda broker: broker.cancel_tasks(task_ids, requested_by="the run of the step"))
+            failed = asking.result(_REQUEST_TIMEOUT_S).failed
+        except (DagsterTaskiqError, TimeoutError, RuntimeError) as error:
+            failed = {"all": str(error) or repr(error)}
+        for why in sorted(set(failed.values())):
+            logger.warning("steps not cancelled by message; their workers see the run's status: %s", why)
+
+    def workers_alive(self, instance: DagsterInstance, worker_ids: set[str]) -> set[str]:
+        """Those whose heartbeat is not so old that their children must be gone, too."""
+        return Claims(instance, self._settings.step_lost_after_s).alive(worker_ids)
+
+    def patience_s(self, run: DagsterRun) -> float:
+        """The run's grace, and until its workers know."""
+        return self._settings.steps_patience_s(grace_of(run.tags, self._settings.grace_seconds))
+
+    # Dagster's own interface: one step at a time.
+
+    def launch_step(self, step_handler_context: core.StepHandlerContext) -> Iterator[DagsterEvent]:
+        """Send one step. Raises `QueueUnreachable` when it could not be sent."""
+        if self.launch_steps([step_handler_context]):
+            raise QueueUnreachable(f"{self._settings.steps_queue_url}: the step could not be sent")
+        yield from ()
+
+    def check_step_health(self, step_handler_context: core.StepHandlerContext) -> core.CheckStepHealthResult:
+        """Unhealthy when the worker that has the step is dead. Waiting in its queue, and "cannot tell", is healthy."""
+        (order,) = self._orders([step_handler_context])
+        instance = step_handler_context.instance
+        try:
+            claims = Claims(instance, self._settings.step_lost_after_s)
+            worker_id = claims.first_claimant(order.run_id, StepRef(order.step_key, order.task_id))
+            alive = worker_id is None or worker_id in claims.alive({worker_id})
+        except Exception:
+            logger.exception("cannot tell whether a step is healthy", extra={"run_id": order.run_id})
+            return core.CheckStepHealthResult.healthy()
+        if alive:
+            return core.CheckStepHealthResult.healthy()
+        return core.CheckStepHealthResult.unhealthy(f"worker {worker_id}, which had step {order.step_key}, is gone")
+
+    def terminate_step(self, step_handler_context: core.StepHandlerContext) -> Iterator[DagsterEvent]:
+        """Ask for one step to be stopped; may be called again, and never raises."""
+        self.terminate_tasks([order.task_id for order in self._orders([step_handler_context])])
+        yield from ()
