@@ -156,11 +156,14 @@ class _Fence:
         kind = dagster_event.event_type if dagster_event is not None and ours else None
         if self._holds(event, kind):
             return
-        self._store(event, batch_metadata=batch_metadata)
+        self._store(self._as_told(event, kind), batch_metadata=batch_metadata)
         self._stored(event, kind)
 
     def _holds(self, event: Any, kind: DagsterEventType | None) -> bool:
         raise NotImplementedError
+
+    def _as_told(self, event: Any, kind: DagsterEventType | None) -> Any:
+        return event
 
     def _stored(self, event: Any, kind: DagsterEventType | None) -> None:
         raise NotImplementedError
@@ -222,6 +225,11 @@ class _StepFence(_Fence):
         # What a worker's death did to a step is no failure of the op: the run's executor finds the worker dead, and
         # decides. A success is one.
         return kind in _UNLESS_ORPHANED and self._voice.worker_is_gone()
+
+    def _as_told(self, event: Any, kind: DagsterEventType | None) -> Any:
+        # For Dagster an interrupt is an error like any other, of which an op with a RetryPolicy recovers.
+        cancelled = kind is DagsterEventType.STEP_UP_FOR_RETRY and self._voice.told_to_stop()
+        return core.failed_for_good(event) if cancelled else event
 
     def _stored(self, event: Any, kind: DagsterEventType | None) -> None:
         if kind in _STEP_ENDS and event.dagster_event.step_key == self._step_key:

@@ -98,7 +98,7 @@ class OpenSteps:
             return
         if event.event_type in _STEP_ENDS:
             # One that was interrupted writes this before its process tree is gone; its worker says when that is.
-            if not _was_interrupted(event):
+            if not core.was_interrupted(event):
                 self.close(step_key)
             return
         note = note_in(event)
@@ -117,12 +117,6 @@ class OpenSteps:
         """It is not, or no longer, at work."""
         self.workers.pop(step_key, None)
         self.task_ids.pop(step_key, None)
-
-
-def _was_interrupted(event: DagsterEvent) -> bool:
-    data = event.event_specific_data
-    error = getattr(data, "error", None)
-    return error is not None and error.cls_name == core.DagsterExecutionInterruptedError.__name__
 
 
 def open_steps(instance: DagsterInstance, run_id: str) -> OpenSteps:

@@ -36,6 +36,7 @@ _REST_SHARE: Final = 0.1
 _LOOK_AFTER_WORKERS_EVERY_S: Final = 5.0
 _FIRST_PAUSE_S: Final = 0.2
 _LONGEST_PAUSE_S: Final = 10.0
+_STATUS_PATIENCE_S: Final = 0.2
 _BATCH: Final = 10
 _PAGE: Final = 1000
 _EVERY_KIND: Final = set(DagsterEventType)
@@ -357,12 +358,30 @@ class _Loop:
     # The end
 
     def _stop(self) -> Iterator[DagsterEvent]:
+        cancelled = cancellation.told_to_stop()
+        if cancelled:
+            self._make_sure_that_it_is_canceling()
         run = self._instance.get_run_by_id(self._context.run_id)
-        being_stopped = cancellation.told_to_stop() or run is None or run.status in _BEING_STOPPED
+        being_stopped = cancelled or run is None or run.status in _BEING_STOPPED
         if not being_stopped and self._instance.run_will_resume(self._context.run_id):
             self._engine_event("Interrupted; the steps go on, because the run will be resumed")
             return
         yield from self._forward()
+
+    def _make_sure_that_it_is_canceling(self) -> None:
+        """Before the first step stops and makes room for the next one, which looks at the status of its run.
+
+        The cancel message may be quicker than the status that the launcher writes, and it may come without any.
+        """
+        until = time.monotonic() + _STATUS_PATIENCE_S
+        while True:
+            run = self._instance.get_run_by_id(self._context.run_id)
+            if run is None or run.status in _BEING_STOPPED:
+                return
+            if time.monotonic() > until:
+                self._instance.report_run_canceling(run)
+                return
+            time.sleep(_STATUS_PATIENCE_S / 20)
 
     def _forward(self) -> Iterator[DagsterEvent]:
         """Tell the steps, and wait until they have stopped."""

@@ -3,6 +3,7 @@
 `tests/unit/test_dagster_internals.py` says when they do.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Final
@@ -89,6 +90,7 @@ __all__ = [
     "events_of_step",
     "execute_run",
     "execute_step",
+    "failed_for_good",
     "get_retries_config",
     "get_step_dependency_config_field",
     "get_tag_concurrency_limits_config",
@@ -102,6 +104,7 @@ __all__ = [
     "resume_run",
     "serialize_value",
     "unexpected_termination",
+    "was_interrupted",
 ]
 
 _RunBody = Callable[[str, DagsterInstance], int]
@@ -192,6 +195,27 @@ def events_of_step(
             entries = [deserialize_entry(row[0]) for row in connection.execute(query).fetchall()]
     events = [event for event in map(event_of, entries) if event is not None]
     return [event for event in events if event.step_key == step_key]
+
+
+def failed_for_good(entry: EventLogEntry) -> EventLogEntry:
+    """The entry of a step that asks for a retry, as that of one that has failed because it was interrupted."""
+    event = entry.dagster_event
+    if event is None:
+        raise ValueError("not the entry of an event")
+    data = StepFailureData(  # type: ignore[no-untyped-call]
+        error=event.step_retry_data.error, user_failure_data=None, error_source=ErrorSource.INTERRUPT
+    )
+    failure = event._replace(  # a NamedTuple's own way
+        event_type_value=DagsterEventType.STEP_FAILURE.value,
+        event_specific_data=data,
+        message=f'Execution of step "{event.step_key}" was cancelled.',
+    )
+    return entry._replace(dagster_event=failure, user_message=failure.message or "", level=logging.ERROR)
+
+
+def was_interrupted(event: DagsterEvent) -> bool:
+    """Whether a step failed because it was interrupted."""
+    return event.is_step_failure and event.step_failure_data.error_source is ErrorSource.INTERRUPT
 
 
 def interrupted_step(step_context: IStepContext, why: str) -> DagsterEvent:

@@ -117,9 +117,8 @@ class SQSStepHandler(TaskiqStepHandler):
         for context, order in zip(contexts, orders, strict=True):
             note = events.step_submitted(order.task_id, queue)
             DagsterEvent.step_worker_starting(context.get_step_context(order.step_key), note.message, note.facts)
-        group = contexts[0].dagster_run.job_name if self._settings.is_fair_queue else None
         try:
-            refused = self._sender.ask(lambda broker: self._send(broker, orders, group)).result(_REQUEST_TIMEOUT_S)
+            refused = self.send(orders, contexts[0].dagster_run.job_name)
         except (QueueUnreachable, TimeoutError) as error:
             logger.warning("steps not sent, trying again: %s", str(error) or "no answer")
             return [order.step_key for order in orders]
@@ -148,6 +147,15 @@ class SQSStepHandler(TaskiqStepHandler):
                 )
             )
         return orders
+
+    def send(self, orders: Sequence[StepOrder], job_name: str) -> dict[str, str]:
+        """Send orders; the task ids of those that SQS refused, with the reason.
+
+        Raises `MessageTooLarge` for a state that fits into no message when there is no payload bucket,
+        `PayloadUnavailable` when that cannot be written, a `QueueError` or `TimeoutError`.
+        """
+        group = job_name if self._settings.is_fair_queue else None
+        return self._sender.ask(lambda broker: self._send(broker, orders, group)).result(_REQUEST_TIMEOUT_S)
 
     async def _send(
         self, broker: CancellableSQSBroker, orders: Sequence[StepOrder], group: str | None

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from dagster import DagsterInstance
 from tests.support.moto import CREDENTIALS, create_queues, moto_server
-from tests.support.platform import Platform, write_home
+from tests.support.platform import STEP_JOBS, Platform, write_home
 
 POSTGRES_VARIABLE = "DAGSTER_TASKIQ_TEST_POSTGRES_URL"
 REQUIRE_ALL_VARIABLE = "DAGSTER_TASKIQ_TEST_REQUIRE_ALL"
@@ -66,6 +66,21 @@ def open_platform(
         write_home(home, queue_url, endpoint, source={**SNAPPY, **(source or {})}, extra=extra or {})
         instance = stack.enter_context(DagsterInstance.from_config(str(home)))
         yield Platform(home, queue_url, endpoint, instance)
+
+
+@contextmanager
+def steps_platform(endpoint: str, **options: Any) -> Iterator[Platform]:
+    """A platform whose jobs' steps are tasks of their own."""
+    with open_platform(endpoint, **options) as platform:
+        platform.jobs = STEP_JOBS
+        yield platform
+
+
+@pytest.fixture(scope="module")
+def working_steps(endpoint: str) -> Iterator[Platform]:
+    """One of those, with two workers that serve both queues."""
+    with steps_platform(endpoint) as platform, platform.worker("-n", "a"), platform.worker("-n", "b"):
+        yield platform
 
 
 @pytest.fixture(scope="module")

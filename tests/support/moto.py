@@ -71,13 +71,18 @@ def _wait_until_it_answers(server: "subprocess.Popen[bytes]", port: int, within_
     raise RuntimeError(f"moto did not start within {within_s} s (exit code {server.poll()})")
 
 
-@lru_cache
 def sqs_client(endpoint: str, region: str = REGION) -> Any:
-    """A synchronous client, to look at queues from outside. Shared, because making one takes a while."""
+    """A synchronous client, to look at queues from outside."""
+    return aws_client("sqs", endpoint, region)
+
+
+@lru_cache
+def aws_client(service: str, endpoint: str, region: str = REGION) -> Any:
+    """A synchronous client of any service. Shared, because making one takes a while."""
     session = botocore.session.Session()
     session.set_credentials("testing", "testing")
     return session.create_client(
-        "sqs", region_name=region, endpoint_url=endpoint, config=Config(retries={"total_max_attempts": 1})
+        service, region_name=region, endpoint_url=endpoint, config=Config(retries={"total_max_attempts": 1})
     )
 
 

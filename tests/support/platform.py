@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,17 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from dagster import DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus
+from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus
 from dagster._core.definitions.reconstruct import ReconstructableJob
 
-from dagster_taskiq.claims import notes
-from dagster_taskiq.events import Stage
+from dagster_taskiq.claims import note_in, notes
+from dagster_taskiq.events import TASK_ID_KEY, Stage
 from dagster_taskiq.launcher import TaskiqRunLauncher
 from dagster_taskiq.process import find_processes
+from dagster_taskiq.settings import sibling_queue
+from dagster_taskiq.sqs import cancel_queue_url
 from dagster_taskiq.tags import GRACE_SECONDS_TAG, TASK_ID_TAG
+from tests.support.moto import sqs_client
 from tests.support.waiting import wait_until
 
 JOBS = Path(__file__).parent / "jobs.py"
+STEP_JOBS = Path(__file__).parent / "step_jobs.py"
 FINISHED = {DagsterRunStatus.SUCCESS, DagsterRunStatus.FAILURE, DagsterRunStatus.CANCELED}
 
 
@@ -113,6 +118,19 @@ class Platform:
         path = Path(self.run(run_id).tags["marks"])
         return [line.rpartition(" ")[0] for line in path.read_text().splitlines()] if path.exists() else []
 
+    def mark_counts(self, run_id: str) -> Counter[str]:
+        """How often each mark was made, in whichever step."""
+        return Counter(mark.split()[0] for mark in self.marks(run_id))
+
+    def wait_started(self, run_id: str, steps: int) -> None:
+        """Wait until the bodies of so many steps have begun."""
+        wait_until(
+            lambda: self.mark_counts(run_id)["started"] >= steps,
+            f"{steps} steps are at work",
+            within=90,
+            seen=lambda: (self.mark_counts(run_id), self.status(run_id), self.story(run_id)[-20:]),
+        )
+
     def marked(self, run_id: str, name: str, *, within: float = 30) -> str:
         """Wait for a mark; returns what stands behind its name."""
         found = wait_until(
@@ -150,6 +168,23 @@ class Platform:
         messages = [str(entry.dagster_event) for entry in self.instance.all_logs(run_id) if entry.dagster_event]
         return next(message for message in messages if stage.value in message)
 
+    def report(self, run: DagsterRun, *events: DagsterEventType) -> None:
+        """Have these events happen to a run."""
+        for event in events:
+            self.instance.report_dagster_event(DagsterEvent(event.value, run.job_name, message=""), run.run_id)
+
+    def waiting(self, suffix: str = "") -> int:
+        """Messages of a queue, in flight or not."""
+        known = sqs_client(self.endpoint_url).get_queue_attributes(
+            QueueUrl=sibling_queue(self.queue_url, suffix), AttributeNames=["All"]
+        )["Attributes"]
+        return int(known["ApproximateNumberOfMessages"]) + int(known["ApproximateNumberOfMessagesNotVisible"])
+
+    def cancel_by_message(self, task_id: str) -> None:
+        """As anybody can who may write to the cancel queue."""
+        body = json.dumps({"task_id": task_id})
+        sqs_client(self.endpoint_url).send_message(QueueUrl=cancel_queue_url(self.queue_url), MessageBody=body)
+
     def kill(self, pid: int, number: int = signal.SIGKILL) -> None:
         """Signal one process of a run of ours."""
         os.kill(pid, number)
@@ -160,6 +195,21 @@ class Platform:
 
     def assert_nothing_left(self, run_id: str) -> None:
         assert self.processes(run_id) == []
+        self.assert_no_step_left(run_id)
+
+    def assert_no_step_left(self, run_id: str) -> None:
+        for task_id in self.step_tasks(run_id):
+            assert find_processes(task_id) == [], task_id
+
+    def step_notes(self, run_id: str, stage: Stage) -> list[dict[str, Any]]:
+        """The facts of the engine events of that stage about steps, in the order of the log; `step_key` is one."""
+        events = [entry.dagster_event for entry in self.instance.all_logs(run_id)]
+        about = [(event, note_in(event)) for event in events if event is not None and event.step_key is not None]
+        return [note[1] | {"step_key": event.step_key} for event, note in about if note and note[0] is stage]
+
+    def step_tasks(self, run_id: str) -> list[str]:
+        """The task ids of the steps that any worker has picked up."""
+        return [facts[TASK_ID_KEY] for facts in self.step_notes(run_id, Stage.PICKED_UP)]
 
     @contextmanager
     def worker(

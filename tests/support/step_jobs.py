@@ -1,0 +1,143 @@
+"""Jobs whose steps are tasks of their own. Each op writes what it lived through into the file `marks`, with its key."""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+
+from dagster_taskiq import taskiq_executor
+
+
+class Marks(dg.Config):
+    marks: str
+    seconds: float = 300.0
+    count: int = 3
+
+
+def mark(context: dg.OpExecutionContext, config: Marks, text: str) -> None:
+    with Path(config.marks).open("a") as file:
+        file.write(f"{text} {context.get_step_execution_context().step.key} {os.getpid()} {time.time()}\n")
+
+
+@dg.op(out=dg.Out(dg.Nothing))
+def sleepy(context: dg.OpExecutionContext, config: Marks) -> None:
+    mark(context, config, "started")
+    try:
+        time.sleep(config.seconds)
+        mark(context, config, "slept")
+    finally:
+        mark(context, config, "cleanup-begin")
+        time.sleep(0.05)
+        mark(context, config, "cleanup-end")
+
+
+@dg.op(out=dg.Out(dg.Nothing), retry_policy=dg.RetryPolicy(max_retries=2))
+def tried_again(context: dg.OpExecutionContext, config: Marks) -> None:
+    """Sleeps the first time only."""
+    mark(context, config, "started")
+    if context.retry_number == 0:
+        time.sleep(config.seconds)
+    mark(context, config, "slept")
+
+
+@dg.op(out=dg.Out(dg.Nothing), retry_policy=dg.RetryPolicy(max_retries=5, delay=300))
+def fails_and_waits(context: dg.OpExecutionContext, config: Marks) -> None:
+    mark(context, config, "started")
+    raise RuntimeError("as it should")
+
+
+@dg.op(out=dg.Out(dg.Nothing), pool="scarce_steps")
+def stubborn(context: dg.OpExecutionContext, config: Marks) -> None:
+    mark(context, config, "started")
+    until = time.monotonic() + config.seconds
+    while time.monotonic() < until:
+        with contextlib.suppress(BaseException):
+            time.sleep(0.05)
+
+
+@dg.op(out=dg.Out(dg.Nothing))
+def dies(context: dg.OpExecutionContext, config: Marks) -> None:
+    mark(context, config, "started")
+    os._exit(17)
+
+
+@dg.op(ins={"before": dg.In(dg.Nothing)}, out=dg.Out(dg.Nothing))
+def afterwards(context: dg.OpExecutionContext, config: Marks) -> None:
+    mark(context, config, "afterwards")
+
+
+@dg.op(out=dg.DynamicOut(int))
+def fan_out(context: dg.OpExecutionContext, config: Marks) -> Iterator[dg.DynamicOutput[int]]:
+    mark(context, config, "started")
+    for number in range(config.count):
+        yield dg.DynamicOutput(number, mapping_key=f"a_rather_long_mapping_key_with_the_number_{number}")
+
+
+@dg.op
+def mapped(context: dg.OpExecutionContext, config: Marks, number: int) -> int:
+    mark(context, config, "started")
+    try:
+        time.sleep(config.seconds)
+    finally:
+        mark(context, config, "cleanup-end")
+    return number
+
+
+@dg.op
+def collected(context: dg.OpExecutionContext, config: Marks, numbers: list[int]) -> None:
+    mark(context, config, f"collected-{sum(numbers)}")
+
+
+def wide(name: str, steps: int, max_concurrent: int | None = None) -> dg.JobDefinition:
+    @dg.job(name=name, executor_def=taskiq_executor.configured({"max_concurrent": max_concurrent}))
+    def job() -> None:
+        afterwards([sleepy.alias(f"step_{number}")() for number in range(steps)])
+
+    return job
+
+
+def job_of(op: dg.OpDefinition) -> dg.JobDefinition:
+    @dg.job(name=f"{op.name}_steps", executor_def=taskiq_executor)
+    def job() -> None:
+        afterwards(op())
+
+    return job
+
+
+two_steps = wide("two_steps", 2)
+fifty_steps = wide("fifty_steps", 50)
+two_hundred_steps = wide("two_hundred_steps", 200)
+sleepy_steps = job_of(sleepy)
+tried_again_steps = job_of(tried_again)
+fails_and_waits_steps = job_of(fails_and_waits)
+stubborn_steps = job_of(stubborn)
+dies_steps = job_of(dies)
+
+
+@dg.job(executor_def=taskiq_executor)
+def dynamic_steps() -> None:
+    collected(fan_out().map(mapped).collect())
+
+
+@dg.job(executor_def=taskiq_executor)
+def many_outputs() -> None:
+    collected(fan_out().collect())
+
+
+defs = dg.Definitions(
+    jobs=[
+        two_steps,
+        fifty_steps,
+        two_hundred_steps,
+        sleepy_steps,
+        tried_again_steps,
+        fails_and_waits_steps,
+        stubborn_steps,
+        dies_steps,
+        dynamic_steps,
+        many_outputs,
+    ]
+)
