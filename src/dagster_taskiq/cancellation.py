@@ -50,12 +50,15 @@ def stronger(current: Cancellation | None, new: Cancellation) -> Cancellation:
     return new if current is None or new.kind > current.kind else current
 
 
-def _nobody_tells() -> bool:
-    return False
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a process that does the work was told by its worker; each is answered without I/O to speak of."""
+
+    to_cancel: Callable[[], bool] = lambda: False
+    """Whether its work is cancelled: somebody asked for it, and it is not going on elsewhere."""
+    orphaned: Callable[[], bool] = lambda: False
+    """Whether its worker is gone: what becomes of the work is for the next one to decide."""
 
 
-told_to_stop: Callable[[], bool] = _nobody_tells
-"""Whether this process was told that its work is cancelled, or has lost its worker; no I/O to speak of.
-
-Set by `child` in the processes that it starts. Elsewhere, under any other launcher, nobody tells.
-"""
+told = Told()
+"""Set by `child` in the processes that it starts. Elsewhere, under any other launcher, nobody tells."""

@@ -71,7 +71,7 @@ def step(argument: dict[str, Any], channel: socket.socket) -> int:
 
 def _work(body: Callable[[dict[str, Any], DagsterInstance, "_Voice"], int], argument: Any, channel: Any) -> int:
     voice = _Voice(channel)
-    cancellation.told_to_stop = voice.told_to_stop
+    cancellation.told = cancellation.Told(voice.told_to_cancel, voice.worker_is_gone)
     with core.capture_interrupts():
         # From here on a signal is either captured (and seen at the next step) or raised inside the op.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPTS)
@@ -124,6 +124,19 @@ class _Voice:
 
     def told_to_stop(self) -> bool:
         """Whether an intent has come, or the worker is gone."""
+        return self.told_to_cancel() or self._closed
+
+    def told_to_cancel(self) -> bool:
+        """Whether an intent has come."""
+        self._listen()
+        return b"\n" in self._heard
+
+    def worker_is_gone(self) -> bool:
+        """Whether nobody will ever listen again."""
+        self._listen()
+        return self._closed
+
+    def _listen(self) -> None:
         while not self._closed:
             try:
                 data = self._channel.recv(4096, socket.MSG_DONTWAIT)
@@ -133,12 +146,6 @@ class _Voice:
                 data = b""
             self._heard += data
             self._closed = not data
-        return self._closed or b"\n" in self._heard
-
-    def worker_is_gone(self) -> bool:
-        """Whether nobody will ever listen again."""
-        self.told_to_stop()
-        return self._closed
 
 
 class _Fence:

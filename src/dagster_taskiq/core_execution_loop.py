@@ -358,7 +358,10 @@ class _Loop:
     # The end
 
     def _stop(self) -> Iterator[DagsterEvent]:
-        cancelled = cancellation.told_to_stop()
+        cancelled = cancellation.told.to_cancel()
+        if cancellation.told.orphaned() and not cancelled:
+            self._engine_event("Interrupted, because the run's worker is gone: the next one decides about the steps")
+            return
         if cancelled:
             self._make_sure_that_it_is_canceling()
         run = self._instance.get_run_by_id(self._context.run_id)

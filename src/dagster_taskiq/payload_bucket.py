@@ -33,9 +33,11 @@ class PayloadBucket:
     async def get(self, task_id: str) -> str:
         """The payload of a task. Raises `PayloadUnavailable`, also when there is none."""
         answer = await self._request("get_object", task_id)
+        if answer["ContentLength"] > MAX_PAYLOAD_BYTES:
+            raise PayloadUnavailable(f"s3://{self.bucket}/{_PREFIX}{task_id}: over {MAX_PAYLOAD_BYTES:,} bytes")
         async with answer["Body"] as body:
-            data: bytes = await body.read(MAX_PAYLOAD_BYTES)
-        return data.decode("ascii")
+            data: bytes = await body.read()
+        return data.decode("ascii", errors="replace")
 
     async def delete(self, task_id: str) -> None:
         """Forget it. Raises `PayloadUnavailable`."""

@@ -94,8 +94,11 @@ class StepWork:
             logger.error("%s", error, extra=extra)  # noqa: TRY400 - our own text says it all
             await self._give_up(run, step, work, str(error), self._place.settings.visibility_timeout_seconds)
             return
-        except (PayloadUnavailable, MessageUnreadable) as error:
+        except PayloadUnavailable as error:
             why = f"what the step has to know could not be read: {error}"
+        except Exception as error:  # whatever it is, the run must not wait for a step that nobody works on
+            logger.exception("step could not be carried out", extra=extra)
+            why = f"it could not be carried out: {error!r}"
         finally:
             self._place.watched.pop(order.task_id, None)
         if end is None and cancelled and cancelled.cause.kind is CancelKind.SHUTDOWN:
