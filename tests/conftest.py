@@ -1,9 +1,17 @@
-"""For all tests: the long ones first, so that two processes come to their end together."""
+"""For all tests: the long ones first, so that two processes come to their end together; no test depends on speed."""
 
+import hypothesis
 import pytest
+
+# A slow machine is no failure.
+hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("patient")
 
 LONG_FIRST = (
     "test_every_moment",
+    "test_steps_workers",
+    "test_steps_terminate",
+    "test_parity",
     "test_browser",
     "test_dev",
     "test_matrix",

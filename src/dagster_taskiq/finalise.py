@@ -6,6 +6,7 @@ wins, also when he comes too late. All calls block on the database.
 """
 
 import enum
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -40,6 +41,8 @@ class Verdict(enum.Enum):
     RESUMABLE = "interrupted; the next worker goes on with it"
 
 
+_STATUS_PATIENCE_S: Final = 1.0
+_LOOK_EVERY_S: Final = 0.02
 _AFTER_ITS_STEPS: Final = {Verdict.CANCELED, Verdict.FAILURE, Verdict.HELD}
 
 
@@ -104,7 +107,7 @@ def examine(
     instance: DagsterInstance, run_id: str, end: ChildEnd | None, cancellation: Cancellation | None, worker_id: str
 ) -> Conclusion:
     """Look at the run, now that its tree is gone, and decide. `end` is None when no child was started."""
-    run = instance.get_run_by_id(run_id)
+    run = _once_it_is_canceling(instance, run_id, cancellation)
     kind = cancellation.kind if cancellation is not None else None
     said = _last(end, "verdict")
     history = _history(instance, run_id) if run is not None else ()
@@ -130,6 +133,30 @@ def examine(
         failure=_failure_message(end, cancellation, worker_id),
         steps=steps if steps is not None and steps.workers else None,
     )
+
+
+def _once_it_is_canceling(
+    instance: DagsterInstance, run_id: str, cancellation: Cancellation | None
+) -> DagsterRun | None:
+    """The run; if somebody asked for its end, when its status says so too, or a moment later.
+
+    The launcher sends the cancel message before it writes CANCELING, and on a busy database the worker may be the
+    quicker one: without this, CANCELING would come after CANCELED, and have to be mended.
+    """
+    tries = 1 + int(_STATUS_PATIENCE_S / _LOOK_EVERY_S)
+    while True:
+        run = instance.get_run_by_id(run_id)
+        tries -= 1
+        if (
+            run is None
+            or run.status is not DagsterRunStatus.STARTED
+            or cancellation is None
+            or cancellation.kind is not CancelKind.REQUESTED
+            or tries == 0
+            or time.time() > cancellation.received_at + _STATUS_PATIENCE_S
+        ):
+            return run
+        time.sleep(_LOOK_EVERY_S)
 
 
 def fail(instance: DagsterInstance, run_id: str, why: str) -> bool:
@@ -175,7 +202,7 @@ def _history(instance: DagsterInstance, run_id: str) -> list[DagsterEventType]:
     return [event.event_type for event in events if event is not None]
 
 
-def restore(instance: DagsterInstance, run: DagsterRun, history: Sequence[DagsterEventType]) -> None:
+def restore(instance: DagsterInstance, run: DagsterRun, history: Sequence[DagsterEventType]) -> DagsterRunStatus:
     """Write the true terminal event again: CANCELED if there ever was one, else the first of the history."""
     canceled = DagsterEventType.RUN_CANCELED in history
     true = DagsterEventType.RUN_CANCELED if canceled else history[0]
@@ -184,19 +211,19 @@ def restore(instance: DagsterInstance, run: DagsterRun, history: Sequence[Dagste
     )
     event = DagsterEvent(true.value, run.job_name, message=f"The run stays {_STATUS_AFTER[true].value}.")
     instance.report_dagster_event(event, run.run_id)
+    return _STATUS_AFTER[true]
 
 
-def mend_late_canceling(instance: DagsterInstance, run_id: str) -> bool:
-    """After a RUN_CANCELING was written: was the run over by then? If so, restore its state; True if it was.
+def mend_late_canceling(instance: DagsterInstance, run_id: str) -> DagsterRunStatus | None:
+    """After a RUN_CANCELING was written: was the run over by then? If so, restore its state and say which it is.
 
     Between reading a run's status and writing CANCELING it may have ended, and then nobody would ever finish it.
     """
     history = _history(instance, run_id)
     run = instance.get_run_by_id(run_id) if history else None
     if run is None or run.status is not DagsterRunStatus.CANCELING:
-        return False
-    restore(instance, run, history)
-    return True
+        return None
+    return restore(instance, run, history)
 
 
 def _failure_message(end: ChildEnd | None, cancellation: Cancellation | None, worker_id: str) -> str:

@@ -139,8 +139,8 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
         if run.status is not DagsterRunStatus.CANCELING:
             self._instance.report_run_canceling(run)
             # It may have ended in between: the transition is unguarded, and nobody else would ever finish it.
-            if mend_late_canceling(self._instance, run.run_id):
-                return False
+            if (over := mend_late_canceling(self._instance, run.run_id)) is not None:
+                return over is DagsterRunStatus.CANCELED  # our own message can have been that quick
         if waiting and self._owner(run.run_id) is None:
             # Status written, then the claims read: a worker that claims from now on reads CANCELING.
             self._instance.report_run_canceled(run, "Canceled before a worker had picked it up.")

@@ -22,7 +22,7 @@ def keeps_its_promise(platform: Platform) -> None:
         stubborn = platform.launch("carries_on_job", grace=0.5)
         for run_id in (*polite, stubborn):
             platform.marked(run_id, "started", within=60)
-            assert platform.launcher.terminate(run_id)
+            assert platform.launcher.terminate(run_id), platform.story(run_id)
         for run_id in (*polite, stubborn):
             assert platform.finished(run_id, within=60) is DagsterRunStatus.CANCELED, platform.story(run_id)
             platform.assert_nothing_left(run_id)

@@ -4,10 +4,12 @@ import signal
 import sqlite3
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dagster import DagsterEventType, DagsterRunStatus
 from tests.support.platform import Platform
+from tests.support.waiting import wait_until
 
 from dagster_taskiq.events import Stage
 
@@ -52,6 +54,32 @@ def test_a_terminated_run_tells_its_story_in_order(working: Platform) -> None:
     assert "picked up by worker w-" in told
     assert "Requested Taskiq task cancellation." in told
     assert told.index("process tree gone") < told.index("PIPELINE_CANCELED")
+
+
+@pytest.mark.parametrize("how_late", [Stage.TREE_GONE, DagsterRunStatus.CANCELED])
+def test_a_launcher_that_is_slower_than_the_worker_changes_nothing(
+    working: Platform, monkeypatch: pytest.MonkeyPatch, how_late: Stage | DagsterRunStatus
+) -> None:
+    """The cancel message is sent before CANCELING is written, and a database may be slow."""
+    run_id = working.launch("sleepy_job")
+    working.marked(run_id, "started")
+    report = working.instance.report_run_canceling
+
+    def late(*args: Any, **kwargs: Any) -> None:
+        wait_until(
+            lambda: how_late in working.stages(run_id) or working.status(run_id) is how_late,
+            f"run {run_id} is {how_late}",
+            seen=lambda: working.story(run_id),
+        )
+        report(*args, **kwargs)
+
+    monkeypatch.setattr(working.instance, "report_run_canceling", late)
+    assert working.launcher.terminate(run_id) is True
+    assert working.finished(run_id) is DagsterRunStatus.CANCELED
+    events = [event for event in working.events(run_id) if event.value.startswith("PIPELINE_CANCEL")]
+    canceling, canceled = DagsterEventType.RUN_CANCELING, DagsterEventType.RUN_CANCELED
+    mended = [canceled, canceling, canceled]
+    assert events == (mended if how_late is DagsterRunStatus.CANCELED else [canceling, canceled])
 
 
 def test_an_open_transaction_is_rolled_back(working: Platform) -> None:

@@ -125,6 +125,47 @@ async def test_a_message_over_the_limit_is_refused_before_it_is_sent(broker: Can
         await broker.kick(task_message("t-1", b"x" * 800_000))
 
 
+async def test_many_tasks_are_sent_ten_at_a_time_and_as_many_as_fit(
+    broker: CancellableSQSBroker, outside: Outside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
+    send_batch = broker._work.send_batch
+
+    async def counted(entries: Any) -> dict[int, str]:
+        batches.append(len(entries))
+        return await send_batch(entries)
+
+    monkeypatch.setattr(broker._work, "send_batch", counted)
+    small = [task_message(f"s-{number}") for number in range(23)]
+    large = [task_message(f"l-{number}", b"x" * 300_000) for number in range(4)]
+    assert await broker.kick_all([*small, *large]) == {}
+    assert outside.work() == (27, 0)
+    assert batches[:2] == [10, 10]
+    assert sum(batches) == 27
+    assert len(batches) <= 5
+
+
+async def test_of_many_tasks_those_that_are_refused_are_named(
+    broker: CancellableSQSBroker, outside: Outside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send_batch = broker._work.send_batch
+
+    async def without_the_second(entries: Any) -> dict[int, str]:
+        await send_batch([entry for number, entry in enumerate(entries) if number != 1])
+        return {1: "InternalError: try again"}
+
+    monkeypatch.setattr(broker._work, "send_batch", without_the_second)
+    refused = await broker.kick_all([task_message(f"t-{number}") for number in range(12)])
+    assert refused == {"t-1": "InternalError: try again", "t-11": "InternalError: try again"}
+    assert outside.work() == (10, 0)
+
+
+async def test_of_many_tasks_none_is_sent_when_one_is_too_large(broker: CancellableSQSBroker, outside: Outside) -> None:
+    with pytest.raises(MessageTooLarge):
+        await broker.kick_all([*map(task_message, "abc"), task_message("t", b"x" * 800_000)])
+    assert outside.work() == (0, 0)
+
+
 async def test_the_lease_keeps_a_message_invisible(queue_url: str, endpoint: str, outside: Outside) -> None:
     broker = broker_for(queue_url, endpoint, visibility_timeout_s=1)
     await broker.kick(task_message("t-1"))

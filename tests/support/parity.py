@@ -1,6 +1,6 @@
 """Small jobs that show one ability of Dagster each, under two executors: whatever runs them, they have to go alike.
 
-`reference` runs the steps in the process of their run, `delegating` hands each to a process of its own. The
+`reference` runs the steps in the process of their run, `delegating` makes each a task of its own. The
 definitions are the same objects. Nothing here sleeps, but for the delays of the retries.
 """
 
@@ -11,8 +11,7 @@ from typing import Any, cast
 
 import dagster as dg
 
-TESTED = dg.multiprocess_executor
-"""The executor that is compared with Dagster's `in_process_executor`."""
+from dagster_taskiq import taskiq_executor
 
 MARKS_TAG = "marks"
 """Tag of a run: the file in which its processes write down what no event tells."""
@@ -664,6 +663,6 @@ def _under(executor: dg.ExecutorDefinition) -> dg.Definitions:
 
 
 reference = _under(dg.in_process_executor)
-delegating = _under(TESTED)
+delegating = _under(taskiq_executor)
 # Only for what happens before a step begins: in one process that is the run's failure, and no step's.
 in_processes = _under(dg.multiprocess_executor)

@@ -1,6 +1,6 @@
 """The public names as a user writes them. Never run: that it type-checks is the test."""
 
-from dagster import DagsterInstance
+from dagster import DagsterInstance, Definitions, ExecutorDefinition
 
 from dagster_taskiq import (
     CancellableReceiver,
@@ -10,6 +10,7 @@ from dagster_taskiq import (
     TaskCancelled,
     TaskiqRunLauncher,
     __version__,
+    taskiq_executor,
 )
 
 version: str = __version__
@@ -17,6 +18,8 @@ broker = CancellableSQSBroker("https://sqs.us-east-1.amazonaws.com/1/tasks", "us
 receiver = CancellableReceiver(broker, max_async_tasks=4)
 settings: Settings = Settings.from_config({"queue_url": "https://sqs.us-east-1.amazonaws.com/1/tasks"})
 launcher = TaskiqRunLauncher(queue_url=settings.queue_url, config_source={"grace_seconds": 10})
+executor: ExecutorDefinition = taskiq_executor.configured({"max_concurrent": 20})
+definitions = Definitions(executor=executor)
 reason: str | None = TaskCancelled("why").reason
 
 

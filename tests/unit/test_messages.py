@@ -1,14 +1,27 @@
-"""Cancel requests survive the wire, and garbage is refused with one kind of error."""
+"""Cancel requests and orders of steps survive the wire, and garbage is refused with one kind of error."""
 
+import base64
 import json
+import zlib
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dagster_taskiq import messages
 from dagster_taskiq.errors import MessageUnreadable
-from dagster_taskiq.messages import MAX_TEXT_LENGTH, CancelRequest, is_run_id, is_task_id
+from dagster_taskiq.messages import (
+    MAX_TEXT_LENGTH,
+    CancelRequest,
+    StepOrder,
+    is_run_id,
+    is_task_id,
+    pack,
+    run_of_step_task,
+    step_task_id,
+    unpack,
+)
 
 TASK_IDS = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=256)
 TEXTS = st.none() | st.text(max_size=300)
@@ -18,6 +31,18 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=10,
 )
+RUN_IDS = st.from_regex(r"\A[0-9A-Za-z_-]{1,64}\Z")
+STEP_KEYS = st.text(min_size=1, max_size=300)
+ORDERS = st.builds(
+    StepOrder,
+    RUN_IDS,
+    STEP_KEYS,
+    st.integers(1, 99_999),
+    st.sampled_from(["deferred", "disabled"]),
+    st.booleans(),
+    st.none() | st.text(),
+)
+ORDER_FIELDS = st.sampled_from(["run_id", "step_key", "attempt", "retries", "reexecution", "state", "other"])
 FIELDS = st.sampled_from(["version", "task_id", "reason", "requested_by", "requested_at", "other"])
 
 
@@ -104,3 +129,77 @@ def test_ids() -> None:
     assert not is_task_id(None)
     assert is_run_id("0e4f2a7c-1111-2222-3333-444455556666")
     assert not is_run_id("../../etc")
+
+
+@given(ORDERS)
+def test_an_order_is_read_as_it_was_written(order: StepOrder) -> None:
+    assert StepOrder.from_kwargs(json.loads(json.dumps(order.to_kwargs()))) == order
+
+
+@given(st.dictionaries(ORDER_FIELDS, JSON), RUN_IDS, STEP_KEYS)
+def test_any_order_is_read_or_refused(fields: dict[str, Any], run_id: str, step_key: str) -> None:
+    for kwargs in (fields, {"run_id": run_id, "step_key": step_key, **fields}):
+        try:
+            order = StepOrder.from_kwargs(kwargs)
+        except MessageUnreadable as error:
+            assert str(error)  # noqa: PT017  both ways are right
+        else:
+            assert is_task_id(order.task_id)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"run_id": "../etc"},
+        {"run_id": None},
+        {"step_key": ""},
+        {"step_key": "x" * 5000},
+        {"step_key": ["one", "two"]},
+        {"attempt": 0},
+        {"attempt": True},
+        {"attempt": 100_000},
+        {"retries": "enabled"},
+        {"state": {"module": "os"}},
+    ],
+    ids=str,
+)
+def test_a_wrong_order_is_refused_with_the_name_of_the_field(wrong: dict[str, Any]) -> None:
+    with pytest.raises(MessageUnreadable, match=next(iter(wrong))):
+        StepOrder.from_kwargs({"run_id": "r", "step_key": "s", **wrong})
+
+
+@given(RUN_IDS, STEP_KEYS, st.integers(1, 99_999))
+def test_the_task_id_of_a_step_is_one_and_names_its_run(run_id: str, step_key: str, attempt: int) -> None:
+    task_id = step_task_id(run_id, step_key, attempt)
+    assert is_task_id(task_id)
+    assert run_of_step_task(task_id) == run_id
+    assert step_task_id(run_id, step_key, attempt + 1) != task_id
+    assert step_task_id(run_id, step_key + "'", attempt) != task_id
+
+
+@pytest.mark.parametrize("task_id", ["0123456789abcdef0123456789abcdef", "", "a.b.1", "run.0123456789abcdef.1\n", ".."])
+def test_the_task_id_of_a_run_is_no_steps(task_id: str) -> None:
+    assert run_of_step_task(task_id) is None
+
+
+@given(JSON)
+def test_what_is_packed_is_unpacked(value: Any) -> None:
+    assert json.dumps(unpack(pack(value))) == json.dumps(value)
+
+
+@given(st.text() | st.binary(max_size=200).map(lambda data: base64.b64encode(data).decode()))
+def test_any_text_is_unpacked_or_refused(text: str) -> None:
+    try:
+        unpack(text)
+    except MessageUnreadable as error:
+        assert str(error)  # noqa: PT017  both ways are right
+
+
+def test_what_is_cut_off_or_unpacks_to_far_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = base64.b64decode(pack(list(range(1000))))
+    with pytest.raises(MessageUnreadable):
+        unpack(base64.b64encode(whole[:-8]).decode())
+    monkeypatch.setattr(messages, "_MAX_UNPACKED", 1_000_000)
+    bomb = base64.b64encode(zlib.compress(b" " * 2_000_000 + b"1")).decode()
+    with pytest.raises(MessageUnreadable, match="1,000,000 bytes"):
+        unpack(bomb)

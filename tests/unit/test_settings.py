@@ -1,12 +1,14 @@
 """Settings: configuration over environment over default, and errors that say what to do."""
 
+import dataclasses
 from typing import Any
 
 import pytest
 
 from dagster_taskiq.errors import SettingsError
 from dagster_taskiq.lease import RENEWALS
-from dagster_taskiq.settings import SOURCE_KEYS, Settings, grace_from_tag
+from dagster_taskiq.settings import SOURCE_KEYS, Settings, grace_from_tag, grace_of
+from dagster_taskiq.tags import GRACE_SECONDS_TAG
 
 URL = "https://sqs.eu-central-1.amazonaws.com/123456789012/dagster-tasks"
 
@@ -134,3 +136,33 @@ def test_a_grace_tag_is_checked_as_the_setting_is() -> None:
 def test_the_original_keys_are_known() -> None:
     original = {"enable_cancellation", "is_fair_queue", "wait_time_seconds", "max_number_of_messages"}
     assert original <= set(SOURCE_KEYS)
+
+
+def test_an_executor_may_say_otherwise_than_its_launcher() -> None:
+    launcher = read(source(grace_seconds=7))
+    assert launcher.overridden_by({}) == launcher
+    other = launcher.overridden_by({**source(payload_bucket="big"), "queue_url": URL + "-other"})
+    assert other == dataclasses.replace(launcher, queue_url=URL + "-other", payload_bucket="big")
+    assert other.steps_queue_url == URL + "-other-steps"
+    assert launcher.overridden_by({"queue_url": None, "config_source": None}, grace_seconds=None) == launcher
+    assert launcher.overridden_by({}, grace_seconds=1.5).grace_seconds == 1.5
+    for wrong in ({"queue": "x"}, source(grace=1), {"config_source": "x"}):
+        with pytest.raises(SettingsError):
+            launcher.overridden_by(wrong)
+
+
+def test_a_run_has_its_own_grace_if_its_tag_makes_sense() -> None:
+    assert grace_of({}, 30) == 30
+    assert grace_of({GRACE_SECONDS_TAG: "2.5"}, 30) == 2.5
+    assert grace_of({GRACE_SECONDS_TAG: "soon"}, 30) == 30
+
+
+def test_a_run_waits_for_its_steps_longer_than_they_may_take() -> None:
+    settings = read(source(status_poll_seconds=5))
+    assert settings.steps_patience_s(30) > 30 + settings.status_poll_seconds
+
+
+def test_a_worker_that_serves_no_queue_is_refused() -> None:
+    assert read(source(max_concurrent_runs=0, max_concurrent_steps=1)).max_concurrent_runs == 0
+    with pytest.raises(SettingsError, match="max_concurrent_runs"):
+        read(source(max_concurrent_runs=0, max_concurrent_steps=0))

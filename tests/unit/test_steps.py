@@ -1,0 +1,250 @@
+"""What the event log tells of steps, and what may be started: on Dagster's own in-memory storage."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, job
+from dagster._core.execution.plan.objects import ErrorSource, StepFailureData, StepSuccessData
+from dagster._core.execution.plan.outputs import StepOutputHandle
+
+from dagster_taskiq import dagster_internals as core
+from dagster_taskiq.claims import Claims, OpenSteps, StepRef, notes, open_steps, write_note
+from dagster_taskiq.core_execution_loop import _Log
+from dagster_taskiq.events import Note, Stage, picked_up, released, step_lost, tree_gone
+from dagster_taskiq.messages import step_task_id
+from dagster_taskiq.preflight import Action, Candidate, Decision, preflight_step
+
+ME, OTHER = "me-1", "other-1"
+STEP = "load"
+
+
+@job
+def nothing() -> None: ...
+
+
+@dataclass
+class World:
+    instance: DagsterInstance
+    claims: Claims
+    run: DagsterRun
+    now: float = 1000.0
+
+    def task(self, attempt: int = 1) -> str:
+        return step_task_id(self.run.run_id, STEP, attempt)
+
+    def note(self, note: Note) -> None:
+        write_note(self.instance, self.run, note, STEP)
+
+    def report(self, kind: DagsterEventType, data: Any = None, step_key: str | None = None) -> None:
+        event = DagsterEvent(kind.value, "nothing", step_key=step_key, event_specific_data=data, message="")
+        self.instance.report_dagster_event(event, self.run.run_id)
+
+    def ended(self, kind: DagsterEventType, source: ErrorSource | None = None) -> None:
+        data: Any = None
+        if kind is DagsterEventType.STEP_SUCCESS:
+            data = StepSuccessData(0.0)  # type: ignore[no-untyped-call]
+        elif kind is DagsterEventType.STEP_FAILURE:
+            data = StepFailureData(error=None, user_failure_data=None, error_source=source)  # type: ignore[no-untyped-call]
+        self.report(kind, data, STEP)
+
+    def at_work(self) -> dict[str, str]:
+        return open_steps(self.instance, self.run.run_id).workers
+
+    def decide(self, attempt: int = 1, *, received_before: bool = False) -> Decision:
+        candidate = Candidate("execute_step", self.run.run_id, self.task(attempt), ME, "here")
+        step = StepRef(STEP, candidate.task_id)
+        return preflight_step(self.instance, self.claims, step, candidate, received_before=received_before)
+
+    def stages(self) -> list[Stage]:
+        step = StepRef(STEP, self.task())
+        return [stage for stage, _ in notes(self.instance, self.run.run_id, step)]
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with DagsterInstance.ephemeral() as instance:
+        run = instance.create_run_for_job(nothing)
+        made: World = World(instance, Claims(instance, 10, clock=lambda: made.now), run)
+        made.report(DagsterEventType.RUN_START)
+        yield made
+
+
+def test_a_step_is_at_work_from_its_claim(world: World) -> None:
+    assert world.at_work() == {}
+    world.note(picked_up(OTHER, world.task(), "there"))
+    assert world.at_work() == {STEP: OTHER}
+
+
+def test_the_first_claim_counts_until_it_is_released(world: World) -> None:
+    world.note(picked_up(OTHER, world.task(), "there"))
+    world.note(picked_up(ME, world.task(), "here"))
+    world.note(released(ME, world.task(), "too late"))
+    assert world.at_work() == {STEP: OTHER}
+    world.note(released(OTHER, world.task(), "handed back"))
+    assert world.at_work() == {}
+
+
+@pytest.mark.parametrize("kind", ["STEP_SUCCESS", "STEP_FAILURE", "STEP_UP_FOR_RETRY"])
+def test_a_step_that_says_how_it_ended_is_over(world: World, kind: str) -> None:
+    world.note(picked_up(OTHER, world.task(), "there"))
+    world.ended(DagsterEventType[kind])
+    assert world.at_work() == {}
+
+
+def test_a_step_that_was_interrupted_is_over_when_its_tree_is_gone(world: World) -> None:
+    world.note(picked_up(OTHER, world.task(), "there"))
+    world.ended(DagsterEventType.STEP_FAILURE, ErrorSource.INTERRUPT)
+    assert world.at_work() == {STEP: OTHER}
+    world.note(Note(Stage.TREE_GONE, "gone", {"worker": ME, "task id": world.task()}))
+    assert world.at_work() == {STEP: OTHER}, "another worker's word"
+    gone = tree_gone(1.0, (), 0.0)
+    world.note(Note(gone.stage, gone.message, {**gone.facts, **picked_up(OTHER, world.task(), "").facts}))
+    assert world.at_work() == {}
+
+
+def test_a_step_that_was_lost_is_over(world: World) -> None:
+    world.note(picked_up(OTHER, world.task(), "there"))
+    world.note(step_lost(OTHER, world.task(), "killed", retry=True))
+    assert world.at_work() == {}
+
+
+def test_a_new_attempt_is_at_work_whatever_is_still_said_of_the_old_one(world: World) -> None:
+    world.note(picked_up(OTHER, world.task(1), "there"))
+    world.ended(DagsterEventType.STEP_UP_FOR_RETRY)
+    world.note(picked_up(ME, world.task(2), "here"))
+    world.note(step_lost(OTHER, world.task(1), "killed", retry=True))
+    assert open_steps(world.instance, world.run.run_id).task_ids == {STEP: world.task(2)}
+
+
+def test_the_notes_of_the_run_itself_say_nothing_of_steps(world: World) -> None:
+    write_note(world.instance, world.run, picked_up(OTHER, "task", "there"))
+    assert world.at_work() == {}
+    assert OpenSteps().task_ids == {}
+
+
+def test_a_step_of_a_run_that_goes_on_is_started(world: World) -> None:
+    assert world.decide().action is Action.START
+    assert world.stages() == [Stage.PICKED_UP]
+
+
+@pytest.mark.parametrize("end", ["RUN_SUCCESS", "RUN_FAILURE", "RUN_CANCELED", "RUN_CANCELING"])
+def test_a_step_of_a_run_that_is_over_or_being_stopped_is_dropped_without_a_trace(world: World, end: str) -> None:
+    world.report(DagsterEventType[end])
+    assert world.decide().action is Action.DROP
+    assert world.stages() == []
+
+
+def test_a_step_of_no_run_is_dropped(world: World) -> None:
+    world.instance.delete_run(world.run.run_id)
+    decision = world.decide()
+    assert (decision.action, decision.why) == (Action.DROP, "the run does not exist (deleted?)")
+
+
+def test_a_cancel_between_the_claim_and_the_second_look_is_seen(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim = world.claims.claim
+
+    def claim_and_be_overtaken(*args: Any) -> None:
+        claim(*args)
+        world.report(DagsterEventType.RUN_CANCELING)
+
+    monkeypatch.setattr(world.claims, "claim", claim_and_be_overtaken)
+    assert world.decide().action is Action.DROP
+    assert world.stages() == [Stage.PICKED_UP, Stage.RELEASED]
+
+
+@pytest.mark.parametrize("alive", [True, False])
+@pytest.mark.parametrize("received_before", [True, False])
+def test_an_attempt_that_another_worker_claimed_is_never_started_again(
+    world: World, alive: bool, received_before: bool
+) -> None:
+    world.claims.claim(world.run, OTHER, world.task(), "there", STEP)
+    world.claims.beat(OTHER) if alive else world.claims.gone(OTHER)
+    decision = world.decide(received_before=received_before)
+    assert decision.action is Action.DROP
+    assert OTHER in decision.why
+    assert world.claims.first_claimant(world.run.run_id, StepRef(STEP, world.task())) == OTHER
+    assert world.at_work() == {STEP: OTHER}
+
+
+def test_an_attempt_that_was_given_back_is_started(world: World) -> None:
+    world.claims.claim(world.run, OTHER, world.task(), "there", STEP)
+    world.claims.release(world.run, OTHER, world.task(), "no child could be started", STEP)
+    assert world.decide(received_before=True).action is Action.START
+
+
+def test_a_later_attempt_is_work_of_its_own(world: World) -> None:
+    world.claims.claim(world.run, OTHER, world.task(1), "there", STEP)
+    assert world.decide(attempt=2).action is Action.START
+
+
+class Storage:
+    """Gives ids as PostgreSQL does: in the order of the inserts, while commits may come in another."""
+
+    def __init__(self) -> None:
+        self.committed: set[int] = set()
+
+    def get_records_for_run(self, run_id: str, cursor: str | None, *, of_type: object, limit: int) -> SimpleNamespace:
+        after = int(cursor or 0)
+        ids = sorted(number for number in self.committed if number > after)[:limit]
+        records = [
+            SimpleNamespace(
+                storage_id=number,
+                event_log_entry=SimpleNamespace(
+                    dagster_event=DagsterEvent("STEP_START", "nothing", step_key=str(number), message="")
+                ),
+            )
+            for number in ids
+        ]
+        more = any(number > (ids[-1] if ids else after) for number in self.committed)
+        return SimpleNamespace(records=records, cursor=str(ids[-1] if ids else after), has_more=more)
+
+
+def test_an_event_that_was_committed_late_is_found_and_none_is_given_twice() -> None:
+    storage = Storage()
+    log = _Log(storage, "run")  # type: ignore[arg-type]
+
+    def read() -> list[str | None]:
+        return [event.step_key for event in log.new_events()]
+
+    log.look_again()
+    storage.committed |= {1, 2, 4}
+    assert read() == ["1", "2", "4"]
+    storage.committed |= {3, 5}
+    assert read() == ["5"], "what makes looking again necessary"
+    log.look_again()
+    assert read() == ["3"]
+    storage.committed |= {6, 7}
+    assert read() == ["6", "7"]
+    log.look_again()
+    assert read() == []
+    log.look_again()
+    storage.committed |= set(range(8, 2500))
+    assert read() == [str(number) for number in range(8, 2500)]
+    log.look_again()
+    assert read() == []
+
+
+def test_a_state_is_described_and_rebuilt(world: World) -> None:
+    state = core.KnownExecutionState(
+        previous_retry_attempts={"load": 2},
+        dynamic_mappings={"fan": {"out": ["a", "b"]}, "none": {"out": None}},
+        ready_outputs={StepOutputHandle("fan", "out", "a"), StepOutputHandle("load", "result", None)},
+    )
+    described = core.describe_state(state)
+    rebuilt = core.rebuild_state(described, world.run, world.instance, history=False)
+    assert rebuilt == state
+    assert not core.needs_history(state)
+    assert core.describe_state(rebuilt) == described
+
+
+@pytest.mark.parametrize(
+    "described",
+    [{}, {"attempts": {"a": "b"}, "mappings": {}, "outputs": []}, {"attempts": {}, "mappings": {}, "outputs": [[1]]}],
+    ids=str,
+)
+def test_what_describes_no_state_is_refused(world: World, described: dict[str, Any]) -> None:
+    with pytest.raises(Exception):  # noqa: B017, PT011 - whatever Dagster's checks raise
+        core.rebuild_state(described, world.run, world.instance, history=False)
