@@ -6,6 +6,7 @@ definitions are the same objects. Nothing here sleeps, but for the delays of the
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +30,7 @@ def mark(run: dg.DagsterRun | None, text: str) -> None:
 
 
 @dg.resource
+@contextmanager
 def connection(context: dg.InitResourceContext) -> Iterator[str]:
     mark(context.run, "set up")
     try:
