@@ -67,3 +67,7 @@ clean: ## Remove the virtual environment and everything that was built
 .PHONY: benchmark
 benchmark: $(STAMP) ## Measure launch and Terminate against Dagster's own launcher and a bare SQS message (a minute or two)
 	$(BIN)/python -m benchmarks.terminate 2>benchmark.log || { tail -n 20 benchmark.log; exit 1; }
+
+.PHONY: benchmark-steps
+benchmark-steps: $(STAMP) ## Measure steps under taskiq_executor against Dagster's own executors (some ten minutes)
+	$(BIN)/python -m benchmarks.steps 2>benchmark.log || { tail -n 20 benchmark.log; exit 1; }

@@ -32,6 +32,8 @@ WORKER_ACTIONS: Final = {
     "sqs:SendMessage",
 }
 
+BUCKET: Final = "too-large-for-a-message"
+
 
 @dataclass
 class Stack:
@@ -56,6 +58,8 @@ def client(service: str, endpoint: str) -> Any:
 def stack(request: pytest.FixtureRequest, endpoint: str) -> Iterator[Stack]:
     name = f"stack-{uuid4().hex[:8]}"
     parameters = {"QueueName": name, "Fifo": request.param, "VisibilityTimeout": "8"}
+    if request.param == "true":
+        parameters["PayloadBucket"] = BUCKET
     cloud = client("cloudformation", endpoint)
     cloud.create_stack(
         StackName=name,
@@ -98,6 +102,11 @@ def test_the_policies_allow_what_is_needed_and_nothing_else(stack: Stack) -> Non
         steps: WORKER_ACTIONS,
         cancels: WORKER_ACTIONS,
     }
+    if "PayloadPolicyArn" in stack.outputs:
+        assert allowed(stack, "PayloadPolicyArn") == {
+            f"{BUCKET}/dagster-taskiq/payloads/*": {"s3:PutObject", "s3:GetObject", "s3:DeleteObject"}
+        }
+    assert ("PayloadPolicyArn" in stack.outputs) is queue_name(work).endswith(".fifo")
 
 
 def queues(stack: Stack) -> list[str]:

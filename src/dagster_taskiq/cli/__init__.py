@@ -35,7 +35,7 @@ class OneLineErrors(click.Group):
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, package_name="dagster-taskiq")
 def main() -> None:
-    """Dagster runs over Taskiq on AWS SQS, with a Terminate that always works.
+    """Dagster runs and steps over Taskiq on AWS SQS, with a Terminate that always works.
 
     \b
     Example, everything on this machine, no AWS needed:
