@@ -13,7 +13,7 @@ from typing import Final, Protocol
 from dagster_taskiq.cancel_queue import ReceivedCancel
 from dagster_taskiq.cancellation import CancelChannel, CancelKind, Cancellation
 from dagster_taskiq.errors import QueueError
-from dagster_taskiq.outage import Outage
+from dagster_taskiq.patience import patiently
 from dagster_taskiq.recently import Recently
 from dagster_taskiq.to_the_end import to_the_end
 
@@ -71,15 +71,9 @@ class CancelListener:
 
     async def run(self) -> None:
         """Listen until cancelled."""
-        outage = Outage("receive cancel messages")
+        self.listening.set()
         while True:
-            self.listening.set()
-            try:
-                received = await self._source.receive_cancels()
-            except QueueError as error:
-                await outage.wait(error)
-                continue
-            outage.over()
+            received = await patiently(self._source.receive_cancels, doing="receive cancel messages", on=QueueError)
             await asyncio.sleep(await to_the_end(self.hear(received), name="sort cancels"))
 
     async def hear(self, received: Sequence[ReceivedCancel]) -> float:

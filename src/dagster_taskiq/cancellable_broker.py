@@ -26,7 +26,7 @@ from dagster_taskiq.cancel_queue import CancelReport as CancelReport
 from dagster_taskiq.cancel_queue import ReceivedCancel as ReceivedCancel
 from dagster_taskiq.errors import AccessDenied, DagsterTaskiqError, MessageTooLarge, QueueError
 from dagster_taskiq.lease import Lease, Settle
-from dagster_taskiq.outage import Outage
+from dagster_taskiq.patience import patiently
 from dagster_taskiq.settlement import Settlement
 from dagster_taskiq.sqs_queue import Receipt, SQSQueue, grouping, history
 from dagster_taskiq.to_the_end import to_the_end
@@ -150,22 +150,19 @@ class CancellableSQSBroker(SQSBroker):  # type: ignore[misc]  # taskiq_aws has n
         When the generator is closed, what it has received and not yielded is handed back.
         """
         waiting: deque[LeasedMessage] = deque()
-        outage = Outage("receive work")
         try:
             while True:
-                try:
-                    received = await self._work.receive(
-                        at_most=self.max_messages, wait_s=self.wait_time, visibility_s=self.visibility_timeout_s
-                    )
-                except QueueError as error:
-                    await outage.wait(error)
-                    continue
-                outage.over()
+                received = await patiently(self._receive, doing="receive work", on=QueueError)
                 waiting.extend(message for raw in received if (message := self._leased(raw)) is not None)
                 while waiting:
                     yield waiting.popleft()
         finally:
             await to_the_end(_hand_back(waiting), name="hand back unstarted work")
+
+    async def _receive(self) -> "Sequence[MessageTypeDef]":
+        return await self._work.receive(
+            at_most=self.max_messages, wait_s=self.wait_time, visibility_s=self.visibility_timeout_s
+        )
 
     def _leased(self, raw: "MessageTypeDef") -> LeasedMessage | None:
         message_id = raw["MessageId"]

@@ -11,7 +11,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from dagster import DagsterEventType, DagsterInstance, DagsterRunStatus
 
@@ -19,12 +19,14 @@ from dagster_taskiq import cancellation, sqs
 from dagster_taskiq import dagster_internals as core
 from dagster_taskiq.events import PATIENCE_KEY
 from dagster_taskiq.messages import StepOrder, unpack
+from dagster_taskiq.patience import DATABASE_PATIENCE_S, patiently_blocking
 
 WARM_UP: Final = "dagster_taskiq.child:warm_up"
 RUN_TARGET: Final = "dagster_taskiq.child:run"
 STEP_TARGET: Final = "dagster_taskiq.child:step"
 PRELOAD: Final = ("dagster_taskiq.child", "dagster_taskiq.executor")
 
+_T = TypeVar("_T")
 _INTERRUPTS: Final = {signal.SIGTERM, signal.SIGINT}
 _TERMINAL: Final = {DagsterEventType.RUN_SUCCESS, DagsterEventType.RUN_FAILURE, DagsterEventType.RUN_CANCELED}
 _BEFORE_MORE_WORK: Final = {
@@ -100,7 +102,7 @@ def _run(argument: dict[str, Any], instance: DagsterInstance, voice: "_Voice") -
 
 def _step(argument: dict[str, Any], instance: DagsterInstance, voice: "_Voice") -> int:
     order = StepOrder.from_kwargs(argument["order"])
-    run = instance.get_run_by_id(order.run_id)
+    run = _patiently(lambda: instance.get_run_by_id(order.run_id), "read the run")
     if run is None:
         raise LookupError(f"run {order.run_id} was deleted")
     instance.handle_new_event = _StepFence(instance, order, voice)  # type: ignore[method-assign]
@@ -108,6 +110,11 @@ def _step(argument: dict[str, Any], instance: DagsterInstance, voice: "_Voice") 
     for _ in core.execute_step(run, instance, order.step_key, state, core.RetryMode(order.retries)):
         pass  # the events are in the database; nobody reads them here
     return 0
+
+
+def _patiently(call: Callable[[], _T], doing: str) -> _T:
+    """Dagster would have the op fail for a database that is away for a moment."""
+    return patiently_blocking(call, doing=doing, on=core.outages(), for_s=DATABASE_PATIENCE_S)
 
 
 class _Voice:
@@ -163,7 +170,9 @@ class _Fence:
         kind = dagster_event.event_type if dagster_event is not None and ours else None
         if self._holds(event, kind):
             return
-        self._store(self._as_told(event, kind), batch_metadata=batch_metadata)
+        told = self._as_told(event, kind)
+        # Should a try that failed have been stored after all, the event is there twice, and is taken for one.
+        _patiently(lambda: self._store(told, batch_metadata=batch_metadata), "write to the event log")
         self._stored(event, kind)
 
     def _holds(self, event: Any, kind: DagsterEventType | None) -> bool:
@@ -195,7 +204,7 @@ class _RunFence(_Fence):
     def _must_hold(self) -> bool:
         if self._took_hold or core.check_captured_interrupt() or self._voice.told_to_stop():
             return True
-        run = self._instance.get_run_by_id(self._run_id)
+        run = _patiently(lambda: self._instance.get_run_by_id(self._run_id), "read the run")
         return run is None or run.status in _STOPPED
 
     def _stored(self, event: Any, kind: DagsterEventType | None) -> None:

@@ -25,6 +25,7 @@ from dagster_taskiq import dagster_internals as core
 from dagster_taskiq.claims import OpenSteps, note_in, write_note
 from dagster_taskiq.events import Stage
 from dagster_taskiq.messages import step_task_id
+from dagster_taskiq.patience import DATABASE_PATIENCE_S, patiently_blocking
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,14 @@ class _Log:
     def new_events(self) -> Iterator[DagsterEvent]:
         """What has been written since."""
         while True:
-            page = self._instance.get_records_for_run(self._run_id, self._cursor, of_type=_EVERY_KIND, limit=_PAGE)
+            page = patiently_blocking(
+                lambda: self._instance.get_records_for_run(
+                    self._run_id, self._cursor, of_type=_EVERY_KIND, limit=_PAGE
+                ),
+                doing="read the event log",
+                on=core.outages(),
+                for_s=DATABASE_PATIENCE_S,
+            )
             self._cursor = page.cursor
             yield from self._unseen(page.records)
             if not page.has_more:

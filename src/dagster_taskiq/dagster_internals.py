@@ -4,6 +4,7 @@
 """
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Final
@@ -49,6 +50,7 @@ from dagster._grpc.types import ExecuteStepArgs
 from dagster._serdes import ConfigurableClass, ConfigurableClassData, deserialize_value, serialize_value
 from dagster._utils.interrupts import capture_interrupts, check_captured_interrupt, raise_interrupts_as
 from dagster_shared.error import SerializableErrorInfo
+from sqlalchemy.exc import InterfaceError, OperationalError
 
 __all__ = [
     "FINISHED_STATUSES",
@@ -98,6 +100,7 @@ __all__ = [
     "interrupted_step",
     "multiple_process_executor_requirements",
     "needs_history",
+    "outages",
     "raise_interrupts_as",
     "read_migration_scripts_once",
     "rebuild_state",
@@ -275,6 +278,18 @@ def event_of(entry: EventLogEntry) -> DagsterEvent | None:
     """The Dagster event in an event log entry; None for a plain log line."""
     event = entry.dagster_event
     return event if isinstance(event, DagsterEvent) else None
+
+
+def outages() -> tuple[type[Exception], ...]:
+    """What Dagster's storage raises when its database cannot be reached, or is too busy; it may work again later."""
+    errors: list[type[Exception]] = [OperationalError, InterfaceError]
+    for module, name in (
+        ("dagster_postgres.utils", "DagsterPostgresException"),
+        ("dagster_mysql.utils", "DagsterMySQLException"),
+    ):
+        if module in sys.modules:  # or else that storage is not in use
+            errors.append(getattr(sys.modules[module], name))
+    return tuple(errors)
 
 
 def error_info(message: str) -> SerializableErrorInfo:

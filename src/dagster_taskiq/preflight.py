@@ -95,7 +95,7 @@ def _dead_owner(claims: Claims, candidate: Candidate, run: DagsterRun) -> str | 
     if run.status in (DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING):
         return None
     owner = claims.owner(candidate.run_id)
-    return owner.worker_id if owner is not None else None
+    return owner.worker_id if owner is not None and owner.worker_id != candidate.worker_id else None
 
 
 def _after_the_claim(
@@ -119,18 +119,21 @@ def _after_the_claim(
     return Decision(Action.FAIL, who, run)
 
 
-def preflight_step(
-    instance: DagsterInstance, claims: Claims, step: StepRef, candidate: Candidate, *, received_before: bool
-) -> Decision:
+def preflight_step_again(claims: Claims, step: StepRef, candidate: Candidate) -> Decision | None:
+    """For a message that was received before: DROP if anybody has claimed the step, this worker included."""
+    owner = claims.first_claimant(candidate.run_id, step)
+    return Decision(Action.DROP, f"worker {owner} had it before") if owner is not None else None
+
+
+def preflight_step(instance: DagsterInstance, claims: Claims, step: StepRef, candidate: Candidate) -> Decision:
     """May this attempt of a step be started? Claims it and decides: START, DROP, or neither. Blocks on the database.
 
-    START leaves the claim with this worker. An attempt that anybody else has claimed is never started again, also
-    when that worker is dead: what becomes of it is for the run's executor to say, which looks after its workers.
+    START leaves the claim with this worker; called again after it failed half-way, it goes on with that claim. An
+    attempt that anybody else has claimed is never started again, also when that worker is dead: what becomes of it is
+    for the run's executor to say, which looks after its workers.
     """
     run = instance.get_run_by_id(candidate.run_id)
     why = _reason_to_drop_step(run)
-    if why is None and received_before and (owner := claims.first_claimant(candidate.run_id, step)) is not None:
-        why = f"worker {owner} had it before"
     if why is not None or run is None:
         return Decision(Action.DROP, why or "")  # without a trace in the log
     claims.claim(run, candidate.worker_id, candidate.task_id, candidate.where, step.step_key)

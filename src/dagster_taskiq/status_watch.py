@@ -5,15 +5,13 @@ the launcher, it only marks the run. Knows Dagster's run status and one callable
 """
 
 import asyncio
-import logging
 from collections.abc import Callable, Mapping
 from typing import Final, NoReturn
 
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
 from dagster_taskiq.cancellation import CancelChannel, CancelKind, Cancellation
-
-logger = logging.getLogger(__name__)
+from dagster_taskiq.patience import patiently
 
 _WHY: Final[Mapping[DagsterRunStatus, str]] = {
     DagsterRunStatus.CANCELING: "the run is CANCELING",
@@ -36,22 +34,12 @@ class StatusWatch:
         self._watched = watched
         self._cancel = cancel
         self._every_s = every_s
-        self._failures = 0
 
     async def run(self) -> NoReturn:
         """Watch until cancelled. A database that does not answer is survived; nothing is stopped because of it."""
         while True:
             await asyncio.sleep(self._every_s)
-            try:
-                await self.look()
-            except Exception as error:  # noqa: BLE001 - whatever the storage raises: look again, and say it once
-                self._failures += 1
-                if self._failures == 1:
-                    logger.warning("cannot read run status; trying again", extra={"error": repr(error)})
-            else:
-                if self._failures:
-                    logger.info("run status can be read again", extra={"tries": self._failures})
-                self._failures = 0
+            await patiently(self.look, doing="read the status of runs", longest_pause_s=self._every_s)
 
     async def look(self) -> None:
         """Look once."""

@@ -21,9 +21,9 @@ from dagster_taskiq.claims import StepRef, write_note
 from dagster_taskiq.errors import ChildStartFailed, MessageUnreadable, PayloadUnavailable
 from dagster_taskiq.finalise import how_it_ended
 from dagster_taskiq.messages import StepOrder
-from dagster_taskiq.outage import Outage
+from dagster_taskiq.patience import DATABASE_PATIENCE_S, patiently
 from dagster_taskiq.payload_bucket import PayloadBucket
-from dagster_taskiq.preflight import Action, Candidate, preflight_step
+from dagster_taskiq.preflight import Action, Candidate, Decision, preflight_step, preflight_step_again
 from dagster_taskiq.process import ChildSpec
 from dagster_taskiq.settlement import Settlement
 from dagster_taskiq.supervisor import Cancelled, ChildEnd, supervise
@@ -68,12 +68,12 @@ class StepWork:
         await to_the_end(self._work(order, work, cancelled), name=name, on_cancel=cancelled.note)
 
     async def _work(self, order: StepOrder, work: Running, cancelled: Cancelled) -> None:
-        if cancelled and cancelled.cause.kind is CancelKind.SHUTDOWN:
+        if cancelled.by_shutdown():
             work.settle_as(Settlement.HAND_BACK)
             return
         extra = {"run_id": order.run_id, "step_key": order.step_key, "task_id": order.task_id}
         try:
-            run = await self._claim(order, work)
+            run = await self._claim(order, work, cancelled)
         except Exception:  # the database, above all: the message stays, and is tried again when it is visible again
             logger.exception("step could not be looked up; its message is handed back", extra=extra)
             work.settle_as(Settlement.HAND_BACK, self._place.settings.visibility_timeout_seconds)
@@ -101,7 +101,7 @@ class StepWork:
             why = f"it could not be carried out: {error!r}"
         finally:
             self._place.watched.pop(order.task_id, None)
-        if end is None and cancelled and cancelled.cause.kind is CancelKind.SHUTDOWN:
+        if end is None and cancelled.by_shutdown():
             await self._give_up(run, step, work, "the worker shuts down", 0)
             return
         chronicle.tell_end(end)
@@ -112,16 +112,25 @@ class StepWork:
         work.settle_as(Settlement.DELETE)
         await self._forget_payload(order)
 
-    async def _claim(self, order: StepOrder, work: Running) -> DagsterRun | None:
+    async def _claim(self, order: StepOrder, work: Running, cancelled: Cancelled) -> DagsterRun | None:
         """The run, if its step is ours now; None if its message is to be dropped."""
         place = self._place
-        decision = await asyncio.to_thread(
-            preflight_step,
-            place.instance,
-            place.claims,
-            StepRef(order.step_key, order.task_id),
-            Candidate("execute_step", order.run_id, order.task_id, place.worker_id, place.where),
-            received_before=work.receive_count > 1,
+        step = StepRef(order.step_key, order.task_id)
+        candidate = Candidate("execute_step", order.run_id, order.task_id, place.worker_id, place.where)
+        looked = work.receive_count == 1
+
+        def look_and_claim() -> Decision:
+            nonlocal looked
+            had_before = None if looked else preflight_step_again(place.claims, step, candidate)
+            # From here on a claim of ours may be this one: a database that fails in between must not make us drop it.
+            looked = True
+            return had_before or preflight_step(place.instance, place.claims, step, candidate)
+
+        decision = await patiently(
+            lambda: asyncio.to_thread(look_and_claim),
+            doing="look up a step",
+            for_s=DATABASE_PATIENCE_S,
+            until=cancelled.by_shutdown,
         )
         extra = {"run_id": order.run_id, "task_id": order.task_id, "why": decision.why}
         logger.info("step %s of run %s: %s", order.step_key, order.run_id, decision.action.value, extra=extra)
@@ -158,15 +167,10 @@ class StepWork:
         """The run must hear of it, or it would wait until it looks after the worker: so not at once give up."""
         place = self._place
         note = events.step_lost(place.worker_id, step.task_id, why, retry=retry)
-        outage = Outage("tell how a step ended")
-        while True:
-            try:
-                await asyncio.to_thread(write_note, place.instance, run, note, step.step_key)
-            except Exception as error:  # noqa: BLE001 - the database: while it is away, nothing goes on anyway
-                await outage.wait(error)
-            else:
-                outage.over()
-                return
+        await patiently(
+            lambda: asyncio.to_thread(write_note, place.instance, run, note, step.step_key),
+            doing="tell how a step ended",
+        )
 
     async def _forget_payload(self, order: StepOrder) -> None:
         if order.state is None and self._payloads is not None:

@@ -74,6 +74,10 @@ class Cancelled:
         """The strongest cancellation so far. A bare `Task.cancel()` counts as a shutdown of the worker."""
         return self._current() or Cancellation(CancelKind.SHUTDOWN, "the worker's task was cancelled")
 
+    def by_shutdown(self) -> bool:
+        """Whether it has happened, and the worker's shutdown is all that asked for it."""
+        return bool(self) and self.cause.kind is CancelKind.SHUTDOWN
+
     def note(self) -> None:
         """Called when the task is cancelled."""
         self._event.set()

@@ -23,7 +23,7 @@ from dagster_taskiq.claims import Claims, OpenSteps, open_steps, write_note
 from dagster_taskiq.errors import ChildStartFailed
 from dagster_taskiq.finalise import Conclusion, conclude, examine, fail
 from dagster_taskiq.messages import is_run_id
-from dagster_taskiq.outage import Outage
+from dagster_taskiq.patience import DATABASE_PATIENCE_S, patiently
 from dagster_taskiq.preflight import Action, Candidate, Decision, WorkKind, preflight
 from dagster_taskiq.process import ChildSpec
 from dagster_taskiq.settlement import Settlement
@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 
 EXECUTE_RUN: Final = "dagster_taskiq.execute_run"
 RESUME_RUN: Final = "dagster_taskiq.resume_run"
-_FINAL_STATE_TRIES: Final = 10  # about a minute
 
 
 class RunWork:
@@ -69,12 +68,17 @@ class RunWork:
         await to_the_end(self._work(kind, run_id, work, cancelled), name=f"{kind} {run_id}", on_cancel=cancelled.note)
 
     async def _work(self, kind: WorkKind, run_id: str, work: Running, cancelled: Cancelled) -> None:
-        if cancelled and cancelled.cause.kind is CancelKind.SHUTDOWN:
+        if cancelled.by_shutdown():
             work.settle_as(Settlement.HAND_BACK)
             return
         candidate = Candidate(kind, run_id, work.task_id, self._place.worker_id, self._place.where)
         try:
-            decision = await asyncio.to_thread(preflight, self._place.instance, self._place.claims, candidate)
+            decision = await patiently(
+                lambda: asyncio.to_thread(preflight, self._place.instance, self._place.claims, candidate),
+                doing="look up a run",
+                for_s=DATABASE_PATIENCE_S,
+                until=cancelled.by_shutdown,
+            )
             await self._carry_out(decision, candidate, work, cancelled)
         except Exception:  # the database, above all: the message stays, and is tried again when it is visible again
             extra = {"run_id": run_id, "task_id": work.task_id}
@@ -129,7 +133,7 @@ class RunWork:
             return
         finally:
             self._place.watched.pop(work.task_id, None)
-        if end is None and cancelled.cause.kind is CancelKind.SHUTDOWN:
+        if end is None and cancelled.by_shutdown():
             await self._give_up(run, work, "the worker shuts down", 0)
             return
         chronicle.tell_end(end)
@@ -167,28 +171,23 @@ class RunWork:
         chronicle: Chronicle | None = None,
     ) -> None:
         place = self._place
-        outage = Outage("write the final state of a run")
 
         def look() -> Conclusion:
             return examine(place.instance, run.run_id, end, cancellation, place.worker_id)
 
-        while True:
-            try:
-                # The events of the way stand before the final one; meanwhile look how it has to end.
-                looking = asyncio.to_thread(look)
-                conclusion, _ = await asyncio.gather(looking, chronicle.written() if chronicle else asyncio.sleep(0))
-                if conclusion.steps and conclusion.run is not None:
-                    shutting_down = cancellation is not None and cancellation.kind is CancelKind.SHUTDOWN
-                    await self._stop_steps(conclusion.run, conclusion.steps, patient=not shutting_down)
-                    conclusion = await asyncio.to_thread(look)
-                await asyncio.to_thread(conclude, place.instance, conclusion, end)
-                break
-            except Exception as error:
-                # The child is gone and the message still ours: nobody else can do this better, so not at once give up.
-                if outage.tries >= _FINAL_STATE_TRIES:
-                    raise
-                await outage.wait(error)
-        outage.over()
+        async def write() -> Conclusion:
+            # The events of the way stand before the final one; meanwhile look how it has to end.
+            looking = asyncio.to_thread(look)
+            conclusion, _ = await asyncio.gather(looking, chronicle.written() if chronicle else asyncio.sleep(0))
+            if conclusion.steps and conclusion.run is not None:
+                shutting_down = cancellation is not None and cancellation.kind is CancelKind.SHUTDOWN
+                await self._stop_steps(conclusion.run, conclusion.steps, patient=not shutting_down)
+                conclusion = await asyncio.to_thread(look)
+            await asyncio.to_thread(conclude, place.instance, conclusion, end)
+            return conclusion
+
+        # The child is gone and the message still ours: nobody else can do this better, so not at once give up.
+        conclusion = await patiently(write, doing="write the final state of a run", for_s=DATABASE_PATIENCE_S)
         if conclusion.settlement is Settlement.HAND_BACK:
             await self._give_up(run, work, "interrupted; the run will be resumed", 0)
             return

@@ -24,6 +24,7 @@ from dagster_taskiq.cancellable_receiver import CancellableReceiver
 from dagster_taskiq.cancellation import CancelKind, Cancellation
 from dagster_taskiq.claims import Claims
 from dagster_taskiq.messages import run_of_step_task
+from dagster_taskiq.patience import patiently
 from dagster_taskiq.payload_bucket import PayloadBucket
 from dagster_taskiq.process import ForkServer
 from dagster_taskiq.sender import broker_for
@@ -247,10 +248,9 @@ class Worker:
     async def _keep_beating(self) -> None:
         while True:
             await asyncio.sleep(self._settings.heartbeat_every_s)
-            try:
-                await self._beat()
-            except Exception as error:  # noqa: BLE001 - a database that is away for a while stops nobody
-                logger.warning("heartbeat could not be written", extra={"error": repr(error)})
+            # A database that is away for a while stops nobody.
+            every_s = self._settings.heartbeat_every_s
+            await patiently(self._beat, doing="write the heartbeat", longest_pause_s=every_s)
 
     async def _beat(self) -> None:
         await asyncio.to_thread(self._claims.beat, self.worker_id, {"pid": os.getpid(), "host": socket.gethostname()})

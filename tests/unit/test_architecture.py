@@ -20,7 +20,7 @@ LAYERS = [
     {"sender"},
     {"cancellable_broker"},
     {"cancel_queue", "sqs_queue"},
-    {"supervisor", "child", "claims", "lease", "crew", "outage", "recently"},
+    {"supervisor", "child", "claims", "lease", "crew", "patience", "recently"},
     {"process", "sqs", "payload_bucket", "dagster_internals"},
     {"keeper"},
     {"events"},
@@ -33,6 +33,7 @@ FENCES = {
     "aioboto3": {"sqs", "payload_bucket"},
     "taskiq": {"cancellable_broker", "cancellable_receiver", "running", "tasks", "step_tasks", "sender"},
     "taskiq_aws": {"cancellable_broker"},
+    "tenacity": {"patience"},
     "signal": {"keeper", "process", "child", "supervisor", "worker", "crew", "dev", "demo", "cli"},
 }
 MAY_READ_ENVIRONMENT = {"settings", "keeper", "dev", "demo", "crew", "cli"}

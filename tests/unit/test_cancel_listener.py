@@ -173,7 +173,7 @@ async def test_a_batch_is_sorted_one_by_one() -> None:
 async def test_failing_receives_are_logged_once_and_survived(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dagster_taskiq.outage.random.uniform", lambda low, high: 0.0)
+    monkeypatch.setattr("dagster_taskiq.patience._FIRST_PAUSE_S", 0.0)
     queue, here = Queue(), Here("t")
     queue.receives = [QueueUnreachable("down"), QueueUnreachable("down"), QueueUnreachable("down"), [cancel_of("t")]]
     running = asyncio.create_task(listener(queue, here).run())

@@ -1,6 +1,6 @@
 """What the event log tells of steps, and what may be started: on Dagster's own in-memory storage."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ from dagster_taskiq.claims import Claims, OpenSteps, StepRef, notes, open_steps,
 from dagster_taskiq.core_execution_loop import _Log
 from dagster_taskiq.events import Note, Stage, picked_up, released, step_lost, tree_gone
 from dagster_taskiq.messages import step_task_id
-from dagster_taskiq.preflight import Action, Candidate, Decision, preflight_step
+from dagster_taskiq.preflight import Action, Candidate, Decision, preflight_step, preflight_step_again
 
 ME, OTHER = "me-1", "other-1"
 STEP = "load"
@@ -56,7 +56,8 @@ class World:
     def decide(self, attempt: int = 1, *, received_before: bool = False) -> Decision:
         candidate = Candidate("execute_step", self.run.run_id, self.task(attempt), ME, "here")
         step = StepRef(STEP, candidate.task_id)
-        return preflight_step(self.instance, self.claims, step, candidate, received_before=received_before)
+        again = preflight_step_again(self.claims, step, candidate) if received_before else None
+        return again or preflight_step(self.instance, self.claims, step, candidate)
 
     def stages(self) -> list[Stage]:
         step = StepRef(STEP, self.task())
@@ -153,6 +154,24 @@ def test_a_cancel_between_the_claim_and_the_second_look_is_seen(world: World, mo
     monkeypatch.setattr(world.claims, "claim", claim_and_be_overtaken)
     assert world.decide().action is Action.DROP
     assert world.stages() == [Stage.PICKED_UP, Stage.RELEASED]
+
+
+def test_a_claim_that_failed_half_way_is_gone_on_with(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The database fails after the claim was written: who then dropped the step would leave it to nobody."""
+    with monkeypatch.context() as away:
+        away.setattr(world.claims, "first_claimant", raises(OSError("the database is away")))
+        with pytest.raises(OSError, match="away"):
+            world.decide()
+    assert world.stages() == [Stage.PICKED_UP]
+    assert world.decide().action is Action.START
+    assert world.decide(received_before=True).action is Action.DROP, "another delivery"
+
+
+def raises(error: Exception) -> Callable[..., Any]:
+    def call(*_: object) -> None:
+        raise error
+
+    return call
 
 
 @pytest.mark.parametrize("alive", [True, False])
