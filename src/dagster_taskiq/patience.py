@@ -36,7 +36,11 @@ async def patiently(
     once whatever is not `on`.
     """
     retrying = AsyncRetrying(**_policy(doing, on, for_s, longest_pause_s, until))
-    return _told(doing, await retrying(call), retrying)
+
+    async def once() -> _T:  # tenacity only awaits what is a coroutine function by its looks
+        return await call()
+
+    return _told(doing, await retrying(once), retrying)
 
 
 def patiently_blocking(
