@@ -41,7 +41,7 @@ async def test_it_says_so_once_and_once_more_when_it_works(caplog: pytest.LogCap
 
 async def test_any_callable_that_returns_an_awaitable_will_do() -> None:
     service = Service(OSError("down"))
-    assert await patiently(lambda: service.ask_later(), doing="ask") == "answer"  # noqa: PLW0108 - that is the test
+    assert await patiently(lambda: service.ask_later(), doing="ask") == "answer"
 
 
 async def test_what_works_at_once_is_not_worth_a_word(caplog: pytest.LogCaptureFixture) -> None:
