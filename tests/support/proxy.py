@@ -150,9 +150,9 @@ class SqsProxy:
             auto_decompress=False, connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
         )
         # The access log would need the library's logger, and nobody reads it.
-        runner = web.ServerRunner(web.Server(self._serve, access_log=None))
+        runner = web.ServerRunner(web.Server(self._serve, access_log=None), shutdown_timeout=0.1)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0, shutdown_timeout=0.1)
+        site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         host, port = runner.addresses[0][:2]
         self.url = f"http://{host}:{port}"
