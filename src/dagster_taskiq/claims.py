@@ -1,22 +1,23 @@
-"""Who works on a run, and is that worker alive? Claims and heartbeats in Dagster's own database.
+"""Who works on a run or a step? Claims, which are engine events in the run's own log.
 
-A claim is an engine event; its order in the run's event log decides between two receivers of one message. A
-heartbeat is a value in Dagster's key-value storage. Knows Dagster's storage; not SQS, not processes.
-All calls block on the database.
+Knows Dagster's event log and the workers' heartbeats; not SQS, not processes. All calls block on the database.
+
+Two receivers of one message both append their claim before they read the log, so at least one of them sees the other.
+Their order in the log alone does not decide: PostgreSQL gives ids before it commits, so an earlier claim can become
+visible after a later one has been read, and acted upon. Therefore nobody starts beside a rival: the later one gives
+way to the earlier one, and the earlier one waits until it has (`rival`).
 """
 
-import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from time import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun
 
 from dagster_taskiq import dagster_internals as core
 from dagster_taskiq.events import STAGE_KEY, TASK_ID_KEY, WORKER_KEY, Note, Stage, picked_up, released
+from dagster_taskiq.heartbeats import Heartbeats
 
-_HEARTBEAT_KEY: Final = "dagster-taskiq/heartbeat/"
 _STAGES: Final = frozenset(Stage)
 _STEP_ENDS: Final = {
     DagsterEventType.STEP_SUCCESS,
@@ -32,6 +33,8 @@ class Owner:
 
     worker_id: str
     alive: bool
+    in_doubt: bool = False
+    """Its heartbeat is old, but it is too early to call it dead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +85,28 @@ def notes(
             yield note
 
 
+@dataclass(slots=True)
+class _Attempt:
+    task_id: str
+    claimants: dict[str, None] = field(default_factory=dict)
+    """Workers that have claimed it and not released it, in the order of their claims."""
+
+
 class OpenSteps:
     """Which steps of a run are at work on which worker, as its event log tells it."""
 
     def __init__(self) -> None:
-        self.workers: dict[str, str] = {}
-        """Step key to worker."""
-        self.task_ids: dict[str, str] = {}
+        self._attempts: dict[str, _Attempt] = {}
+
+    @property
+    def workers(self) -> dict[str, str]:
+        """Step key to worker: the first claimant, for a later one gives way."""
+        return {key: next(iter(attempt.claimants)) for key, attempt in self._attempts.items()}
+
+    @property
+    def task_ids(self) -> dict[str, str]:
         """Step key to task id."""
+        return {key: attempt.task_id for key, attempt in self._attempts.items()}
 
     def hear(self, event: DagsterEvent) -> None:
         """Take in the next event of the log."""
@@ -106,17 +123,20 @@ class OpenSteps:
             return
         stage, facts = note
         worker_id, task_id = str(facts.get(WORKER_KEY)), str(facts.get(TASK_ID_KEY))
+        attempt = self._attempts.get(step_key)
         if stage is Stage.PICKED_UP:
-            # The first claim counts; a later one of the same attempt is a duplicate, which gives way.
-            if self.task_ids.get(step_key) != task_id:
-                self.workers[step_key], self.task_ids[step_key] = worker_id, task_id
-        elif stage in _CLOSING and self.task_ids.get(step_key) == task_id and self.workers[step_key] == worker_id:
-            self.close(step_key)
+            if attempt is None or attempt.task_id != task_id:
+                attempt = self._attempts[step_key] = _Attempt(task_id)
+            attempt.claimants.setdefault(worker_id)
+        elif stage in _CLOSING and attempt is not None and attempt.task_id == task_id:
+            at_work = next(iter(attempt.claimants)) == worker_id
+            attempt.claimants.pop(worker_id, None)
+            if not attempt.claimants or (at_work and stage is not Stage.RELEASED):
+                self.close(step_key)
 
     def close(self, step_key: str) -> None:
         """It is not, or no longer, at work."""
-        self.workers.pop(step_key, None)
-        self.task_ids.pop(step_key, None)
+        self._attempts.pop(step_key, None)
 
 
 def open_steps(instance: DagsterInstance, run_id: str) -> OpenSteps:
@@ -130,15 +150,14 @@ def open_steps(instance: DagsterInstance, run_id: str) -> OpenSteps:
 
 
 class Claims:
-    """Read and write claims and heartbeats. `dead_after_s`: a heartbeat older than this is a dead worker's."""
+    """Read and write claims; whether a claimant is alive is for `heartbeats` to say."""
 
-    def __init__(self, instance: DagsterInstance, dead_after_s: float, clock: Callable[[], float] = time) -> None:
+    def __init__(self, instance: DagsterInstance, heartbeats: Heartbeats) -> None:
         self._instance = instance
-        self._dead_after_s = dead_after_s
-        self._clock = clock
+        self.heartbeats = heartbeats
 
     def claim(self, run: DagsterRun, worker_id: str, task_id: str, where: str, step_key: str | None = None) -> None:
-        """Append the claim. Whether it counts is for `owner` or `first_claimant` to say afterwards."""
+        """Append the claim. Whether it counts is for `owner` or `first_claimant`, and `rival`, to say afterwards."""
         write_note(self._instance, run, picked_up(worker_id, task_id, where), step_key)
 
     def release(self, run: DagsterRun, worker_id: str, task_id: str, why: str, step_key: str | None = None) -> None:
@@ -159,9 +178,22 @@ class Claims:
             return None
         if me is not None and next(iter(claimants)) == me:
             return Owner(me, alive=True)
-        alive = self.alive(claimants) | ({me} if me is not None else set())
-        first = next((worker_id for worker_id in claimants if worker_id in alive), None)
-        return Owner(first, alive=True) if first is not None else Owner([*claimants][-1], alive=False)
+        alive, in_doubt = self.heartbeats.look(worker_id for worker_id in claimants if worker_id != me)
+        for worker_id in claimants:
+            if worker_id == me or worker_id in alive:
+                return Owner(worker_id, alive=True)
+            if worker_id in in_doubt:
+                return Owner(worker_id, alive=True, in_doubt=True)
+        return Owner([*claimants][-1], alive=False)
+
+    def rival(self, run_id: str, me: str, step: StepRef | None = None) -> str | None:
+        """Another worker that has claimed the same and not given way.
+
+        One that is dead is none, except for a step: it may have executed it.
+        """
+        others = [worker_id for worker_id in self._claimants(run_id, step) if worker_id != me]
+        counting = self.heartbeats.alive(others) if step is None else others
+        return next((worker_id for worker_id in others if worker_id in counting), None)
 
     def _claimants(self, run_id: str, step: StepRef | None = None) -> dict[str, None]:
         """Workers that have claimed and not released, in the order of their claims."""
@@ -173,26 +205,3 @@ class Claims:
             elif stage is Stage.RELEASED:
                 claimants.pop(worker_id, None)
         return claimants
-
-    def beat(self, worker_id: str, facts: dict[str, Any] | None = None) -> None:
-        """Say that the worker is alive."""
-        self._write_heartbeat(worker_id, {"at": self._clock(), **(facts or {})})
-
-    def gone(self, worker_id: str) -> None:
-        """Say that the worker has ended, so that nobody waits for its heartbeat to go stale."""
-        self._write_heartbeat(worker_id, {"at": self._clock(), "gone": True})
-
-    def alive(self, worker_ids: Iterable[str]) -> set[str]:
-        """Those of the workers whose heartbeat is fresh."""
-        keys = {_HEARTBEAT_KEY + worker_id: worker_id for worker_id in worker_ids}
-        if not keys:
-            return set()
-        values = self._instance.daemon_cursor_storage.get_cursor_values(set(keys))
-        now = self._clock()
-        return {keys[key] for key, value in values.items() if self._is_fresh(json.loads(value), now)}
-
-    def _is_fresh(self, heartbeat: dict[str, Any], now: float) -> bool:
-        return not heartbeat.get("gone") and now - float(heartbeat["at"]) < self._dead_after_s
-
-    def _write_heartbeat(self, worker_id: str, value: dict[str, Any]) -> None:
-        self._instance.daemon_cursor_storage.set_cursor_values({_HEARTBEAT_KEY + worker_id: json.dumps(value)})

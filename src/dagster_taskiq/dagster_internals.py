@@ -44,6 +44,8 @@ from dagster._core.launcher import (
 )
 from dagster._core.storage.dagster_run import FINISHED_STATUSES
 from dagster._core.storage.event_log import SqlEventLogStorage, SqlEventLogStorageTable
+from dagster._core.storage.runs import SqlRunStorage
+from dagster._core.storage.runs.schema import KeyValueStoreTable
 from dagster._core.storage.sqlalchemy_compat import db_select
 from dagster._daemon.monitoring import RESUME_RUN_LOG_MESSAGE
 from dagster._grpc.types import ExecuteStepArgs
@@ -84,6 +86,7 @@ __all__ = [
     "WorkerStatus",
     "capture_interrupts",
     "check_captured_interrupt",
+    "delete_values",
     "describe_state",
     "deserialize_entry",
     "deserialize_value",
@@ -107,6 +110,7 @@ __all__ = [
     "resume_run",
     "serialize_value",
     "unexpected_termination",
+    "values_under",
     "was_interrupted",
 ]
 
@@ -198,6 +202,28 @@ def events_of_step(
             entries = [deserialize_entry(row[0]) for row in connection.execute(query).fetchall()]
     events = [event for event in map(event_of, entries) if event is not None]
     return [event for event in events if event.step_key == step_key]
+
+
+def values_under(instance: DagsterInstance, prefix: str) -> dict[str, str]:
+    """All keys that begin so, and their values, of Dagster's key-value storage, which itself only answers for one key.
+
+    Empty for a storage that is not SQL.
+    """
+    storage = instance.run_storage
+    if not isinstance(storage, SqlRunStorage):
+        return {}
+    table = KeyValueStoreTable.c
+    query = db_select([table.key, table.value]).where(table.key.startswith(prefix, autoescape=True))
+    with storage.connect() as connection:
+        return {row[0]: row[1] for row in connection.execute(query).fetchall()}
+
+
+def delete_values(instance: DagsterInstance, keys: Iterable[str]) -> None:
+    """Delete keys of Dagster's key-value storage, which itself only adds to them."""
+    storage, gone = instance.run_storage, list(keys)
+    if gone and isinstance(storage, SqlRunStorage):
+        with storage.connect() as connection:
+            connection.execute(KeyValueStoreTable.delete().where(KeyValueStoreTable.c.key.in_(gone)))
 
 
 def failed_for_good(entry: EventLogEntry) -> EventLogEntry:

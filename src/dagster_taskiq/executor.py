@@ -25,6 +25,7 @@ from dagster_taskiq.cancellable_broker import CancellableSQSBroker
 from dagster_taskiq.claims import Claims, StepRef
 from dagster_taskiq.core_execution_loop import TaskiqExecutor, TaskiqStepHandler
 from dagster_taskiq.errors import DagsterTaskiqError, MessageTooLarge, QueueUnreachable
+from dagster_taskiq.heartbeats import Heartbeats
 from dagster_taskiq.launcher import CONFIG_FIELDS, TaskiqRunLauncher
 from dagster_taskiq.messages import StepOrder, pack
 from dagster_taskiq.payload_bucket import PayloadBucket
@@ -93,6 +94,7 @@ class SQSStepHandler(TaskiqStepHandler):
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._sender = Sender(settings, settings.steps_queue_url, name="dagster-taskiq executor")
+        self._heartbeats: Heartbeats | None = None
 
     @property
     def name(self) -> str:
@@ -201,7 +203,13 @@ class SQSStepHandler(TaskiqStepHandler):
 
     def workers_alive(self, instance: DagsterInstance, worker_ids: set[str]) -> set[str]:
         """Those whose heartbeat is not so old that their children must be gone, too."""
-        return Claims(instance, self._settings.step_lost_after_s).alive(worker_ids)
+        return self._judging(instance).alive(worker_ids)
+
+    def _judging(self, instance: DagsterInstance) -> Heartbeats:
+        """One object for all looks: it remembers whom it has seen late."""
+        if self._heartbeats is None:
+            self._heartbeats = Heartbeats.of_steps(instance, self._settings)
+        return self._heartbeats
 
     def patience_s(self, run: DagsterRun) -> float:
         """The run's grace, and until its workers know."""
@@ -220,9 +228,11 @@ class SQSStepHandler(TaskiqStepHandler):
         (order,) = self._orders([step_handler_context])
         instance = step_handler_context.instance
         try:
-            claims = Claims(instance, self._settings.step_lost_after_s)
-            worker_id = claims.first_claimant(order.run_id, StepRef(order.step_key, order.task_id))
-            alive = worker_id is None or worker_id in claims.alive({worker_id})
+            heartbeats = self._judging(instance)
+            worker_id = Claims(instance, heartbeats).first_claimant(
+                order.run_id, StepRef(order.step_key, order.task_id)
+            )
+            alive = worker_id is None or worker_id in heartbeats.alive({worker_id})
         except Exception:
             logger.exception("cannot tell whether a step is healthy", extra={"run_id": order.run_id})
             return core.CheckStepHealthResult.healthy()

@@ -1,6 +1,7 @@
 """Dagster runs to work messages; terminate; health. Knows no asyncio, no processes and no SQS words."""
 
 import logging
+import time
 import uuid
 from collections.abc import Mapping
 from concurrent.futures import Future, wait
@@ -14,6 +15,7 @@ from dagster_taskiq import events
 from dagster_taskiq.claims import Claims, Owner, write_note
 from dagster_taskiq.errors import DagsterTaskiqError, QueueUnreachable
 from dagster_taskiq.finalise import mend_late_canceling
+from dagster_taskiq.heartbeats import Heartbeats
 from dagster_taskiq.sender import Sender, task
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.tags import TASK_ID_TAG
@@ -60,6 +62,7 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
             {key: value for key, value in given.items() if value is not None} | unknown
         )
         self._sender = Sender(self.settings, self.settings.queue_url, name="dagster-taskiq launcher")
+        self._known_claims: Claims | None = None
         super().__init__()  # type: ignore[no-untyped-call]
 
     @property
@@ -162,17 +165,27 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
         return True
 
     def check_run_worker_health(self, run: DagsterRun) -> core.CheckRunHealthResult:
-        """NOT_FOUND when the worker that had the run is dead. "Cannot tell" is RUNNING: anything else would fail it."""
+        """NOT_FOUND when the worker that had the run is dead. "Cannot tell" is RUNNING: anything else would fail it.
+
+        Waits for some seconds, once per worker, when a heartbeat is old: only a second look tells that it is dead.
+        """
         if run.status in core.FINISHED_STATUSES:
             succeeded = run.status is DagsterRunStatus.SUCCESS
             status = core.WorkerStatus.SUCCESS if succeeded else core.WorkerStatus.FAILED
             return core.CheckRunHealthResult(status, f"the run is {run.status.value}")
         try:
-            owner = self._claims().owner(run.run_id)
+            owner = self._owner(run.run_id)
+            if owner is not None and owner.in_doubt:
+                time.sleep(self._claims().heartbeats.confirm_s)
+                owner = self._owner(run.run_id)
         except Exception as error:  # noqa: BLE001 - whatever the storage raises, a healthy run must not die of it
             return core.CheckRunHealthResult(core.WorkerStatus.RUNNING, f"cannot tell: {error!r}")
         if owner is None:
             return core.CheckRunHealthResult(core.WorkerStatus.RUNNING, "waiting in its queue for a worker")
+        if owner.in_doubt:
+            return core.CheckRunHealthResult(
+                core.WorkerStatus.RUNNING, f"cannot tell: the heartbeat of worker {owner.worker_id} is old"
+            )
         if owner.alive:
             return core.CheckRunHealthResult(
                 core.WorkerStatus.RUNNING, f"worker {owner.worker_id} is alive", run_worker_id=owner.worker_id
@@ -194,7 +207,10 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
         self._sender.close()
 
     def _claims(self) -> Claims:
-        return Claims(self._instance, self.settings.dead_after_s)
+        """One object for all looks: it remembers which workers it has seen late."""
+        if self._known_claims is None:
+            self._known_claims = Claims(self._instance, Heartbeats.of_runs(self._instance, self.settings))
+        return self._known_claims
 
     def _owner(self, run_id: str) -> Owner | None:
         return self._claims().owner(run_id)

@@ -1,13 +1,15 @@
 """May this message be started? One table, and what has to be read and written to look it up.
 
 The order is what makes two racing sides see each other: the worker appends its claim, then reads the run; the
-launcher writes the run's status, then reads the claims. Knows Dagster's runs and claims; not SQS, not processes.
+launcher writes the run's status, then reads the claims. Of two racing workers `claims` tells. Knows Dagster's runs
+and claims; not SQS, not processes.
 """
 
 import enum
 import logging
+import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
 
@@ -19,16 +21,23 @@ logger = logging.getLogger(__name__)
 
 WorkKind = Literal["execute_run", "resume_run", "execute_step"]
 
+_CONTEST_S: Final = 3.0
+_LOOK_EVERY_S: Final = 0.05
+
 
 class Action(enum.Enum):
     """What the worker does with a message."""
 
     DROP = "delete the message; there is nothing to do"
     HAND_BACK = "give the message back with a delay; somebody else is at work"
+    LOOK_AGAIN = "look again in a moment; the worker that has it may be dead"
     FINISH_CANCELLATION = "report the run CANCELED; the worker that had it is gone"
     START = "start the child"
     RESUME = "resume the run in a child"
     FAIL = "report the run FAILURE; the worker that had it is gone"
+
+
+_WITHOUT_THE_CLAIM: Final = (Action.DROP, Action.HAND_BACK, Action.LOOK_AGAIN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +63,8 @@ class Candidate:
 def preflight(instance: DagsterInstance, claims: Claims, candidate: Candidate) -> Decision:
     """Look the run up, claim it, look again, decide. Blocks on the database.
 
-    A decision other than DROP and HAND_BACK leaves the claim with this worker.
+    LOOK_AGAIN means: call this again after `claims.heartbeats.confirm_s`. A decision other than that, DROP and
+    HAND_BACK leaves the claim with this worker.
     """
     run = instance.get_run_by_id(candidate.run_id)
     early = _before_the_claim(claims, candidate, run)
@@ -69,7 +79,9 @@ def preflight(instance: DagsterInstance, claims: Claims, candidate: Candidate) -
     run = instance.get_run_by_id(candidate.run_id)
     owner = claims.owner(candidate.run_id, candidate.worker_id)
     decision = _after_the_claim(candidate, run, owner, earlier, instance)
-    if run is not None and decision.action in (Action.DROP, Action.HAND_BACK):
+    if decision.action not in _WITHOUT_THE_CLAIM:
+        decision = _contest(claims, candidate) or decision
+    if run is not None and decision.action in _WITHOUT_THE_CLAIM:
         claims.release(run, candidate.worker_id, candidate.task_id, decision.why)
     return decision
 
@@ -87,7 +99,27 @@ def _before_the_claim(claims: Claims, candidate: Candidate, run: DagsterRun | No
     if run.status not in (DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING):
         owner = claims.owner(candidate.run_id)
         if owner is not None and owner.alive and owner.worker_id != candidate.worker_id:
-            return Decision(Action.HAND_BACK, f"worker {owner.worker_id} is at work on it")
+            return _for(owner, f"worker {owner.worker_id} is at work on it", run)
+    return None
+
+
+def _for(owner: Owner, why: str, run: DagsterRun | None) -> Decision:
+    """What to do as long as somebody else has it."""
+    if owner.in_doubt:
+        return Decision(Action.LOOK_AGAIN, f"the heartbeat of worker {owner.worker_id}, which has it, is old", run)
+    return Decision(Action.HAND_BACK, why, run)
+
+
+def _contest(claims: Claims, candidate: Candidate, step: StepRef | None = None) -> Decision | None:
+    """HAND_BACK if somebody else has claimed the same and does not give way within a moment; else None.
+
+    Called by who has the first claim. Whoever saw it gives way to it; who does not, did not see it, and has begun.
+    """
+    until = time.monotonic() + _CONTEST_S
+    while (rival := claims.rival(candidate.run_id, candidate.worker_id, step)) is not None:
+        if time.monotonic() > until:
+            return Decision(Action.HAND_BACK, f"worker {rival} has claimed it, too, and does not give way")
+        time.sleep(_LOOK_EVERY_S)
     return None
 
 
@@ -106,7 +138,7 @@ def _after_the_claim(
     if run.status in core.FINISHED_STATUSES:
         return Decision(Action.DROP, f"the run is {run.status.value} already", run)
     if owner is not None and owner.worker_id != candidate.worker_id:
-        return Decision(Action.HAND_BACK, f"worker {owner.worker_id} claimed it first", run)
+        return _for(owner, f"worker {owner.worker_id} claimed it first", run)
     if run.status is DagsterRunStatus.CANCELING:
         return Decision(Action.FINISH_CANCELLATION, "terminated while no worker was at work on it", run)
     if candidate.kind == "resume_run":
@@ -126,7 +158,7 @@ def preflight_step_again(claims: Claims, step: StepRef, candidate: Candidate) ->
 
 
 def preflight_step(instance: DagsterInstance, claims: Claims, step: StepRef, candidate: Candidate) -> Decision:
-    """May this attempt of a step be started? Claims it and decides: START, DROP, or neither. Blocks on the database.
+    """May this attempt of a step be started? Claims it and decides: START, DROP, HAND_BACK. Blocks on the database.
 
     START leaves the claim with this worker; called again after it failed half-way, it goes on with that claim. An
     attempt that anybody else has claimed is never started again, also when that worker is dead: what becomes of it is
@@ -142,11 +174,12 @@ def preflight_step(instance: DagsterInstance, claims: Claims, step: StepRef, can
     owner = claims.first_claimant(candidate.run_id, step)
     if why is None and owner != candidate.worker_id:
         why = f"worker {owner} claimed it first"
-    if why is None:
+    lost = _contest(claims, candidate, step) if why is None else Decision(Action.DROP, why)
+    if lost is None:
         return Decision(Action.START, "to be started", run)
     if run is not None:
-        claims.release(run, candidate.worker_id, candidate.task_id, why, step.step_key)
-    return Decision(Action.DROP, why)
+        claims.release(run, candidate.worker_id, candidate.task_id, lost.why, step.step_key)
+    return lost
 
 
 def _reason_to_drop_step(run: DagsterRun | None) -> str | None:

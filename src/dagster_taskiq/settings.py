@@ -139,6 +139,14 @@ class Settings:
         return self.visibility_timeout_seconds / 2
 
     @property
+    def death_confirmed_after_s(self) -> float:
+        """Two heartbeats: as long an old heartbeat must stay the same while it is looked at, before its worker is dead.
+
+        When the database comes back after an outage, every worker has written by then.
+        """
+        return 2 * self.heartbeat_every_s
+
+    @property
     def step_lost_after_s(self) -> float:
         """The visibility timeout without a heartbeat: then a step of that worker is lost, and may be tried again.
 

@@ -28,7 +28,7 @@ from dagster_taskiq.process import ChildSpec
 from dagster_taskiq.settlement import Settlement
 from dagster_taskiq.supervisor import Cancelled, ChildEnd, supervise
 from dagster_taskiq.to_the_end import to_the_end
-from dagster_taskiq.workplace import Workplace
+from dagster_taskiq.workplace import Piece, Workplace
 
 logger = logging.getLogger(__name__)
 
@@ -79,12 +79,11 @@ class StepWork:
             work.settle_as(Settlement.HAND_BACK, self._place.settings.visibility_timeout_seconds)
             return
         if run is None:
-            work.settle_as(Settlement.DELETE)
             return
         step = StepRef(order.step_key, order.task_id)
         chronicle = Chronicle(self._place.instance, run, self._place.worker_id, cancelled, step)
         end, why = None, "cancelled before it began"
-        self._place.watched[order.task_id] = order.run_id
+        self._place.at_work[order.task_id] = Piece(order.run_id, order.step_key)
         try:
             if not cancelled:
                 end = await self._supervise(order, run, cancelled, chronicle)
@@ -100,7 +99,7 @@ class StepWork:
             logger.exception("step could not be carried out", extra=extra)
             why = f"it could not be carried out: {error!r}"
         finally:
-            self._place.watched.pop(order.task_id, None)
+            self._place.at_work.pop(order.task_id, None)
         if end is None and cancelled.by_shutdown():
             await self._give_up(run, step, work, "the worker shuts down", 0)
             return
@@ -113,7 +112,7 @@ class StepWork:
         await self._forget_payload(order)
 
     async def _claim(self, order: StepOrder, work: Running, cancelled: Cancelled) -> DagsterRun | None:
-        """The run, if its step is ours now; None if its message is to be dropped."""
+        """The run, if its step is ours now. If it is not, says what becomes of the message."""
         place = self._place
         step = StepRef(order.step_key, order.task_id)
         candidate = Candidate("execute_step", order.run_id, order.task_id, place.worker_id, place.where)
@@ -134,7 +133,13 @@ class StepWork:
         )
         extra = {"run_id": order.run_id, "task_id": order.task_id, "why": decision.why}
         logger.info("step %s of run %s: %s", order.step_key, order.run_id, decision.action.value, extra=extra)
-        return decision.run if decision.action is Action.START else None
+        if decision.action is Action.START:
+            return decision.run
+        handed_back = decision.action is Action.HAND_BACK
+        work.settle_as(
+            Settlement.HAND_BACK if handed_back else Settlement.DELETE, place.settings.visibility_timeout_seconds
+        )
+        return None
 
     async def _supervise(
         self, order: StepOrder, run: DagsterRun, cancelled: Cancelled, chronicle: Chronicle

@@ -19,7 +19,7 @@ from dagster_taskiq.cancellable_receiver import Running, current_work
 from dagster_taskiq.cancellation import CancelKind, Cancellation
 from dagster_taskiq.child import RUN_TARGET
 from dagster_taskiq.chronicle import Chronicle
-from dagster_taskiq.claims import Claims, OpenSteps, open_steps, write_note
+from dagster_taskiq.claims import OpenSteps, open_steps, write_note
 from dagster_taskiq.errors import ChildStartFailed
 from dagster_taskiq.finalise import Conclusion, conclude, examine, fail
 from dagster_taskiq.messages import is_run_id
@@ -29,7 +29,7 @@ from dagster_taskiq.process import ChildSpec
 from dagster_taskiq.settlement import Settlement
 from dagster_taskiq.supervisor import Cancelled, ChildEnd, supervise
 from dagster_taskiq.to_the_end import to_the_end
-from dagster_taskiq.workplace import Workplace
+from dagster_taskiq.workplace import Piece, Workplace
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +73,7 @@ class RunWork:
             return
         candidate = Candidate(kind, run_id, work.task_id, self._place.worker_id, self._place.where)
         try:
-            decision = await patiently(
-                lambda: asyncio.to_thread(preflight, self._place.instance, self._place.claims, candidate),
-                doing="look up a run",
-                for_s=DATABASE_PATIENCE_S,
-                until=cancelled.by_shutdown,
-            )
+            decision = await self._decide(candidate, cancelled)
             await self._carry_out(decision, candidate, work, cancelled)
         except Exception:  # the database, above all: the message stays, and is tried again when it is visible again
             extra = {"run_id": run_id, "task_id": work.task_id}
@@ -86,6 +81,21 @@ class RunWork:
             work.settle_as(Settlement.HAND_BACK, self._place.settings.visibility_timeout_seconds)
             with suppress(Exception):  # or else our claim keeps the others from it for as long as we live
                 await asyncio.to_thread(self._release, candidate)
+
+    async def _decide(self, candidate: Candidate, cancelled: Cancelled) -> Decision:
+        """See `preflight`; patient with the database, and with a worker of which it is not known if it is dead."""
+        while True:
+            decision = await patiently(
+                lambda: asyncio.to_thread(preflight, self._place.instance, self._place.claims, candidate),
+                doing="look up a run",
+                for_s=DATABASE_PATIENCE_S,
+                until=cancelled.by_shutdown,
+            )
+            if decision.action is not Action.LOOK_AGAIN:
+                return decision
+            if cancelled.by_shutdown():
+                return Decision(Action.HAND_BACK, "the worker shuts down")
+            await asyncio.sleep(self._place.claims.heartbeats.confirm_s)
 
     def _release(self, candidate: Candidate) -> None:
         place = self._place
@@ -121,7 +131,7 @@ class RunWork:
             # As the run monitoring daemon would announce it: by this event Dagster counts the attempts.
             await asyncio.to_thread(self._place.instance.report_engine_event, core.RESUME_RUN_LOG_MESSAGE, run)
         chronicle = Chronicle(self._place.instance, run, self._place.worker_id, cancelled)
-        self._place.watched[work.task_id] = run.run_id
+        self._place.at_work[work.task_id] = Piece(run.run_id)
         end: ChildEnd | None = None
         try:
             if not cancelled:
@@ -132,7 +142,7 @@ class RunWork:
             await self._give_up(run, work, str(error))
             return
         finally:
-            self._place.watched.pop(work.task_id, None)
+            self._place.at_work.pop(work.task_id, None)
         if end is None and cancelled.by_shutdown():
             await self._give_up(run, work, "the worker shuts down", 0)
             return
@@ -200,7 +210,7 @@ class RunWork:
         place = self._place
         patience_s = place.settings.steps_patience_s(place.grace_s(run)) if patient else 0
         began, told = time(), False
-        while left := await asyncio.to_thread(self._at_work, steps):
+        while left := await asyncio.to_thread(self._still_at_work, steps):
             if not told:
                 logger.info("stopping %d steps of run %s", len(left), run.run_id, extra={"run_id": run.run_id})
                 await place.cancel_tasks([steps.task_ids[step_key] for step_key in left])
@@ -213,8 +223,7 @@ class RunWork:
             await asyncio.sleep(min(0.5, 0.05 + waited_s / 10))
             steps = await asyncio.to_thread(open_steps, place.instance, run.run_id)
 
-    def _at_work(self, steps: OpenSteps) -> list[str]:
+    def _still_at_work(self, steps: OpenSteps) -> list[str]:
         """The keys of those whose worker lives, or has not been dead for long enough for its children to be gone."""
-        place = self._place
-        alive = Claims(place.instance, place.settings.step_lost_after_s).alive(set(steps.workers.values()))
+        alive = self._place.heartbeats_of_steps.alive(steps.workers.values())
         return [step_key for step_key, worker_id in steps.workers.items() if worker_id in alive]

@@ -10,9 +10,11 @@ import os
 import secrets
 import signal
 import socket
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
 
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
@@ -23,6 +25,7 @@ from dagster_taskiq.cancellable_broker import CancellableSQSBroker
 from dagster_taskiq.cancellable_receiver import CancellableReceiver
 from dagster_taskiq.cancellation import CancelKind, Cancellation
 from dagster_taskiq.claims import Claims
+from dagster_taskiq.heartbeats import Heartbeats
 from dagster_taskiq.messages import run_of_step_task
 from dagster_taskiq.patience import patiently
 from dagster_taskiq.payload_bucket import PayloadBucket
@@ -68,10 +71,14 @@ class Worker:
         self.worker_id = f"{name or socket.gethostname()}-{secrets.token_hex(4)}"
         self._instance = instance
         self._settings = settings
-        self._claims = Claims(instance, settings.dead_after_s)
+        self._heartbeats = Heartbeats.of_runs(instance, settings)
+        self._claims = Claims(instance, self._heartbeats)
         self._fork_server = fork_server(instance, settings)
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._started_at = time.time()
+        # A thread of its own, so that no work that waits for the database keeps it from beating.
+        self._heart = ThreadPoolExecutor(1, thread_name_prefix="heartbeat")
 
     def stop(self) -> None:
         """Drain and stop; called again: do not drain."""
@@ -92,6 +99,7 @@ class Worker:
             instance=self._instance,
             settings=self._settings,
             claims=self._claims,
+            heartbeats_of_steps=Heartbeats.of_steps(self._instance, self._settings),
             processes=self._fork_server,
             worker_id=self.worker_id,
             where=f"pid {os.getpid()} on {socket.gethostname()}",
@@ -103,7 +111,9 @@ class Worker:
             for broker in brokers:
                 await broker.check_queues()
             await self._fork_server.start()
-            await self._beat()
+            await self._beat(place)
+            with suppress(Exception):  # housekeeping; the next worker does it as well
+                await asyncio.to_thread(self._heartbeats.forget_the_long_dead)
             await self._work(self._receivers(brokers, place, payloads), brokers[0], place, on_ready)
         finally:
             for broker in brokers:
@@ -112,7 +122,8 @@ class Worker:
                 await payloads.close()
             await self._fork_server.stop()
             with suppress(Exception):  # the database may be the reason why we stop
-                await asyncio.to_thread(self._claims.gone, self.worker_id)
+                await asyncio.to_thread(self._heartbeats.gone, self.worker_id)
+            self._heart.shutdown(wait=False)
 
     async def _work(
         self,
@@ -126,11 +137,11 @@ class Worker:
         def cancel(task_id: str, cancellation: Cancellation) -> bool:
             return any(receiver.cancel(task_id, cancellation) for receiver in receivers)
 
-        watch = StatusWatch(self._instance, lambda: place.watched, cancel, self._settings.status_poll_seconds)
+        watch = StatusWatch(self._instance, place.watched, cancel, self._settings.status_poll_seconds)
         async with asyncio.TaskGroup() as helpers:
             side = [
                 helpers.create_task(watch.run(), name="status watch"),
-                helpers.create_task(self._keep_beating(), name="heartbeat"),
+                helpers.create_task(self._keep_beating(place), name="heartbeat"),
                 helpers.create_task(self._stop_what_does_not_finish(receivers), name="drain"),
                 helpers.create_task(self._announce(receivers, on_ready), name="announce"),
             ]
@@ -204,13 +215,13 @@ class Worker:
 
     def _still_ours(self, place: Workplace) -> Callable[[str], Awaitable[bool]]:
         async def still_ours(task_id: str) -> bool:
-            run_id = place.watched.get(task_id)
-            if run_id is None:
+            piece = place.at_work.get(task_id)
+            if piece is None:
                 return False
             try:
-                return await asyncio.to_thread(self._owns, run_id)
+                return await asyncio.to_thread(self._owns, piece.run_id)
             except Exception:  # nothing is killed because the database did not answer: the claim was ours and is
-                logger.exception("cannot read the claims; going on", extra={"run_id": run_id})
+                logger.exception("cannot read the claims; going on", extra={"run_id": piece.run_id})
                 return True
 
         return still_ours
@@ -245,15 +256,23 @@ class Worker:
         shutdown = Cancellation(CancelKind.SHUTDOWN, "the worker is shutting down")
         await asyncio.gather(*[receiver.stop_running(shutdown) for receiver in receivers])
 
-    async def _keep_beating(self) -> None:
+    async def _keep_beating(self, place: Workplace) -> None:
+        every_s = self._settings.heartbeat_every_s
         while True:
-            await asyncio.sleep(self._settings.heartbeat_every_s)
+            await asyncio.sleep(every_s)
             # A database that is away for a while stops nobody.
-            every_s = self._settings.heartbeat_every_s
-            await patiently(self._beat, doing="write the heartbeat", longest_pause_s=every_s)
+            await patiently(lambda: self._beat(place), doing="write the heartbeat", longest_pause_s=every_s)
 
-    async def _beat(self) -> None:
-        await asyncio.to_thread(self._claims.beat, self.worker_id, {"pid": os.getpid(), "host": socket.gethostname()})
+    async def _beat(self, place: Workplace) -> None:
+        work = [[piece.run_id, piece.step_key, round(piece.since, 3)] for piece in place.at_work.values()]
+        facts: dict[str, Any] = {
+            "since": self._started_at,
+            "where": place.where,
+            "slots": [self._settings.max_concurrent_runs, self._settings.max_concurrent_steps],
+            "work": work,
+        }
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._heart, self._heartbeats.beat, self.worker_id, facts)
 
 
 async def _steps_stay_ours(_: str) -> bool:

@@ -2,14 +2,25 @@
 
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
+from time import time
 from typing import Any
 
 from dagster import DagsterInstance, DagsterRun
 
 from dagster_taskiq.cancellation import CancelKind
 from dagster_taskiq.claims import Claims
+from dagster_taskiq.heartbeats import Heartbeats
 from dagster_taskiq.settings import Settings, grace_of
 from dagster_taskiq.supervisor import Cancelled, Processes
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One run, or one step, that this worker is at."""
+
+    run_id: str
+    step_key: str | None = None
+    since: float = field(default_factory=time)
 
 
 @dataclass(slots=True)
@@ -19,14 +30,20 @@ class Workplace:
     instance: DagsterInstance
     settings: Settings
     claims: Claims
+    heartbeats_of_steps: Heartbeats
+    """The workers of steps are called dead later than those of runs."""
     processes: Processes
     worker_id: str
     where: str
     """The worker's process, in words."""
     cancel_tasks: Callable[[Iterable[str]], Awaitable[Any]]
     """Sends a cancel message for each task id; what fails does not raise."""
-    watched: dict[str, str] = field(default_factory=dict)
-    """Task id to run id, of the work that has passed its preflight: what the status watch looks at."""
+    at_work: dict[str, Piece] = field(default_factory=dict)
+    """By task id, the work that has passed its preflight."""
+
+    def watched(self) -> dict[str, str]:
+        """Task id to run id: what the status watch looks at."""
+        return {task_id: piece.run_id for task_id, piece in self.at_work.items()}
 
     def grace_s(self, run: DagsterRun) -> float:
         """The run's own grace, if it is tagged with a sensible one."""

@@ -12,6 +12,7 @@ from tests.support.platform import Platform
 
 from dagster_taskiq import events
 from dagster_taskiq.claims import Claims
+from dagster_taskiq.heartbeats import Heartbeats
 from dagster_taskiq.launcher import TaskiqRunLauncher
 from dagster_taskiq.tags import TASK_ID_TAG
 
@@ -66,9 +67,9 @@ def canceling(platform: Platform) -> str:
 
 
 def claim(platform: Platform, run_id: str, *, alive: bool) -> None:
-    claims = Claims(platform.instance, 60)
+    claims = Claims(platform.instance, Heartbeats(platform.instance, 60, 5))
     claims.claim(platform.run(run_id), ELSEWHERE, platform.task_id(run_id), "elsewhere")
-    claims.beat(ELSEWHERE) if alive else claims.gone(ELSEWHERE)
+    claims.heartbeats.beat(ELSEWHERE) if alive else claims.heartbeats.gone(ELSEWHERE)
 
 
 def report_started(platform: Platform, run_id: str) -> None:

@@ -8,6 +8,7 @@ from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun,
 
 from dagster_taskiq.claims import Claims, Owner, notes
 from dagster_taskiq.events import Stage
+from dagster_taskiq.heartbeats import Heartbeats
 from dagster_taskiq.preflight import Action, Candidate, preflight
 from dagster_taskiq.tags import TASK_ID_TAG
 
@@ -35,7 +36,7 @@ class World:
 
     def claimed_by(self, run: DagsterRun, worker_id: str, *, alive: bool) -> None:
         self.claims.claim(run, worker_id, TASK, "somewhere")
-        self.claims.beat(worker_id) if alive else self.claims.gone(worker_id)
+        self.claims.heartbeats.beat(worker_id) if alive else self.claims.heartbeats.gone(worker_id)
 
     def decide(self, run_id: str, kind: str = "execute_run") -> Action:
         candidate = Candidate(kind, run_id, TASK, ME, "here")  # type: ignore[arg-type]
@@ -45,7 +46,9 @@ class World:
 @pytest.fixture
 def world() -> Iterator[World]:
     with DagsterInstance.ephemeral() as instance:
-        made: World = World(instance, Claims(instance, 10, clock=lambda: made.now))
+        made: World = World(
+            instance, Claims(instance, Heartbeats(instance, 10, 4, clock=lambda: made.now, monotonic=lambda: made.now))
+        )
         yield made
 
 
@@ -74,7 +77,7 @@ def test_starting_but_claimed_first_by_a_live_worker(world: World) -> None:
     world.claimed_by(run, OTHER, alive=True)
     assert world.decide(run.run_id) is Action.HAND_BACK
     assert world.claims.owner(run.run_id) == Owner(OTHER, alive=True)
-    world.claims.gone(OTHER)
+    world.claims.heartbeats.gone(OTHER)
     assert world.claims.owner(run.run_id) == Owner(OTHER, alive=False), "the loser has given its claim up"
 
 
@@ -98,7 +101,30 @@ def test_a_heartbeat_that_is_too_old_is_a_dead_workers(world: World) -> None:
     world.claimed_by(run, OTHER, alive=True)
     world.report(run, START)
     world.now += 10
+    assert world.decide(run.run_id) is Action.LOOK_AGAIN, "a database that was away leaves nothing but old ones"
+    world.now += 4
     assert world.decide(run.run_id) is Action.FAIL
+
+
+def test_a_worker_that_was_only_late_keeps_its_run(world: World) -> None:
+    run = world.run()
+    world.claimed_by(run, OTHER, alive=True)
+    world.report(run, START)
+    world.now += 10
+    assert world.decide(run.run_id) is Action.LOOK_AGAIN
+    world.claims.heartbeats.beat(OTHER)
+    world.now += 4
+    assert world.decide(run.run_id) is Action.HAND_BACK
+
+
+def test_starting_and_claimed_by_a_worker_whose_heartbeat_is_old(world: World) -> None:
+    run = world.run()
+    world.claimed_by(run, OTHER, alive=True)
+    world.now += 10
+    assert world.decide(run.run_id) is Action.LOOK_AGAIN
+    assert world.claims.owner(run.run_id) == Owner(OTHER, alive=True, in_doubt=True), "our claim is given up meanwhile"
+    world.now += 4
+    assert world.decide(run.run_id) is Action.START
 
 
 def test_started_by_a_dead_worker(world: World) -> None:

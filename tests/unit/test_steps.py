@@ -14,6 +14,7 @@ from dagster_taskiq import dagster_internals as core
 from dagster_taskiq.claims import Claims, OpenSteps, StepRef, notes, open_steps, write_note
 from dagster_taskiq.core_execution_loop import _Log
 from dagster_taskiq.events import Note, Stage, picked_up, released, step_lost, tree_gone
+from dagster_taskiq.heartbeats import Heartbeats
 from dagster_taskiq.messages import step_task_id
 from dagster_taskiq.preflight import Action, Candidate, Decision, preflight_step, preflight_step_again
 
@@ -68,7 +69,7 @@ class World:
 def world() -> Iterator[World]:
     with DagsterInstance.ephemeral() as instance:
         run = instance.create_run_for_job(nothing)
-        made: World = World(instance, Claims(instance, 10, clock=lambda: made.now), run)
+        made: World = World(instance, Claims(instance, Heartbeats(instance, 10, 0, clock=lambda: made.now)), run)
         made.report(DagsterEventType.RUN_START)
         yield made
 
@@ -180,7 +181,7 @@ def test_an_attempt_that_another_worker_claimed_is_never_started_again(
     world: World, alive: bool, received_before: bool
 ) -> None:
     world.claims.claim(world.run, OTHER, world.task(), "there", STEP)
-    world.claims.beat(OTHER) if alive else world.claims.gone(OTHER)
+    world.claims.heartbeats.beat(OTHER) if alive else world.claims.heartbeats.gone(OTHER)
     decision = world.decide(received_before=received_before)
     assert decision.action is Action.DROP
     assert OTHER in decision.why
