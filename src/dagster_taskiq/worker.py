@@ -77,8 +77,9 @@ class Worker:
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
         self._started_at = time.time()
-        # A thread of its own, so that no work that waits for the database keeps it from beating.
-        self._heart = ThreadPoolExecutor(1, thread_name_prefix="heartbeat")
+        # Threads of its own, so that no work that waits for the database keeps it from beating; and several, because
+        # a beat may still hang in an outage, or in the pauses of Dagster's own tries, when the next one could arrive.
+        self._heart = ThreadPoolExecutor(4, thread_name_prefix="heartbeat")
 
     def stop(self) -> None:
         """Drain and stop; called again: do not drain."""
@@ -123,7 +124,7 @@ class Worker:
             await self._fork_server.stop()
             with suppress(Exception):  # the database may be the reason why we stop
                 await asyncio.to_thread(self._heartbeats.gone, self.worker_id)
-            self._heart.shutdown(wait=False)
+            self._heart.shutdown(wait=False, cancel_futures=True)
 
     async def _work(
         self,
@@ -261,9 +262,11 @@ class Worker:
         while True:
             await asyncio.sleep(every_s)
             # A database that is away for a while stops nobody.
-            await patiently(lambda: self._beat(place), doing="write the heartbeat", longest_pause_s=every_s)
+            await patiently(
+                lambda: self._beat(place, within_s=every_s), doing="write the heartbeat", longest_pause_s=every_s
+            )
 
-    async def _beat(self, place: Workplace) -> None:
+    async def _beat(self, place: Workplace, within_s: float | None = None) -> None:
         work = [[piece.run_id, piece.step_key, round(piece.since, 3)] for piece in place.at_work.values()]
         facts: dict[str, Any] = {
             "since": self._started_at,
@@ -271,8 +274,12 @@ class Worker:
             "slots": [self._settings.max_concurrent_runs, self._settings.max_concurrent_steps],
             "work": work,
         }
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._heart, self._heartbeats.beat, self.worker_id, facts)
+        beating = asyncio.get_running_loop().run_in_executor(self._heart, self._heartbeats.beat, self.worker_id, facts)
+        try:
+            async with asyncio.timeout(within_s):
+                await beating
+        except TimeoutError:
+            raise TimeoutError(f"the database has not answered within {within_s:g} s") from None
 
 
 async def _steps_stay_ours(_: str) -> bool:
