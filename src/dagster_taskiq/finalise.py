@@ -167,16 +167,17 @@ def fail(instance: DagsterInstance, run_id: str, why: str) -> bool:
     run = instance.get_run_by_id(run_id)
     if run is None or run.status is not DagsterRunStatus.STARTED:
         return False
-    instance.report_run_failed(run, why, core.unexpected_termination())
     instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+    instance.report_run_failed(run, why, core.unexpected_termination())
     return True
 
 
 def conclude(instance: DagsterInstance, conclusion: Conclusion, end: ChildEnd | None) -> None:
-    """Write the final state, and give back what the run held."""
+    """Give back what the run held, and write its final state: who sees that state can rely on the former."""
     run, verdict = conclusion.run, conclusion.verdict
     if run is None:
         return
+    _free_what_it_held(instance, run, end)
     if verdict is Verdict.CANCELED:
         instance.report_run_canceled(run, f'Execution of run for "{run.job_name}" canceled.')
     elif verdict is Verdict.FAILURE:
@@ -188,7 +189,6 @@ def conclude(instance: DagsterInstance, conclusion: Conclusion, end: ChildEnd | 
             write_note(instance, run, finished_all_the_same())
         # As the child would have written it, with its time.
         instance.handle_new_event(core.deserialize_entry(conclusion.entry))
-    _free_what_it_held(instance, run, end)
 
 
 def _last(end: ChildEnd | None, key: str) -> dict[str, Any]:

@@ -36,6 +36,10 @@ PR_SET_NAME: Final = 15
 PR_SET_CHILD_SUBREAPER: Final = 36
 INTERRUPTS: Final = frozenset({signal.SIGTERM, signal.SIGINT})
 """Blocked from before the fork until the child's own handlers stand, so that none is lost and none kills too early."""
+NUDGE: Final = signal.SIGURG
+"""Wakes a leader that has missed its interrupt (`_Keeper._nudge`). The Go runtime uses it in this way, for these reasons:
+nobody else does, and who does not know it ignores it."""
+NUDGES_S: Final = (0.05, 0.25, 1.0, 5.0)
 MARK_VARIABLE: Final = "DAGSTER_TASKIQ_TASK"
 """In the environment of every child: by it a process is recognised that lost its keeper."""
 NAME_PREFIX: Final = "dagster-"
@@ -122,6 +126,7 @@ def _become_child(request: dict[str, Any], keeper: int, channel: socket.socket) 
         os._exit(1)
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(NUDGE, _wake_up)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
@@ -135,8 +140,13 @@ def _become_child(request: dict[str, Any], keeper: int, channel: socket.socket) 
     return int(_load(request["target"])(receive_argument(channel), channel))
 
 
+def _wake_up(*_: object) -> None:
+    """Nothing: what a system call that was interrupted does on its way to here is enough."""
+
+
 def run_fresh() -> None:
     """Entry of a child in a fresh interpreter (start method "spawn"); the signals are still blocked."""
+    signal.signal(NUDGE, _wake_up)
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.set_inheritable(False)
     target = sys.argv[2]
@@ -196,6 +206,7 @@ class _Keeper:
         self._grace_s = grace_s
         self._linger_s = linger_s
         self._interrupted = False
+        self._nudges: list[float] = []
         self._killing = False
         self._kill_at: float | None = None
         self._killed: dict[int, str] = {}
@@ -215,6 +226,7 @@ class _Keeper:
                 self._killing = True
             if self._killing:
                 self._kill_what_is_left()
+            self._nudge()
             for key, _ in self._selector.select(self._patience()):
                 key.data()
         self._say(gone=True, killed=[f"{name}[{pid}]" for pid, name in [*self._killed.items()][:_NAMES_KEPT]])
@@ -222,7 +234,8 @@ class _Keeper:
     def _patience(self) -> float | None:
         if self._killing:
             return _POLL_WHILE_KILLING_S
-        return None if self._kill_at is None else max(0.0, self._kill_at - monotonic())
+        due = [*self._nudges[:1], *([self._kill_at] if self._kill_at is not None else ())]
+        return max(0.0, min(due) - monotonic()) if due else None
 
     def _hear_worker(self) -> None:
         try:
@@ -253,6 +266,16 @@ class _Keeper:
         if self._leader_lives and not self._interrupted:
             self._interrupted = True
             os.kill(self._leader, signal.SIGTERM)
+            self._nudges = [monotonic() + delay for delay in NUDGES_S]
+
+    def _nudge(self) -> None:
+        # A signal that arrives between an interpreter's last look and the system call in which it then waits is noted
+        # by the interpreter and acted upon when the call returns: perhaps in an hour. Any further signal ends the
+        # wait, and then the handler of the first one runs. A second SIGTERM would do that, too, and abort `finally`.
+        while self._nudges and monotonic() >= self._nudges[0]:
+            del self._nudges[0]
+            if self._leader_lives:
+                os.kill(self._leader, NUDGE)
 
     def _reap(self) -> bool:
         """Take in whoever ended; whether nobody is left."""

@@ -153,6 +153,19 @@ def test_a_signal_before_the_handlers_stand_is_not_lost(fresh: bool) -> None:
 
 
 @both_ways
+def test_a_signal_in_the_moment_before_the_child_sleeps_is_not_lost(fresh: bool) -> None:
+    async def test(server: ForkServer) -> None:
+        work = Work(server, "falls_asleep", grace_s=20).start()
+        await work.said("up")
+        work.cancel()
+        end = await work.end()
+        assert (work.killings, end.exit_code) == (0, 0)
+        assert any("interrupted" in message for message in end.messages)
+
+    run(test, fresh=fresh)
+
+
+@both_ways
 def test_the_whole_tree_is_killed_wherever_it_hides(fresh: bool) -> None:
     async def test(server: ForkServer) -> None:
         work = Work(server, "stubborn", grace_s=0.3).start()
@@ -181,7 +194,7 @@ def test_a_tree_that_forks_faster_than_one_can_look_is_killed() -> None:
 def test_a_cancel_in_the_middle_of_the_start_orphans_nothing() -> None:
     async def test(server: ForkServer) -> None:
         for delay in (0.0, 0.0005, 0.001, 0.002, 0.004, 0.008) * 4:
-            work = Work(server, "polite").start()
+            work = Work(server, "polite", grace_s=20).start()
             await asyncio.sleep(delay)
             work.cancel()
             await work.end()

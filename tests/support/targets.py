@@ -1,5 +1,7 @@
 """What children do in tests of the process layer. Each is called as a child's target: argument, channel."""
 
+import functools
+import itertools
 import json
 import os
 import signal
@@ -30,6 +32,26 @@ def polite(argument: dict[str, Any], channel: socket.socket) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
     say(channel, up=True)
     time.sleep(300)
+    return 1
+
+
+def falls_asleep(argument: dict[str, Any], channel: socket.socket) -> int:
+    """Is told to stop after the interpreter's last look and before the system call in which it sleeps.
+
+    That moment lasts a microsecond or so. Here it is made long: what computes the length of the sleep is C code.
+    """
+
+    class Slowly:
+        __index__ = functools.partial(sum, itertools.repeat(0, 30_000_000), 300)
+
+    def handle(*_: object) -> None:
+        say(channel, interrupted=True)
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
+    say(channel, up=True)
+    time.sleep(Slowly())  # type: ignore[arg-type]
     return 1
 
 
