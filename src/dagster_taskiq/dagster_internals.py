@@ -44,7 +44,7 @@ from dagster._core.launcher import (
 )
 from dagster._core.storage.dagster_run import FINISHED_STATUSES
 from dagster._core.storage.event_log import SqlEventLogStorage, SqlEventLogStorageTable
-from dagster._core.storage.runs import SqlRunStorage
+from dagster._core.storage.runs import SqliteRunStorage, SqlRunStorage
 from dagster._core.storage.runs.schema import KeyValueStoreTable
 from dagster._core.storage.sqlalchemy_compat import db_select
 from dagster._daemon.monitoring import RESUME_RUN_LOG_MESSAGE
@@ -52,6 +52,7 @@ from dagster._grpc.types import ExecuteStepArgs
 from dagster._serdes import ConfigurableClass, ConfigurableClassData, deserialize_value, serialize_value
 from dagster._utils.interrupts import capture_interrupts, check_captured_interrupt, raise_interrupts_as
 from dagster_shared.error import SerializableErrorInfo
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 __all__ = [
@@ -216,6 +217,20 @@ def values_under(instance: DagsterInstance, prefix: str) -> dict[str, str]:
     query = db_select([table.key, table.value]).where(table.key.startswith(prefix, autoescape=True))
     with storage.connect() as connection:
         return {row[0]: row[1] for row in connection.execute(query).fetchall()}
+
+
+def put_value(instance: DagsterInstance, key: str, value: str) -> None:
+    """Set one key of Dagster's key-value storage, in one statement also on SQLite.
+
+    There Dagster's own way is an insert that fails and an update.
+    """
+    storage = instance.run_storage
+    if isinstance(storage, SqliteRunStorage):
+        insert = sqlite.insert(KeyValueStoreTable).values(key=key, value=value)
+        with storage.connect() as connection:
+            connection.execute(insert.on_conflict_do_update(index_elements=["key"], set_={"value": value}))
+        return
+    instance.daemon_cursor_storage.set_cursor_values({key: value})
 
 
 def delete_values(instance: DagsterInstance, keys: Iterable[str]) -> None:

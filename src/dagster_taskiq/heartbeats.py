@@ -126,7 +126,7 @@ class Heartbeats:
             return "dead" if now - since >= self._confirm_s else "in doubt"
 
     def _write(self, worker_id: str, value: Mapping[str, Any]) -> None:
-        self._instance.daemon_cursor_storage.set_cursor_values({_PREFIX + worker_id: json.dumps(value)})
+        core.put_value(self._instance, _PREFIX + worker_id, json.dumps(value))
 
 
 def _heartbeat(key: str, value: str) -> Heartbeat:

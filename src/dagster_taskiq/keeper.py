@@ -37,8 +37,8 @@ PR_SET_CHILD_SUBREAPER: Final = 36
 INTERRUPTS: Final = frozenset({signal.SIGTERM, signal.SIGINT})
 """Blocked from before the fork until the child's own handlers stand, so that none is lost and none kills too early."""
 NUDGE: Final = signal.SIGURG
-"""Wakes a leader that has missed its interrupt (`_Keeper._nudge`). The Go runtime uses it in this way, for these reasons:
-nobody else does, and who does not know it ignores it."""
+"""Wakes a leader that has missed its interrupt (`_Keeper._nudge`). The Go runtime uses it in this way, and for these
+reasons: nobody else does, and who does not know it ignores it."""
 NUDGES_S: Final = (0.05, 0.25, 1.0, 5.0)
 MARK_VARIABLE: Final = "DAGSTER_TASKIQ_TASK"
 """In the environment of every child: by it a process is recognised that lost its keeper."""

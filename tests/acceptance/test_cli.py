@@ -24,6 +24,7 @@ COMMANDS = (
     ["--help"],
     ["worker", "--help"],
     ["worker", "start", "--help"],
+    ["worker", "list", "--help"],
     ["queue", "--help"],
     ["queue", "create", "--help"],
     ["queue", "status", "--help"],

@@ -51,7 +51,7 @@ def falls_asleep(argument: dict[str, Any], channel: socket.socket) -> int:
     signal.signal(signal.SIGTERM, handle)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
     say(channel, up=True)
-    time.sleep(Slowly())  # type: ignore[arg-type]
+    time.sleep(Slowly())
     return 1
 
 

@@ -17,7 +17,7 @@ LAYERS = [
     {"worker"},
     {"tasks", "step_tasks", "cancellable_receiver", "running", "cancel_listener", "preflight", "status_watch"},
     {"workplace", "chronicle", "finalise"},
-    {"sender"},
+    {"sender", "roll_call"},
     {"cancellable_broker"},
     {"cancel_queue", "sqs_queue"},
     {"claims"},

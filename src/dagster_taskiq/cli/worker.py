@@ -1,19 +1,30 @@
-"""`dagster-taskiq worker`: start a worker in the foreground."""
+"""`dagster-taskiq worker`: start a worker in the foreground, list those that there are."""
 
+import json
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from dagster_taskiq.cli.options import config_option, log_level_option
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dagster_taskiq.roll_call import Presence
+
+_PIPE_WIDTH: Final = 500
+
 
 @click.group()
 def worker() -> None:
-    """Start workers.
+    """Start workers, see what they are at.
 
     \b
     Example:
       dagster-taskiq worker start -n loader-1 --max-runs 2 --max-steps 8
+      dagster-taskiq worker list
     """
 
 
@@ -78,3 +89,77 @@ def run(
         click.echo(f"worker {worker_id} is ready: it hears {names}")
 
     return run_worker(settings, name=name, on_ready=announce)
+
+
+@worker.command("list")
+@config_option
+@click.option("--all", "everybody", is_flag=True, help="Also those of the last week that are dead or gone.")
+@click.option("--json", "as_json", is_flag=True, help="For programs: one JSON array.")
+def list_workers(config_file: Path | None, *, everybody: bool, as_json: bool) -> None:
+    """Show which workers are alive, and what each is at, since when. Asks Dagster's database only.
+
+    Every worker writes a heartbeat there. `silent`: its heartbeat is late, and nothing has been decided about its
+    work yet. Exit code 1 when no worker is alive.
+
+    \b
+    Example:
+      dagster-taskiq worker list
+      dagster-taskiq worker list --json | jq '.[] | select(.work == []).worker_id'
+    """
+    from dataclasses import asdict
+
+    from dagster import DagsterInstance
+
+    from dagster_taskiq.cli.configured import configured
+    from dagster_taskiq.roll_call import ALIVE, roll_call
+
+    settings = configured(config_file)
+    with DagsterInstance.get() as instance:
+        workers = roll_call(instance, settings, everybody=everybody)
+    if as_json:
+        click.echo(json.dumps([asdict(worker) for worker in workers], indent=2))
+    elif workers:
+        _show(workers)
+    if not any(worker.state == ALIVE for worker in workers):
+        click.echo("no worker is alive; start one with `dagster-taskiq worker start`", err=True)
+        raise SystemExit(1)
+
+
+def _show(workers: "Sequence[Presence]") -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    now = time.time()
+    table = Table(box=box.SIMPLE)
+    for heading in ("worker", "state", "heard", "up", "runs", "steps", "at work on", "status", "for"):
+        table.add_column(heading, no_wrap=heading != "at work on")
+    for worker in workers:
+        at_runs = sum(work.step_key is None for work in worker.work)
+        row = [
+            worker.worker_id,
+            worker.state,
+            f"{_age(now - worker.heard)} ago",
+            _age(now - worker.since) if worker.since is not None and worker.state != "gone" else "",
+            "" if worker.runs is None else f"{at_runs}/{worker.runs}",
+            "" if worker.steps is None else f"{len(worker.work) - at_runs}/{worker.steps}",
+        ]
+        for work in worker.work or (None,):
+            if work is None:
+                table.add_row(*row)
+            else:
+                step = f" step {work.step_key}" if work.step_key else ""
+                name = f"{work.job or '(deleted)'} {work.run_id[:8]}{step}"
+                table.add_row(*row, name, work.status or "", _age(now - work.since))
+            row = [""] * len(row)
+    # In a pipe there is no width to keep to: each line is one worker or piece of work, whole.
+    Console(width=None if Console().is_terminal else _PIPE_WIDTH).print(table)
+
+
+def _age(seconds: float) -> str:
+    """`7400` as `2 h`: the largest unit of which there are two or more, or else seconds."""
+    seconds = max(0.0, seconds)
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds // length:.0f} {unit}"
+    return f"{seconds:.0f} s"
