@@ -35,6 +35,8 @@ class Owner:
     alive: bool
     in_doubt: bool = False
     """Its heartbeat is old, but it is too early to call it dead."""
+    beside: tuple[str, ...] = field(default=(), compare=False)
+    """Others that have claimed it, too, and not released it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,10 @@ def open_steps(instance: DagsterInstance, run_id: str) -> OpenSteps:
     return found
 
 
+def _beside(claimants: dict[str, None], owner: str) -> tuple[str, ...]:
+    return tuple(worker_id for worker_id in claimants if worker_id != owner)
+
+
 class Claims:
     """Read and write claims; whether a claimant is alive is for `heartbeats` to say."""
 
@@ -177,11 +183,11 @@ class Claims:
         if not claimants:
             return None
         if me is not None and next(iter(claimants)) == me:
-            return Owner(me, alive=True)
+            return Owner(me, alive=True, beside=_beside(claimants, me))
         alive, in_doubt = self.heartbeats.look(worker_id for worker_id in claimants if worker_id != me)
         for worker_id in claimants:
             if worker_id == me or worker_id in alive:
-                return Owner(worker_id, alive=True)
+                return Owner(worker_id, alive=True, beside=_beside(claimants, worker_id))
             if worker_id in in_doubt:
                 return Owner(worker_id, alive=True, in_doubt=True)
         return Owner([*claimants][-1], alive=False)
@@ -194,6 +200,17 @@ class Claims:
         others = [worker_id for worker_id in self._claimants(run_id, step) if worker_id != me]
         counting = self.heartbeats.alive(others) if step is None else others
         return next((worker_id for worker_id in others if worker_id in counting), None)
+
+    def bury(self, run: DagsterRun, me: str, task_id: str) -> None:
+        """Release what dead workers have claimed, in their name, now that this one has taken over.
+
+        One of them may only have hung. When it comes to, it finds that its claim is gone.
+        """
+        others = [worker_id for worker_id in self._claimants(run.run_id) if worker_id != me]
+        alive = self.heartbeats.alive(others)
+        for worker_id in others:
+            if worker_id not in alive:
+                self.release(run, worker_id, task_id, f"it is dead, and {me} takes over")
 
     def _claimants(self, run_id: str, step: StepRef | None = None) -> dict[str, None]:
         """Workers that have claimed and not released, in the order of their claims."""

@@ -72,11 +72,11 @@ def decide(ending: Ending) -> Verdict:
         return Verdict.NOTHING if ending.status is _STATUS_AFTER[true] else Verdict.RESTORE
     if ending.status in core.FINISHED_STATUSES:
         return Verdict.NOTHING
+    if ending.kind is CancelKind.LEASE_LOST:
+        return Verdict.NOTHING
     succeeded = ending.said is DagsterEventType.RUN_SUCCESS
     if ending.status is DagsterRunStatus.CANCELING or ending.kind is CancelKind.REQUESTED:
         return Verdict.SUCCESS if succeeded and not ending.took_hold else Verdict.CANCELED
-    if ending.kind is CancelKind.LEASE_LOST:
-        return Verdict.NOTHING
     if succeeded:
         return Verdict.HELD
     if ending.kind is CancelKind.SHUTDOWN and ending.status in _NOT_BEGUN:
@@ -227,6 +227,8 @@ def mend_late_canceling(instance: DagsterInstance, run_id: str) -> DagsterRunSta
 
 
 def _failure_message(end: ChildEnd | None, cancellation: Cancellation | None, worker_id: str) -> str:
+    if end is not None and end.abandoned:
+        return f"worker {worker_id} hung, and its run was interrupted"
     if cancellation is not None and cancellation.kind is CancelKind.SHUTDOWN:
         return (
             f"worker shut down: {worker_id} was stopped while it ran this ({cancellation.reason or 'no reason given'})"
@@ -241,6 +243,8 @@ def how_it_ended(end: ChildEnd, whose: str) -> str:
     error = _last(end, "error").get("error")
     if end.kill_at is not None:
         return f"{whose} {end.pid} did not end when it was interrupted, and was killed"
+    if end.abandoned:
+        return f"{whose} {end.pid} was interrupted because its worker hung"
     if error is not None:
         return f"{whose} {end.pid} ended with an error: {error}"
     if end.killed_by == "SIGKILL":

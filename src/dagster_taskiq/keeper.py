@@ -5,7 +5,7 @@
 A *keeper* has one child and one duty: that nothing of the child's process tree outlives it. It is the tree's
 subreaper, so whatever double-forks or leaves the session falls to it, and "no children left" (ECHILD) is the
 kernel's own proof that the tree is gone. It runs no code of users, so nothing that they do can block it; when the
-worker disappears (end of file on the control socket) it climbs the ladder by itself.
+worker disappears (end of file on the control socket), or hangs (no sign of life on it), it climbs the ladder by itself.
 
 Knows processes and signals; not asyncio, not what the child is for. Needs the standard library only.
 """
@@ -46,7 +46,11 @@ NAME_PREFIX: Final = "dagster-"
 MAX_REQUEST: Final = 1 << 16
 _LENGTH_BYTES: Final = 8
 _FDS: Final = 2
+SILENT_LOOKS: Final = 4
+"""A worker hangs when so many looks in a row have found no sign of life. Looks, not seconds: when the whole machine was
+frozen, the worker has its chance after it."""
 _POLL_WHILE_KILLING_S: Final = 0.02
+_NEVER: Final = float("inf")
 _NAMES_KEPT: Final = 5
 _NAME_LENGTH: Final = 15  # prctl(2): 16 bytes with the terminating one
 
@@ -115,7 +119,7 @@ def keep(request: dict[str, Any], control: socket.socket, channel: socket.socket
     for ignored in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     try:
-        _Keeper(leader, control, grace_s=request["grace_s"], linger_s=request["linger_s"]).run()
+        _Keeper(leader, control, **{name: request[name] for name in ("grace_s", "linger_s", "hung_after_s")}).run()
     finally:
         os._exit(0)
 
@@ -199,12 +203,17 @@ def _live_and_leave(work: Callable[[], int]) -> None:
 class _Keeper:
     """The life of one child, seen from its parent. Speaks JSON lines with the worker."""
 
-    def __init__(self, leader: int, control: socket.socket, *, grace_s: float, linger_s: float) -> None:
+    def __init__(
+        self, leader: int, control: socket.socket, *, grace_s: float, linger_s: float, hung_after_s: float
+    ) -> None:
         self._leader = leader
         self._leader_lives = True
         self._control = control
         self._grace_s = grace_s
         self._linger_s = linger_s
+        self._look_every_s = hung_after_s / SILENT_LOOKS
+        self._look_at = monotonic() + self._look_every_s if hung_after_s else _NEVER
+        self._silent_looks = 0
         self._interrupted = False
         self._nudges: list[float] = []
         self._killing = False
@@ -229,13 +238,24 @@ class _Keeper:
             self._nudge()
             for key, _ in self._selector.select(self._patience()):
                 key.data()
+            self._look_after_the_worker()
         self._say(gone=True, killed=[f"{name}[{pid}]" for pid, name in [*self._killed.items()][:_NAMES_KEPT]])
 
     def _patience(self) -> float | None:
         if self._killing:
             return _POLL_WHILE_KILLING_S
-        due = [*self._nudges[:1], *([self._kill_at] if self._kill_at is not None else ())]
-        return max(0.0, min(due) - monotonic()) if due else None
+        due = min(self._look_at, *self._nudges[:1], *([self._kill_at] if self._kill_at is not None else ()), _NEVER)
+        return None if due == _NEVER else max(0.0, due - monotonic())
+
+    def _look_after_the_worker(self) -> None:
+        if monotonic() < self._look_at:
+            return
+        self._look_at = monotonic() + self._look_every_s
+        self._silent_looks += 1
+        if self._silent_looks >= SILENT_LOOKS:
+            self._look_at = _NEVER
+            self._say(abandoned=True)
+            self._go_on_alone()
 
     def _hear_worker(self) -> None:
         try:
@@ -247,6 +267,7 @@ class _Keeper:
         if not data:
             self._worker_is_gone()
             return
+        self._silent_looks = 0
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         for line in lines:
             command = json.loads(line)["do"]
@@ -256,10 +277,14 @@ class _Keeper:
                 self._killing = True
 
     def _worker_is_gone(self) -> None:
-        """No child outlives its worker: interrupt, and kill after the grace."""
         self._selector.unregister(self._control)
+        self._look_at = _NEVER
+        self._go_on_alone()
+
+    def _go_on_alone(self) -> None:
+        """No child outlives its worker: interrupt, and kill after the grace."""
         self._interrupt()
-        self._kill_at = min(self._kill_at or float("inf"), monotonic() + self._grace_s)
+        self._kill_at = min(self._kill_at or _NEVER, monotonic() + self._grace_s)
 
     def _interrupt(self) -> None:
         # Once, and the leader only: a second one, or one to the group, would abort users' `finally` blocks half way.

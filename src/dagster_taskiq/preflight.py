@@ -8,7 +8,7 @@ and claims; not SQS, not processes.
 import enum
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
@@ -47,6 +47,11 @@ class Decision:
     action: Action
     why: str
     run: DagsterRun | None = None
+    at: float = field(default_factory=time.monotonic, compare=False)
+
+    def is_stale(self, dead_after_s: float) -> bool:
+        """Whether so much time has passed that others may have taken this worker for dead: it hung in between."""
+        return time.monotonic() - self.at > dead_after_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,8 @@ def preflight(instance: DagsterInstance, claims: Claims, candidate: Candidate) -
         decision = _contest(claims, candidate) or decision
     if run is not None and decision.action in _WITHOUT_THE_CLAIM:
         claims.release(run, candidate.worker_id, candidate.task_id, decision.why)
+    elif run is not None and owner is not None and owner.beside:
+        claims.bury(run, candidate.worker_id, candidate.task_id)
     return decision
 
 

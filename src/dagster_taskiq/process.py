@@ -11,11 +11,11 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from dagster_taskiq import keeper, procfs
 from dagster_taskiq.errors import ChildStartFailed
@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 _START_TIMEOUT_S: Final = 120
 _STOP_TIMEOUT_S: Final = 5
-_LINE_LIMIT: Final = 16 * 1024 * 1024
+_NEVER_S: Final = 3600.0
+_CHUNK: Final = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,9 @@ class ChildSpec:
     mark: str
     """Unique for the piece of work; in the environment of every process of the tree."""
     grace_s: float
-    """Between interrupt and kill, should the worker disappear."""
+    """Between interrupt and kill, should the worker disappear or hang."""
+    hung_after_s: float = 0.0
+    """Without a sign of life (`Child.live`) for so long, the worker hangs; 0: it is not looked after."""
     linger_s: float = 2.0
     """How long processes may go on that a child left behind when it ended by itself."""
 
@@ -56,21 +59,34 @@ class Child:
     """Set when the child says that its work is over and only its exit remains."""
     patience_s: float = 0.0
     """What the child asks for instead of the grace, because it waits for others (a run for its steps)."""
-    _control: asyncio.StreamWriter | None = None
-    _channel: asyncio.StreamWriter | None = None
+    abandoned: bool = False
+    """Whether its keeper has interrupted it because the worker hung."""
+    _control: "_Lines | None" = None
+    _channel: "_Lines | None" = None
     _readers: tuple[asyncio.Task[None], ...] = ()
 
     def tell(self, message: dict[str, Any]) -> None:
         """Write one line to the child itself. Never raises: a child that is gone hears nothing."""
-        _write(self._channel, message)
+        if self._channel is not None:
+            self._channel.say(message)
+
+    async def live(self) -> NoReturn:
+        """Give signs of life to the keeper for as long as this runs, and the event loop does."""
+        while True:
+            self._command("live")
+            await asyncio.sleep(self.spec.hung_after_s / (2 * keeper.SILENT_LOOKS) or _NEVER_S)
 
     def interrupt(self) -> None:
         """SIGTERM to the leader; however often this is called, it is sent once."""
-        _write(self._control, {"do": "interrupt"})
+        self._command("interrupt")
 
     def kill(self) -> None:
         """SIGKILL to the leader, its group and every descendant."""
-        _write(self._control, {"do": "kill"})
+        self._command("kill")
+
+    def _command(self, what: str) -> None:
+        if self._control is not None:
+            self._control.say({"do": what})
 
     def hear(self, message: dict[str, Any]) -> None:
         """Take in one line of the child's."""
@@ -82,15 +98,67 @@ class Child:
 
     async def close(self) -> None:
         """Release what belongs to the child; only after `gone`."""
-        for writer in (self._control, self._channel):
-            if writer is not None:
-                writer.close()
         await asyncio.wait(self._readers)
+        for lines in (self._control, self._channel):
+            if lines is not None:
+                lines.close()
 
 
-def _write(writer: asyncio.StreamWriter | None, message: dict[str, Any]) -> None:
-    if writer is not None and not writer.is_closing():
-        writer.write(json.dumps(message).encode() + b"\n")
+class _Lines:
+    """Our end of a socket pair on which JSON lines travel.
+
+    Not asyncio's streams: when the other side ends without having read all that we said, which is the rule here, they
+    throw away what it had said before.
+    """
+
+    def __init__(self, end: socket.socket) -> None:
+        end.setblocking(False)
+        self._end = end
+        self._unsent = bytearray()
+        self._loop = asyncio.get_running_loop()
+
+    def say(self, message: dict[str, Any]) -> None:
+        """Send it, now if the other side takes it; never raises: who is gone hears nothing."""
+        self.send(json.dumps(message).encode() + b"\n")
+
+    def send(self, data: bytes) -> None:
+        """As `say`, for anything."""
+        self._unsent += data
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._end.fileno() < 0:
+            return
+        try:
+            del self._unsent[: self._end.send(self._unsent)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._unsent.clear()
+        if self._unsent:
+            self._loop.add_writer(self._end, self._flush)
+        else:
+            self._loop.remove_writer(self._end)
+
+    async def heard(self) -> AsyncIterator[dict[str, Any]]:
+        """What the other side says, until it ends."""
+        unfinished = b""
+        while True:
+            try:
+                data = await self._loop.sock_recv(self._end, _CHUNK)
+            except OSError:
+                return
+            if not data:
+                return
+            *lines, unfinished = (unfinished + data).split(b"\n")
+            for line in lines:
+                with suppress(ValueError):
+                    yield json.loads(line)
+
+    def close(self) -> None:
+        """Nothing more to say or to hear."""
+        self._loop.remove_writer(self._end)
+        self._end.close()
 
 
 class ForkServer:
@@ -173,6 +241,7 @@ class ForkServer:
             "mark": spec.mark,
             "grace_s": spec.grace_s,
             "linger_s": spec.linger_s,
+            "hung_after_s": spec.hung_after_s,
             "fresh": self._fresh,
         }
         control, keepers_end = socket.socketpair()
@@ -208,52 +277,49 @@ class ForkServer:
 
 
 async def _connect(spec: ChildSpec, control: socket.socket, channel: socket.socket) -> Child:
-    control_reader, control_writer = await asyncio.open_connection(sock=control, limit=_LINE_LIMIT)
-    channel_reader, channel_writer = await asyncio.open_connection(sock=channel, limit=_LINE_LIMIT)
-    hello = await control_reader.readline()
-    if not hello:
-        control_writer.close()
-        channel_writer.close()
+    keepers, childs = _Lines(control), _Lines(channel)
+    keeper_says = keepers.heard()
+    hello = await anext(keeper_says, None)
+    if hello is None:
+        keepers.close()
+        childs.close()
         raise EOFError("the fork server forked nothing")
     loop = asyncio.get_running_loop()
-    child = Child(json.loads(hello)["started"], spec, loop.create_future(), loop.create_future())
-    child._control, child._channel = control_writer, channel_writer  # noqa: SLF001 - made here
-    channel_writer.write(keeper.packed_argument(spec.argument))
-    hear_child = loop.create_task(_hear(channel_reader, child.hear), name=f"hear child {child.pid}")
+    child = Child(hello["started"], spec, loop.create_future(), loop.create_future())
+    child._control, child._channel = keepers, childs  # noqa: SLF001 - made here
+    childs.send(keeper.packed_argument(spec.argument))
+    hear_child = loop.create_task(_hear_child(child, childs), name=f"hear child {child.pid}")
     child._readers = (  # noqa: SLF001
         hear_child,
-        loop.create_task(_hear_keeper(child, control_reader, hear_child), name=f"hear keeper of {child.pid}"),
+        loop.create_task(_hear_keeper(child, keeper_says, hear_child), name=f"hear keeper of {child.pid}"),
     )
     return child
 
 
-async def _hear(reader: asyncio.StreamReader, take: Callable[[dict[str, Any]], None]) -> None:
-    with suppress(ConnectionError):
-        while line := await reader.readline():
-            with suppress(ValueError):  # a line cut off by a kill
-                take(json.loads(line))
+async def _hear_child(child: Child, lines: _Lines) -> None:
+    async for message in lines.heard():
+        child.hear(message)
 
 
-async def _hear_keeper(child: Child, reader: asyncio.StreamReader, hear_child: asyncio.Task[None]) -> None:
-    def take(message: dict[str, Any]) -> None:
+async def _hear_keeper(child: Child, messages: AsyncIterator[dict[str, Any]], hear_child: asyncio.Task[None]) -> None:
+    killed: tuple[str, ...] | None = None
+    async for message in messages:
         if "exited" in message:
             child.exited.set_result(message["exited"])
+        child.abandoned = child.abandoned or "abandoned" in message
         if "gone" in message:
-            said.append(tuple(message["killed"]))
-
-    said: list[tuple[str, ...]] = []
-    await _hear(reader, take)
-    if not said:
+            killed = tuple(message["killed"])
+    if killed is None:
         # The keeper itself was killed, and the kernel killed its child with it (parent-death signal). Its place
         # as subreaper is the fork server's now, so look for what carries the session or the mark.
         logger.warning("the keeper of a child is gone; killing what is left", extra={"pid": child.pid})
-        said.append(await asyncio.to_thread(_kill_stragglers, child.pid, child.spec.mark))
+        killed = await asyncio.to_thread(_kill_stragglers, child.pid, child.spec.mark)
     if not child.exited.done():
         child.exited.set_result(-signal.SIGKILL)
     # The tree is gone, so the child's end of its channel is closed and all that it said can be read.
     await asyncio.wait({hear_child}, timeout=_STOP_TIMEOUT_S)
     hear_child.cancel()
-    child.gone.set_result(said[0])
+    child.gone.set_result(killed)
 
 
 def _kill_stragglers(leader: int, mark: str) -> tuple[str, ...]:

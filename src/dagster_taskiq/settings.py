@@ -139,6 +139,15 @@ class Settings:
         return self.visibility_timeout_seconds / 2
 
     @property
+    def hung_after_s(self) -> float:
+        """A quarter of the visibility timeout: if the worker's event loop stands still so long, its children stop.
+
+        With `dead_after_s` for their grace they are gone when its messages come again, at the earliest, and so before
+        another worker takes over.
+        """
+        return self.visibility_timeout_seconds / 4
+
+    @property
     def death_confirmed_after_s(self) -> float:
         """Two heartbeats: as long an old heartbeat must stay the same while it is looked at, before its worker is dead.
 

@@ -73,19 +73,26 @@ class StepWork:
             return
         extra = {"run_id": order.run_id, "step_key": order.step_key, "task_id": order.task_id}
         try:
-            run = await self._claim(order, work, cancelled)
+            decision = await self._claim(order, work, cancelled)
         except Exception:  # the database, above all: the message stays, and is tried again when it is visible again
             logger.exception("step could not be looked up; its message is handed back", extra=extra)
             work.settle_as(Settlement.HAND_BACK, self._place.settings.visibility_timeout_seconds)
             return
-        if run is None:
-            return
+        if decision is not None and decision.run is not None:
+            await self._carry_out(order, decision, decision.run, work, cancelled)
+
+    async def _carry_out(
+        self, order: StepOrder, decision: Decision, run: DagsterRun, work: Running, cancelled: Cancelled
+    ) -> None:
+        extra = {"run_id": order.run_id, "step_key": order.step_key, "task_id": order.task_id}
         step = StepRef(order.step_key, order.task_id)
         chronicle = Chronicle(self._place.instance, run, self._place.worker_id, cancelled, step)
         end, why = None, "cancelled before it began"
         self._place.at_work[order.task_id] = Piece(order.run_id, order.step_key)
         try:
-            if not cancelled:
+            if decision.is_stale(self._place.settings.dead_after_s):
+                why = "its worker hung after it had claimed it"
+            elif not cancelled:
                 end = await self._supervise(order, run, cancelled, chronicle)
                 why = how_it_ended(end, f"the process of step {order.step_key}")
         except ChildStartFailed as error:
@@ -111,8 +118,8 @@ class StepWork:
         work.settle_as(Settlement.DELETE)
         await self._forget_payload(order)
 
-    async def _claim(self, order: StepOrder, work: Running, cancelled: Cancelled) -> DagsterRun | None:
-        """The run, if its step is ours now. If it is not, says what becomes of the message."""
+    async def _claim(self, order: StepOrder, work: Running, cancelled: Cancelled) -> Decision | None:
+        """With the run, if its step is ours now. If it is not, says what becomes of the message."""
         place = self._place
         step = StepRef(order.step_key, order.task_id)
         candidate = Candidate("execute_step", order.run_id, order.task_id, place.worker_id, place.where)
@@ -134,7 +141,7 @@ class StepWork:
         extra = {"run_id": order.run_id, "task_id": order.task_id, "why": decision.why}
         logger.info("step %s of run %s: %s", order.step_key, order.run_id, decision.action.value, extra=extra)
         if decision.action is Action.START:
-            return decision.run
+            return decision
         handed_back = decision.action is Action.HAND_BACK
         work.settle_as(
             Settlement.HAND_BACK if handed_back else Settlement.DELETE, place.settings.visibility_timeout_seconds
@@ -160,6 +167,7 @@ class StepWork:
             mark=order.task_id,
             # Without its worker a child must be gone before the run's executor calls the step lost.
             grace_s=min(place.grace_s(run), place.settings.dead_after_s),
+            hung_after_s=place.settings.hung_after_s,
         )
         return await supervise(place.processes, spec, cancelled, chronicle, lambda: place.grace_now_s(run, cancelled))
 

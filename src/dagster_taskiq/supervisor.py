@@ -50,6 +50,8 @@ class ChildEnd:
     killed: tuple[str, ...]
     """Processes that had to be killed, including what a child left behind."""
     gone_at: float
+    abandoned: bool = False
+    """Whether this worker hung, so that the child was interrupted without it."""
 
     @property
     def killed_by(self) -> str | None:
@@ -115,6 +117,7 @@ class _Life:
     async def run(self, grace_s: Callable[[], float]) -> ChildEnd:
         cancelled = asyncio.create_task(self._cancelled.wait(), name="await cancellation")
         finished = asyncio.create_task(self._finished_but_stays(), name="await exit after finish")
+        live = asyncio.create_task(self._child.live(), name=f"live for child {self._child.pid}")
         try:
             happenings: set[asyncio.Future[Any]] = {self._child.exited, cancelled, finished}
             await asyncio.wait(happenings, return_when=asyncio.FIRST_COMPLETED)
@@ -124,10 +127,12 @@ class _Life:
                 else:
                     self._kill(self._child.spec.grace_s)
         finally:
-            cancelled.cancel()
-            finished.cancel()
+            for helper in (cancelled, finished):
+                helper.cancel()
             await asyncio.wait({cancelled, finished})
         killed = await self._child.gone
+        live.cancel()
+        await asyncio.wait({live})
         return ChildEnd(
             pid=self._child.pid,
             exit_code=self._child.exited.result(),
@@ -136,6 +141,7 @@ class _Life:
             kill_at=self._kill_at,
             killed=killed,
             gone_at=time(),
+            abandoned=self._child.abandoned,
         )
 
     async def _interrupt_then_kill(self, grace_s: float) -> None:

@@ -122,10 +122,16 @@ class RunWork:
             await self._finalise(run, work, None, requested)
         else:
             kind: WorkKind = "resume_run" if decision.action is Action.RESUME else "execute_run"
-            await self._run(run, kind, candidate, work, cancelled)
+            await self._run(run, kind, candidate, work, cancelled, decision)
 
     async def _run(
-        self, run: DagsterRun, kind: WorkKind, candidate: Candidate, work: Running, cancelled: Cancelled
+        self,
+        run: DagsterRun,
+        kind: WorkKind,
+        candidate: Candidate,
+        work: Running,
+        cancelled: Cancelled,
+        decision: Decision,
     ) -> None:
         if kind == "resume_run" and candidate.kind == "execute_run":
             # As the run monitoring daemon would announce it: by this event Dagster counts the attempts.
@@ -133,8 +139,9 @@ class RunWork:
         chronicle = Chronicle(self._place.instance, run, self._place.worker_id, cancelled)
         self._place.at_work[work.task_id] = Piece(run.run_id)
         end: ChildEnd | None = None
+        stale = decision.is_stale(self._place.settings.dead_after_s)
         try:
-            if not cancelled:
+            if not cancelled and not stale:
                 end = await self._supervise(run, kind, work, cancelled, chronicle)
         except ChildStartFailed as error:
             # Not the run's fault: another worker, or this one later, may have better luck.
@@ -143,11 +150,25 @@ class RunWork:
             return
         finally:
             self._place.at_work.pop(work.task_id, None)
-        if end is None and cancelled.by_shutdown():
-            await self._give_up(run, work, "the worker shuts down", 0)
+        if end is None and (cancelled.by_shutdown() or (stale and not cancelled)):
+            await self._give_up(run, work, "the worker hung" if stale else "the worker shuts down", 0)
             return
         chronicle.tell_end(end)
-        await self._finalise(run, work, end, cancelled.cause if cancelled else None, chronicle)
+        cause = cancelled.cause if cancelled else None
+        if end is not None and end.abandoned:
+            cause = await self._cause_after_hanging(run, cause)
+        await self._finalise(run, work, end, cause, chronicle)
+
+    async def _cause_after_hanging(self, run: DagsterRun, cause: Cancellation | None) -> Cancellation:
+        """This worker hung, and its child was stopped meanwhile: has another one taken over?"""
+        place = self._place
+        logger.warning("this worker hung; its run was interrupted", extra={"run_id": run.run_id})
+        owner = await patiently(
+            lambda: asyncio.to_thread(place.claims.owner, run.run_id, place.worker_id), doing="read the claims"
+        )
+        if owner is None or owner.worker_id != place.worker_id:
+            return Cancellation(CancelKind.LEASE_LOST, "another worker has taken over")
+        return cause or Cancellation(CancelKind.SHUTDOWN, "the worker hung")
 
     async def _give_up(self, run: DagsterRun, work: Running, why: str, delay_s: int | None = None) -> None:
         place = self._place
@@ -169,6 +190,7 @@ class RunWork:
             mark=work.task_id,
             # Without its worker a child must be gone before the next worker can receive the message.
             grace_s=min(place.grace_s(run), place.settings.dead_after_s),
+            hung_after_s=place.settings.hung_after_s,
         )
         return await supervise(place.processes, spec, cancelled, chronicle, lambda: place.grace_now_s(run, cancelled))
 

@@ -6,11 +6,12 @@ import signal
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
 import pytest
+from tests.support.waiting import wait_until
 
 from dagster_taskiq.cancellation import CancelKind, Cancellation
 from dagster_taskiq.errors import ChildStartFailed
@@ -28,6 +29,7 @@ class Work:
     server: ForkServer
     target: str
     grace_s: float = 5
+    hung_after_s: float = 0
     argument: dict[str, Any] = field(default_factory=dict)
     cancellation: Cancellation | None = None
     child: Child | None = None
@@ -52,7 +54,8 @@ class Work:
         self.killings += 1
 
     def start(self) -> "Work":
-        spec = ChildSpec(f"tests.support.targets:{self.target}", self.argument, self.mark, self.grace_s, 0.2)
+        spec = ChildSpec(f"tests.support.targets:{self.target}", self.argument, self.mark, self.grace_s)
+        spec = replace(spec, hung_after_s=self.hung_after_s, linger_s=0.2)
         body = supervise(self, spec, self.cancelled, self, lambda: self.grace_s)
         self.task = asyncio.create_task(to_the_end(body, name="work", on_cancel=self.cancelled.note))
         return self
@@ -211,6 +214,29 @@ def test_a_child_that_has_finished_but_stays_is_killed_after_the_grace() -> None
         assert end.killed_by == "SIGKILL"
 
     run(test)
+
+
+def test_a_worker_that_hangs_has_its_child_stopped_and_hears_of_it() -> None:
+    async def test(server: ForkServer) -> None:
+        for target, killed in (("polite", False), ("stubborn", True)):
+            work = Work(server, target, hung_after_s=0.4, grace_s=0.5).start()
+            await work.said("pids" if killed else "up")
+            # It goes on for longer than that as long as the event loop does.
+            _, waiting = await asyncio.wait({work.task} if work.task else set(), timeout=1)
+            assert waiting
+            assert work.child is not None
+            hang_until_gone(work.child.pid)
+            end = await work.end()
+            assert end.abandoned
+            assert (work.interruptions, work.killings) == (0, 0), "this worker did nothing"
+            assert (end.killed_by == "SIGKILL") is killed
+
+    run(test)
+
+
+def hang_until_gone(pid: int) -> None:
+    """What must not be done in an event loop."""
+    wait_until(lambda: not alive(pid), "the child is gone while its worker hangs")
 
 
 def test_a_keeper_that_is_killed_takes_its_tree_with_it() -> None:

@@ -25,7 +25,7 @@ TABLE: list[tuple[str, Ending, Verdict]] = [
     ("cancelled by a bare message", Ending(S.STARTED, kind=K.REQUESTED), V.CANCELED),
     ("CANCELING when the child died", Ending(S.CANCELING), V.CANCELED),
     ("CANCELING when the worker shut down", Ending(S.CANCELING, kind=K.SHUTDOWN), V.CANCELED),
-    ("CANCELING when the lease was lost", Ending(S.CANCELING, kind=K.LEASE_LOST), V.CANCELED),
+    ("CANCELING, but another worker has taken over", Ending(S.CANCELING, kind=K.LEASE_LOST), V.NOTHING),
     ("lease lost", Ending(S.STARTED, kind=K.LEASE_LOST), V.NOTHING),
     ("shutdown", Ending(S.STARTED, kind=K.SHUTDOWN, said=E.RUN_FAILURE, took_hold=True), V.FAILURE),
     ("shutdown, resumable", Ending(S.STARTED, kind=K.SHUTDOWN, took_hold=True, will_resume=True), V.RESUMABLE),

@@ -52,6 +52,17 @@ def world() -> Iterator[World]:
         yield made
 
 
+def test_who_takes_over_from_a_dead_worker_says_so_in_its_name(world: World) -> None:
+    """It may only have hung: when it comes to, its claim is gone."""
+    run = world.run(DagsterEventType.RUN_START)
+    world.claimed_by(run, OTHER, alive=False)
+    assert world.decide(run.run_id, "resume_run") is Action.RESUME
+    world.claims.heartbeats.beat(OTHER)
+    world.claims.heartbeats.beat(ME)
+    assert world.claims.owner(run.run_id, OTHER) == Owner(ME, alive=True)
+    assert world.claims.rival(run.run_id, ME) is None
+
+
 START, CANCELING = DagsterEventType.RUN_START, DagsterEventType.RUN_CANCELING
 
 
