@@ -163,6 +163,9 @@ class Fleet:
     def logs(self) -> list[Path]:
         return sorted(self._home.glob("worker-*.log"))
 
+    def is_up(self) -> bool:
+        return sum(b" ready" in log.read_bytes() for log in self.logs) >= WORKERS
+
     def pid(self, which: int) -> int | None:
         with self._lock:
             worker = self._workers[which]
@@ -259,7 +262,7 @@ class BadDay:
     def _reported(self, act: Callable[[Deed], None], deed: Deed) -> None:
         try:
             act(deed)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - what was not done is told
             self._say(f"{deed}: {error!r}")
             self.done[f"NOT DONE: {deed.what}: {type(error).__name__}"] += 1
 
@@ -426,11 +429,7 @@ def bad_day(
         day = BadDay(platform, fleet, sqs, database, say)
         codes: list[int] = []
         try:
-            wait_until(
-                lambda: sum(b" ready" in log.read_bytes() for log in fleet.logs) >= WORKERS,
-                "the fleet is up",
-                within=90,
-            )
+            wait_until(fleet.is_up, "the fleet is up", within=90)
             day.carry_out(plan_of(seed, seconds))
             _wait_for_the_end(platform, day.launched, sqs)
         finally:

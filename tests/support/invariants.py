@@ -1,12 +1,14 @@
 """What has to be true after a bad day, whatever went wrong in it. One checker; it returns what is wrong, in words."""
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dagster import DagsterEventType, DagsterRunStatus
+from dagster import DagsterEvent, DagsterEventType, DagsterRunStatus
 
+from dagster_taskiq import dagster_internals as core
 from dagster_taskiq import keeper, procfs
 from dagster_taskiq.claims import note_in
 from dagster_taskiq.events import TASK_ID_KEY, Stage
@@ -44,10 +46,12 @@ def broken(after: Aftermath) -> list[str]:
             for event in events
             if event is not None and event.event_type is DagsterEventType.STEP_SUCCESS
         )
+        # Dagster's in-process executor begins anew when its run is resumed.
+        anew = 0 if launched.job.endswith("_steps") else sum(_is_resumption(event) for event in events)
         found = [
             *_status(after, launched, kinds, seen),
-            *_bodies(after, launched),
-            *(f"step {key} succeeded {count} times" for key, count in successes.items() if count > 1),
+            *_bodies(after, launched, anew),
+            *(f"step {key} succeeded {count} times" for key, count in successes.items() if count > 1 + anew),
         ]
         wrong += [f"{launched.job} {launched.run_id}: {one}" for one in found]
     wrong += [f"process {one} is alive" for one in alive(task_ids)]
@@ -74,13 +78,17 @@ def _status(after: Aftermath, launched: Launched, kinds: list[DagsterEventType],
         yield "is CANCELED, and nobody asked for it"
 
 
-def _bodies(after: Aftermath, launched: Launched) -> Iterator[str]:
+def _is_resumption(event: DagsterEvent | None) -> bool:
+    return event is not None and event.message == core.RESUME_RUN_LOG_MESSAGE
+
+
+def _bodies(after: Aftermath, launched: Launched, anew: int) -> Iterator[str]:
     for step_key, lives in _lives(launched.marks).items():
         done = [life for life in lives if life.done]
-        for again in done[:-1]:
-            if again.pid not in after.victims:
-                yield f"the body of {step_key} was completed {len(done)} times, first by {again.pid}, which nobody harmed"
-        for earlier, later in zip(lives, lives[1:], strict=False):
+        unharmed = [life.pid for life in done[:-1] if life.pid not in after.victims]
+        if len(unharmed) > anew:
+            yield f"the body of {step_key} was completed {len(done)} times, also by {unharmed}, which nobody harmed"
+        for earlier, later in itertools.pairwise(lives):
             if earlier.last > later.began:
                 overlap = earlier.last - later.began
                 yield f"the bodies of {step_key} in {earlier.pid} and {later.pid} overlap by {overlap:.2f} s"
