@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 3
 PYTEST_ARGS ?=
+EMULATOR := .venv-localstack
+SEEDS ?= 1 2 3 4
+SECONDS ?= 40
 
 .DEFAULT_GOAL := help
 
@@ -32,6 +35,22 @@ dev: $(STAMP) ## Dagster's UI, a worker and an embedded SQS, with the example jo
 .PHONY: test
 test: $(STAMP) ## Run all tests (PYTEST_ARGS='-k demo' narrows it down)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+
+.PHONY: emulator
+emulator: $(EMULATOR)/.installed ## Install LocalStack, the second SQS emulator of tests/contract, beside .venv (a minute)
+$(EMULATOR)/.installed: tests/localstack-requirements.txt tests/localstack-constraints.txt
+	test -x $(EMULATOR)/bin/python || $(PYTHON) -m venv $(EMULATOR)
+	$(EMULATOR)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $< --constraint tests/localstack-constraints.txt
+	@touch $@
+
+.PHONY: contract
+contract: $(STAMP) ## Check what we assume of SQS (DAGSTER_TASKIQ_TEST_ENDPOINT=https://... checks that one, AWS too)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/contract $(PYTEST_ARGS)
+
+.PHONY: chaos
+chaos: $(STAMP) ## Put a fleet through bad days (SEEDS="1 2 3 4" SECONDS=40; needs PostgreSQL; ten minutes at most)
+	DAGSTER_TASKIQ_TEST_REQUIRE_ALL=1 DAGSTER_TASKIQ_TEST_CHAOS_SEEDS="$(SEEDS)" DAGSTER_TASKIQ_TEST_CHAOS_SECONDS="$(SECONDS)" \
+		timeout --foreground 600 $(BIN)/python -m pytest -q -p no:randomly tests/acceptance/test_chaos.py $(PYTEST_ARGS)
 
 .PHONY: check
 check: lint types unit ## What to run before every commit: linters, types, unit tests
@@ -61,7 +80,7 @@ acceptance: $(STAMP) ## Run the tests with real processes, signals, queues, data
 
 .PHONY: clean
 clean: ## Remove the virtual environment and everything that was built
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(EMULATOR) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: benchmark

@@ -117,7 +117,7 @@ def warm_up() -> None:
 
 
 # Error codes without their prefixes ("AWS.SimpleQueueService.", "com.amazonaws.sqs#").
-_MISSING: Final = {"NonExistentQueue", "QueueDoesNotExist", "InvalidAddress"}
+MISSING_CODES: Final = {"NonExistentQueue", "QueueDoesNotExist", "InvalidAddress"}
 _DENIED: Final = {
     "AccessDenied",
     "AccessDeniedException",
@@ -134,7 +134,7 @@ _DENIED: Final = {
     "KMS.AccessDeniedException",
 }
 _THROTTLED: Final = {"Throttling", "ThrottlingException", "RequestThrottled", "OverLimit", "TooManyRequestsException"}
-_RECEIPT: Final = {"MessageNotInflight", "ReceiptHandleIsInvalid", "InvalidParameterValue"}
+LOST_CODES: Final = {"MessageNotInflight", "ReceiptHandleIsInvalid", "InvalidParameterValue"}
 _TOO_LARGE: Final = {"BatchRequestTooLong"}
 
 
@@ -159,7 +159,7 @@ def _from_answer(error: ClientError, url: str, region: str | None, *, receipt: b
     code = re.split(r"[#]|SimpleQueueService\.", str(answer.get("Code", "")))[-1]
     text = " ".join(str(answer.get("Message", "")).split())
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 400)
-    if code in _MISSING:
+    if code in MISSING_CODES:
         where = f" in region {region}" if region else ""
         return QueueMissing(
             f"{url}: no such queue{where}; create it with 'dagster-taskiq queue create' or infra/queues.yaml"
@@ -168,7 +168,7 @@ def _from_answer(error: ClientError, url: str, region: str | None, *, receipt: b
         return AccessDenied(f"{url}: AWS refused {error.operation_name} ({code}: {text}); check the role's permissions")
     if code in _THROTTLED or status >= 500:
         return QueueUnreachable(f"{url}: SQS could not serve {error.operation_name} now ({code}); it is tried again")
-    if receipt and code in _RECEIPT:
+    if receipt and code in LOST_CODES:
         return LeaseLost(f"{url}: the message is no longer ours ({code}: {text})")
     if code in _TOO_LARGE or "shorter than" in text:
         return MessageTooLarge(f"{url}: message over the SQS limit of {MAX_MESSAGE_BYTES:,} bytes ({text})")

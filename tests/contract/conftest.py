@@ -1,10 +1,24 @@
-"""One suite against an SQS endpoint: a moto server in its own process."""
+"""One suite against every SQS endpoint: moto, LocalStack, or the one that `DAGSTER_TASKIQ_TEST_ENDPOINT` names.
 
+The last may be AWS itself (`DAGSTER_TASKIQ_TEST_ENDPOINT=https://sqs.eu-west-1.amazonaws.com`, with `AWS_REGION` and
+credentials as usual): the tests create queues whose names begin with `dagster-taskiq-contract-`, and delete them.
+"""
+
+import os
+import urllib.parse
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
-from tests.support.moto import CREDENTIALS, create_queues, moto_server
+from tests.support import moto
+from tests.support.localstack import is_installed, localstack_server
+from tests.support.moto import CREDENTIALS, create_queues, moto_server, sqs_client
+
+ENDPOINT_VARIABLE = "DAGSTER_TASKIQ_TEST_ENDPOINT"
+REQUIRE_ALL_VARIABLE = "DAGSTER_TASKIQ_TEST_REQUIRE_ALL"
+GIVEN = os.environ.get(ENDPOINT_VARIABLE)
+EMULATORS = ["moto", pytest.param("localstack", marks=pytest.mark.xdist_group("localstack"))]
 
 
 @pytest.fixture
@@ -12,27 +26,69 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+@pytest.fixture(scope="session", params=["given"] if GIVEN else EMULATORS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """Which endpoint it is: each has deviations of its own."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
-def endpoint() -> Iterator[str]:
-    with moto_server() as url:
-        yield url
+def endpoint(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    if kind == "given":
+        assert GIVEN is not None
+        yield GIVEN
+    elif kind == "moto":
+        with moto_server() as url:
+            yield url
+    elif is_installed():
+        with localstack_server(tmp_path_factory.mktemp("localstack")) as url:
+            yield url
+    elif os.environ.get(REQUIRE_ALL_VARIABLE):
+        pytest.fail(f"LocalStack is not installed, and {REQUIRE_ALL_VARIABLE} is set; run: make emulator")
+    else:
+        pytest.skip("LocalStack is not installed; run: make emulator")
 
 
 @pytest.fixture(autouse=True)
-def _credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+def _credentials(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    if kind == "given":
+        return
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_PROFILE", raising=False)
-    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
 
 
-@pytest.fixture(params=["standard", "fifo"])
-def queue_url(request: pytest.FixtureRequest, endpoint: str) -> str:
-    """A fresh work queue with its siblings, of either kind."""
-    return create_queues(endpoint, f"q-{uuid.uuid4().hex[:12]}", fifo=request.param == "fifo")
+def _is_aws(endpoint: str) -> bool:
+    return (urllib.parse.urlsplit(endpoint).hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn"))
 
 
 @pytest.fixture
-def standard_url(endpoint: str) -> str:
+def new_queues(endpoint: str) -> Iterator["moto.NewQueues"]:
+    """Makes work queues with their siblings; they are gone afterwards, where that matters."""
+    made: list[str] = []
+
+    def make(*, fifo: bool = False, visibility_timeout_s: int = 30) -> str:
+        name = f"dagster-taskiq-contract-{uuid.uuid4().hex[:12]}"
+        made.append(create_queues(endpoint, name, fifo, visibility_timeout_s))
+        return made[-1]
+
+    yield make
+    if _is_aws(endpoint):
+        client = sqs_client(endpoint)
+        for url in made:
+            for sibling in moto.with_siblings(url):
+                with suppress(client.exceptions.ClientError):
+                    client.delete_queue(QueueUrl=sibling)
+
+
+@pytest.fixture(params=["standard", "fifo"])
+def queue_url(request: pytest.FixtureRequest, new_queues: "moto.NewQueues") -> str:
+    """A fresh work queue with its siblings, of either kind."""
+    return new_queues(fifo=request.param == "fifo")
+
+
+@pytest.fixture
+def standard_url(new_queues: "moto.NewQueues") -> str:
     """A fresh standard work queue with its siblings."""
-    return create_queues(endpoint, f"q-{uuid.uuid4().hex[:12]}")
+    return new_queues()

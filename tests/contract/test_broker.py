@@ -299,8 +299,13 @@ async def test_cancellation_can_be_disabled(queue_url: str, endpoint: str) -> No
         await broker.cancel_tasks(["t-1"])
 
 
+async def arn_of(client: Any, url: str) -> str:
+    answer = await client.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn"])
+    return str(answer["Attributes"]["QueueArn"])
+
+
 async def test_queues_are_created_once_and_described(endpoint: str, queue_url: str) -> None:
-    url = queue_url.replace("/q-", "/new-")
+    url = queue_url.replace("-contract-", "-contract-new-")
     broker = broker_for(url, endpoint)
     client = await broker._client()
     missing = await sqs.queue_status(client, url)
@@ -314,13 +319,13 @@ async def test_queues_are_created_once_and_described(endpoint: str, queue_url: s
     assert all(status.exists and status.fifo is sqs.is_fifo(url) for status in (work, steps, cancels))
     assert (work.visibility_timeout_s, cancels.visibility_timeout_s, cancels.retention_s) == (30, 5, 600)
     assert (work.warnings, cancels.warnings) == ((), ())
-    policy = json.dumps(
-        {"deadLetterTargetArn": f"arn:aws:sqs:{REGION}:123456789012:{steps.name}", "maxReceiveCount": 3}
-    )
+    policy = json.dumps({"deadLetterTargetArn": await arn_of(client, steps.url), "maxReceiveCount": 3})
     await client.set_queue_attributes(QueueUrl=cancels.url, Attributes={"RedrivePolicy": policy})
     described = (await sqs.queue_status(client, url))[2]
     assert described.has_redrive
     assert "RedrivePolicy" in described.warnings[0]
+    for sibling in sqs.queue_urls(url).values():
+        await client.delete_queue(QueueUrl=sibling)
     await broker.shutdown()
 
 

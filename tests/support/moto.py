@@ -9,12 +9,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import botocore.session
 from botocore.config import Config
 
-REGION = "us-east-1"
+from dagster_taskiq.settings import sibling_queue
+
+REGION = os.environ.get("AWS_REGION", "us-east-1") if "DAGSTER_TASKIQ_TEST_ENDPOINT" in os.environ else "us-east-1"
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "testing",
     "AWS_SECRET_ACCESS_KEY": "testing",
@@ -80,10 +82,22 @@ def sqs_client(endpoint: str, region: str = REGION) -> Any:
 def aws_client(service: str, endpoint: str, region: str = REGION) -> Any:
     """A synchronous client of any service. Shared, because making one takes a while."""
     session = botocore.session.Session()
-    session.set_credentials("testing", "testing")
+    if "DAGSTER_TASKIQ_TEST_ENDPOINT" not in os.environ:
+        session.set_credentials("testing", "testing")
     return session.create_client(
         service, region_name=region, endpoint_url=endpoint, config=Config(retries={"total_max_attempts": 1})
     )
+
+
+class NewQueues(Protocol):
+    """Makes a work queue with its siblings, and gives its URL."""
+
+    def __call__(self, *, fifo: bool = False, visibility_timeout_s: int = 30) -> str: ...
+
+
+def with_siblings(queue_url: str) -> list[str]:
+    """The URLs of the work, steps and cancel queue."""
+    return [sibling_queue(queue_url, suffix) for suffix in ("", "-steps", "-cancels")]
 
 
 def create_queues(endpoint: str, name: str, fifo: bool = False, visibility_timeout_s: int = 30) -> str:
