@@ -8,10 +8,15 @@ hypothesis.settings.register_profile("patient", deadline=None, suppress_health_c
 hypothesis.settings.load_profile("patient")
 
 LONG_FIRST = (
+    "test_chaos",
+    "localstack",
     "test_every_moment",
     "test_steps_workers",
     "test_steps_terminate",
     "test_parity",
+    "test_faults",
+    "test_hanging",
+    "test_worker_list",
     "test_browser",
     "test_dev",
     "test_matrix",

@@ -171,8 +171,16 @@ class _Fence:
         if self._holds(event, kind):
             return
         told = self._as_told(event, kind)
-        # Should a try that failed have been stored after all, the event is there twice, and is taken for one.
-        _patiently(lambda: self._store(told, batch_metadata=batch_metadata), "write to the event log")
+        tried = False
+
+        def store() -> None:
+            nonlocal tried
+            # A try whose answer was lost may have been stored all the same.
+            if not (tried and core.is_stored(self._instance, told)):
+                tried = True
+                self._store(told, batch_metadata=batch_metadata)
+
+        _patiently(store, "write to the event log")
         self._stored(event, kind)
 
     def _holds(self, event: Any, kind: DagsterEventType | None) -> bool:

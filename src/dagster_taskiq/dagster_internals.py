@@ -116,6 +116,8 @@ __all__ = [
 ]
 
 _RunBody = Callable[[str, DagsterInstance], int]
+_LOOK_BACK: Final = 50
+"""Events of one type; those of other processes of the run may have come between."""
 _IGNORE: Final[Callable[[DagsterEvent], Any]] = lambda _: None  # noqa: E731
 
 
@@ -331,6 +333,16 @@ def outages() -> tuple[type[Exception], ...]:
         if module in sys.modules:  # or else that storage is not in use
             errors.append(getattr(sys.modules[module], name))
     return tuple(errors)
+
+
+def is_stored(instance: DagsterInstance, entry: EventLogEntry) -> bool:
+    """Whether the log of its run holds this very event, by its time (in microseconds), step and type."""
+    kind = entry.dagster_event_type
+    page = instance.get_records_for_run(entry.run_id, of_type=kind, limit=_LOOK_BACK, ascending=False)
+    return any(
+        (found.timestamp, found.step_key, found.dagster_event_type) == (entry.timestamp, entry.step_key, kind)
+        for found in (record.event_log_entry for record in page.records)
+    )
 
 
 def error_info(message: str) -> SerializableErrorInfo:

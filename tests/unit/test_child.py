@@ -1,0 +1,70 @@
+"""What the child does where a run's events go in."""
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from dagster import DagsterEvent, DagsterEventType, DagsterInstance
+from dagster._core.events.log import EventLogEntry
+from sqlalchemy.exc import OperationalError
+
+from dagster_taskiq import child, patience
+
+RUN_ID = "8adb1c9d-e6ad-4f25-ae64-4db1fa32c38a"
+
+
+def entry(step: str, at: float) -> EventLogEntry:
+    event = DagsterEvent(event_type_value=DagsterEventType.STEP_START.value, job_name="job", step_key=step, message="")
+    return EventLogEntry(  # type: ignore[no-untyped-call]
+        error_info=None,
+        level=logging.INFO,
+        user_message="",
+        run_id=RUN_ID,
+        timestamp=at,
+        step_key=step,
+        job_name="job",
+        dagster_event=event,
+    )
+
+
+class Passing(child._Fence):
+    """A fence that lets everything through."""
+
+    def _holds(self, event: Any, kind: DagsterEventType | None) -> bool:
+        return False
+
+    def _stored(self, event: Any, kind: DagsterEventType | None) -> None:
+        pass
+
+
+def loses(answer: bool, times: int, store: Callable[..., None]) -> Callable[..., None]:
+    """A store whose connection breaks: before the commit, or (`answer`) after it."""
+    left = times
+
+    def broken(event: Any, **options: Any) -> None:
+        nonlocal left
+        left -= 1
+        if answer or left < 0:
+            store(event, **options)
+        if left >= 0:
+            raise OperationalError("insert", {}, ConnectionResetError())
+
+    return broken
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_an_event_whose_storing_was_not_confirmed_is_there_once(answer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "_FIRST_PAUSE_S", 0.001)
+    ours, theirs = socket.socketpair()
+    now = time.time()
+    with ours, theirs, DagsterInstance.ephemeral() as instance:
+        monkeypatch.setattr(instance, "handle_new_event", loses(answer, 2, instance.handle_new_event))
+        fence = Passing(instance, RUN_ID, child._Voice(ours))
+        fence(entry("one", now))
+        fence(entry("two", now))
+        fence(entry("one", now + 0.000001))
+        stored = [(found.step_key, found.timestamp) for found in instance.all_logs(RUN_ID)]
+    assert stored == [("one", now), ("two", now), ("one", now + 0.000001)]
