@@ -152,8 +152,8 @@ class _Life:
             intent = {"intent": cause.kind.name, "reason": cause.reason, "by": cause.requested_by}
             self._child.tell(intent | {"deadline": time() + grace_s})
         self._interrupted_at = time()
+        self._observer.interrupting(self._child.pid, grace_s)  # first: the op answers within a millisecond
         self._child.interrupt()
-        self._observer.interrupting(self._child.pid, grace_s)
         await asyncio.wait({self._child.exited}, timeout=grace_s)
         # A run that waits for its steps, on whichever workers, has the time that they have; but not in a shutdown.
         longer_s = self._child.patience_s - grace_s if cause.kind is not CancelKind.SHUTDOWN else 0
