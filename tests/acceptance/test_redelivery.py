@@ -1,0 +1,190 @@
+"""A message that is received again: what becomes of it, row by row, and Dagster's own monitoring beside it."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import pytest
+from dagster import DagsterEventType, DagsterRunStatus
+from tests.acceptance.conftest import open_platform
+from tests.support.moto import sqs_client
+from tests.support.platform import Platform, WorkerProcess
+from tests.support.waiting import wait_until
+
+from dagster_taskiq import dagster_internals as core
+from dagster_taskiq.events import Stage
+from dagster_taskiq.tags import TASK_ID_TAG
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
+
+
+def monitored(attempts: int) -> dict[str, Any]:
+    return {"run_monitoring": {"enabled": True, "max_resume_run_attempts": attempts, "poll_interval_seconds": 1}}
+
+
+@contextmanager
+def daemon(platform: Platform) -> Iterator[None]:
+    """`dagster-daemon run`."""
+    log = platform.home / "daemon.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dagster._daemon", "run", "--empty-workspace"],
+            env=os.environ | {"DAGSTER_HOME": str(platform.home)},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        wait_until(
+            lambda: "MONITORING" in platform.instance.get_daemon_heartbeats(),
+            "the monitoring daemon is at work",
+            within=60,
+            seen=log.read_text,
+        )
+        yield
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(20)
+        finally:
+            process.kill()
+            process.wait(5)
+
+
+def kill(worker: WorkerProcess) -> None:
+    """SIGKILL, to the worker alone."""
+    worker.process.kill()
+    worker.process.wait(10)
+
+
+def body_of_the_message(platform: Platform) -> str:
+    """The body of the one message in the queue, which stays there."""
+    client = sqs_client(platform.endpoint_url)
+    (message,) = client.receive_message(QueueUrl=platform.queue_url, VisibilityTimeout=0)["Messages"]
+    return str(message["Body"])
+
+
+def send(platform: Platform, body: str) -> None:
+    sqs_client(platform.endpoint_url).send_message(QueueUrl=platform.queue_url, MessageBody=body)
+
+
+def resumptions(platform: Platform, run_id: str) -> int:
+    entries = platform.instance.all_logs(run_id)
+    return sum(entry.dagster_event.message == core.RESUME_RUN_LOG_MESSAGE for entry in entries if entry.dagster_event)
+
+
+def test_what_is_not_to_be_started_is_dropped(endpoint: str) -> None:
+    with open_platform(endpoint) as platform:
+        deleted, failed, superseded = runs = [platform.launch("quick_job", seconds=0) for _ in range(3)]
+        platform.instance.delete_run(deleted)
+        platform.instance.report_run_failed(platform.run(failed))
+        platform.instance.add_run_tags(superseded, {TASK_ID_TAG: "another"})
+        stories = [platform.story(run_id) for run_id in runs]
+        with platform.worker() as worker:
+            wait_until(lambda: platform.waiting() == 0, "the messages are deleted", within=60, seen=worker.log)
+            reasons = {"does not exist", "is FAILURE already", "superseded"}
+            wait_until(lambda: all(why in worker.log() for why in reasons), "the worker says why", seen=worker.log)
+        assert [platform.story(run_id) for run_id in runs] == stories, "no trace in the log"
+
+
+def test_terminated_before_it_began_and_then_delivered(endpoint: str) -> None:
+    with open_platform(endpoint) as platform:
+        run_id = platform.launch("quick_job", seconds=0)
+        platform.instance.report_run_canceling(platform.run(run_id))
+        with platform.worker():
+            assert platform.finished(run_id) is DagsterRunStatus.CANCELED
+        assert platform.marks(run_id) == []
+        assert platform.waiting() == 0
+
+
+def test_a_message_that_comes_many_times_is_worked_on_once(endpoint: str) -> None:
+    """Its copies go to the worker that is at work and to another one, while it is, and after it has ended."""
+    with open_platform(endpoint) as platform:
+        run_id = platform.launch("sleepy_job", seconds=4)
+        body = body_of_the_message(platform)
+        with platform.worker("-n", "one"), platform.worker("-n", "other") as other:
+            platform.marked(run_id, "started")
+            for _ in range(4):
+                send(platform, body)
+            assert platform.finished(run_id, within=60) is DagsterRunStatus.SUCCESS, platform.story(run_id)
+            send(platform, body)
+            wait_until(lambda: platform.waiting() == 0, "all are deleted", within=90, seen=other.log)
+        assert platform.mark_counts(run_id)["started"] == 1
+        assert platform.stages(run_id).count(Stage.PICKED_UP) == 1
+
+
+def test_canceling_when_its_worker_died_is_finished_by_who_receives_it(endpoint: str) -> None:
+    with open_platform(endpoint) as platform:
+        with platform.worker("-n", "dies") as dies:
+            run_id = platform.launch("sleepy_job")
+            platform.marked(run_id, "started")
+            os.kill(dies.pid, signal.SIGSTOP)  # so that it hears of nothing
+            assert platform.launcher.terminate(run_id)
+            kill(dies)
+        assert platform.status(run_id) is DagsterRunStatus.CANCELING
+        with platform.worker("-n", "heir"):
+            assert platform.finished(run_id, within=90) is DagsterRunStatus.CANCELED, platform.story(run_id)
+            wait_until(lambda: platform.waiting() == 0, "its message is deleted", within=60)
+        platform.assert_nothing_left(run_id)
+        assert platform.mark_counts(run_id)["started"] == 1
+
+
+@pytest.mark.parametrize("attempts", [0, 1], ids=["failed", "resumed"])
+def test_killed_in_the_middle_of_the_drain(endpoint: str, attempts: int) -> None:
+    extra = monitored(attempts) if attempts else {}
+    source = {"drain_seconds": 60, "stop_timeout_seconds": 80}
+    with open_platform(endpoint, source=source, extra=extra) as platform:
+        with platform.worker("-n", "dies") as dies:
+            run_id = platform.launch("sleepy_job", seconds=6)
+            platform.marked(run_id, "started")
+            dies.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: "stopping" in dies.log(), "the worker drains", seen=dies.log)
+            kill(dies)
+        wait_until(lambda: platform.processes(run_id) == [], "its children end with it")
+        with platform.worker("-n", "heir"):
+            expected = DagsterRunStatus.SUCCESS if attempts else DagsterRunStatus.FAILURE
+            assert platform.finished(run_id, within=90) is expected, platform.story(run_id)
+        assert platform.mark_counts(run_id)["slept"] == attempts
+        assert platform.mark_counts(run_id)["started"] == 1 + attempts
+
+
+@pytest.mark.parametrize("attempts", [0, 1], ids=["failed", "resumed"])
+def test_beside_dagsters_monitoring_a_dead_worker_counts_once(endpoint: str, attempts: int) -> None:
+    """The daemon finds the worker dead, and the message comes again: one of them does it."""
+    with open_platform(endpoint, extra=monitored(attempts)) as platform, daemon(platform):
+        with platform.worker("-n", "dies") as dies:
+            run_id = platform.launch("sleepy_job", seconds=5)
+            platform.marked(run_id, "started")
+            kill(dies)
+        with platform.worker("-n", "heir") as heir:
+            expected = DagsterRunStatus.SUCCESS if attempts else DagsterRunStatus.FAILURE
+            assert platform.finished(run_id, within=120) is expected, "\n".join(platform.story(run_id))
+            wait_until(lambda: platform.waiting() == 0, "no message is left", within=60, seen=heir.log)
+        kinds = platform.events(run_id)
+        assert resumptions(platform, run_id) == attempts, platform.story(run_id)
+        assert platform.mark_counts(run_id)["started"] == 1 + attempts, platform.story(run_id)
+        assert kinds.count(DagsterEventType.RUN_FAILURE) == 1 - attempts, platform.story(run_id)
+        assert kinds.count(DagsterEventType.RUN_SUCCESS) == attempts, platform.story(run_id)
+        platform.assert_nothing_left(run_id)
+
+
+def test_dagsters_monitoring_leaves_a_healthy_run_alone(endpoint: str) -> None:
+    """Longer than a heartbeat is good for, and while a worker's process stands still for a moment."""
+    with open_platform(endpoint, extra=monitored(1)) as platform, daemon(platform), platform.worker() as worker:
+        run_id = platform.launch("sleepy_job", seconds=10)
+        platform.marked(run_id, "started")
+        process = psutil.Process(worker.pid)
+        process.suspend()
+        try:
+            wait_until(lambda: process.status() == psutil.STATUS_STOPPED, "it stands still")
+        finally:
+            process.resume()
+        assert platform.finished(run_id, within=60) is DagsterRunStatus.SUCCESS, platform.story(run_id)
+        assert resumptions(platform, run_id) == 0
+        assert platform.mark_counts(run_id)["started"] == 1
