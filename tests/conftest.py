@@ -16,6 +16,7 @@ LONG_FIRST = (
     "test_parity",
     "test_faults",
     "test_hanging",
+    "test_redelivery",
     "test_worker_list",
     "test_browser",
     "test_dev",

@@ -170,6 +170,16 @@ class Claims:
         """Give the claim up, so that another worker's counts although this one is alive."""
         write_note(self._instance, run, released(worker_id, task_id, why), step_key)
 
+    def is_waiting(self, run_id: str) -> bool:
+        """Whether the run was submitted (launched, or resumed) and nobody has claimed that task."""
+        submitted, claimed = None, set()
+        for stage, facts in notes(self._instance, run_id):
+            if stage is Stage.SUBMITTED:
+                submitted = facts.get(TASK_ID_KEY)
+            elif stage is Stage.PICKED_UP:  # the worker may be quicker than the launcher's note
+                claimed.add(facts.get(TASK_ID_KEY))
+        return submitted is not None and submitted not in claimed
+
     def first_claimant(self, run_id: str, step: StepRef) -> str | None:
         """The worker whose claim on a step counts, alive or not: an attempt is never started a second time."""
         return next(iter(self._claimants(run_id, step)), None)

@@ -178,9 +178,11 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
             if owner is not None and owner.in_doubt:
                 time.sleep(self._claims().heartbeats.confirm_s)
                 owner = self._owner(run.run_id)
+            # One that monitoring has resumed is not to be resumed, or given up, once more before anybody had it.
+            waiting = owner is None or (not owner.alive and self._claims().is_waiting(run.run_id))
         except Exception as error:  # noqa: BLE001 - whatever the storage raises, a healthy run must not die of it
             return core.CheckRunHealthResult(core.WorkerStatus.RUNNING, f"cannot tell: {error!r}")
-        if owner is None:
+        if waiting or owner is None:
             return core.CheckRunHealthResult(core.WorkerStatus.RUNNING, "waiting in its queue for a worker")
         if owner.in_doubt:
             return core.CheckRunHealthResult(

@@ -17,7 +17,8 @@ from tests.support.platform import Platform, WorkerProcess
 from tests.support.waiting import wait_until
 
 from dagster_taskiq import dagster_internals as core
-from dagster_taskiq.events import Stage
+from dagster_taskiq.claims import write_note
+from dagster_taskiq.events import Stage, picked_up, submitted
 from dagster_taskiq.tags import TASK_ID_TAG
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
@@ -188,3 +189,18 @@ def test_dagsters_monitoring_leaves_a_healthy_run_alone(endpoint: str) -> None:
         assert platform.finished(run_id, within=60) is DagsterRunStatus.SUCCESS, platform.story(run_id)
         assert resumptions(platform, run_id) == 0
         assert platform.mark_counts(run_id)["started"] == 1
+
+
+def test_a_dead_worker_that_was_quicker_than_the_launchers_note_is_found_dead(endpoint: str) -> None:
+    """It picked the run up before "Submitted to queue …" was written."""
+    with open_platform(endpoint) as platform:
+        run = platform.create("quick_job")
+        platform.report(run, DagsterEventType.RUN_STARTING, DagsterEventType.RUN_START)
+        for note in (picked_up("gone-1", "task-1", "nowhere"), submitted("task-1", "queue")):
+            write_note(platform.instance, run, note)
+        look = platform.launcher.check_run_worker_health
+        assert look(platform.run(run.run_id)).status is core.WorkerStatus.NOT_FOUND
+        write_note(platform.instance, run, submitted("task-2", "queue"))
+        assert look(platform.run(run.run_id)).status is core.WorkerStatus.RUNNING
+        write_note(platform.instance, run, picked_up("gone-2", "task-2", "nowhere"))
+        assert look(platform.run(run.run_id)).status is core.WorkerStatus.NOT_FOUND
