@@ -90,3 +90,7 @@ benchmark: $(STAMP) ## Measure launch and Terminate against Dagster's own launch
 .PHONY: benchmark-steps
 benchmark-steps: $(STAMP) ## Measure steps under taskiq_executor against Dagster's own executors (some ten minutes)
 	$(BIN)/python -m benchmarks.steps 2>benchmark.log || { tail -n 20 benchmark.log; exit 1; }
+
+.PHONY: soak
+soak: $(STAMP) ## Two thousand short runs on one worker: does it hold more at the end than at the beginning? (an hour)
+	$(BIN)/python -m benchmarks.soak 2>benchmark.log || { tail -n 20 benchmark.log; exit 1; }
