@@ -83,6 +83,10 @@ clean: ## Remove the virtual environment and everything that was built
 	rm -rf $(VENV) $(EMULATOR) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
+.PHONY: audit
+audit: $(STAMP) ## Compare the tested versions with PyPI's advisories (needs the network)
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
 .PHONY: benchmark
 benchmark: $(STAMP) ## Measure launch and Terminate against Dagster's own launcher and a bare SQS message (a minute or two)
 	$(BIN)/python -m benchmarks.terminate 2>benchmark.log || { tail -n 20 benchmark.log; exit 1; }
@@ -90,6 +94,10 @@ benchmark: $(STAMP) ## Measure launch and Terminate against Dagster's own launch
 .PHONY: benchmark-steps
 benchmark-steps: $(STAMP) ## Measure steps under taskiq_executor against Dagster's own executors (some ten minutes)
 	$(BIN)/python -m benchmarks.steps 2>benchmark.log || { tail -n 20 benchmark.log; exit 1; }
+
+.PHONY: benchmark-token
+benchmark-token: $(STAMP) ## Measure what a look at the cancellation token costs (half a minute)
+	$(BIN)/python -m benchmarks.token
 
 .PHONY: soak
 soak: $(STAMP) ## Two thousand short runs on one worker: does it hold more at the end than at the beginning? (an hour)

@@ -24,6 +24,7 @@ from dagster_taskiq import sqs
 from dagster_taskiq.cancel_queue import CancelQueue
 from dagster_taskiq.cancel_queue import CancelReport as CancelReport
 from dagster_taskiq.cancel_queue import ReceivedCancel as ReceivedCancel
+from dagster_taskiq.cancellation_middleware import CancellationEvent, tell
 from dagster_taskiq.errors import AccessDenied, DagsterTaskiqError, MessageTooLarge, QueueError
 from dagster_taskiq.lease import Lease, Settle
 from dagster_taskiq.patience import patiently
@@ -187,14 +188,27 @@ class CancellableSQSBroker(SQSBroker):  # type: ignore[misc]  # taskiq_aws has n
     async def cancel_task(self, task_id: str, *, reason: str | None = None, requested_by: str | None = None) -> None:
         """Ask whichever worker runs the task to cancel it. Raises a `DagsterTaskiqError` when that cannot be sent."""
         self._require_cancellation()
-        await self._cancels.send(task_id, reason, requested_by)
+        # Told as it is sent: a worker may be quick, and nobody should hear of the delivery first.
+        await asyncio.gather(
+            self._tell([task_id], reason, requested_by), self._cancels.send(task_id, reason, requested_by)
+        )
 
     async def cancel_tasks(
         self, task_ids: Iterable[str], *, reason: str | None = None, requested_by: str | None = None
     ) -> CancelReport:
         """Ask for many, ten to a request. What fails is in the report, and does not stop the rest."""
         self._require_cancellation()
-        return await self._cancels.send_all(task_ids, reason, requested_by)
+        wanted = list(task_ids)
+        _, report = await asyncio.gather(
+            self._tell(wanted, reason, requested_by), self._cancels.send_all(wanted, reason, requested_by)
+        )
+        return report
+
+    async def _tell(self, task_ids: Iterable[str], reason: str | None, requested_by: str | None) -> None:
+        if self.middlewares:
+            for task_id in task_ids:
+                event = CancellationEvent("requested", task_id, reason=reason, requested_by=requested_by)
+                await tell(self.middlewares, event)
 
     def _require_cancellation(self) -> None:
         if not self.enable_cancellation:

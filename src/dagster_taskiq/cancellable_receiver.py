@@ -19,8 +19,10 @@ from taskiq.receiver.receiver import _PrefetchedMessage, _QueueSignal, _StartedC
 from dagster_taskiq.cancel_listener import CancelListener
 from dagster_taskiq.cancellable_broker import CancellableSQSBroker, LeasedMessage, settling
 from dagster_taskiq.cancellation import CancelChannel, CancelKind, Cancellation
-from dagster_taskiq.errors import QueueUnreachable
+from dagster_taskiq.cancellation_middleware import CancellationEvent, Stage, tell
+from dagster_taskiq.errors import CleanupFailed, QueueUnreachable
 from dagster_taskiq.lease import Settle
+from dagster_taskiq.log_context import telling
 from dagster_taskiq.recently import Recently
 from dagster_taskiq.running import CURRENT, CancelledIsNoError, cancelled_result
 from dagster_taskiq.running import Running as Running
@@ -47,6 +49,10 @@ class CancellableReceiver(Receiver):
     """Tells of a task id whether its work is known to be finished; lets cancels for nobody end early."""
     shared_listener: CancelListener | None = None
     """Who hears cancels for this receiver and others, and is run by whoever made it; None: it hears them itself."""
+    when_delivered: Callable[[Cancellation], None] | None = None
+    """Called when work that runs here is cancelled, by whatever channel; once."""
+    describe: Callable[[TaskiqMessage], Mapping[str, str]] | None = None
+    """What lines of the log about a task shall say beside its id."""
     still_ours: Callable[[str], Awaitable[bool]] | None = None
     """Asked when a lease is lost: is the work nevertheless ours, so that it should go on?"""
 
@@ -55,7 +61,7 @@ class CancellableReceiver(Receiver):
         self.hearing = asyncio.Event()
         self._running: dict[str, Running] = {}
         self._callbacks: set[asyncio.Task[Any]] = set()
-        self._lost: set[asyncio.Task[None]] = set()
+        self._side_tasks: set[asyncio.Task[None]] = set()
         self.finished: Recently[bool] = Recently(ttl_s=3_600)
         """Task ids under which nobody will ever work again."""
         self._unreadable: Recently[bool] = Recently()
@@ -131,10 +137,10 @@ class CancellableReceiver(Receiver):
             working.cancel()
             await asyncio.wait({working})
         await self.stop_running(Cancellation(CancelKind.SHUTDOWN, reason=_SHUTDOWN))
-        for task in (*helpers, *self._lost):
+        for task in (*helpers, *self._side_tasks):
             task.cancel()
-        if helpers or self._lost:
-            await asyncio.wait({*helpers, *self._lost})
+        if helpers or self._side_tasks:
+            await asyncio.wait({*helpers, *self._side_tasks})
 
     async def prefetcher(self, queue: _Queue, finish_event: asyncio.Event) -> None:
         """Receive work, but claim nothing before cancels are heard."""
@@ -170,8 +176,16 @@ class CancellableReceiver(Receiver):
 
     async def callback(self, message: bytes | AckableMessage, raise_err: bool = False) -> None:
         """Carry one message through: from receipt to exactly one settlement."""
+        parsed = self._parsed(message)
+        task_id = parsed.task_id if parsed is not None else None
+        facts = self.describe(parsed) if parsed is not None and self.describe is not None else {}
+        with telling(task_id=task_id, **facts):
+            if isinstance(message, LeasedMessage):
+                message.lease.about = {"task_id": task_id, **facts}
+            await self._callback(task_id, message, raise_err=raise_err)
+
+    async def _callback(self, task_id: str | None, message: bytes | AckableMessage, *, raise_err: bool) -> None:
         settle = settling(message)
-        task_id = self._task_id(message)
         earlier = self._running.get(task_id or "")
         if earlier is not None and earlier.over:
             # A retry has the id of the first try, and may come before that is settled.
@@ -186,8 +200,8 @@ class CancellableReceiver(Receiver):
         else:
             await self._carry_through(task_id, message, settle, raise_err=raise_err)
 
-    def _task_id(self, message: bytes | AckableMessage) -> str | None:
-        """The id, or None when the message is unreadable or its task unknown here: another worker may know better."""
+    def _parsed(self, message: bytes | AckableMessage) -> TaskiqMessage | None:
+        """The message, or None when it is unreadable or its task unknown here: another worker may know better."""
         body = message.data if isinstance(message, AckableMessage) else message
         try:
             parsed = self.broker.formatter.loads(message=body)
@@ -199,7 +213,7 @@ class CancellableReceiver(Receiver):
         if self.broker.find_task(parsed.task_name) is None:
             self._log_once(message, f"task {parsed.task_name!r} is not known here; is its module imported?")
             return None
-        return parsed.task_id
+        return parsed
 
     def _log_once(self, message: bytes | AckableMessage, text: str) -> None:
         key = message.message_id if isinstance(message, LeasedMessage) else str(hash(repr(message)))
@@ -213,6 +227,9 @@ class CancellableReceiver(Receiver):
         running = Running(
             task_id, receive_count=receive_count, settle=settle, start_cancelled=self.start_cancelled_work
         )
+        if isinstance(message, LeasedMessage):
+            running.sent_at = message.sent_at
+        running.when_cancelled = lambda cause: self._delivered(running, cause)
         self._running[task_id] = running
         if isinstance(message, LeasedMessage):
             message.lease.when_lost(lambda: self._on_lost(running))
@@ -242,18 +259,29 @@ class CancellableReceiver(Receiver):
                 self.finished.remember(running.task_id, True)
             running.settled.set()
 
+    def _delivered(self, running: Running, cause: Cancellation) -> None:
+        if self.when_delivered is not None:
+            self.when_delivered(cause)
+        self._tell_later("delivered", running, cause)
+
+    def _tell_later(self, stage: Stage, running: Running, cause: Cancellation) -> None:
+        name = running.message.task_name if running.message is not None else None
+        task = asyncio.create_task(self._tell(stage, running.task_id, cause, name), name=f"tell of {running.task_id}")
+        self._side_tasks.add(task)
+        task.add_done_callback(self._side_tasks.discard)
+
     def _on_lost(self, running: Running) -> None:
         task = asyncio.create_task(self._lease_lost(running), name=f"lease lost of {running.task_id}")
-        self._lost.add(task)
-        task.add_done_callback(self._lost.discard)
+        self._side_tasks.add(task)
+        task.add_done_callback(self._side_tasks.discard)
 
     async def _lease_lost(self, running: Running) -> None:
         try:
             if self.still_ours is not None and await self.still_ours(running.task_id):
-                logger.warning("lease lost, but the work is still ours", extra={"task_id": running.task_id})
+                logger.warning("lease lost, but the work is still ours", extra=running.about)
                 return
         except Exception:  # who cannot say that it is ours, must not go on as if it were
-            logger.exception("could not find out whether work is still ours", extra={"task_id": running.task_id})
+            logger.exception("could not find out whether work is still ours", extra=running.about)
         running.cancel(Cancellation(CancelKind.LEASE_LOST, reason="lease lost", channel=CancelChannel.LEASE))
 
     async def run_task(
@@ -275,7 +303,36 @@ class CancellableReceiver(Receiver):
             running.begin(inner)
             result = await self._result_of(inner, running, message)
         running.end(succeeded=not result.is_err)
+        if running.cancellation is not None:
+            return await self._after_cancellation(running, message, result)
         return running.told(result)
+
+    async def _after_cancellation(
+        self, running: Running, message: TaskiqMessage, result: TaskiqResult[Any]
+    ) -> TaskiqResult[Any]:
+        """Its cleanup handlers, unless it has finished its work all the same; and whoever wants to hear of the end."""
+        failures: tuple[str, ...] = ()
+        if running.handlers and result.is_err:
+            failures = await to_the_end(running.clean_up(), name=f"clean up {running.task_id}")
+        result = running.told(result)
+        if failures:
+            result.error = CleanupFailed(failures)
+        cause = running.cancellation
+        if cause is not None:
+            error = result.error if result.is_err else None
+            await self._tell("finished", running.task_id, cause, message.task_name, error)
+        return result
+
+    async def _tell(
+        self,
+        stage: Stage,
+        task_id: str,
+        cause: Cancellation,
+        task_name: str | None,
+        error: BaseException | None = None,
+    ) -> None:
+        event = CancellationEvent(stage, task_id, cause.kind, cause.reason, cause.requested_by, task_name, error)
+        await tell(self.broker.middlewares, event)
 
     async def _result_of(
         self, inner: "asyncio.Task[TaskiqResult[Any]]", running: Running, message: TaskiqMessage

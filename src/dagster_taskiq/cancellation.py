@@ -58,6 +58,8 @@ class Told:
     """Whether its work is cancelled: somebody asked for it, and it is not going on elsewhere."""
     orphaned: Callable[[], bool] = lambda: False
     """Whether its worker is gone: what becomes of the work is for the next one to decide."""
+    why: Callable[[], tuple[str | None, str | None]] = lambda: (None, None)
+    """What the canceller said, and who that is, if known."""
 
 
 told = Told()

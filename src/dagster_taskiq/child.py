@@ -5,28 +5,33 @@ its verdict to the supervisor, which writes the final state when the whole proce
 writes how its step ended, unless its worker is gone: then the run decides what becomes of the step.
 """
 
-import json
 import signal
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from dagster import DagsterEventType, DagsterInstance, DagsterRunStatus
 
-from dagster_taskiq import cancellation, sqs
+from dagster_taskiq import cancellation, handlers, sqs
 from dagster_taskiq import dagster_internals as core
-from dagster_taskiq.events import PATIENCE_KEY
+from dagster_taskiq.claims import write_note
+from dagster_taskiq.cleanup import Cleanup
+from dagster_taskiq.cleanup_plan import handler_names
+from dagster_taskiq.database import patiently_asking
+from dagster_taskiq.events import PATIENCE_KEY, TASK_ID_KEY, cleanup_handlers
 from dagster_taskiq.messages import StepOrder, unpack
-from dagster_taskiq.patience import DATABASE_PATIENCE_S, patiently_blocking
+from dagster_taskiq.op_state import forget_states
+from dagster_taskiq.op_token import OpProcess
+from dagster_taskiq.voice import Voice
 
 WARM_UP: Final = "dagster_taskiq.child:warm_up"
 RUN_TARGET: Final = "dagster_taskiq.child:run"
 STEP_TARGET: Final = "dagster_taskiq.child:step"
+CLEANUP_TARGET: Final = "dagster_taskiq.child:cleanup"
 PRELOAD: Final = ("dagster_taskiq.child", "dagster_taskiq.executor")
 
-_T = TypeVar("_T")
 _INTERRUPTS: Final = {signal.SIGTERM, signal.SIGINT}
 _TERMINAL: Final = {DagsterEventType.RUN_SUCCESS, DagsterEventType.RUN_FAILURE, DagsterEventType.RUN_CANCELED}
 _BEFORE_MORE_WORK: Final = {
@@ -71,9 +76,14 @@ def step(argument: dict[str, Any], channel: socket.socket) -> int:
     return _work(_step, argument, channel)
 
 
-def _work(body: Callable[[dict[str, Any], DagsterInstance, "_Voice"], int], argument: Any, channel: Any) -> int:
-    voice = _Voice(channel)
-    cancellation.told = cancellation.Told(voice.told_to_cancel, voice.worker_is_gone)
+def cleanup(argument: dict[str, Any], channel: socket.socket) -> int:
+    """Run the cleanup handlers of the run that `argument` names. Starts with SIGTERM and SIGINT blocked, as `run`."""
+    return _work(_cleanup, argument, channel)
+
+
+def _work(body: Callable[[dict[str, Any], DagsterInstance, Voice], int], argument: Any, channel: Any) -> int:
+    voice = Voice(channel)
+    cancellation.told = cancellation.Told(voice.told_to_cancel, voice.worker_is_gone, voice.why)
     with core.capture_interrupts():
         # From here on a signal is either captured (and seen at the next step) or raised inside the op.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPTS)
@@ -92,73 +102,42 @@ def _work(body: Callable[[dict[str, Any], DagsterInstance, "_Voice"], int], argu
             voice.say(finished=True)
 
 
-def _run(argument: dict[str, Any], instance: DagsterInstance, voice: "_Voice") -> int:
+def _run(argument: dict[str, Any], instance: DagsterInstance, voice: Voice) -> int:
     run_id = argument["run_id"]
-    fence = _RunFence(instance, run_id, voice)
+    fence = _RunFence(instance, run_id, voice, OpProcess(voice, instance, run_id))
     core.hook_interrupts(fence.note_interrupt)
     instance.handle_new_event = fence  # type: ignore[method-assign]
     return _BODIES[argument["kind"]](run_id, instance)
 
 
-def _step(argument: dict[str, Any], instance: DagsterInstance, voice: "_Voice") -> int:
+def _step(argument: dict[str, Any], instance: DagsterInstance, voice: Voice) -> int:
     order = StepOrder.from_kwargs(argument["order"])
-    run = _patiently(lambda: instance.get_run_by_id(order.run_id), "read the run")
+    run = patiently_asking(lambda: instance.get_run_by_id(order.run_id), "read the run")
     if run is None:
         raise LookupError(f"run {order.run_id} was deleted")
-    instance.handle_new_event = _StepFence(instance, order, voice)  # type: ignore[method-assign]
+    process = OpProcess(voice, instance, order.run_id)
+    instance.handle_new_event = _StepFence(instance, order, voice, process)  # type: ignore[method-assign]
     state = core.rebuild_state(unpack(order.state or ""), run, instance, history=order.reexecution)
     for _ in core.execute_step(run, instance, order.step_key, state, core.RetryMode(order.retries)):
         pass  # the events are in the database; nobody reads them here
     return 0
 
 
-def _patiently(call: Callable[[], _T], doing: str) -> _T:
-    """Dagster would have the op fail for a database that is away for a moment."""
-    return patiently_blocking(call, doing=doing, on=core.outages(), for_s=DATABASE_PATIENCE_S)
-
-
-class _Voice:
-    """The child's end of its channel: says lines, and hears whether there is an intent. Never blocks for long."""
-
-    def __init__(self, channel: socket.socket) -> None:
-        self._channel = channel
-        self._heard = b""
-        self._closed = False
-
-    def say(self, **message: Any) -> None:
-        with suppress(OSError):  # no worker listens any more
-            self._channel.sendall(json.dumps(message).encode() + b"\n")
-
-    def told_to_stop(self) -> bool:
-        """Whether an intent has come, or the worker is gone."""
-        return self.told_to_cancel() or self._closed
-
-    def told_to_cancel(self) -> bool:
-        """Whether an intent has come."""
-        self._listen()
-        return b"\n" in self._heard
-
-    def worker_is_gone(self) -> bool:
-        """Whether nobody will ever listen again."""
-        self._listen()
-        return self._closed
-
-    def _listen(self) -> None:
-        while not self._closed:
-            try:
-                data = self._channel.recv(4096, socket.MSG_DONTWAIT)
-            except (BlockingIOError, InterruptedError):
-                break
-            except OSError:
-                data = b""
-            self._heard += data
-            self._closed = not data
+def _cleanup(argument: dict[str, Any], instance: DagsterInstance, voice: Voice) -> int:
+    run = patiently_asking(lambda: instance.get_run_by_id(argument["run_id"]), "read the run")
+    if run is not None:
+        outcome = Cleanup(instance, run, argument["worker_id"], tell=lambda what: voice.say(cleaning=what)).run()
+        voice.say(cleaned=not outcome.stopped)
+    return 0
 
 
 class _Fence:
-    """Stands where the instance takes in events: `DagsterInstance.handle_new_event` of this process."""
+    """Stands where the instance takes in events: `DagsterInstance.handle_new_event` of this process.
 
-    def __init__(self, instance: DagsterInstance, run_id: str, voice: _Voice) -> None:
+    Patient with the database: Dagster would have the op fail when it is away for a moment.
+    """
+
+    def __init__(self, instance: DagsterInstance, run_id: str, voice: Voice) -> None:
         self._instance = instance
         self._store = instance.handle_new_event
         self._run_id = run_id
@@ -180,7 +159,7 @@ class _Fence:
                 tried = True
                 self._store(told, batch_metadata=batch_metadata)
 
-        _patiently(store, "write to the event log")
+        patiently_asking(store, "write to the event log")
         self._stored(event, kind)
 
     def _holds(self, event: Any, kind: DagsterEventType | None) -> bool:
@@ -194,8 +173,9 @@ class _Fence:
 
 
 class _RunFence(_Fence):
-    def __init__(self, instance: DagsterInstance, run_id: str, voice: _Voice) -> None:
+    def __init__(self, instance: DagsterInstance, run_id: str, voice: Voice, process: OpProcess) -> None:
         super().__init__(instance, run_id, voice)
+        self._process = process
         self._took_hold = False
         self._canceling = False
 
@@ -212,12 +192,18 @@ class _RunFence(_Fence):
     def _must_hold(self) -> bool:
         if self._took_hold or core.check_captured_interrupt() or self._voice.told_to_stop():
             return True
-        run = _patiently(lambda: self._instance.get_run_by_id(self._run_id), "read the run")
+        run = patiently_asking(lambda: self._instance.get_run_by_id(self._run_id), "read the run")
         return run is None or run.status in _STOPPED
 
     def _stored(self, event: Any, kind: DagsterEventType | None) -> None:
         if kind is DagsterEventType.RUN_START:
             self._mend_canceling()
+            self._announce_handlers()
+        elif kind is DagsterEventType.STEP_WORKER_STARTING and TASK_ID_KEY not in _metadata(event):
+            # Not by our own executor: what is started next, here, can hear of a cancellation, too.
+            self._process.admit()
+        elif kind is DagsterEventType.RUN_SUCCESS and self._process.state_kept:
+            forget_states(self._instance, self._run_id)
         elif kind is DagsterEventType.ENGINE_EVENT:
             self._ask_for_patience(event)
         if kind in _BEFORE_MORE_WORK and (self._canceling or self._voice.told_to_stop()):
@@ -225,10 +211,20 @@ class _RunFence(_Fence):
             raise core.DagsterExecutionInterruptedError
 
     def _ask_for_patience(self, event: Any) -> None:
-        metadata = getattr(event.dagster_event.event_specific_data, "metadata", None) or {}
+        metadata = _metadata(event)
         if PATIENCE_KEY in metadata:
             # The executor says that it waits for its steps to stop, wherever they run.
             self._voice.say(patience_s=float(metadata[PATIENCE_KEY].value) + _EXIT_S)
+
+    def _announce_handlers(self) -> None:
+        """So that whoever ends the run knows, without its code, whether there is something to be done."""
+        if not handlers.in_use():
+            return
+        run = patiently_asking(lambda: self._instance.get_run_by_id(self._run_id), "read the run")
+        names = handler_names(core.job_of(run, self._instance)) if run is not None else []
+        if run is not None and names:
+            note = cleanup_handlers(names)
+            patiently_asking(lambda: write_note(self._instance, run, note), "write to the event log")
 
     def _mend_canceling(self) -> None:
         # Transitions are unguarded: a RUN_START that follows a RUN_CANCELING makes the run STARTED again, and then
@@ -240,9 +236,14 @@ class _RunFence(_Fence):
             self._canceling = True
 
 
+def _metadata(event: Any) -> Mapping[str, Any]:
+    return getattr(event.dagster_event.event_specific_data, "metadata", None) or {}
+
+
 class _StepFence(_Fence):
-    def __init__(self, instance: DagsterInstance, order: StepOrder, voice: _Voice) -> None:
+    def __init__(self, instance: DagsterInstance, order: StepOrder, voice: Voice, process: OpProcess) -> None:
         super().__init__(instance, order.run_id, voice)
+        self._process = process
         self._step_key = order.step_key
 
     def _holds(self, event: Any, kind: DagsterEventType | None) -> bool:
@@ -258,5 +259,7 @@ class _StepFence(_Fence):
     def _stored(self, event: Any, kind: DagsterEventType | None) -> None:
         if kind in _STEP_ENDS and event.dagster_event.step_key == self._step_key:
             self._voice.say(step_ended=kind.value)
+        if kind is DagsterEventType.STEP_SUCCESS and self._process.state_kept:
+            forget_states(self._instance, self._run_id, self._step_key)
         if kind in _BEFORE_MORE_WORK and self._voice.told_to_stop():
             raise core.DagsterExecutionInterruptedError

@@ -10,8 +10,10 @@ from time import time
 
 from dagster import DagsterInstance, DagsterRun
 
+from dagster_taskiq import dagster_internals as core
 from dagster_taskiq import events
 from dagster_taskiq.claims import StepRef, write_note
+from dagster_taskiq.patience import DATABASE_PATIENCE_S, patiently
 from dagster_taskiq.supervisor import Cancelled, ChildEnd
 
 logger = logging.getLogger(__name__)
@@ -41,20 +43,24 @@ class Chronicle:
         self._write(events.reached(self._worker_id, self._cancelled.cause))
         self._write(events.interrupting(pid, grace_s, at))
 
-    def killing(self, pid: int, waited_s: float) -> None:
+    def killing(self, pid: int, waited_s: float, shield: str | None) -> None:
         """See `supervisor.Observer`."""
-        self._write(events.killed(pid, waited_s, time()))
+        self._write(events.killed(pid, waited_s, shield, time()))
 
     def tell(self, note: events.Note) -> None:
         """Anything else."""
         self._write(note)
 
-    def tell_end(self, end: ChildEnd | None) -> None:
-        """What is to be said of a cancellation when all is over."""
-        if self._cancelled and end is None:
-            self._write(events.reached(self._worker_id, self._cancelled.cause))
-        elif end is not None and end.interrupted_at is not None:
-            self._write(events.tree_gone(end.gone_at - end.interrupted_at, end.killed, end.gone_at))
+    def tell_end(self, end: ChildEnd | None, *, said: bool = False) -> None:
+        """What is to be said when all is over: of a cancellation, and of a step always. `said`: how it ended."""
+        if end is None:
+            if self._cancelled:
+                self._write(events.reached(self._worker_id, self._cancelled.cause))
+            return
+        after_s = end.gone_at - end.interrupted_at if end.interrupted_at is not None else None
+        if self._step is not None or after_s is not None:
+            ended = said if self._step is not None else None
+            self._write(events.tree_gone(after_s, end.killed, end.gone_at, ended=ended))
 
     async def written(self) -> None:
         """Until everything that was said is in the database."""
@@ -73,6 +79,12 @@ class Chronicle:
             mine = {events.WORKER_KEY: self._worker_id, events.TASK_ID_KEY: self._step.task_id}
             note, step_key = replace(note, facts={**note.facts, **mine}), self._step.step_key
         try:
-            await asyncio.to_thread(write_note, self._instance, self._run, note, step_key)
+            await patiently(
+                lambda: asyncio.to_thread(write_note, self._instance, self._run, note, step_key),
+                doing="write an engine event",
+                # A step's run waits until it reads that the step is over: so that is tried whatever happens.
+                on=core.outages() if self._step is None else Exception,
+                for_s=DATABASE_PATIENCE_S if self._step is None else None,
+            )
         except Exception:  # an event that cannot be written must not keep the run from its end
             logger.exception("engine event could not be written", extra={"run_id": self._run.run_id})

@@ -15,16 +15,20 @@ from typing import Any, Final
 from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun
 
 from dagster_taskiq import dagster_internals as core
-from dagster_taskiq.events import STAGE_KEY, TASK_ID_KEY, WORKER_KEY, Note, Stage, picked_up, released
+from dagster_taskiq.events import (
+    ENDED_KEY,
+    FAILED_KEY,
+    STAGE_KEY,
+    TASK_ID_KEY,
+    WORKER_KEY,
+    Note,
+    Stage,
+    picked_up,
+    released,
+)
 from dagster_taskiq.heartbeats import Heartbeats
 
 _STAGES: Final = frozenset(Stage)
-_STEP_ENDS: Final = {
-    DagsterEventType.STEP_SUCCESS,
-    DagsterEventType.STEP_FAILURE,
-    DagsterEventType.STEP_UP_FOR_RETRY,
-}
-_CLOSING: Final = {Stage.RELEASED, Stage.TREE_GONE, Stage.STEP_LOST}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,64 +91,94 @@ def notes(
             yield note
 
 
+@dataclass(frozen=True, slots=True)
+class CleanupRecord:
+    """What a run's log says of its cleanup handlers."""
+
+    due: bool = False
+    """Whether there are some that, should the run have been cancelled, have not been seen through."""
+    failures: tuple[str, ...] = ()
+    """One line for each handler that had no attempt left."""
+
+
+NO_CLEANUP: Final = CleanupRecord()
+
+
+def cleanup_record(instance: DagsterInstance, run_id: str) -> CleanupRecord:
+    """Read it."""
+    record = NO_CLEANUP
+    for stage, facts in notes(instance, run_id):
+        if stage is Stage.CLEANUP_HANDLERS:
+            record = CleanupRecord(due=True)
+        elif stage is Stage.CLEANUP_ENDED:
+            record = CleanupRecord(failures=tuple(str(facts[FAILED_KEY]).splitlines()) if FAILED_KEY in facts else ())
+    return record
+
+
 @dataclass(slots=True)
 class _Attempt:
-    task_id: str
+    step_key: str
     claimants: dict[str, None] = field(default_factory=dict)
     """Workers that have claimed it and not released it, in the order of their claims."""
+    over_on: set[str] = field(default_factory=set)
+    """Workers that are done with it."""
 
 
 class OpenSteps:
-    """Which steps of a run are at work on which worker, as its event log tells it."""
+    """Which attempts of a run's steps are at work on which worker, as its event log tells it.
+
+    An attempt is at work until its worker says that its processes are gone. The step's last event comes before that:
+    hooks, and resources that are given back, come after it. In whichever order the log is read, the outcome is the
+    same, for PostgreSQL may show an earlier event after a later one.
+    """
 
     def __init__(self) -> None:
         self._attempts: dict[str, _Attempt] = {}
+        self._open: dict[str, _Attempt] = {}
 
     @property
     def workers(self) -> dict[str, str]:
-        """Step key to worker: the first claimant, for a later one gives way."""
-        return {key: next(iter(attempt.claimants)) for key, attempt in self._attempts.items()}
+        """Task id to worker: the first claimant, for a later one gives way."""
+        return {task_id: next(iter(attempt.claimants)) for task_id, attempt in self._open.items()}
 
     @property
-    def task_ids(self) -> dict[str, str]:
-        """Step key to task id."""
-        return {key: attempt.task_id for key, attempt in self._attempts.items()}
+    def step_keys(self) -> dict[str, str]:
+        """Task id to step key."""
+        return {task_id: attempt.step_key for task_id, attempt in self._open.items()}
 
     def hear(self, event: DagsterEvent) -> None:
         """Take in the next event of the log."""
-        step_key = event.step_key
-        if step_key is None:
-            return
-        if event.event_type in _STEP_ENDS:
-            # One that was interrupted writes this before its process tree is gone; its worker says when that is.
-            if not core.was_interrupted(event):
-                self.close(step_key)
-            return
-        note = note_in(event)
-        if note is None:
+        note = note_in(event) if event.step_key is not None else None
+        if note is None or event.step_key is None:
             return
         stage, facts = note
         worker_id, task_id = str(facts.get(WORKER_KEY)), str(facts.get(TASK_ID_KEY))
-        attempt = self._attempts.get(step_key)
+        attempt = self._attempts.setdefault(task_id, _Attempt(event.step_key))
         if stage is Stage.PICKED_UP:
-            if attempt is None or attempt.task_id != task_id:
-                attempt = self._attempts[step_key] = _Attempt(task_id)
             attempt.claimants.setdefault(worker_id)
-        elif stage in _CLOSING and attempt is not None and attempt.task_id == task_id:
-            at_work = next(iter(attempt.claimants)) == worker_id
+        elif stage is Stage.RELEASED:
             attempt.claimants.pop(worker_id, None)
-            if not attempt.claimants or (at_work and stage is not Stage.RELEASED):
-                self.close(step_key)
+        elif stage is Stage.STEP_LOST or (stage is Stage.TREE_GONE and facts.get(ENDED_KEY)):
+            attempt.over_on.add(worker_id)
+        else:
+            return
+        at_work_on = next(iter(attempt.claimants), None)
+        if at_work_on is None or at_work_on in attempt.over_on:
+            self._open.pop(task_id, None)
+        else:
+            self._open[task_id] = attempt
 
-    def close(self, step_key: str) -> None:
-        """It is not, or no longer, at work."""
-        self._attempts.pop(step_key, None)
+    def close(self, task_id: str) -> None:
+        """It is no longer at work: its worker is dead."""
+        attempt = self._open.pop(task_id, None)
+        if attempt is not None:
+            attempt.over_on.update(attempt.claimants)
 
 
 def open_steps(instance: DagsterInstance, run_id: str) -> OpenSteps:
     """The steps of a run that are at work, as far as its log knows: the worker of one may have died since."""
     found = OpenSteps()
-    for entry in instance.all_logs(run_id, of_type={DagsterEventType.ENGINE_EVENT, *_STEP_ENDS}):
+    for entry in instance.all_logs(run_id, of_type=DagsterEventType.ENGINE_EVENT):
         event = core.event_of(entry)
         if event is not None:
             found.hear(event)
@@ -159,21 +193,21 @@ class Claims:
     """Read and write claims; whether a claimant is alive is for `heartbeats` to say."""
 
     def __init__(self, instance: DagsterInstance, heartbeats: Heartbeats) -> None:
-        self._instance = instance
+        self.instance = instance
         self.heartbeats = heartbeats
 
     def claim(self, run: DagsterRun, worker_id: str, task_id: str, where: str, step_key: str | None = None) -> None:
         """Append the claim. Whether it counts is for `owner` or `first_claimant`, and `rival`, to say afterwards."""
-        write_note(self._instance, run, picked_up(worker_id, task_id, where), step_key)
+        write_note(self.instance, run, picked_up(worker_id, task_id, where), step_key)
 
     def release(self, run: DagsterRun, worker_id: str, task_id: str, why: str, step_key: str | None = None) -> None:
         """Give the claim up, so that another worker's counts although this one is alive."""
-        write_note(self._instance, run, released(worker_id, task_id, why), step_key)
+        write_note(self.instance, run, released(worker_id, task_id, why), step_key)
 
     def is_waiting(self, run_id: str) -> bool:
         """Whether the run was submitted (launched, or resumed) and nobody has claimed that task."""
         submitted, claimed = None, set()
-        for stage, facts in notes(self._instance, run_id):
+        for stage, facts in notes(self.instance, run_id):
             if stage is Stage.SUBMITTED:
                 submitted = facts.get(TASK_ID_KEY)
             elif stage is Stage.PICKED_UP:  # the worker may be quicker than the launcher's note
@@ -225,7 +259,7 @@ class Claims:
     def _claimants(self, run_id: str, step: StepRef | None = None) -> dict[str, None]:
         """Workers that have claimed and not released, in the order of their claims."""
         claimants: dict[str, None] = {}
-        for stage, facts in notes(self._instance, run_id, step):
+        for stage, facts in notes(self.instance, run_id, step):
             worker_id = str(facts.get(WORKER_KEY))
             if stage is Stage.PICKED_UP:
                 claimants.setdefault(worker_id)

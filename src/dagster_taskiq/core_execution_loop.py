@@ -4,7 +4,8 @@ What it does otherwise than Dagster's own (`StepDelegatingExecutor.execute` of 1
 
 * The interrupt is forwarded to the steps whenever the run is being cancelled, also when run monitoring would resume
   the run (dagster#21476), and to all of them at once.
-* It returns only when the steps have stopped, within a bound; so a run is CANCELED after its steps.
+* It returns only when the steps' processes are gone, so a run is final after its steps; within a bound when they were
+  told to stop.
 * A step that its worker reports lost fails at once, with the reason, or is tried again; and so does one whose worker
   is dead. What a run that is resumed finds in flight is never started a second time under the same attempt.
 * Steps are sent many at a time, and the log is read as often as something is likely to have happened.
@@ -15,7 +16,8 @@ Knows Dagster's plan and event log, and a step handler that sends and cancels; n
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, Final
 
 from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus
@@ -23,9 +25,9 @@ from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun,
 from dagster_taskiq import cancellation, events
 from dagster_taskiq import dagster_internals as core
 from dagster_taskiq.claims import OpenSteps, note_in, write_note
+from dagster_taskiq.database import patiently_asking
 from dagster_taskiq.events import Stage
 from dagster_taskiq.messages import step_task_id
-from dagster_taskiq.patience import DATABASE_PATIENCE_S, patiently_blocking
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ _LONGEST_REST_S: Final = 1.0
 _REST_SHARE: Final = 0.1
 """Of the time since something last happened: so a step's end is noticed after a tenth of its duration at the latest."""
 _LOOK_AFTER_WORKERS_EVERY_S: Final = 5.0
+_SAY_WHAT_IS_WAITED_FOR_AFTER_S: Final = 5.0
 _FIRST_PAUSE_S: Final = 0.2
 _LONGEST_PAUSE_S: Final = 10.0
 _STATUS_PATIENCE_S: Final = 0.2
@@ -157,13 +160,11 @@ class _Log:
     def new_events(self) -> Iterator[DagsterEvent]:
         """What has been written since."""
         while True:
-            page = patiently_blocking(
+            page = patiently_asking(
                 lambda: self._instance.get_records_for_run(
                     self._run_id, self._cursor, of_type=_EVERY_KIND, limit=_PAGE
                 ),
-                doing="read the event log",
-                on=core.outages(),
-                for_s=DATABASE_PATIENCE_S,
+                "read the event log",
             )
             self._cursor = page.cursor
             yield from self._unseen(page.records)
@@ -223,8 +224,9 @@ class _Loop:
                 list(self._active.concurrency_event_iterator(self._context))
                 self._launch_what_is_due()
                 self._rest()
+            yield from self._see_off()
         except Exception as error:
-            if self._running:
+            if self._running or self._open.workers:
                 self._engine_event("Unexpected exception while steps were at work; stopping them", error=repr(error))
                 yield from self._forward()
             raise
@@ -288,9 +290,13 @@ class _Loop:
             elif (note := note_in(event)) is not None and note[0] is Stage.STEP_LOST:
                 self._hear_lost(step, note[1])
 
+    def _task_id(self, step_key: str) -> str:
+        """That of the step's present attempt."""
+        attempt = self._active.retry_state.get_attempt_count(step_key) + 1
+        return step_task_id(self._context.run_id, step_key, attempt)
+
     def _hear_lost(self, step: core.ExecutionStep, facts: dict[str, Any]) -> None:
-        attempt = self._active.retry_state.get_attempt_count(step.key) + 1
-        if facts.get(events.TASK_ID_KEY) == step_task_id(self._context.run_id, step.key, attempt):
+        if facts.get(events.TASK_ID_KEY) == self._task_id(step.key):
             why = f"{facts.get(events.WHY_KEY)} (worker {facts.get(events.WORKER_KEY)})"
             self._lose(step, why, retry=bool(facts.get(events.RETRY_KEY)))
 
@@ -309,18 +315,21 @@ class _Loop:
     def _look_after_workers(self, *, at_once: bool = False) -> None:
         """Now and then: are the workers alive that have our steps?"""
         now = time.monotonic()
-        if not self._running or not (at_once or now - self._looked_after_workers_at >= _LOOK_AFTER_WORKERS_EVERY_S):
+        is_due = at_once or now - self._looked_after_workers_at >= _LOOK_AFTER_WORKERS_EVERY_S
+        if not is_due or not (self._running or self._open.workers):
             return
         self._looked_after_workers_at = now
         self._log.look_again()
-        for step_key, worker_id in self._dead_workers().items():
-            self._open.close(step_key)
-            if step_key in self._running:
+        step_keys = self._open.step_keys
+        for task_id, worker_id in self._dead_workers().items():
+            self._open.close(task_id)
+            step_key = step_keys[task_id]
+            if step_key in self._running and task_id == self._task_id(step_key):
                 why = f"worker {worker_id}, which had step {step_key}, is gone"
                 self._lose(self._running[step_key], why, retry=True)
 
     def _dead_workers(self) -> dict[str, str]:
-        """Step key to worker, of the steps at work whose worker is dead. "Cannot tell" is alive."""
+        """Task id to worker, of the steps at work whose worker is dead. "Cannot tell" is alive."""
         if not self._open.workers:
             return {}
         try:
@@ -328,7 +337,7 @@ class _Loop:
         except Exception:
             logger.exception("cannot look after the workers; going on", extra={"run_id": self._context.run_id})
             return {}
-        return {key: worker for key, worker in self._open.workers.items() if worker not in alive}
+        return {task_id: worker for task_id, worker in self._open.workers.items() if worker not in alive}
 
     def _rest(self) -> None:
         """Sleep for a share of the time since something happened; an interrupt ends it at once."""
@@ -349,21 +358,49 @@ class _Loop:
         yield from before
         in_flight = {step.key: step for step in self._active.rebuild_from_events(before)}
         self._running = dict(in_flight)
-        lost = {}
+        lost, without_resources = {}, {}
         for event in before:
             self._open.hear(event)
             note = note_in(event)
-            if note is not None and note[0] is Stage.STEP_LOST and event.step_key in in_flight:
+            if event.step_key not in in_flight:
+                continue
+            if note is not None and note[0] is Stage.STEP_LOST:
                 lost[event.step_key] = note[1]
+            elif event.is_resource_init_failure:
+                without_resources[event.step_key] = event.engine_event_data.error
+            elif event.is_step_up_for_retry:
+                without_resources.pop(event.step_key, None)
         for key, facts in lost.items():
             self._hear_lost(in_flight[key], facts)
+        for key, error in without_resources.items():
+            self._fail(in_flight[key], error)
         # A message may or may not have been sent: a second one is harmless, because an attempt is claimed once.
         self._unsent = {
-            key: step for key, step in in_flight.items() if key not in self._open.workers and key not in lost
+            key: step
+            for key, step in in_flight.items()
+            if self._task_id(key) not in self._open.workers and key not in {*lost, *without_resources}
         }
         self._look_after_workers(at_once=True)
 
     # The end
+
+    def _see_off(self) -> Iterator[DagsterEvent]:
+        """Wait for the processes of the last steps: hooks, and resources that are given back, come after their end."""
+        began, told = time.monotonic(), False
+        while self._open.workers:
+            if self._is_interrupted():
+                yield from self._stop()
+                # The plan is complete, and Dagster would call it a success; but something of it was cut short.
+                raise core.DagsterExecutionInterruptedError
+            if not told and time.monotonic() - began > _SAY_WHAT_IS_WAITED_FOR_AFTER_S:
+                self._note(events.waiting_for_steps(self._at_work()))
+                told = True
+            self._rest()
+            yield from self._take_in()
+            self._look_after_workers()
+
+    def _at_work(self) -> list[str]:
+        return sorted(set(self._open.step_keys.values()))
 
     def _stop(self) -> Iterator[DagsterEvent]:
         cancelled = cancellation.told.to_cancel()
@@ -399,34 +436,35 @@ class _Loop:
         began = time.monotonic()
         patience_s = self._handler.patience_s(self._run)
         yield from self._take_in()
-        told: dict[str, str] = {}
-        self._note(events.forwarding(sorted(self._open.task_ids), patience_s))
-        while self._open.task_ids:
+        told: set[str] = set()
+        self._note(events.forwarding(self._at_work(), patience_s))
+        while self._open.workers:
             # Also those that were claimed only now. Who was not claimed before the run was to be stopped is dropped.
-            late = {key: task_id for key, task_id in self._open.task_ids.items() if told.get(key) != task_id}
+            late = self._open.workers.keys() - told
             if late:
-                self._handler.terminate_tasks([*late.values()])
+                self._handler.terminate_tasks([*late])
                 told |= late
             if time.monotonic() - began > patience_s:
-                self._note(events.steps_not_stopped(sorted(self._open.task_ids), time.monotonic() - began))
+                self._note(events.steps_not_stopped(self._at_work(), time.monotonic() - began))
                 break
             time.sleep(_SHORTEST_REST_S)
             yield from self._take_in()
-            for step_key in self._dead_workers():
-                self._open.close(step_key)
+            for task_id in self._dead_workers():
+                self._open.close(task_id)
         else:
             if told:
                 self._note(events.steps_stopped(len(told), time.monotonic() - began))
         self._write_off(told)
         yield from self._take_in()
 
-    def _write_off(self, told: Mapping[str, str]) -> None:
+    def _write_off(self, told: AbstractSet[str]) -> None:
         """Say of steps that had to be killed how they ended, and free what never-started ones hold."""
         storage = self._instance.event_log_storage
         for step_key, step in self._running.items():
-            if step_key in self._open.task_ids:
+            task_id = self._task_id(step_key)
+            if task_id in self._open.workers:
                 continue
-            if step_key in told:
+            if task_id in told:
                 core.interrupted_step(self._context.for_step(step), "stopped with its run; it had to be killed")
             elif storage.supports_global_concurrency_limits:
                 storage.free_concurrency_slot_for_step(self._context.run_id, step_key)

@@ -3,21 +3,38 @@
 `tests/unit/test_dagster_internals.py` says when they do.
 """
 
+import asyncio
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Final
 
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun
+from dagster import (
+    DagsterEvent,
+    DagsterEventType,
+    DagsterInstance,
+    DagsterLogManager,
+    DagsterRun,
+    GraphDefinition,
+    JobDefinition,
+    ResourceDefinition,
+)
 from dagster._cli.api import _execute_run_command_body, _execute_step_command_body, _resume_run_command_body
+from dagster._core.definitions.dependency import Node, NodeHandle
 from dagster._core.definitions.executor_definition import multiple_process_executor_requirements
+from dagster._core.definitions.metadata.metadata_value import ObjectMetadataValue
 from dagster._core.errors import DagsterExecutionInterruptedError, DagsterInvalidConfigError
 from dagster._core.events import EngineEventData, JobFailureData, RunFailureReason
 from dagster._core.events.log import EventLogEntry
+from dagster._core.execution.context.compute import current_execution_context
+from dagster._core.execution.context.op_execution_context import OpExecutionContext
 from dagster._core.execution.context.system import IStepContext, PlanOrchestrationContext
+from dagster._core.execution.plan import compute
 from dagster._core.execution.plan.active import ActiveExecution
 from dagster._core.execution.plan.instance_concurrency_context import InstanceConcurrencyContext
 from dagster._core.execution.plan.objects import ErrorSource, StepFailureData
@@ -47,16 +64,26 @@ from dagster._core.storage.event_log import SqlEventLogStorage, SqlEventLogStora
 from dagster._core.storage.runs import SqliteRunStorage, SqlRunStorage
 from dagster._core.storage.runs.schema import KeyValueStoreTable
 from dagster._core.storage.sqlalchemy_compat import db_select
+from dagster._core.storage.tags import MAX_RETRIES_TAG
+from dagster._core.system_config.objects import ResolvedRunConfig
 from dagster._daemon.monitoring import RESUME_RUN_LOG_MESSAGE
 from dagster._grpc.types import ExecuteStepArgs
+from dagster._record import copy
 from dagster._serdes import ConfigurableClass, ConfigurableClassData, deserialize_value, serialize_value
-from dagster._utils.interrupts import capture_interrupts, check_captured_interrupt, raise_interrupts_as
+from dagster._utils.hosted_user_process import recon_job_from_origin
+from dagster._utils.interrupts import (
+    _replace_interrupt_signal,
+    capture_interrupts,
+    check_captured_interrupt,
+    raise_interrupts_as,
+)
 from dagster_shared.error import SerializableErrorInfo
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 __all__ = [
     "FINISHED_STATUSES",
+    "MAX_RETRIES_TAG",
     "RESUME_RUN_LOG_MESSAGE",
     "ActiveExecution",
     "CheckRunHealthResult",
@@ -293,18 +320,152 @@ def read_migration_scripts_once() -> None:
     ScriptDirectory.from_config = from_config  # type: ignore[method-assign]
 
 
+_on_interrupt: Final[list[Callable[[], None]]] = []
+
+
 def hook_interrupts(hook: Callable[[], None]) -> None:
-    """Have `hook` called whenever an interrupt is about to be raised in this process.
+    """Have `hook` called whenever an interrupt is about to be raised in this process; in the signal handler.
 
     Dagster's signal handler creates a `DagsterExecutionInterruptedError` exactly when it interrupts code (while
     interrupts are only captured it sets a flag instead), so its constructor is the one place that knows.
     """
 
     def __init__(self: DagsterExecutionInterruptedError, *args: object) -> None:  # noqa: N807
-        hook()
+        note_interrupt()
         BaseException.__init__(self, *args)
 
+    _on_interrupt.append(hook)
     DagsterExecutionInterruptedError.__init__ = __init__  # type: ignore[method-assign, assignment]
+
+
+def note_interrupt() -> None:
+    """An interrupt takes hold without such an error: in a coroutine."""
+    for hook in _on_interrupt:
+        hook()
+
+
+def interrupt_coroutines(is_cancelled: Callable[[], bool]) -> None:
+    """Have ops that are coroutines cancelled as asyncio does it, at the `await` where they stand.
+
+    Dagster raises its interrupt in the event loop: the coroutine would never be resumed, and none of its `finally`
+    blocks run. A cancellation that leaves the coroutine becomes the interrupt that Dagster expects; `is_cancelled`
+    tells it from one of the coroutine's own.
+    """
+
+    def results(context: Any, async_results: Any) -> Iterator[Any]:
+        while True:
+            try:
+                yield _run_interruptibly(context.event_loop, anext(async_results), is_cancelled)
+            except StopAsyncIteration:
+                return
+
+    compute.gen_from_async_gen = results  # type: ignore[assignment]
+
+
+def _run_interruptibly(loop: asyncio.AbstractEventLoop, awaitable: Any, is_cancelled: Callable[[], bool]) -> Any:
+    task: asyncio.Future[Any] = asyncio.ensure_future(awaitable, loop=loop)
+    interrupted = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal interrupted
+        note_interrupt()
+        if not interrupted:
+            interrupted = True
+            loop.call_soon_threadsafe(task.cancel)  # which also wakes the loop
+
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is threading.main_thread():
+        _replace_interrupt_signal(interrupt)
+    try:
+        return loop.run_until_complete(task)
+    except asyncio.CancelledError:
+        if interrupted or is_cancelled():
+            raise DagsterExecutionInterruptedError from None
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            _replace_interrupt_signal(before)
+
+
+def current_op() -> OpExecutionContext | None:
+    """The op that calls this, if one does."""
+    context = current_execution_context.get()
+    return context.op_execution_context if context is not None else None
+
+
+def with_object_in_metadata(job: Any, key: str, value: object) -> Any:
+    """A copy of an unresolved job of assets with an object in its metadata, of which only the class is serialised."""
+    return copy(job, metadata={**(job.metadata or {}), key: ObjectMetadataValue("cleanup handlers", instance=value)})
+
+
+def job_of(run: DagsterRun, instance: DagsterInstance) -> JobDefinition:
+    """The definition of a run's job, as `execute_run` has loaded it: in the process of the run, it is there already.
+
+    Raises whatever the user's code raises when it is imported.
+    """
+    if run.job_code_origin is None:
+        raise ValueError(f"run {run.run_id} does not say where its code is")
+    job = recon_job_from_origin(run.job_code_origin)
+    if run.has_repository_load_data and run.execution_plan_snapshot_id is not None:
+        plan = instance.get_execution_plan_snapshot(run.execution_plan_snapshot_id)
+        job = job.with_repository_load_data(plan.repository_load_data)
+    if run.resolved_op_selection or run.asset_selection or run.asset_check_selection:
+        job = job.get_subset(
+            op_selection=run.resolved_op_selection,
+            asset_selection=run.asset_selection,
+            asset_check_selection=run.asset_check_selection,
+        )
+    return job.get_definition()
+
+
+def nodes_of(graph: Any) -> Iterator[tuple[str, Node]]:
+    """Every node of a job or graph, by its path from the outside: "outer.inner"."""
+    for node in graph.nodes:
+        yield node.name, node
+        if isinstance(node.definition, GraphDefinition):
+            for path, inner in nodes_of(node.definition):
+                yield f"{node.name}.{path}", inner
+
+
+def parents_of(handle: NodeHandle) -> Iterator[NodeHandle]:
+    """The graphs that a node is in, the innermost first."""
+    parent = handle.parent
+    while parent is not None:
+        yield parent
+        parent = parent.parent
+
+
+def op_config(job: JobDefinition, run: DagsterRun, handle: NodeHandle) -> Any:
+    """The configuration of an op in a run, with its defaults."""
+    found = ResolvedRunConfig.build(job, run.run_config).ops.get(str(handle))
+    return found.config if found is not None else None
+
+
+def resources_for(job: JobDefinition, keys: Iterable[str]) -> dict[str, ResourceDefinition]:
+    """The definitions of these resources of a job, and of those that they need. Raises `LookupError`."""
+    found: dict[str, ResourceDefinition] = {}
+    wanted = list(keys)
+    while wanted:
+        key = wanted.pop()
+        if key in found:
+            continue
+        if key not in job.resource_defs:
+            raise LookupError(f"the job has no resource {key!r}; it has {sorted(job.resource_defs)}")
+        found[key] = job.resource_defs[key]
+        wanted += found[key].get_required_resource_keys(job.resource_defs)
+    return found
+
+
+def resource_config(run: DagsterRun, keys: Iterable[str]) -> dict[str, Any]:
+    """What a run's configuration says of these resources."""
+    config: Mapping[str, Any] = dict(run.run_config).get("resources") or {}  # type: ignore[assignment]
+    return {key: config[key] for key in keys if key in config}
+
+
+def run_logger(instance: DagsterInstance, run: DagsterRun, step_key: str | None) -> DagsterLogManager:
+    """Writes into the event log of a run, and says of which step."""
+    logger = DagsterLogManager.create(loggers=[], instance=instance, dagster_run=run)
+    return logger.with_tags(step_key=step_key) if step_key is not None else logger
 
 
 def deserialize_entry(text: str) -> EventLogEntry:
@@ -315,6 +476,11 @@ def deserialize_entry(text: str) -> EventLogEntry:
 def unexpected_termination() -> JobFailureData:
     """Why a run failed whose process ended before its time."""
     return JobFailureData(error=None, failure_reason=RunFailureReason.UNEXPECTED_TERMINATION)
+
+
+def failure_of_a_handler() -> JobFailureData:
+    """Why a run failed whose cleanup handlers did."""
+    return JobFailureData(error=None, failure_reason=RunFailureReason.RUN_EXCEPTION)
 
 
 def event_of(entry: EventLogEntry) -> DagsterEvent | None:

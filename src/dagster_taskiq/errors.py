@@ -3,6 +3,8 @@
 Messages are one line, say what is wrong and what to do next: the command line prints them as they are.
 """
 
+from collections.abc import Sequence
+
 
 class DagsterTaskiqError(Exception):
     """Root of the errors of this package; its text is meant for the person who reads it."""
@@ -46,6 +48,25 @@ class PayloadUnavailable(DagsterTaskiqError):
 
 class ChildStartFailed(DagsterTaskiqError):
     """The process in which Dagster works could not be started."""
+
+
+class StateError(DagsterTaskiqError):
+    """What was to be kept in `token.state` is not JSON, or too large. Raised by the assignment; nothing is stored."""
+
+
+class CleanupFailed(DagsterTaskiqError):
+    """Cleanup handlers have used up all their attempts. `reasons`: one line for each, with its last error.
+
+    Raised by `clean_up_run`; the error of the result of a taskiq task whose handlers failed.
+    """
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        self.reasons = tuple(reasons)
+        super().__init__("cleanup failed: " + "; ".join(self.reasons))
+
+
+class RunNotFound(DagsterTaskiqError):
+    """There is no run of that id in this Dagster instance."""
 
 
 class TaskCancelled(DagsterTaskiqError):

@@ -6,7 +6,7 @@ A terminated run reads: picked up by worker … · Requested Taskiq task cancell
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from dagster_taskiq.cancellation import CancelChannel, Cancellation
@@ -16,7 +16,14 @@ WORKER_KEY: Final = "dagster-taskiq/worker"
 TASK_ID_KEY: Final = "dagster-taskiq/task_id"
 PATIENCE_KEY: Final = "dagster-taskiq/patience_s"
 WHY_KEY: Final = "why"
+REASON_KEY: Final = "reason"
+BY_KEY: Final = "requested by"
+HANDLER_KEY: Final = "handler"
+ATTEMPT_KEY: Final = "attempt"
+FAILED_KEY: Final = "failed"
+OF_KEY: Final = "of"
 RETRY_KEY: Final = "may be tried again"
+ENDED_KEY: Final = "step has said how it ended"
 _NAMED_STEPS: Final = 10
 
 UNKNOWN_AUTHOR: Final = "Dagster UI or API"
@@ -41,7 +48,12 @@ class Stage(enum.StrEnum):
     MENDED = "mended"
     FORWARDING = "forwarding"
     STEPS_STOPPED = "steps_stopped"
+    WAITING_FOR_STEPS = "waiting_for_steps"
     STEP_LOST = "step_lost"
+    CLEANUP_HANDLERS = "cleanup_handlers"
+    CLEANUP_BEGAN = "cleanup_began"
+    CLEANUP = "cleanup"
+    CLEANUP_ENDED = "cleanup_ended"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +86,53 @@ def released(worker_id: str, task_id: str, why: str) -> Note:
     return Note(Stage.RELEASED, f"released by worker {worker_id}: {why}", {WORKER_KEY: worker_id, TASK_ID_KEY: task_id})
 
 
-def requested(task_id: str) -> Note:
+def requested(task_id: str, reason: str | None, requested_by: str) -> Note:
     """The cancel message is on its way."""
-    return Note(Stage.REQUESTED, CANCELLATION_REQUESTED, {TASK_ID_KEY: task_id, "requested by": UNKNOWN_AUTHOR})
+    facts: dict[str, str | int | float] = {TASK_ID_KEY: task_id, BY_KEY: requested_by}
+    if reason:
+        facts[REASON_KEY] = reason
+    return Note(Stage.REQUESTED, CANCELLATION_REQUESTED, facts)
+
+
+def cleanup_handlers(names: Sequence[str]) -> Note:
+    """What will have to be done should the run be cancelled."""
+    return Note(Stage.CLEANUP_HANDLERS, f"cleanup handlers, should the run be cancelled: {_listed(names)}")
+
+
+def cleanup_began(worker_id: str, names: Sequence[str]) -> Note:
+    """The work has stopped; what was cut short is being cleared up."""
+    return Note(Stage.CLEANUP_BEGAN, f"cleaning up on worker {worker_id}: {_listed(names)}", {WORKER_KEY: worker_id})
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED_STEPS]) + (", …" if len(names) > _NAMED_STEPS else "")
+
+
+def cleanup(handler: str, attempt: int, seconds: float, error: str | None, then: str = "") -> Note:
+    """One attempt of one handler. `then`: what follows when it has failed."""
+    facts: dict[str, str | int | float] = {HANDLER_KEY: handler, ATTEMPT_KEY: attempt, "seconds": round(seconds, 3)}
+    how = f"(attempt {attempt}, {seconds:.1f} s{f'; {then}' if then else ''})"
+    if error is None:
+        return Note(Stage.CLEANUP, f'cleanup "{handler}" succeeded {how}', facts)
+    return Note(Stage.CLEANUP, f'cleanup "{handler}" failed {how}: {error}', facts | {FAILED_KEY: error}, error=error)
+
+
+def with_facts(note: Note, facts: Mapping[str, str | int | float]) -> Note:
+    """The same, and these facts."""
+    return replace(note, facts={**note.facts, **facts})
+
+
+def cleanup_ended(reasons: Sequence[str]) -> Note:
+    """All handlers have ended. `reasons`: of those that failed."""
+    if not reasons:
+        return Note(Stage.CLEANUP_ENDED, "cleanup finished")
+    facts = {FAILED_KEY: "\n".join(reasons)}
+    return Note(Stage.CLEANUP_ENDED, cleanup_failed(reasons), facts, error=cleanup_failed(reasons))
+
+
+def cleanup_failed(reasons: Sequence[str]) -> str:
+    """Why the run is a failure and not canceled."""
+    return f"cleanup failed: {'; '.join(reasons)}"
 
 
 def request_failed(error: str, status_poll_s: float) -> Note:
@@ -113,9 +169,9 @@ def reached(worker_id: str, cancellation: Cancellation) -> Note:
         how = f"by {cancellation.channel.value}"
     facts: dict[str, str | int | float] = {WORKER_KEY: worker_id, "kind": cancellation.kind.name}
     if cancellation.reason:
-        facts["reason"] = cancellation.reason
+        facts[REASON_KEY] = cancellation.reason
     if cancellation.requested_by:
-        facts["requested by"] = cancellation.requested_by
+        facts[BY_KEY] = cancellation.requested_by
     what = "cancellation" if cancellation.kind.name == "REQUESTED" else f"{cancellation.kind.name.lower()}"
     return Note(Stage.REACHED, f"{what} reached worker {worker_id}{after} ({how})", facts, cancellation.received_at)
 
@@ -125,20 +181,35 @@ def interrupting(pid: int, grace_s: float, at: float) -> Note:
     return Note(Stage.INTERRUPTING, f"interrupting pid {pid}: SIGTERM, then {grace_s:g} s of grace", {"pid": pid}, at)
 
 
-def killed(pid: int, waited_s: float, at: float) -> Note:
-    """SIGKILL."""
+def killed(pid: int, waited_s: float, shield: str | None, at: float) -> Note:
+    """SIGKILL. `shield`: in which it was."""
+    inside = f" (inside the shield {shield!r})" if shield is not None else ""
+    facts: dict[str, str | int | float] = {"pid": pid}
+    if shield is not None:
+        facts["shield"] = shield
     return Note(
         Stage.KILLED,
-        f"pid {pid} did not end within {waited_s:.3g} s: SIGKILL to its whole process tree",
-        {"pid": pid},
+        f"pid {pid} did not end within {waited_s:.3g} s{inside}: SIGKILL to its whole process tree",
+        facts,
         at,
     )
 
 
-def tree_gone(after_s: float, killed_processes: tuple[str, ...], at: float) -> Note:
-    """Proof of stop."""
+def tree_gone(
+    after_s: float | None, killed_processes: tuple[str, ...], at: float, *, ended: bool | None = None
+) -> Note:
+    """Proof of stop. `after_s`: since the interrupt, if there was one.
+
+    `ended` is for steps only: whether the step has said how it ended; if not, `step_lost` follows.
+    """
+    after = f" after {after_s:.3f} s" if after_s is not None else ""
     what = f"; had to kill {', '.join(killed_processes)}" if killed_processes else ""
-    return Note(Stage.TREE_GONE, f"process tree gone after {after_s:.3f} s{what}", {"seconds": after_s}, at)
+    facts: dict[str, str | int | float] = {}
+    if after_s is not None:
+        facts["seconds"] = after_s
+    if ended is not None:
+        facts[ENDED_KEY] = int(ended)
+    return Note(Stage.TREE_GONE, f"process tree gone{after}{what}", facts, at)
 
 
 def left_behind(killed_processes: tuple[str, ...]) -> Note:
@@ -167,7 +238,7 @@ def step_submitted(task_id: str, queue: str) -> Note:
 
 def forwarding(steps: Sequence[str], patience_s: float) -> Note:
     """The run is being stopped, and its executor passes it on to the steps that are at work."""
-    which = f" ({', '.join(steps[:_NAMED_STEPS])}{', …' if len(steps) > _NAMED_STEPS else ''})" if steps else ""
+    which = f" ({_listed(steps)})" if steps else ""
     return Note(
         Stage.FORWARDING,
         f"forwarding the interrupt to {len(steps)} steps{which}; waiting for them to stop, at most {patience_s:g} s",
@@ -188,6 +259,15 @@ def steps_not_stopped(steps: Sequence[str], waited_s: float) -> Note:
         f" them as soon as they see that the run is over: {', '.join(steps[:_NAMED_STEPS])}",
         {"steps": len(steps)},
         error="not all steps have stopped",
+    )
+
+
+def waiting_for_steps(steps: Sequence[str]) -> Note:
+    """All steps have ended, but not yet all of their processes."""
+    return Note(
+        Stage.WAITING_FOR_STEPS,
+        f"waiting for {len(steps)} steps to run their hooks and to give back their resources: {_listed(steps)}",
+        {"steps": len(steps)},
     )
 
 

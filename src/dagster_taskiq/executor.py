@@ -19,8 +19,8 @@ from dagster import (
 )
 from dagster import executor as executor_decorator
 
+from dagster_taskiq import cancellation, events
 from dagster_taskiq import dagster_internals as core
-from dagster_taskiq import events
 from dagster_taskiq.cancellable_broker import CancellableSQSBroker
 from dagster_taskiq.claims import Claims, StepRef
 from dagster_taskiq.core_execution_loop import TaskiqExecutor, TaskiqStepHandler
@@ -194,7 +194,9 @@ class SQSStepHandler(TaskiqStepHandler):
         if not task_ids or not self._settings.enable_cancellation:
             return
         try:
-            asking = self._sender.ask(lambda broker: broker.cancel_tasks(task_ids, requested_by="the run of the step"))
+            reason, requested_by = cancellation.told.why()
+            by = requested_by or "the run of the step"
+            asking = self._sender.ask(lambda broker: broker.cancel_tasks(task_ids, reason=reason, requested_by=by))
             failed = asking.result(_REQUEST_TIMEOUT_S).failed
         except (DagsterTaskiqError, TimeoutError, RuntimeError) as error:
             failed = {"all": str(error) or repr(error)}

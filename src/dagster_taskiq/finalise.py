@@ -15,8 +15,8 @@ from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun,
 
 from dagster_taskiq import dagster_internals as core
 from dagster_taskiq.cancellation import CancelKind, Cancellation
-from dagster_taskiq.claims import OpenSteps, open_steps, write_note
-from dagster_taskiq.events import finished_all_the_same, left_behind, mended
+from dagster_taskiq.claims import NO_CLEANUP, CleanupRecord, OpenSteps, cleanup_record, open_steps, write_note
+from dagster_taskiq.events import cleanup_failed, finished_all_the_same, left_behind, mended
 from dagster_taskiq.settlement import Settlement
 from dagster_taskiq.supervisor import ChildEnd
 
@@ -42,6 +42,7 @@ class Verdict(enum.Enum):
 
 
 _STATUS_PATIENCE_S: Final = 1.0
+_LAUNCHERS_STATUS_PATIENCE_S: Final = 5.0
 _LOOK_EVERY_S: Final = 0.02
 _AFTER_ITS_STEPS: Final = {Verdict.CANCELED, Verdict.FAILURE, Verdict.HELD}
 
@@ -101,6 +102,8 @@ class Conclusion:
     failure: str
     steps: OpenSteps | None = None
     """Steps of the run that are still at work, where it is not to be final before they have stopped."""
+    cleanup: CleanupRecord = NO_CLEANUP
+    """Whether there are cleanup handlers to be run before, and which have failed."""
 
 
 def examine(
@@ -132,7 +135,18 @@ def examine(
         entry=str(said.get("entry", "")),
         failure=_failure_message(end, cancellation, worker_id),
         steps=steps if steps is not None and steps.workers else None,
+        cleanup=cleanup_record(instance, run_id) if _is_cancelled(verdict, kind, run, history) else CleanupRecord(),
     )
+
+
+def _is_cancelled(
+    verdict: Verdict, kind: CancelKind | None, run: DagsterRun | None, history: Sequence[DagsterEventType]
+) -> bool:
+    """Whether the run is to be CANCELED by us, or is it already, by force."""
+    if verdict is Verdict.CANCELED:
+        return True
+    forced = run is not None and (run.status is DagsterRunStatus.CANCELED or DagsterEventType.RUN_CANCELED in history)
+    return forced and kind is not CancelKind.LEASE_LOST
 
 
 def _once_it_is_canceling(
@@ -141,9 +155,12 @@ def _once_it_is_canceling(
     """The run; if somebody asked for its end, when its status says so too, or a moment later.
 
     The launcher sends the cancel message before it writes CANCELING, and on a busy database the worker may be the
-    quicker one: without this, CANCELING would come after CANCELED, and have to be mended.
+    quicker one: without this, CANCELING would come after CANCELED, and have to be mended. Who says by whom it was
+    requested is a launcher, above all; whoever else writes into the cancel queue may never write a status.
     """
-    tries = 1 + int(_STATUS_PATIENCE_S / _LOOK_EVERY_S)
+    by_launcher = cancellation is not None and cancellation.requested_by is not None
+    patience_s = _LAUNCHERS_STATUS_PATIENCE_S if by_launcher else _STATUS_PATIENCE_S
+    tries = 1 + int(patience_s / _LOOK_EVERY_S)
     while True:
         run = instance.get_run_by_id(run_id)
         tries -= 1
@@ -153,7 +170,7 @@ def _once_it_is_canceling(
             or cancellation is None
             or cancellation.kind is not CancelKind.REQUESTED
             or tries == 0
-            or time.time() > cancellation.received_at + _STATUS_PATIENCE_S
+            or time.time() > cancellation.received_at + patience_s
         ):
             return run
         time.sleep(_LOOK_EVERY_S)
@@ -178,7 +195,13 @@ def conclude(instance: DagsterInstance, conclusion: Conclusion, end: ChildEnd | 
     if run is None:
         return
     _free_what_it_held(instance, run, end)
-    if verdict is Verdict.CANCELED:
+    failures = conclusion.cleanup.failures
+    if verdict is Verdict.CANCELED and failures:
+        if instance.run_retries_enabled:
+            # What was cancelled is not tried again, whatever has become of its cleanup.
+            instance.add_run_tags(run.run_id, {core.MAX_RETRIES_TAG: "0"})
+        instance.report_run_failed(run, cleanup_failed(failures), core.failure_of_a_handler())
+    elif verdict is Verdict.CANCELED:
         instance.report_run_canceled(run, f'Execution of run for "{run.job_name}" canceled.')
     elif verdict is Verdict.FAILURE:
         instance.report_run_failed(run, conclusion.failure, core.unexpected_termination())

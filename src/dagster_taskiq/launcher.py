@@ -13,18 +13,28 @@ from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, Field, Permis
 from dagster_taskiq import dagster_internals as core
 from dagster_taskiq import events
 from dagster_taskiq.claims import Claims, Owner, write_note
+from dagster_taskiq.ecs import on_ecs
 from dagster_taskiq.errors import DagsterTaskiqError, QueueUnreachable
 from dagster_taskiq.finalise import mend_late_canceling
 from dagster_taskiq.heartbeats import Heartbeats
+from dagster_taskiq.messages import MAX_TEXT_LENGTH
+from dagster_taskiq.metrics import REQUESTED, Metrics
 from dagster_taskiq.sender import Sender, task
 from dagster_taskiq.settings import Settings
-from dagster_taskiq.tags import TASK_ID_TAG
+from dagster_taskiq.sqs import queue_name
+from dagster_taskiq.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, TASK_ID_TAG
 from dagster_taskiq.tasks import EXECUTE_RUN, RESUME_RUN
 
 logger = logging.getLogger(__name__)
 
 _REQUEST_TIMEOUT_S: Final = 10
 _HEAD_START_S: Final = 0.05
+_BEFORE_START: Final = frozenset({DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING})
+_WAITING_FOR: Final[Mapping[str, frozenset[DagsterRunStatus]]] = {
+    EXECUTE_RUN: _BEFORE_START,
+    RESUME_RUN: frozenset({DagsterRunStatus.STARTED}),
+}
+"""The statuses of a run whose work has been sent and not begun."""
 
 
 class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClass):
@@ -63,6 +73,7 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
         )
         self._sender = Sender(self.settings, self.settings.queue_url, name="dagster-taskiq launcher")
         self._known_claims: Claims | None = None
+        self._metrics = Metrics.chosen(self.settings.metrics, queue_name(self.settings.queue_url), on_ecs=on_ecs())
         super().__init__()  # type: ignore[no-untyped-call]
 
     @property
@@ -83,7 +94,11 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
         return cls(inst_data=inst_data, **config_value)
 
     def launch_run(self, context: core.LaunchRunContext) -> None:
-        """Tag the run with a new task id, then send its work. Raises `QueueError` when it cannot be sent."""
+        """Tag the run with a new task id, then send its work.
+
+        Raises `QueueError` when it cannot be sent, unless the run was terminated meanwhile, or a worker has it all the
+        same: from whatever is raised here Dagster makes a FAILURE.
+        """
         self._submit(context.dagster_run, EXECUTE_RUN)
 
     @property
@@ -99,6 +114,17 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
         task_id = uuid.uuid4().hex
         # The tag first: a worker may have the message before `send` returns.
         self._instance.add_run_tags(run.run_id, {TASK_ID_TAG: task_id})
+        try:
+            self._send(run, task_name, task_id)
+        except DagsterTaskiqError as error:
+            if not self._has_moved_on(run, task_name):
+                raise
+            logger.warning("run not launched, and not needed any more: %s", error, extra={"run_id": run.run_id})
+            return
+        queue = self.settings.queue_url.rstrip("/").rpartition("/")[2]
+        self._note(run, events.submitted(task_id, queue))
+
+    def _send(self, run: DagsterRun, task_name: str, task_id: str) -> None:
         group = run.job_name if self.settings.is_fair_queue else None
         try:
             self._sender.ask(
@@ -109,14 +135,24 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
                 f"{self.settings.queue_url} did not answer within {_REQUEST_TIMEOUT_S} s; the run was not launched."
                 " Look at the endpoint and at the network, then launch it again"
             ) from error
-        queue = self.settings.queue_url.rstrip("/").rpartition("/")[2]
-        self._note(run, events.submitted(task_id, queue))
+
+    def _has_moved_on(self, run: DagsterRun, task_name: str) -> bool:
+        """Whether the work is needed no more: the run was terminated, or the message got through after all."""
+        now = self._instance.get_run_by_id(run.run_id)
+        return now is None or now.status not in _WAITING_FOR[task_name]
 
     def terminate(self, run_id: str) -> bool:
-        """Have the run stopped; quick, and never raises for a run that exists.
+        """Have the run stopped; quick, and never raises for a run that exists. Who asked is unknown: see `cancel`.
 
         Returns True when something was done that stops it, False when there is nothing to stop (unknown or finished)
         or nothing that this launcher could stop. The run is CANCELED when its processes are gone.
+        """
+        return self.cancel(run_id, requested_by=events.UNKNOWN_AUTHOR)
+
+    def cancel(self, run_id: str, *, reason: str | None = None, requested_by: str) -> bool:
+        """As `terminate`, and the run's log says who asked, and why.
+
+        So do its tags `dagster-taskiq/cancelled_by` and `cancel_reason`, for who does not get the message.
         """
         run = self._instance.get_run_by_id(run_id)
         if run is None or run.status in core.FINISHED_STATUSES:
@@ -129,14 +165,20 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
             self._note(run, events.no_task_id())
             self._instance.report_run_canceled(run, "Nothing that this launcher started can be working on the run.")
             return False
-        return self._terminate(run, task_id)
+        reason = reason[:MAX_TEXT_LENGTH] if reason else run.tags.get(CANCEL_REASON_TAG)
+        author = requested_by[:MAX_TEXT_LENGTH] if requested_by != events.UNKNOWN_AUTHOR else None
+        said = {CANCEL_REASON_TAG: reason, CANCELLED_BY_TAG: author}
+        if new := {tag: value for tag, value in said.items() if value and run.tags.get(tag) != value}:
+            self._instance.add_run_tags(run.run_id, new)
+        return self._terminate(run, task_id, reason, requested_by)
 
-    def _terminate(self, run: DagsterRun, task_id: str) -> bool:
-        waiting = run.status in (DagsterRunStatus.STARTING, DagsterRunStatus.NOT_STARTED)
+    def _terminate(self, run: DagsterRun, task_id: str, reason: str | None, requested_by: str) -> bool:
+        waiting = run.status in _BEFORE_START
         # The doorbell first, for the worker that hears it does not need the status; but a queue that does not answer
         # must not keep the status from being written. Only a run that may not have a worker yet is looked at first,
         # so that no message is left behind.
-        request = None if waiting else self._request_cancel(task_id)
+        asked_by = {"reason": reason, "requested_by": requested_by}
+        request = None if waiting else self._request_cancel(task_id, **asked_by)
         if request is not None:
             wait({request}, timeout=_HEAD_START_S)
         if run.status is not DagsterRunStatus.CANCELING:
@@ -146,18 +188,21 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
                 return over is DagsterRunStatus.CANCELED  # our own message can have been that quick
         if waiting and self._owner(run.run_id) is None:
             # Status written, then the claims read: a worker that claims from now on reads CANCELING.
+            if reason or requested_by != events.UNKNOWN_AUTHOR:
+                self._note(run, events.requested(task_id, reason, requested_by))
             self._instance.report_run_canceled(run, "Canceled before a worker had picked it up.")
             return True
         try:
-            (request or self._request_cancel(task_id)).result(_REQUEST_TIMEOUT_S)
+            (request or self._request_cancel(task_id, **asked_by)).result(_REQUEST_TIMEOUT_S)
         except (DagsterTaskiqError, TimeoutError, RuntimeError) as error:
             self._note(run, events.request_failed(str(error) or repr(error), self.settings.status_poll_seconds))
         else:
-            self._note(run, events.requested(task_id))
+            self._note(run, events.requested(task_id, reason, requested_by))
+        self._metrics.count(REQUESTED)
         return True
 
-    def _request_cancel(self, task_id: str) -> "Future[None]":
-        return self._sender.ask(lambda broker: broker.cancel_task(task_id, requested_by=events.UNKNOWN_AUTHOR))
+    def _request_cancel(self, task_id: str, **asked_by: str | None) -> "Future[None]":
+        return self._sender.ask(lambda broker: broker.cancel_task(task_id, **asked_by))
 
     @property
     def supports_check_run_worker_health(self) -> bool:

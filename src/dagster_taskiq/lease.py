@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from logging import getLogger
 from typing import Final, Protocol
 
@@ -62,6 +62,8 @@ class Lease:
         self._visibility_timeout_s = visibility_timeout_s
         self._renew_every_s = visibility_timeout_s / RENEWALS if renew_every_s is None else renew_every_s
         self._name = name
+        self.about: Mapping[str, str | None] = {}
+        """What lines of the log about it shall say, once it is known what the message is."""
         self._on_lost = on_lost
         self._clock = clock
         self._received_at = clock()
@@ -113,7 +115,7 @@ class Lease:
             try:
                 await self._calls.hand_back(delay_s)
             except LeaseLost:
-                logger.info("message was gone when it was handed back", extra={"lease": self._name})
+                logger.info("message was gone when it was handed back", extra={"lease": self._name, **self.about})
             except QueueError as error:
                 logger.warning("message could not be handed back; it returns by itself: %s", error)
 
@@ -152,7 +154,7 @@ class Lease:
         except LeaseLost as error:
             self._lose(error)
         except Exception as error:  # a renewal that broke leaves the message to others: that is a loss
-            logger.exception("lease renewal broke", extra={"lease": self._name})
+            logger.exception("lease renewal broke", extra={"lease": self._name, **self.about})
             self._lose(error)
 
     async def _renew(self) -> bool:
@@ -167,7 +169,7 @@ class Lease:
             raise
         except (QueueError, TimeoutError) as error:
             if not self._failing:
-                logger.warning("lease not renewed, trying again: %s", error, extra={"lease": self._name})
+                logger.warning("lease not renewed, trying again: %s", error, extra={"lease": self._name, **self.about})
             self._failing = True
             return False
         self._failing = False

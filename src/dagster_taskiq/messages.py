@@ -6,7 +6,6 @@ Whatever arrives is untrusted: it is bounded and checked field by field, and it 
 import base64
 import hashlib
 import json
-import math
 import re
 import zlib
 from collections.abc import Mapping
@@ -22,6 +21,8 @@ _MAX_CANCEL_BODY: Final = 64 * 1024
 _TASK_ID = re.compile(r"[\x21-\x7e]{1,256}")
 _RUN_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 _STEP_TASK_ID = re.compile(r"([0-9A-Za-z_-]{1,64})\.[0-9a-f]{16}\.[0-9]{1,5}")
+_END_OF_TIME_S: Final = 253_402_300_000
+"""In the year 9999, the last that can be written as a date."""
 _MAX_STEP_KEY: Final = 4096
 _MAX_ATTEMPT: Final = 99_999
 _MAX_UNPACKED: Final = 256 * 1024 * 1024
@@ -174,12 +175,13 @@ def _text(data: Mapping[str, Any], key: str) -> str | None:
 
 def _moment(value: object) -> float | None:
     """Seconds since the epoch from an ISO 8601 text or a number; None for a moment that cannot be read."""
+    seconds: float | None = None
     try:
         if isinstance(value, str):
             moment = datetime.fromisoformat(value[:64])
-            return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
+            seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            seconds = float(value)
     except (ValueError, OverflowError):
-        pass
-    return None
+        return None
+    return seconds if seconds is not None and 0 <= seconds < _END_OF_TIME_S else None

@@ -14,7 +14,7 @@ from typing import Final, Literal
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
 
 from dagster_taskiq import dagster_internals as core
-from dagster_taskiq.claims import Claims, Owner, StepRef
+from dagster_taskiq.claims import Claims, Owner, StepRef, cleanup_record
 from dagster_taskiq.tags import TASK_ID_TAG
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def preflight(instance: DagsterInstance, claims: Claims, candidate: Candidate) -
     claims.claim(run, candidate.worker_id, candidate.task_id, candidate.where)
     run = instance.get_run_by_id(candidate.run_id)
     owner = claims.owner(candidate.run_id, candidate.worker_id)
-    decision = _after_the_claim(candidate, run, owner, earlier, instance)
+    decision = _after_the_claim(candidate, run, owner, earlier, claims)
     if decision.action not in _WITHOUT_THE_CLAIM:
         decision = _contest(claims, candidate) or decision
     if run is not None and decision.action in _WITHOUT_THE_CLAIM:
@@ -97,7 +97,7 @@ def _before_the_claim(claims: Claims, candidate: Candidate, run: DagsterRun | No
     """What can be decided without a claim, so that it leaves no trace in the log of a run that goes on."""
     if run is None:
         return Decision(Action.DROP, "the run does not exist (deleted?)")
-    if run.status in core.FINISHED_STATUSES:
+    if run.status in core.FINISHED_STATUSES and not _must_be_cleaned_up(claims, run):
         return Decision(Action.DROP, f"the run is {run.status.value} already")
     if run.tags.get(TASK_ID_TAG, candidate.task_id) != candidate.task_id:
         return Decision(Action.DROP, "superseded: the run was launched or resumed again under another task id")
@@ -108,6 +108,11 @@ def _before_the_claim(claims: Claims, candidate: Candidate, run: DagsterRun | No
         if owner is not None and owner.alive and owner.worker_id != candidate.worker_id:
             return _for(owner, f"worker {owner.worker_id} is at work on it", run)
     return None
+
+
+def _must_be_cleaned_up(claims: Claims, run: DagsterRun) -> bool:
+    """CANCELED, by force perhaps, before the worker that had it came to running its cleanup handlers."""
+    return run.status is DagsterRunStatus.CANCELED and cleanup_record(claims.instance, run.run_id).due
 
 
 def _for(owner: Owner, why: str, run: DagsterRun | None) -> Decision:
@@ -138,14 +143,17 @@ def _dead_owner(claims: Claims, candidate: Candidate, run: DagsterRun) -> str | 
 
 
 def _after_the_claim(
-    candidate: Candidate, run: DagsterRun | None, owner: Owner | None, earlier: str | None, instance: DagsterInstance
+    candidate: Candidate, run: DagsterRun | None, owner: Owner | None, earlier: str | None, claims: Claims
 ) -> Decision:
     if run is None:
         return Decision(Action.DROP, "the run was deleted")
-    if run.status in core.FINISHED_STATUSES:
+    to_be_cleaned_up = _must_be_cleaned_up(claims, run)
+    if run.status in core.FINISHED_STATUSES and not to_be_cleaned_up:
         return Decision(Action.DROP, f"the run is {run.status.value} already", run)
     if owner is not None and owner.worker_id != candidate.worker_id:
         return _for(owner, f"worker {owner.worker_id} claimed it first", run)
+    if to_be_cleaned_up:
+        return Decision(Action.FINISH_CANCELLATION, "its cleanup is outstanding", run)
     if run.status is DagsterRunStatus.CANCELING:
         return Decision(Action.FINISH_CANCELLATION, "terminated while no worker was at work on it", run)
     if candidate.kind == "resume_run":
@@ -153,7 +161,7 @@ def _after_the_claim(
     if run.status in (DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING):
         return Decision(Action.START, "to be started", run)
     who = f"worker {earlier}, which had it, is gone" if earlier else "the worker that had it is unknown"
-    if instance.run_will_resume(run.run_id):
+    if claims.instance.run_will_resume(run.run_id):
         return Decision(Action.RESUME, who, run)
     return Decision(Action.FAIL, who, run)
 

@@ -16,10 +16,14 @@ from typing import Any
 from taskiq import TaskiqMessage, TaskiqResult
 from taskiq.exceptions import NoResultError
 
+from dagster_taskiq import log_context
 from dagster_taskiq.cancellation import CancelKind, Cancellation, stronger
 from dagster_taskiq.errors import TaskCancelled
+from dagster_taskiq.handlers import Handler, handlers_of
 from dagster_taskiq.lease import Settle
 from dagster_taskiq.settlement import AFTER_CANCEL, Settlement
+from dagster_taskiq.task_cleanup import TaskCleanupContext, TaskToken, clean_up_task
+from dagster_taskiq.token import CancellationToken, provide
 
 logger = getLogger(__name__)
 
@@ -37,7 +41,11 @@ class Running:
     def __init__(self, task_id: str, *, receive_count: int, settle: Settle, start_cancelled: bool = False) -> None:
         self.task_id = task_id
         self.received_at = time.time()
+        self.sent_at = 0.0
+        """0: not known."""
         self.receive_count = receive_count
+        self.about = {"task_id": task_id, **log_context.current()}
+        """What lines of the log about it shall say, from wherever they come."""
         self.cancellation: Cancellation | None = None
         self.settled = asyncio.Event()
         self.succeeded = False
@@ -50,6 +58,16 @@ class Running:
         self._begun = False
         self._over = False
         self._wish: tuple[Settlement, int] | None = None
+        self.when_cancelled: Callable[[Cancellation], None] = lambda _: None
+        """Called when the work is cancelled, once, by `cancel`."""
+        self.handlers: tuple[Handler, ...] = ()
+        """The cleanup handlers of the task function, if it has begun."""
+        self.token = TaskToken(self._cancel_inner)
+
+    @property
+    def message(self) -> TaskiqMessage | None:
+        """The message that middlewares look at; None before the task is about to begin."""
+        return self._message
 
     @property
     def over(self) -> bool:
@@ -105,7 +123,9 @@ class Running:
         first = self.cancellation is None
         self.cancellation = stronger(self.cancellation, cancellation)
         if first:
-            logger.info("Cancelling task %s", self.task_id)
+            logger.info("Cancelling task %s", self.task_id, extra=self.about)
+            self.token.tell(cancellation)
+            self.when_cancelled(cancellation)
             self._interrupt()
 
     def attach(self, message: TaskiqMessage) -> None:
@@ -145,7 +165,7 @@ class Running:
     def _observed_coroutine(self, target: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(target)
         async def observed(*args: Any, **kwargs: Any) -> Any:
-            self._begun = True
+            self._begin(target)
             try:
                 return await target(*args, **kwargs)
             finally:
@@ -158,7 +178,7 @@ class Running:
         def observed(*args: Any, **kwargs: Any) -> Any:
             if self.dropped:
                 raise TaskCancelled(self.cancellation.reason if self.cancellation else None)
-            self._begun = True
+            self._begin(target)
             try:
                 return target(*args, **kwargs)
             finally:
@@ -166,18 +186,57 @@ class Running:
 
         return observed
 
+    def _begin(self, target: Callable[..., Any]) -> None:
+        self._begun = True
+        self.handlers = handlers_of(target)
+
+    async def clean_up(self) -> tuple[str, ...]:
+        """Run the cleanup handlers, if somebody has asked for the end of the task; which of them failed, and why."""
+        cancellation, message = self.cancellation, self._message
+        if cancellation is None or cancellation.kind is not CancelKind.REQUESTED or message is None:
+            return ()
+
+        def describe(attempt: int) -> TaskCleanupContext:
+            return TaskCleanupContext(
+                task_id=self.task_id,
+                task_name=message.task_name,
+                args=message.args,
+                kwargs=message.kwargs,
+                labels=message.labels,
+                state=self.token.kept,
+                reason=cancellation.reason,
+                requested_by=cancellation.requested_by,
+                attempt=attempt,
+                log=logger,
+            )
+
+        return await clean_up_task(self.handlers, describe)
+
     def _interrupt(self) -> None:
         if self._inner is None:
             return  # not started yet: `dropped` says what then
         if not self._interruptible:
-            logger.info("task %s is a sync function and ends when it looks at its cancellation", self.task_id)
+            text = "task %s is a sync function and ends when it looks at its cancellation"
+            logger.info(text, self.task_id, extra=self.about)
         elif self._begun or not self._start_cancelled:
+            self.token.interrupt()
+
+    def _cancel_inner(self) -> None:
+        if self._inner is not None:
             self._inner.cancel()
 
     def _forbid_retry(self) -> None:
         # Retry middlewares look at this label of the message, and would send the task again.
         if self._message is not None:
             self._message.labels["retry_on_error"] = False
+
+
+def _token_of_task() -> CancellationToken | None:
+    running = CURRENT.get(None)
+    return running.token.get() if running is not None else None
+
+
+provide(_token_of_task)
 
 
 class CancelledIsNoError(Filter):

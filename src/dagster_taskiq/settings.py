@@ -26,10 +26,16 @@ REGION_VARIABLES: Final = ("AWS_REGION", "AWS_DEFAULT_REGION")
 TOP_LEVEL_KEYS: Final = ("queue_url", "region_name", "endpoint_url", "config_source")
 _REGION_IN_HOST = re.compile(r"(?:^|\.)sqs\.([a-z0-9-]+)\.(?:amazonaws\.com|on\.aws|api\.aws|localhost)")
 
+DEFAULT_DRAIN_S: Final = 15
 _FIFO: Final = ".fifo"
 _STOP_MARGIN_S: Final = 3.0
 
 StartMethod = Literal["forkserver", "spawn"]
+MetricsTo = Literal["auto", "emf", "otel", "off"]
+_CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
+    "start_method": ("forkserver", "spawn"),
+    "metrics": ("auto", "emf", "otel", "off"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +99,7 @@ class Settings:
     """Seconds between the interrupt and the kill."""
     status_poll_seconds: float = 5
     """How often the run status in the database is looked at, the second channel of a cancellation."""
-    drain_seconds: float = 15
+    drain_seconds: float = DEFAULT_DRAIN_S
     """At shutdown: how long running work may go on before it is interrupted."""
     stop_timeout_seconds: float = 30
     """The `stopTimeout` of the worker's container: when it ends, ECS kills everything."""
@@ -105,6 +111,8 @@ class Settings:
     """S3 bucket for what is too large for a message of SQS: the known state of a step after thousands of outputs."""
     start_method: StartMethod = "forkserver"
     """How the child is started: forked from a warm process, or a fresh interpreter."""
+    metrics: MetricsTo = "auto"
+    """Where measurements go: CloudWatch's embedded format on stdout, OpenTelemetry; `auto`: what is there."""
     preload_modules: tuple[str, ...] = ()
     """Modules that the warm process imports before it forks."""
 
@@ -315,9 +323,9 @@ def _checked(key: str, value: Any) -> Any:
         return _url(key, value)
     if key in _NAMES:
         return _name(key, value)
-    if key == "start_method":
-        if value not in ("forkserver", "spawn"):
-            raise SettingsError(f"start_method must be 'forkserver' or 'spawn', not {value!r}")
+    if key in _CHOICES:
+        if value not in _CHOICES[key]:
+            raise SettingsError(f"{key} must be {' or '.join(map(repr, _CHOICES[key]))}, not {value!r}")
         return value
     if key == "preload_modules":
         if isinstance(value, str) or not all(isinstance(name, str) for name in value):

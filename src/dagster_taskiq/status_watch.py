@@ -12,6 +12,7 @@ from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
 from dagster_taskiq.cancellation import CancelChannel, CancelKind, Cancellation
 from dagster_taskiq.patience import patiently
+from dagster_taskiq.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG
 
 _WHY: Final[Mapping[DagsterRunStatus, str]] = {
     DagsterRunStatus.CANCELING: "the run is CANCELING",
@@ -48,8 +49,13 @@ class StatusWatch:
             return
         filters = RunsFilter(run_ids=sorted(set(watched.values())))
         runs = await asyncio.to_thread(self._instance.get_runs, filters)
-        status = {run.run_id: run.status for run in runs}
+        found = {run.run_id: run for run in runs}
         for task_id, run_id in watched.items():
-            why = _WHY.get(status[run_id]) if run_id in status else "the run was deleted"
+            run = found.get(run_id)
+            why = _WHY.get(run.status) if run is not None else "the run was deleted"
             if why is not None:
-                self._cancel(task_id, Cancellation(CancelKind.REQUESTED, why, channel=CancelChannel.STATUS_WATCH))
+                tags = run.tags if run is not None else {}
+                reason, by = tags.get(CANCEL_REASON_TAG) or why, tags.get(CANCELLED_BY_TAG)
+                self._cancel(
+                    task_id, Cancellation(CancelKind.REQUESTED, reason, by, channel=CancelChannel.STATUS_WATCH)
+                )

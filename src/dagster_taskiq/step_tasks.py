@@ -6,6 +6,7 @@ never began) is told here, and the run's executor, which follows the log, makes 
 
 import asyncio
 import logging
+from time import time
 from typing import Any, Final
 
 from dagster import DagsterRun
@@ -21,6 +22,7 @@ from dagster_taskiq.claims import StepRef, write_note
 from dagster_taskiq.errors import ChildStartFailed, MessageUnreadable, PayloadUnavailable
 from dagster_taskiq.finalise import how_it_ended
 from dagster_taskiq.messages import StepOrder
+from dagster_taskiq.metrics import WAITED
 from dagster_taskiq.patience import DATABASE_PATIENCE_S, patiently
 from dagster_taskiq.payload_bucket import PayloadBucket
 from dagster_taskiq.preflight import Action, Candidate, Decision, preflight_step, preflight_step_again
@@ -88,6 +90,8 @@ class StepWork:
         step = StepRef(order.step_key, order.task_id)
         chronicle = Chronicle(self._place.instance, run, self._place.worker_id, cancelled, step)
         end, why = None, "cancelled before it began"
+        if work.sent_at and work.receive_count == 1:
+            self._place.metrics.put({WAITED: max(0.0, time() - work.sent_at)}, Kind="step")
         self._place.at_work[order.task_id] = Piece(order.run_id, order.step_key)
         try:
             if decision.is_stale(self._place.settings.dead_after_s):
@@ -110,9 +114,11 @@ class StepWork:
         if end is None and cancelled.by_shutdown():
             await self._give_up(run, step, work, "the worker shuts down", 0)
             return
-        chronicle.tell_end(end)
+        said = _said_how_it_ended(end)
+        chronicle.tell_end(end, said=said)
+        self._place.measure_end(end)
         await chronicle.written()
-        if not _said_how_it_ended(end):
+        if not said:
             requested = bool(cancelled) and cancelled.cause.kind is CancelKind.REQUESTED
             await self._tell_lost(run, step, why, retry=not requested)
         work.settle_as(Settlement.DELETE)

@@ -32,8 +32,8 @@ class Observer(Protocol):
     def interrupting(self, pid: int, grace_s: float) -> None:
         """The SIGTERM is on its way."""
 
-    def killing(self, pid: int, waited_s: float) -> None:
-        """The child did not obey; the SIGKILL is on its way."""
+    def killing(self, pid: int, waited_s: float, shield: str | None) -> None:
+        """The child did not obey; the SIGKILL is on its way. `shield`: the last one in which it was, if any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +146,9 @@ class _Life:
 
     async def _interrupt_then_kill(self, grace_s: float) -> None:
         cause = self._cancelled.cause
-        if cause.kind is not CancelKind.SHUTDOWN:
-            # The child must know that this is a cancellation before the signal comes. A signal without an intent is
-            # an interruption, after which the run may go on elsewhere.
-            intent = {"intent": cause.kind.name, "reason": cause.reason, "by": cause.requested_by}
-            self._child.tell(intent | {"deadline": time() + grace_s})
+        # The child must know what this is before the signal comes: of a shutdown, the run may go on elsewhere.
+        intent = {"intent": cause.kind.name, "reason": cause.reason, "by": cause.requested_by}
+        self._child.tell(intent | {"deadline": time() + grace_s})
         self._interrupted_at = time()
         self._observer.interrupting(self._child.pid, grace_s)  # first: the op answers within a millisecond
         self._child.interrupt()
@@ -166,7 +164,8 @@ class _Life:
         logger.warning("child does not end; killing it", extra={"pid": self._child.pid, "waited_s": waited_s})
         self._kill_at = time()
         self._child.kill()
-        self._observer.killing(self._child.pid, waited_s)
+        shields = [message["shield"] for message in self._child.messages if "shield" in message]
+        self._observer.killing(self._child.pid, waited_s, str(shields[-1]) if shields else None)
 
     async def _finished_but_stays(self) -> None:
         """Returns when the child has been done for longer than the grace and still lives (a thread that never ends)."""

@@ -7,6 +7,7 @@ Each task supervises one child. Knows Dagster's runs through `preflight` and `fi
 import asyncio
 import logging
 from contextlib import suppress
+from dataclasses import replace
 from time import time
 from typing import Any, Final
 
@@ -16,18 +17,21 @@ from taskiq import AsyncBroker
 from dagster_taskiq import dagster_internals as core
 from dagster_taskiq import events
 from dagster_taskiq.cancellable_receiver import Running, current_work
-from dagster_taskiq.cancellation import CancelKind, Cancellation
+from dagster_taskiq.cancellation import CancelChannel, CancelKind, Cancellation
 from dagster_taskiq.child import RUN_TARGET
 from dagster_taskiq.chronicle import Chronicle
 from dagster_taskiq.claims import OpenSteps, open_steps, write_note
 from dagster_taskiq.errors import ChildStartFailed
-from dagster_taskiq.finalise import Conclusion, conclude, examine, fail
+from dagster_taskiq.finalise import Conclusion, Verdict, conclude, examine, fail
 from dagster_taskiq.messages import is_run_id
+from dagster_taskiq.metrics import CLEANUPS, FINISHED, TO_FINAL, WAITED
 from dagster_taskiq.patience import DATABASE_PATIENCE_S, patiently
 from dagster_taskiq.preflight import Action, Candidate, Decision, WorkKind, preflight
 from dagster_taskiq.process import ChildSpec
 from dagster_taskiq.settlement import Settlement
+from dagster_taskiq.supervised_cleanup import clean_up
 from dagster_taskiq.supervisor import Cancelled, ChildEnd, supervise
+from dagster_taskiq.tags import CANCEL_REASON_TAG
 from dagster_taskiq.to_the_end import to_the_end
 from dagster_taskiq.workplace import Piece, Workplace
 
@@ -139,6 +143,8 @@ class RunWork:
         chronicle = Chronicle(self._place.instance, run, self._place.worker_id, cancelled)
         self._place.at_work[work.task_id] = Piece(run.run_id)
         end: ChildEnd | None = None
+        if work.sent_at and work.receive_count == 1:
+            self._place.metrics.put({WAITED: max(0.0, time() - work.sent_at)}, Kind="run")
         stale = decision.is_stale(self._place.settings.dead_after_s)
         try:
             if not cancelled and not stale:
@@ -154,6 +160,7 @@ class RunWork:
             await self._give_up(run, work, "the worker hung" if stale else "the worker shuts down", 0)
             return
         chronicle.tell_end(end)
+        self._place.measure_end(end)
         cause = cancelled.cause if cancelled else None
         if end is not None and end.abandoned:
             cause = await self._cause_after_hanging(run, cause)
@@ -211,21 +218,40 @@ class RunWork:
             # The events of the way stand before the final one; meanwhile look how it has to end.
             looking = asyncio.to_thread(look)
             conclusion, _ = await asyncio.gather(looking, chronicle.written() if chronicle else asyncio.sleep(0))
+            await asyncio.to_thread(self._keep_reason, conclusion.run, cancellation)
             if conclusion.steps and conclusion.run is not None:
                 shutting_down = cancellation is not None and cancellation.kind is CancelKind.SHUTDOWN
                 await self._stop_steps(conclusion.run, conclusion.steps, patient=not shutting_down)
                 conclusion = await asyncio.to_thread(look)
+            if conclusion.cleanup.due and conclusion.run is not None:
+                if not await clean_up(place, conclusion.run, work.task_id):
+                    return replace(conclusion, settlement=Settlement.HAND_BACK)
+                conclusion = await asyncio.to_thread(look)
+                place.metrics.count(CLEANUPS, Outcome="failed" if conclusion.cleanup.failures else "succeeded")
             await asyncio.to_thread(conclude, place.instance, conclusion, end)
             return conclusion
 
         # The child is gone and the message still ours: nobody else can do this better, so not at once give up.
         conclusion = await patiently(write, doing="write the final state of a run", for_s=DATABASE_PATIENCE_S)
         if conclusion.settlement is Settlement.HAND_BACK:
-            await self._give_up(run, work, "interrupted; the run will be resumed", 0)
+            resumed = conclusion.verdict is Verdict.RESUMABLE
+            why = "the run will be resumed" if resumed else "its cleanup goes on elsewhere"
+            await self._give_up(run, work, f"interrupted; {why}", 0)
             return
+        if cancellation is not None and cancellation.kind is CancelKind.REQUESTED:
+            outcome = "cleanup failed" if conclusion.cleanup.failures else conclusion.verdict.name.lower()
+            place.metrics.count(FINISHED, Outcome=outcome)
+            place.metrics.put({TO_FINAL: max(0.0, time() - cancellation.received_at)})
         if conclusion.settlement is Settlement.LEAVE:
             await asyncio.to_thread(place.claims.release, run, place.worker_id, work.task_id, "the lease was lost")
         work.settle_as(conclusion.settlement)
+
+    def _keep_reason(self, run: DagsterRun | None, cancellation: Cancellation | None) -> None:
+        """What somebody said who only sent a cancel message. The launcher keeps what is said to it."""
+        if run is None or cancellation is None or cancellation.channel is not CancelChannel.CANCEL_QUEUE:
+            return
+        if cancellation.reason and CANCEL_REASON_TAG not in run.tags:
+            self._place.instance.add_run_tags(run.run_id, {CANCEL_REASON_TAG: cancellation.reason})
 
     async def _stop_steps(self, run: DagsterRun, steps: OpenSteps, *, patient: bool = True) -> None:
         """Before a run is final, its steps have stopped, wherever they work; for as long as that may take."""
@@ -235,17 +261,17 @@ class RunWork:
         while left := await asyncio.to_thread(self._still_at_work, steps):
             if not told:
                 logger.info("stopping %d steps of run %s", len(left), run.run_id, extra={"run_id": run.run_id})
-                await place.cancel_tasks([steps.task_ids[step_key] for step_key in left])
+                await place.cancel_tasks(left)
                 told = True
             waited_s = time() - began
             if waited_s >= patience_s:
-                note = events.steps_not_stopped(left, waited_s)
+                note = events.steps_not_stopped([steps.step_keys[task_id] for task_id in left], waited_s)
                 await asyncio.to_thread(write_note, place.instance, run, note)
                 return
             await asyncio.sleep(min(0.5, 0.05 + waited_s / 10))
             steps = await asyncio.to_thread(open_steps, place.instance, run.run_id)
 
     def _still_at_work(self, steps: OpenSteps) -> list[str]:
-        """The keys of those whose worker lives, or has not been dead for long enough for its children to be gone."""
+        """Task ids: of those whose worker lives, or has not been dead for long enough for its children to be gone."""
         alive = self._place.heartbeats_of_steps.alive(steps.workers.values())
-        return [step_key for step_key, worker_id in steps.workers.items() if worker_id in alive]
+        return [task_id for task_id, worker_id in steps.workers.items() if worker_id in alive]

@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
+from taskiq import TaskiqMessage
 
 from dagster_taskiq import child
 from dagster_taskiq import dagster_internals as core
@@ -25,13 +26,19 @@ from dagster_taskiq.cancellable_broker import CancellableSQSBroker
 from dagster_taskiq.cancellable_receiver import CancellableReceiver
 from dagster_taskiq.cancellation import CancelKind, Cancellation
 from dagster_taskiq.claims import Claims
+from dagster_taskiq.ecs import Agent, Protection, on_ecs
+from dagster_taskiq.health import answering
 from dagster_taskiq.heartbeats import Heartbeats
+from dagster_taskiq.log_context import telling
 from dagster_taskiq.messages import run_of_step_task
+from dagster_taskiq.metrics import RUNNING, Metrics
+from dagster_taskiq.op_state import forget_old_states
 from dagster_taskiq.patience import patiently
 from dagster_taskiq.payload_bucket import PayloadBucket
 from dagster_taskiq.process import ForkServer
 from dagster_taskiq.sender import broker_for
 from dagster_taskiq.settings import Settings
+from dagster_taskiq.sqs import queue_name
 from dagster_taskiq.status_watch import StatusWatch
 from dagster_taskiq.step_tasks import StepWork
 from dagster_taskiq.tags import TASK_ID_TAG
@@ -41,20 +48,28 @@ from dagster_taskiq.workplace import Workplace
 logger = logging.getLogger(__name__)
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+_MEASURE_EVERY_S: Final = 60
+_LONGEST_FACT: Final = 256
 
 
-def run_worker(settings: Settings, *, name: str | None = None, on_ready: Callable[[str], None] | None = None) -> int:
+def run_worker(
+    settings: Settings,
+    *,
+    name: str | None = None,
+    on_ready: Callable[[str], None] | None = None,
+    agent: Agent | None = None,
+) -> int:
     """Run a worker on the instance of `$DAGSTER_HOME` until it is told to stop; blocks; returns the exit code.
 
     `name` begins the worker's id. `on_ready` is called with that id once the worker hears all its queues. Installs
-    handlers for SIGTERM and SIGINT. Raises `DagsterTaskiqError` when it cannot start.
+    handlers for SIGTERM and SIGINT. `agent`: that of ECS, in a container of it; default: what the environment says.
+    Raises `DagsterTaskiqError` when it cannot start.
     """
     core.read_migration_scripts_once()
     with DagsterInstance.get() as instance:
         if instance.run_monitoring_enabled:
             settings.check_against_cancel_timeout(instance.run_monitoring_cancel_timeout_seconds)
-        worker = Worker(instance, settings, name=name)
-        asyncio.run(worker.run(on_ready, handle_signals=True))
+        asyncio.run(_run(instance, settings, name, on_ready, agent or Agent.here()))
     return 0
 
 
@@ -67,13 +82,20 @@ class Worker:
         settings: Settings,
         *,
         name: str | None = None,
+        where: str | None = None,
+        agent: Agent | None = None,
     ) -> None:
+        """`where`: the worker's process, in words. `agent`: that of ECS, asked for protection from scale-in."""
         self.worker_id = f"{name or socket.gethostname()}-{secrets.token_hex(4)}"
         self._instance = instance
         self._settings = settings
         self._heartbeats = Heartbeats.of_runs(instance, settings)
         self._claims = Claims(instance, self._heartbeats)
         self._fork_server = fork_server(instance, settings)
+        self._where = f"{where}, pid {os.getpid()}" if where else f"pid {os.getpid()} on {socket.gethostname()}"
+        self._agent = agent
+        self._measured_at = 0.0
+        self._ready = False
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
         self._started_at = time.time()
@@ -103,7 +125,8 @@ class Worker:
             heartbeats_of_steps=Heartbeats.of_steps(self._instance, self._settings),
             processes=self._fork_server,
             worker_id=self.worker_id,
-            where=f"pid {os.getpid()} on {socket.gethostname()}",
+            where=self._where,
+            metrics=Metrics.chosen(self._settings.metrics, queue_name(self._settings.queue_url), on_ecs=on_ecs()),
             cancel_tasks=self._cancel_over(brokers[0]),
         )
         bucket = self._settings.payload_bucket
@@ -115,7 +138,9 @@ class Worker:
             await self._beat(place)
             with suppress(Exception):  # housekeeping; the next worker does it as well
                 await asyncio.to_thread(self._heartbeats.forget_the_long_dead)
-            await self._work(self._receivers(brokers, place, payloads), brokers[0], place, on_ready)
+                await asyncio.to_thread(forget_old_states, self._instance)
+            async with answering(lambda: self._describe(place)):
+                await self._work(self._receivers(brokers, place, payloads), brokers[0], place, on_ready)
         finally:
             for broker in brokers:
                 await broker.shutdown()
@@ -143,9 +168,12 @@ class Worker:
             side = [
                 helpers.create_task(watch.run(), name="status watch"),
                 helpers.create_task(self._keep_beating(place), name="heartbeat"),
-                helpers.create_task(self._stop_what_does_not_finish(receivers), name="drain"),
+                helpers.create_task(self._stop_what_does_not_finish(receivers, place), name="drain"),
                 helpers.create_task(self._announce(receivers, on_ready), name="announce"),
             ]
+            if self._agent is not None and self._agent.can_protect:
+                protection = Protection(self._agent, lambda: any(receiver.running for receiver in receivers))
+                side.append(helpers.create_task(protection.run(), name="scale-in protection"))
             if self._settings.enable_cancellation:
                 listener = self._listener(receivers, broker, cancel)
                 side.append(helpers.create_task(listener.run(), name="hear cancels"))
@@ -183,8 +211,15 @@ class Worker:
             receiver = CancellableReceiver(broker, max_async_tasks=slots)
             receiver.start_cancelled_work = True
             receiver.still_ours = still_ours
+            receiver.when_delivered = place.measure_delivery
+            receiver.describe = _describe_message
             receivers.append(receiver)
         return receivers
+
+    def _describe(self, place: Workplace) -> dict[str, Any]:
+        """How this worker is, for whoever asks on its host."""
+        state = "draining" if self._stopping.is_set() else "ready" if self._ready else "starting"
+        return {"worker": self.worker_id, "state": state, **place.at_work_by_kind()}
 
     def _listener(
         self,
@@ -245,15 +280,17 @@ class Worker:
     async def _announce(self, receivers: Sequence[CancellableReceiver], on_ready: Callable[[str], None] | None) -> None:
         for receiver in receivers:
             await receiver.hearing.wait()
+        self._ready = True
         logger.info("worker is ready", extra={"worker_id": self.worker_id})
         if on_ready is not None:
             on_ready(self.worker_id)
 
-    async def _stop_what_does_not_finish(self, receivers: Sequence[CancellableReceiver]) -> None:
+    async def _stop_what_does_not_finish(self, receivers: Sequence[CancellableReceiver], place: Workplace) -> None:
         await self._stopping.wait()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_seconds):
                 await self._hurry.wait()
+        place.hurry.set()
         shutdown = Cancellation(CancelKind.SHUTDOWN, "the worker is shutting down")
         await asyncio.gather(*[receiver.stop_running(shutdown) for receiver in receivers])
 
@@ -274,12 +311,37 @@ class Worker:
             "slots": [self._settings.max_concurrent_runs, self._settings.max_concurrent_steps],
             "work": work,
         }
+        if place.metrics.wanted and time.monotonic() - self._measured_at > _MEASURE_EVERY_S:
+            self._measured_at = time.monotonic()
+            place.metrics.put({RUNNING: len(work)})
         beating = asyncio.get_running_loop().run_in_executor(self._heart, self._heartbeats.beat, self.worker_id, facts)
         try:
             async with asyncio.timeout(within_s):
                 await beating
         except TimeoutError:
             raise TimeoutError(f"the database has not answered within {within_s:g} s") from None
+
+
+async def _run(
+    instance: DagsterInstance,
+    settings: Settings,
+    name: str | None,
+    on_ready: Callable[[str], None] | None,
+    agent: Agent,
+) -> None:
+    task = await agent.task()
+    if task is None:
+        worker = Worker(instance, settings, name=name, agent=agent)
+    else:
+        worker = Worker(instance, settings, name=name or task.name, where=task.where, agent=agent)
+    with telling(worker=worker.worker_id):
+        await worker.run(on_ready, handle_signals=True)
+
+
+def _describe_message(message: TaskiqMessage) -> dict[str, str]:
+    """Run and step that a message names, if it does, for the log."""
+    facts = {name: message.kwargs.get(name) for name in ("run_id", "step_key")}
+    return {name: value[:_LONGEST_FACT] for name, value in facts.items() if isinstance(value, str)}
 
 
 async def _steps_stay_ours(_: str) -> bool:

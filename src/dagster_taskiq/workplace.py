@@ -1,5 +1,6 @@
 """What all work of one worker shares. Knows who works where; not what is worked on."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from time import time
@@ -7,11 +8,12 @@ from typing import Any
 
 from dagster import DagsterInstance, DagsterRun
 
-from dagster_taskiq.cancellation import CancelKind
+from dagster_taskiq.cancellation import CancelKind, Cancellation
 from dagster_taskiq.claims import Claims
 from dagster_taskiq.heartbeats import Heartbeats
+from dagster_taskiq.metrics import DELIVERED, FORCED_KILLS, LEASES_LOST, TO_DELIVERED, TO_STOPPED, Metrics
 from dagster_taskiq.settings import Settings, grace_of
-from dagster_taskiq.supervisor import Cancelled, Processes
+from dagster_taskiq.supervisor import Cancelled, ChildEnd, Processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +40,32 @@ class Workplace:
     """The worker's process, in words."""
     cancel_tasks: Callable[[Iterable[str]], Awaitable[Any]]
     """Sends a cancel message for each task id; what fails does not raise."""
+    metrics: Metrics = field(default_factory=lambda: Metrics([], ""))
+    hurry: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the worker's drain is over: whatever still goes on here has to end."""
     at_work: dict[str, Piece] = field(default_factory=dict)
     """By task id, the work that has passed its preflight."""
+
+    def at_work_by_kind(self) -> dict[str, int]:
+        """How many runs, and how many steps."""
+        runs = sum(piece.step_key is None for piece in self.at_work.values())
+        return {"runs": runs, "steps": len(self.at_work) - runs}
+
+    def measure_delivery(self, cause: Cancellation) -> None:
+        """Work that runs here was cancelled."""
+        if cause.kind is CancelKind.LEASE_LOST:
+            self.metrics.count(LEASES_LOST)
+        elif cause.kind is CancelKind.REQUESTED:
+            self.metrics.count(DELIVERED, Channel=cause.channel.value)
+            if cause.requested_at is not None:
+                self.metrics.put({TO_DELIVERED: max(0.0, cause.received_at - cause.requested_at)})
+
+    def measure_end(self, end: ChildEnd | None) -> None:
+        """How long it took a process tree to stop that was interrupted, and whether it had to be killed."""
+        if end is not None and end.interrupted_at is not None:
+            self.metrics.put({TO_STOPPED: max(0.0, end.gone_at - end.interrupted_at)})
+            if end.kill_at is not None:
+                self.metrics.count(FORCED_KILLS)
 
     def watched(self) -> dict[str, str]:
         """Task id to run id: what the status watch looks at."""

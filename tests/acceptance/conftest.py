@@ -21,7 +21,7 @@ DEFAULT_POSTGRES = "postgresql://postgres@127.0.0.1:5432/postgres"
 
 SNAPPY: Mapping[str, Any] = {
     "wait_time_seconds": 1,
-    "visibility_timeout_seconds": 8,
+    "visibility_timeout_seconds": 12,
     "grace_seconds": 10,
     "status_poll_seconds": 1,
     "drain_seconds": 3,
@@ -29,6 +29,9 @@ SNAPPY: Mapping[str, Any] = {
     "max_concurrent_runs": 8,
 }
 """Settings that make the tests quick: moto wakes its waiting pollers once a second, so long polls are short."""
+UNHURRIED: Mapping[str, Any] = {"visibility_timeout_seconds": 30}
+"""For tests that put dozens of processes on a busy machine and lose none of them: a worker is taken for a hanging one
+when its event loop stands still for a quarter of this."""
 
 PlatformFactory = Callable[..., Any]
 
@@ -79,7 +82,7 @@ def steps_platform(endpoint: str, **options: Any) -> Iterator[Platform]:
 @pytest.fixture(scope="module")
 def working_steps(endpoint: str) -> Iterator[Platform]:
     """One of those, with two workers that serve both queues."""
-    with steps_platform(endpoint) as platform, platform.worker("-n", "a"), platform.worker("-n", "b"):
+    with steps_platform(endpoint, source=UNHURRIED) as platform, platform.worker("-n", "a"), platform.worker("-n", "b"):
         yield platform
 
 
@@ -93,7 +96,7 @@ def platform(endpoint: str) -> Iterator[Platform]:
 @pytest.fixture(scope="module")
 def working(endpoint: str) -> Iterator[Platform]:
     """A platform of its own with one worker."""
-    with open_platform(endpoint) as platform, platform.worker("-n", "w"):
+    with open_platform(endpoint, source=UNHURRIED) as platform, platform.worker("-n", "w"):
         yield platform
 
 

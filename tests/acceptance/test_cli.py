@@ -14,12 +14,12 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from tests.support.moto import CREDENTIALS, create_queues, free_port, sqs_client
+from tests.support.platform import ENTRYPOINT
 
 from dagster_taskiq.cli import main
 
 pytestmark = pytest.mark.acceptance
 
-ENTRYPOINT = Path(__file__).parents[2] / "worker_entrypoint.py"
 COMMANDS = (
     ["--help"],
     ["worker", "--help"],
@@ -28,6 +28,11 @@ COMMANDS = (
     ["queue", "--help"],
     ["queue", "create", "--help"],
     ["queue", "status", "--help"],
+    ["worker", "health", "--help"],
+    ["doctor", "--help"],
+    ["run", "--help"],
+    ["run", "cancel", "--help"],
+    ["run", "cleanup", "--help"],
     ["dev", "--help"],
     ["demo", "--help"],
 )
@@ -340,7 +345,9 @@ def test_the_entrypoint_says_what_is_wrong_in_one_line(desk: Desk) -> None:
     desk.launcher(queue_url=f"{desk.endpoint_url}/123456789012/nowhere")
     assert_one_line(desk.run(script=ENTRYPOINT), "nowhere", "no such queue")
     assert_one_line(desk.run(script=ENTRYPOINT, DAGSTER_TASKIQ_LOG_LEVEL="LOUD"), "DAGSTER_TASKIQ_LOG_LEVEL")
-    assert_one_line(desk.run(script=ENTRYPOINT, DAGSTER_TASKIQ_CREATE_QUEUES="please"), "must be 1 or 0")
+    assert_one_line(
+        desk.run(script=ENTRYPOINT, DAGSTER_TASKIQ_CREATE_QUEUES="please"), "must be one of 0, 1, true, false"
+    )
 
 
 def test_the_entrypoint_creates_queues_becomes_the_worker_and_stops_on_sigterm(desk: Desk) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 from dagster import DagsterEventType, DagsterRunStatus
-from tests.acceptance.conftest import open_platform
+from tests.acceptance.conftest import UNHURRIED, open_platform
 from tests.support.platform import FINISHED, Platform
 from tests.support.waiting import wait_until
 
@@ -31,7 +31,7 @@ class Shot:
 
 @pytest.fixture(scope="module")
 def busy_platform(endpoint: str) -> Iterator[Platform]:
-    with open_platform(endpoint) as platform, platform.worker("-n", "w"):
+    with open_platform(endpoint, source=UNHURRIED) as platform, platform.worker("-n", "w"):
         yield platform
 
 

@@ -1,9 +1,11 @@
 """What workers and runs depend on fails for a while: nothing is stopped because of it, and afterwards all goes on."""
 
 import os
+import subprocess
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from tests.support.proxy import SqsProxy, sqs_proxy
 from tests.support.tcp_proxy import TcpProxy, tcp_proxy
 from tests.support.waiting import wait_until
 
+from dagster_taskiq.dagster_internals import LaunchRunContext
+from dagster_taskiq.errors import QueueUnreachable
 from dagster_taskiq.events import Stage
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
@@ -133,9 +137,10 @@ def test_what_outlives_the_longest_lease_of_sqs_is_neither_stopped_nor_started_t
     """SQS keeps a message invisible for twelve hours at most; here it is seconds."""
     (tmp_path / "sitecustomize.py").write_text(LOWERED)
     env = {"PYTHONPATH": os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))}
-    seconds = CEILING_S + 2.0 * SNAPPY["visibility_timeout_seconds"]
+    visibility_s = CEILING_S - 4
+    seconds = CEILING_S + 2.0 * visibility_s
     with (
-        steps_platform(endpoint) as platform,
+        steps_platform(endpoint, source={"visibility_timeout_seconds": visibility_s}) as platform,
         platform.worker("-n", "a", env=env) as a,
         platform.worker("-n", "b", env=env) as b,
     ):
@@ -157,3 +162,69 @@ def test_what_outlives_the_longest_lease_of_sqs_is_neither_stopped_nor_started_t
             seen=lambda: (platform.waiting(), platform.waiting("-steps"), a.log(), b.log()),
         )
         assert Stage.INTERRUPTING not in platform.stages(run_id)
+
+
+def test_a_run_that_is_terminated_while_its_launch_waits_for_sqs_stays_canceled(endpoint: str) -> None:
+    with sqs_proxy(endpoint) as proxy, open_platform(proxy.url) as platform, ThreadPoolExecutor(1) as threads:
+        run = platform.create("quick_job", seconds=0)
+        proxy.hang(action="SendMessage")
+        launching = threads.submit(platform.instance.launch_run, run.run_id, None)  # type: ignore[arg-type]
+        wait_until(lambda: [asked for asked, _ in proxy.seen if asked == "SendMessage"], "the launch waits for SQS")
+        assert platform.launcher.terminate(run.run_id)
+        assert platform.status(run.run_id) is DagsterRunStatus.CANCELED
+        proxy.away()
+        launching.result(60)
+        assert platform.status(run.run_id) is DagsterRunStatus.CANCELED, platform.story(run.run_id)
+        # Also when it was marked before the launcher came to see it.
+        run = platform.create("quick_job", seconds=0)
+        platform.instance.report_run_canceled(run)
+        platform.launcher.launch_run(LaunchRunContext(platform.run(run.run_id), workspace=None))
+        assert platform.status(run.run_id) is DagsterRunStatus.CANCELED, platform.story(run.run_id)
+        # Of one that nobody has terminated Dagster makes a failure.
+        run = platform.create("quick_job", seconds=0)
+        with pytest.raises(QueueUnreachable):
+            platform.instance.launch_run(run.run_id, workspace=None)  # type: ignore[arg-type]
+        assert platform.status(run.run_id) is DagsterRunStatus.FAILURE
+
+
+FILL: dict[str, Callable[[Path], object]] = {
+    "bytes": lambda folder: (folder / "filler").write_bytes(b"x" * 100_000),
+    "files": lambda folder: [(folder / f"filler{number}").write_bytes(b"") for number in range(20)],
+}
+
+
+@contextmanager
+def full_disk(folder: Path, what: str) -> Iterator[None]:
+    """A file system of its own on which there is no room left: for bytes, or for further files."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k,nr_inodes=8", "dagster-taskiq-test", str(folder)]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("may not mount a file system (not root?)")
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            FILL[what](folder)
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("what", FILL)
+def test_while_the_disk_of_the_compute_logs_is_full_runs_go_on_and_can_be_stopped(
+    endpoint: str, tmp_path: Path, what: str
+) -> None:
+    compute_logs = {
+        "module": "dagster._core.storage.local_compute_log_manager",
+        "class": "LocalComputeLogManager",
+        "config": {"base_dir": str(tmp_path)},
+    }
+    with (
+        open_platform(endpoint, extra={"compute_logs": compute_logs}) as platform,
+        platform.worker("-n", "w") as worker,
+        full_disk(tmp_path, what),
+    ):
+        stays, goes = platform.launch("sleepy_job"), platform.launch("sleepy_job")
+        platform.marked(stays, "started"), platform.marked(goes, "started")
+        assert platform.finished(platform.launch("quick_job", seconds=0)) is DagsterRunStatus.SUCCESS
+        assert_stops(platform, goes)
+        assert_untouched(platform, stays, worker)
+        assert_stops(platform, stays)
+        assert what == "files" or (tmp_path / stays).exists(), "its compute logs went elsewhere"

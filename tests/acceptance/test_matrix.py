@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from dagster import DagsterEventType, DagsterRunStatus
-from tests.acceptance.conftest import open_platform
+from tests.acceptance.conftest import UNHURRIED, open_platform
 from tests.support.platform import Platform
 
 from dagster_taskiq.events import Stage
@@ -37,7 +37,7 @@ def keeps_its_promise(platform: Platform) -> None:
 @pytest.mark.parametrize("extra", [{}, MONITORING], ids=["unmonitored", "monitored"])
 @pytest.mark.parametrize("fifo", [False, True], ids=["standard", "fifo"])
 def test_on_sqlite(endpoint: str, fifo: bool, extra: dict[str, Any]) -> None:
-    with open_platform(endpoint, fifo=fifo, extra=extra) as platform:
+    with open_platform(endpoint, fifo=fifo, extra=extra, source=UNHURRIED) as platform:
         keeps_its_promise(platform)
 
 
@@ -46,15 +46,15 @@ def test_on_sqlite(endpoint: str, fifo: bool, extra: dict[str, Any]) -> None:
 @pytest.mark.parametrize("fifo", [False, True], ids=["standard", "fifo"])
 def test_on_postgres(endpoint: str, postgres: str, fifo: bool, extra: dict[str, Any]) -> None:
     storage = {"storage": {"postgres": {"postgres_url": postgres}}}
-    with open_platform(endpoint, fifo=fifo, extra={**extra, **storage}) as platform:
+    with open_platform(endpoint, fifo=fifo, extra={**extra, **storage}, source=UNHURRIED) as platform:
         keeps_its_promise(platform)
 
 
 def test_in_fresh_interpreters(endpoint: str) -> None:
-    with open_platform(endpoint, source={"start_method": "spawn"}) as platform:
+    with open_platform(endpoint, source={**UNHURRIED, "start_method": "spawn"}) as platform:
         keeps_its_promise(platform)
 
 
 def test_jobs_as_message_groups_of_a_fair_queue(endpoint: str) -> None:
-    with open_platform(endpoint, source={"is_fair_queue": True}) as platform:
+    with open_platform(endpoint, source={**UNHURRIED, "is_fair_queue": True}) as platform:
         keeps_its_promise(platform)

@@ -16,7 +16,7 @@ from dagster._core.execution.api import create_execution_plan
 from dagster._core.execution.plan.state import KnownExecutionState
 from dagster._core.storage.fs_io_manager import PickledObjectFilesystemIOManager
 from dagster._serdes import serialize_value
-from tests.acceptance.conftest import open_platform
+from tests.acceptance.conftest import UNHURRIED, open_platform
 from tests.support import parity
 from tests.support.platform import Platform
 from upath import UPath
@@ -289,7 +289,7 @@ def performances(endpoint: str, request: pytest.FixtureRequest) -> Iterator[dict
         if isinstance(item, pytest.Function) and item.module is request.module
     }
     # Few at a time: there are more tests than these on the machine.
-    source = {"max_concurrent_runs": 2, "max_concurrent_steps": 2}
+    source = {**UNHURRIED, "max_concurrent_runs": 2, "max_concurrent_steps": 2}
     with open_platform(endpoint, source=source) as platform:
         platform.instance.event_log_storage.set_concurrency_slots("narrow", 1)
         with platform.worker("-n", "w"):

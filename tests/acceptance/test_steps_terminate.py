@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from dagster import DagsterEventType, DagsterRunStatus
-from tests.acceptance.conftest import steps_platform
+from tests.acceptance.conftest import UNHURRIED, steps_platform
 from tests.support.platform import Platform
 from tests.support.waiting import wait_until
 
@@ -35,7 +35,7 @@ def assert_canceled_after_its_steps(platform: Platform, run_id: str, *, within: 
 
 @pytest.mark.parametrize("extra", [{}, MONITORING], ids=["unmonitored", "monitored"])
 def test_forty_steps_on_four_workers_stop_and_what_is_queued_never_starts(endpoint: str, extra: dict[str, Any]) -> None:
-    source = {"max_concurrent_steps": 10}
+    source = {**UNHURRIED, "max_concurrent_steps": 10}
     with steps_platform(endpoint, extra=extra, source=source) as platform, ExitStack() as stack:
         workers = [stack.enter_context(platform.worker("-n", f"w{number}", ready=False)) for number in range(4)]
         for worker in workers:

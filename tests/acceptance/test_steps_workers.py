@@ -105,6 +105,37 @@ def test_the_runs_worker_is_killed_and_the_run_resumed(endpoint: str) -> None:
         assert any("Resuming the run" in line for line in platform.story(run_id))
 
 
+def test_a_step_that_could_not_begin_while_nobody_had_its_run(endpoint: str) -> None:
+    """Its process writes RESOURCE_INIT_FAILURE; the step's failure is for the run to write, once it is resumed."""
+    with steps_platform(endpoint, extra=MONITORING) as platform:
+        with platform.worker("-n", "doomed", "--runs-only") as doomed:
+            config = {"marks": str(platform.home / "cluster"), "seconds": -1.0}
+            run_id = platform.launch("cluster_steps", resources={"resources": {"cluster": {"config": config}}})
+            wait_until(
+                lambda: DagsterEventType.STEP_WORKER_STARTING in platform.events(run_id),
+                "the step is sent",
+                within=60,
+                seen=lambda: platform.story(run_id),
+            )
+            doomed.process.kill()
+            doomed.process.wait(10)
+            wait_until(lambda: not platform.processes(run_id), "the orphan has ended")
+        with platform.worker("-n", "steps", "--steps-only"):
+            wait_until(
+                lambda: platform.step_notes(run_id, Stage.TREE_GONE),
+                "the step's process is gone",
+                within=60,
+                seen=lambda: platform.story(run_id),
+            )
+            assert DagsterEventType.RESOURCE_INIT_FAILURE in platform.events(run_id)
+            assert DagsterEventType.STEP_FAILURE not in platform.events(run_id)
+            with platform.worker("-n", "heir", "--runs-only"):
+                assert platform.finished(run_id, within=60) is DagsterRunStatus.FAILURE, platform.story(run_id)
+        assert platform.events(run_id).count(DagsterEventType.STEP_FAILURE) == 1
+        assert "no cluster to be had" in str([entry.dagster_event for entry in platform.instance.all_logs(run_id)])
+        assert len(platform.step_tasks(run_id)) == 1
+
+
 def test_the_runs_worker_is_killed_without_monitoring(endpoint: str) -> None:
     """FAILURE with the reason, after the steps have been stopped."""
     with steps_platform(endpoint) as platform, platform.worker("-n", "steps", "--steps-only"):

@@ -29,7 +29,10 @@ def terminate(platform: Platform, run_id: str) -> None:
     assert platform.finished(run_id) is DagsterRunStatus.CANCELED, platform.story(run_id)
     platform.assert_nothing_left(run_id)
     events = Counter(platform.events(run_id))
-    assert events[DagsterEventType.RUN_CANCELED] == 1
+    assert events[DagsterEventType.RUN_CANCELED] == 1, "\n".join(
+        f"{entry.timestamp:.3f} {entry.dagster_event.event_type_value if entry.dagster_event else ''} {entry.message}"
+        for entry in platform.instance.all_logs(run_id)
+    )
     assert not events[DagsterEventType.RUN_FAILURE]
     assert not events[DagsterEventType.RUN_SUCCESS]
 

@@ -28,7 +28,7 @@ from dagster_taskiq.claims import Claims
 from dagster_taskiq.heartbeats import Heartbeats
 from dagster_taskiq.tags import GRACE_SECONDS_TAG
 from tests.support.moto import create_queues
-from tests.support.platform import Platform, write_home
+from tests.support.platform import FINISHED, Platform, write_home
 from tests.support.proxy import Fault, Rule, SqsProxy, sqs_proxy
 from tests.support.tcp_proxy import TcpProxy, tcp_proxy
 from tests.support.waiting import wait_until
@@ -278,8 +278,9 @@ class BadDay:
         except Exception as error:  # noqa: BLE001 - then the daemon, or the UI, reports the run as failed
             launched.not_launched = repr(error)
             self.done["launch failed"] += 1
-            with suppress(Exception):
-                self._platform.instance.report_run_failed(run, "could not be launched")
+            with suppress(Exception):  # unless `launch_run` could do so itself
+                if self._platform.status(run.run_id) not in FINISHED:
+                    self._platform.instance.report_run_failed(run, "could not be launched")
 
     def terminate(self, deed: Deed) -> None:
         launched = self._of(deed)

@@ -7,15 +7,23 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus
-from dagster._core.definitions.reconstruct import ReconstructableJob
+from dagster import (
+    AssetKey,
+    DagsterEvent,
+    DagsterEventType,
+    DagsterInstance,
+    DagsterRun,
+    DagsterRunStatus,
+    GraphDefinition,
+)
+from dagster._core.definitions.reconstruct import ReconstructableJob, ReconstructableRepository
 
 from dagster_taskiq.claims import note_in, notes
 from dagster_taskiq.events import TASK_ID_KEY, Stage
@@ -29,6 +37,9 @@ from tests.support.waiting import wait_until
 
 JOBS = Path(__file__).parent / "jobs.py"
 STEP_JOBS = Path(__file__).parent / "step_jobs.py"
+CLEANUP_JOBS = Path(__file__).parent / "cleanup_jobs.py"
+CLI = (sys.executable, "-m", "dagster_taskiq.cli")
+ENTRYPOINT = Path(__file__).parents[2] / "worker_entrypoint.py"
 FINISHED = {DagsterRunStatus.SUCCESS, DagsterRunStatus.FAILURE, DagsterRunStatus.CANCELED}
 
 
@@ -78,28 +89,43 @@ class Platform:
         return launcher
 
     def create(
-        self, job: str, tags: Mapping[str, str] | None = None, *, remote_job_origin: Any = None, **config: Any
+        self,
+        job: str,
+        tags: Mapping[str, str] | None = None,
+        *,
+        remote_job_origin: Any = None,
+        resources: Mapping[str, Any] | None = None,
+        assets: Sequence[AssetKey] | None = None,
+        **config: Any,
     ) -> DagsterRun:
-        recon = ReconstructableJob.for_file(str(self.jobs), job)
+        recon = self._recon(job)
+        if assets is not None:
+            recon = recon.get_subset(asset_selection=frozenset(assets))
         definition = recon.get_definition()
-        ops = definition.graph.node_dict
         token = os.urandom(6).hex()
         marks = self.home / f"marks-{token}"
         if job == "holds_a_transaction_job":
             config["database"] = str(self.home / f"database-{token}")
-        with_config = {name for name in ops if ops[name].definition.name != "fails"}
-        run_config = {"ops": {name: {"config": {"marks": str(marks), **config}} for name in with_config}}
+        run_config = {"ops": _ops_config(definition.graph, {"marks": str(marks), **config}), **(resources or {})}
         return self.instance.create_run_for_job(
             definition,
             run_config=run_config,
             tags={"marks": str(marks), **(tags or {})},
             job_code_origin=recon.get_python_origin(),
             remote_job_origin=remote_job_origin,
+            asset_selection=frozenset(assets) if assets is not None else None,
         )
 
-    def launch(self, job: str, *, grace: float | None = None, **config: Any) -> str:
-        tags = {GRACE_SECONDS_TAG: str(grace)} if grace is not None else {}
-        run = self.create(job, tags, **config)
+    def _recon(self, job: str) -> ReconstructableJob:
+        if job.endswith("assets_job"):  # which is put together by the definitions that it is in
+            return ReconstructableRepository.for_file(str(self.jobs), "defs").get_reconstructable_job(job)
+        return ReconstructableJob.for_file(str(self.jobs), job)
+
+    def launch(
+        self, job: str, *, grace: float | None = None, tags: Mapping[str, str] | None = None, **config: Any
+    ) -> str:
+        graced = {GRACE_SECONDS_TAG: str(grace)} if grace is not None else {}
+        run = self.create(job, {**graced, **(tags or {})}, **config)
         self.instance.launch_run(run.run_id, workspace=None)  # type: ignore[arg-type]
         return run.run_id
 
@@ -211,11 +237,26 @@ class Platform:
         """The task ids of the steps that any worker has picked up."""
         return [facts[TASK_ID_KEY] for facts in self.step_notes(run_id, Stage.PICKED_UP)]
 
+    def command(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        """Give a command of ours, as people do."""
+        return subprocess.run(
+            [*CLI, *arguments],
+            env=os.environ | {"DAGSTER_HOME": str(self.home)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
     @contextmanager
     def worker(
-        self, *arguments: str, env: Mapping[str, str] | None = None, ready: bool = True
+        self,
+        *arguments: str,
+        env: Mapping[str, str] | None = None,
+        ready: bool = True,
+        program: Sequence[str] = (*CLI, "worker", "start"),
     ) -> Iterator[WorkerProcess]:
-        command = [sys.executable, "-m", "dagster_taskiq.cli", "worker", "start", *arguments]
+        command = [*program, *arguments]
         process = subprocess.Popen(
             command,
             env=os.environ | {"DAGSTER_HOME": str(self.home)} | dict(env or {}),
@@ -243,6 +284,17 @@ class Platform:
             finally:
                 pump.join(5)
                 process.stdout.close()
+
+
+def _ops_config(graph: GraphDefinition, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for every op, wherever it is; but for one that takes none."""
+    found: dict[str, Any] = {}
+    for node in graph.nodes:
+        if isinstance(node.definition, GraphDefinition):
+            found[node.name] = {"ops": _ops_config(node.definition, config)}
+        elif node.definition.name != "fails":
+            found[node.name] = {"config": dict(config)}
+    return found
 
 
 def write_home(

@@ -171,6 +171,7 @@ class SqsProxy:
             _abort(transport)
 
     async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
+        request._client_max_size = 2 * 1024 * 1024  # the server itself has no way to say it; SQS takes 1 MiB
         asked = _understand(request, await request.read())
         self.seen[asked.action, asked.queue] += 1
         transport = request.transport
@@ -276,7 +277,8 @@ def _abort(transport: asyncio.BaseTransport) -> None:
 
 def _refusal(rule: Rule) -> web.Response:
     throttled = rule.fault is Fault.THROTTLE
-    kind = "RequestThrottled" if throttled else "InternalFailure"
+    refused = "AccessDeniedException" if rule.status == 403 else "InternalFailure"
+    kind = "RequestThrottled" if throttled else refused
     text = json.dumps({"__type": f"com.amazonaws.sqs#{kind}", "message": "as the test wants it"})
     return web.Response(status=400 if throttled else rule.status, text=text, content_type=_JSON)
 

@@ -91,6 +91,30 @@ def collected(context: dg.OpExecutionContext, config: Marks, numbers: list[int])
     mark(context, config, f"collected-{sum(numbers)}")
 
 
+@dg.resource(config_schema={"marks": str, "seconds": float})
+def a_cluster(context: dg.InitResourceContext) -> Iterator[None]:
+    """Takes its time to be given back. Not to be had for a negative time."""
+    if context.resource_config["seconds"] < 0:
+        raise RuntimeError("no cluster to be had")
+    yield
+    with Path(context.resource_config["marks"]).open("a") as file:
+        file.write(f"leaving {os.getpid()} {time.time()}\n")
+        file.flush()
+        time.sleep(context.resource_config["seconds"])
+        file.write(f"left {os.getpid()} {time.time()}\n")
+
+
+@dg.op(out=dg.Out(dg.Nothing), required_resource_keys={"cluster"})
+def with_a_cluster(context: dg.OpExecutionContext, config: Marks) -> None:
+    mark(context, config, "started")
+
+
+@dg.op(out=dg.Out(dg.Nothing), required_resource_keys={"cluster"})
+def fails_with_a_cluster(context: dg.OpExecutionContext, config: Marks) -> None:
+    mark(context, config, "started")
+    raise RuntimeError("as it should")
+
+
 def wide(name: str, steps: int, max_concurrent: int | None = None) -> dg.JobDefinition:
     @dg.job(name=name, executor_def=taskiq_executor.configured({"max_concurrent": max_concurrent}))
     def job() -> None:
@@ -117,6 +141,16 @@ stubborn_steps = job_of(stubborn)
 dies_steps = job_of(dies)
 
 
+@dg.job(executor_def=taskiq_executor, resource_defs={"cluster": a_cluster})
+def cluster_steps() -> None:
+    with_a_cluster()
+
+
+@dg.job(executor_def=taskiq_executor, resource_defs={"cluster": a_cluster})
+def failing_cluster_steps() -> None:
+    fails_with_a_cluster()
+
+
 @dg.job(executor_def=taskiq_executor)
 def dynamic_steps() -> None:
     collected(fan_out().map(mapped).collect())
@@ -137,6 +171,8 @@ defs = dg.Definitions(
         fails_and_waits_steps,
         stubborn_steps,
         dies_steps,
+        cluster_steps,
+        failing_cluster_steps,
         dynamic_steps,
         many_outputs,
     ]

@@ -12,6 +12,7 @@ from dagster._core.events.log import EventLogEntry
 from sqlalchemy.exc import OperationalError
 
 from dagster_taskiq import child, patience
+from dagster_taskiq.voice import Voice
 
 RUN_ID = "8adb1c9d-e6ad-4f25-ae64-4db1fa32c38a"
 
@@ -62,7 +63,7 @@ def test_an_event_whose_storing_was_not_confirmed_is_there_once(answer: bool, mo
     now = time.time()
     with ours, theirs, DagsterInstance.ephemeral() as instance:
         monkeypatch.setattr(instance, "handle_new_event", loses(answer, 2, instance.handle_new_event))
-        fence = Passing(instance, RUN_ID, child._Voice(ours))
+        fence = Passing(instance, RUN_ID, Voice(ours))
         fence(entry("one", now))
         fence(entry("two", now))
         fence(entry("one", now + 0.000001))

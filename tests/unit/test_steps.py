@@ -1,7 +1,7 @@
 """What the event log tells of steps, and what may be started: on Dagster's own in-memory storage."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,14 +9,18 @@ import pytest
 from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, job
 from dagster._core.execution.plan.objects import ErrorSource, StepFailureData, StepSuccessData
 from dagster._core.execution.plan.outputs import StepOutputHandle
+from sqlalchemy.exc import OperationalError
 
 from dagster_taskiq import dagster_internals as core
+from dagster_taskiq import patience
+from dagster_taskiq.chronicle import Chronicle
 from dagster_taskiq.claims import Claims, OpenSteps, StepRef, notes, open_steps, write_note
 from dagster_taskiq.core_execution_loop import _Log
 from dagster_taskiq.events import Note, Stage, picked_up, released, step_lost, tree_gone
 from dagster_taskiq.heartbeats import Heartbeats
 from dagster_taskiq.messages import step_task_id
 from dagster_taskiq.preflight import Action, Candidate, Decision, preflight_step, preflight_step_again
+from dagster_taskiq.supervisor import Cancelled, ChildEnd
 
 ME, OTHER = "me-1", "other-1"
 STEP = "load"
@@ -65,6 +69,11 @@ class World:
         return [stage for stage, _ in notes(self.instance, self.run.run_id, step)]
 
 
+def of(worker_id: str, task_id: str, note: Note) -> Note:
+    """As the worker says it of that attempt."""
+    return replace(note, facts={**note.facts, **picked_up(worker_id, task_id, "").facts})
+
+
 @pytest.fixture
 def world() -> Iterator[World]:
     with DagsterInstance.ephemeral() as instance:
@@ -77,54 +86,102 @@ def world() -> Iterator[World]:
 def test_a_step_is_at_work_from_its_claim(world: World) -> None:
     assert world.at_work() == {}
     world.note(picked_up(OTHER, world.task(), "there"))
-    assert world.at_work() == {STEP: OTHER}
+    assert world.at_work() == {world.task(): OTHER}
 
 
 def test_the_first_claim_counts_until_it_is_released(world: World) -> None:
     world.note(picked_up(OTHER, world.task(), "there"))
     world.note(picked_up(ME, world.task(), "here"))
     world.note(released(ME, world.task(), "too late"))
-    assert world.at_work() == {STEP: OTHER}
+    assert world.at_work() == {world.task(): OTHER}
     world.note(released(OTHER, world.task(), "handed back"))
     assert world.at_work() == {}
 
 
 @pytest.mark.parametrize("kind", ["STEP_SUCCESS", "STEP_FAILURE", "STEP_UP_FOR_RETRY"])
-def test_a_step_that_says_how_it_ended_is_over(world: World, kind: str) -> None:
+def test_a_step_that_says_how_it_ended_is_over_when_its_tree_is_gone(world: World, kind: str) -> None:
     world.note(picked_up(OTHER, world.task(), "there"))
     world.ended(DagsterEventType[kind])
+    assert world.at_work() == {world.task(): OTHER}
+    world.note(of(ME, world.task(), tree_gone(None, (), 0.0, ended=True)))
+    assert world.at_work() == {world.task(): OTHER}, "another worker's word"
+    world.note(of(OTHER, world.task(), tree_gone(None, (), 0.0, ended=True)))
     assert world.at_work() == {}
 
 
-def test_a_step_that_was_interrupted_is_over_when_its_tree_is_gone(world: World) -> None:
+def test_a_step_whose_tree_is_gone_without_a_word_is_over_when_it_is_called_lost(world: World) -> None:
+    """Its worker may die before it has done so; then the run would never hear how the step ended."""
     world.note(picked_up(OTHER, world.task(), "there"))
-    world.ended(DagsterEventType.STEP_FAILURE, ErrorSource.INTERRUPT)
-    assert world.at_work() == {STEP: OTHER}
-    world.note(Note(Stage.TREE_GONE, "gone", {"worker": ME, "task id": world.task()}))
-    assert world.at_work() == {STEP: OTHER}, "another worker's word"
-    gone = tree_gone(1.0, (), 0.0)
-    world.note(Note(gone.stage, gone.message, {**gone.facts, **picked_up(OTHER, world.task(), "").facts}))
-    assert world.at_work() == {}
-
-
-def test_a_step_that_was_lost_is_over(world: World) -> None:
-    world.note(picked_up(OTHER, world.task(), "there"))
+    world.note(of(OTHER, world.task(), tree_gone(1.0, (), 0.0, ended=False)))
+    assert world.at_work() == {world.task(): OTHER}
     world.note(step_lost(OTHER, world.task(), "killed", retry=True))
     assert world.at_work() == {}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("step", [True, False])
+async def test_what_is_told_of_the_end_survives_an_outage(
+    world: World, step: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step's run waits for it."""
+    monkeypatch.setattr(patience, "_FIRST_PAUSE_S", 0.001)
+    report, outages = world.instance.report_dagster_event, iter([True, True])
+
+    def unsteady(*args: Any, **kwargs: Any) -> Any:
+        if next(outages, False):
+            raise OperationalError("insert", {}, ConnectionResetError())
+        return report(*args, **kwargs)
+
+    monkeypatch.setattr(world.instance, "report_dagster_event", unsteady)
+    about = StepRef(STEP, world.task()) if step else None
+    chronicle = Chronicle(world.instance, world.run, ME, Cancelled(lambda: None), about)
+    chronicle.tell_end(ChildEnd(4711, 0, (), interrupted_at=1.0, kill_at=None, killed=(), gone_at=2.0), said=True)
+    await chronicle.written()
+    events = [entry.dagster_event for entry in world.instance.all_logs(world.run.run_id) if entry.dagster_event]
+    assert events[-1].message == "process tree gone after 1.000 s"
+    assert events[-1].step_key == (STEP if step else None)
 
 
 def test_a_new_attempt_is_at_work_whatever_is_still_said_of_the_old_one(world: World) -> None:
     world.note(picked_up(OTHER, world.task(1), "there"))
     world.ended(DagsterEventType.STEP_UP_FOR_RETRY)
     world.note(picked_up(ME, world.task(2), "here"))
+    assert world.at_work() == {world.task(1): OTHER, world.task(2): ME}, "the old one's process still exits"
     world.note(step_lost(OTHER, world.task(1), "killed", retry=True))
-    assert open_steps(world.instance, world.run.run_id).task_ids == {STEP: world.task(2)}
+    steps = open_steps(world.instance, world.run.run_id)
+    assert (steps.workers, steps.step_keys) == ({world.task(2): ME}, {world.task(2): STEP})
+
+
+def test_the_order_in_which_the_log_is_read_does_not_matter(world: World) -> None:
+    """PostgreSQL may show an event after a later one."""
+    world.note(picked_up(OTHER, world.task(), "there"))
+    world.note(picked_up(ME, world.task(), "here"))
+    world.note(released(ME, world.task(), "too late"))
+    world.note(of(OTHER, world.task(), tree_gone(None, (), 0.0, ended=True)))
+    log = [event for entry in world.instance.all_logs(world.run.run_id) if (event := entry.dagster_event)]
+    for late in range(len(log)):
+        steps = OpenSteps()
+        for event in [*log[:late], *log[late + 1 :], log[late]]:
+            steps.hear(event)
+        assert steps.workers == {}, f"event {late} came late: {steps.workers}"
+
+
+def test_a_step_whose_worker_is_dead_stays_closed(world: World) -> None:
+    world.note(picked_up(OTHER, world.task(), "there"))
+    steps = open_steps(world.instance, world.run.run_id)
+    steps.close(world.task())
+    steps.close("unknown")
+    assert steps.workers == {}
+    for entry in world.instance.all_logs(world.run.run_id):
+        if entry.dagster_event is not None:
+            steps.hear(entry.dagster_event)
+    assert steps.workers == {}
 
 
 def test_the_notes_of_the_run_itself_say_nothing_of_steps(world: World) -> None:
     write_note(world.instance, world.run, picked_up(OTHER, "task", "there"))
     assert world.at_work() == {}
-    assert OpenSteps().task_ids == {}
+    assert OpenSteps().workers == {}
 
 
 def test_a_step_of_a_run_that_goes_on_is_started(world: World) -> None:
@@ -186,7 +243,7 @@ def test_an_attempt_that_another_worker_claimed_is_never_started_again(
     assert decision.action is Action.DROP
     assert OTHER in decision.why
     assert world.claims.first_claimant(world.run.run_id, StepRef(STEP, world.task())) == OTHER
-    assert world.at_work() == {STEP: OTHER}
+    assert world.at_work() == {world.task(): OTHER}
 
 
 def test_an_attempt_that_was_given_back_is_started(world: World) -> None:

@@ -9,7 +9,9 @@ import click
 
 from dagster_taskiq.cli.demo import demo
 from dagster_taskiq.cli.dev import dev
+from dagster_taskiq.cli.doctor import doctor
 from dagster_taskiq.cli.queue import queue
+from dagster_taskiq.cli.run import run
 from dagster_taskiq.cli.worker import worker
 from dagster_taskiq.version import __version__
 
@@ -49,3 +51,5 @@ main.add_command(worker)
 main.add_command(queue)
 main.add_command(dev)
 main.add_command(demo)
+main.add_command(run)
+main.add_command(doctor)

@@ -1,9 +1,13 @@
-"""Logs for people, on stderr: constant text followed by what varies."""
+"""Logs on stderr: for people, constant text followed by what varies; for machines, one JSON object per line."""
 
 import logging
 import sys
-from typing import Final
+from typing import Final, Literal
 
+from dagster_taskiq.log_context import AddContext
+
+LogFormat = Literal["auto", "text", "json"]
+LOG_FORMATS: Final = ("auto", "text", "json")
 _STANDARD: Final = logging.makeLogRecord({}).__dict__.keys() | {"message", "asctime", "taskName"}
 _TALKATIVE: Final = ("aioboto3", "alembic", "aiobotocore", "asyncio", "boto3", "botocore", "urllib3")
 
@@ -17,12 +21,33 @@ class WithExtra(logging.Formatter):
         return " ".join([super().formatMessage(record), *extra])
 
 
-def log_to_stderr(level: str) -> None:
-    """Our own loggers at the given level; libraries at INFO at the lowest, those that talk a lot at WARNING."""
+def log_to_stderr(level: str, form: LogFormat = "auto") -> None:
+    """Our own loggers at the given level; libraries at INFO at the lowest, those that talk a lot at WARNING.
+
+    `form`: `auto` is JSON in a container of ECS, whose log driver keeps lines, and text anywhere else.
+    """
+    from dagster_taskiq.ecs import on_ecs
+
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(WithExtra("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    if form == "json" or (form == "auto" and on_ecs()):
+        handler.setFormatter(_json())
+        handler.addFilter(AddContext())
+    else:
+        handler.setFormatter(WithExtra("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+        handler.addFilter(AddContext(without=("worker",)))  # a terminal has one of them
     ours = logging.getLevelNamesMapping()[level.upper()]
     logging.basicConfig(level=max(ours, logging.INFO), handlers=[handler], force=True)
     logging.getLogger("dagster_taskiq").setLevel(ours)
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(max(ours, logging.WARNING))
+
+
+def _json() -> logging.Formatter:
+    from pythonjsonlogger.json import JsonFormatter
+
+    return JsonFormatter(
+        "{asctime}{levelname}{name}{message}",
+        style="{",
+        datefmt="%Y-%m-%dT%H:%M:%S%z",
+        rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
+    )

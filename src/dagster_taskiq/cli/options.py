@@ -25,6 +25,17 @@ def config_option(command: Command) -> Command:
     )(command)
 
 
+def log_format_option(command: Command) -> Command:
+    """`--log-format FORMAT`, passed as `log_format`."""
+    return click.option(
+        "--log-format",
+        type=click.Choice(("auto", "text", "json")),
+        default="auto",
+        show_default=True,
+        help="JSON has one object per line, with run, step, task and worker. auto: JSON in a container of ECS.",
+    )(command)
+
+
 def log_level_option(command: Command) -> Command:
     """`-l/--log-level/--loglevel LEVEL`, passed as `log_level`."""
     return click.option(

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from dagster_taskiq.cli.options import config_option, log_level_option
+from dagster_taskiq.cli.options import config_option, log_format_option, log_level_option
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+    from typing import Any
 
+    from dagster_taskiq.cli.logs import LogFormat
     from dagster_taskiq.roll_call import Presence
 
 _PIPE_WIDTH: Final = 500
@@ -36,12 +38,14 @@ def worker() -> None:
 @click.option("--runs-only", is_flag=True, help="Take no steps: for a fleet of its own that serves runs.")
 @click.option("--steps-only", is_flag=True, help="Take no runs: for a fleet of its own that serves steps.")
 @log_level_option
+@log_format_option
 def start(
     config_file: Path | None,
     name: str | None,
     max_runs: int | None,
     max_steps: int | None,
     log_level: str,
+    log_format: "LogFormat",
     *,
     runs_only: bool,
     steps_only: bool,
@@ -63,23 +67,24 @@ def start(
     if (runs_only and max_steps) or (steps_only and max_runs):
         raise click.UsageError("--runs-only goes with --max-runs, and --steps-only with --max-steps")
     max_runs, max_steps = (0 if steps_only else max_runs), (0 if runs_only else max_steps)
-    raise SystemExit(run(config_file, name=name, max_runs=max_runs, max_steps=max_steps, log_level=log_level))
+    overrides = {"max_concurrent_runs": max_runs, "max_concurrent_steps": max_steps}
+    raise SystemExit(run(config_file, name=name, log_level=log_level, log_format=log_format, overrides=overrides))
 
 
 def run(
     config_file: Path | None,
     *,
     name: str | None = None,
-    max_runs: int | None = None,
-    max_steps: int | None = None,
     log_level: str,
+    log_format: "LogFormat" = "auto",
+    overrides: "Mapping[str, Any] | None" = None,
 ) -> int:
-    """Start a worker and return its exit code when it has stopped."""
+    """Start a worker and return its exit code when it has stopped. `overrides`: settings that win over the others."""
     from dagster_taskiq.cli.configured import configured
     from dagster_taskiq.cli.logs import log_to_stderr
 
-    log_to_stderr(log_level)
-    settings = configured(config_file, max_concurrent_runs=max_runs, max_concurrent_steps=max_steps)
+    log_to_stderr(log_level, log_format)
+    settings = configured(config_file, **(overrides or {}))
     from dagster_taskiq.worker import run_worker
 
     def announce(worker_id: str) -> None:
@@ -89,6 +94,33 @@ def run(
         click.echo(f"worker {worker_id} is ready: it hears {names}")
 
     return run_worker(settings, name=name, on_ready=announce)
+
+
+@worker.command()
+@click.option("--pid", type=int, help="Only this one. Default: every worker in this container.")
+def health(pid: int | None) -> None:
+    """Ask the worker of this container whether it is alive; for its health check. Exit code 1: none answers.
+
+    It answers as long as its event loop turns. Neither the database nor SQS is asked: when those are away, replacing
+    workers mends nothing.
+
+    \b
+    Example:
+      dagster-taskiq worker health
+      "healthCheck": {"command": ["CMD", "dagster-taskiq", "worker", "health"]}    (in a task definition)
+    """
+    from dagster_taskiq.health import workers_here
+
+    found = workers_here(pid)
+    if not found:
+        raise click.ClickException("no worker runs here; start one with `dagster-taskiq worker start`")
+    for its_pid, answer in found.items():
+        if answer is None:
+            click.echo(f"pid {its_pid} does not answer; it hangs", err=True)
+        else:
+            click.echo(f"{answer['worker']} is {answer['state']}: {answer['runs']} runs, {answer['steps']} steps")
+    if None in found.values():
+        raise SystemExit(1)
 
 
 @worker.command("list")

@@ -1,0 +1,59 @@
+"""`dagster-taskiq doctor`: what is wrong here, and what mends it."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from dagster_taskiq.cli.options import config_option
+
+if TYPE_CHECKING:
+    from dagster_taskiq.findings import Finding
+
+_COLOURS: Final = {"ok": "green", "warning": "yellow", "error": "red"}
+
+
+@click.command()
+@config_option
+@click.option("--json", "as_json", is_flag=True, help="For programs: one JSON array.")
+def doctor(config_file: Path | None, *, as_json: bool) -> None:
+    """Look for what is wrong: configuration, credentials, queues, permissions, workers, monitoring, clocks.
+
+    Says of each check how it stands, why, and what mends it. Changes nothing, and takes no message from a queue. Run
+    it where the webserver runs and where a worker runs: their credentials differ. Exit code 1 when something is an
+    error; a warning is none.
+
+    \b
+    Example:
+      dagster-taskiq doctor
+      dagster-taskiq doctor --json | jq '.[] | select(.verdict != "ok")'
+    """
+    import asyncio
+    from dataclasses import asdict
+
+    from dagster_taskiq.cli.configured import configured
+    from dagster_taskiq.doctor import examine
+
+    settings = configured(config_file) if config_file is not None else None
+
+    async def all_findings() -> "list[Finding]":
+        found = []
+        async for finding in examine(settings):
+            found.append(finding)
+            if not as_json:
+                _show(finding)
+        return found
+
+    found = asyncio.run(all_findings())
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in found], indent=2))
+    if any(finding.verdict == "error" for finding in found):
+        raise SystemExit(1)
+
+
+def _show(finding: "Finding") -> None:
+    verdict = click.style(f"{finding.verdict:8}", fg=_COLOURS[finding.verdict])
+    click.echo(f"{verdict} {finding.check}: {finding.reason}")
+    if finding.repair:
+        click.echo(f"         → {finding.repair}")

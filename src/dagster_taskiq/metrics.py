@@ -1,0 +1,161 @@
+"""What is counted and measured, and where it goes: CloudWatch's embedded metric format on stdout, OpenTelemetry.
+
+Knows the two libraries; not when anything happens. Nothing in here blocks, or raises.
+"""
+
+import importlib.util
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Protocol
+
+from dagster_taskiq.settings import MetricsTo
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE: Final = "dagster-taskiq"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One thing that is measured. `name` as CloudWatch has it; OpenTelemetry's is `dagster_taskiq.` and `otel`."""
+
+    name: str
+    otel: str
+    kind: Literal["counter", "histogram", "gauge"]
+    description: str
+
+    @property
+    def unit(self) -> str:
+        """CloudWatch's."""
+        return "Seconds" if self.kind == "histogram" else "Count"
+
+
+REQUESTED: Final = Metric("CancellationsRequested", "cancellations.requested", "counter", "by the launcher")
+DELIVERED: Final = Metric(
+    "CancellationsDelivered", "cancellations.delivered", "counter", "to a worker, by the channel that was the first"
+)
+FINISHED: Final = Metric("CancellationsFinished", "cancellations.finished", "counter", "by the status of the run")
+TO_DELIVERED: Final = Metric("SecondsToDelivered", "cancellations.delivery", "histogram", "requested to delivered")
+TO_STOPPED: Final = Metric("SecondsToStopped", "cancellations.stop", "histogram", "delivered to process tree gone")
+TO_FINAL: Final = Metric("SecondsToFinal", "cancellations.duration", "histogram", "delivered to the final status")
+FORCED_KILLS: Final = Metric("ForcedKills", "forced_kills", "counter", "process trees that outlasted their grace")
+CLEANUPS: Final = Metric("Cleanups", "cleanups", "counter", "cleanups that have ended, by outcome")
+CLEANUP_ATTEMPTS: Final = Metric("CleanupAttempts", "cleanup.attempts", "counter", "of handlers, by outcome")
+LEASES_LOST: Final = Metric("LeasesLost", "leases.lost", "counter", "messages that were no longer ours")
+RUNNING: Final = Metric("WorkRunning", "work.running", "gauge", "runs and steps at work, in each worker")
+WAITED: Final = Metric("SecondsWaited", "work.waited", "histogram", "sent to begun")
+ALL: Final = (
+    REQUESTED,
+    DELIVERED,
+    FINISHED,
+    TO_DELIVERED,
+    TO_STOPPED,
+    TO_FINAL,
+    FORCED_KILLS,
+    CLEANUPS,
+    CLEANUP_ATTEMPTS,
+    LEASES_LOST,
+    RUNNING,
+    WAITED,
+)
+
+
+def _has_opentelemetry() -> bool:
+    try:
+        return importlib.util.find_spec("opentelemetry.sdk") is not None
+    except ModuleNotFoundError:  # not even the API
+        return False
+
+
+class Sink(Protocol):
+    """Where measurements go."""
+
+    def put(self, values: Mapping[Metric, float], attributes: Mapping[str, str]) -> None:
+        """Several that belong together."""
+
+
+class Metrics:
+    """What the rest of the package talks to. Without sinks it does nothing."""
+
+    def __init__(self, sinks: Sequence[Sink], queue: str) -> None:
+        """`queue`: the name of the work queue, which tells fleets apart."""
+        self._sinks = sinks
+        self._queue = queue
+
+    @classmethod
+    def chosen(cls, where: MetricsTo, queue: str, *, on_ecs: bool) -> "Metrics":
+        """`auto`: EMF on ECS, and OpenTelemetry where its SDK is installed."""
+        sinks: list[Sink] = []
+        if where == "emf" or (where == "auto" and on_ecs):
+            sinks.append(EmbeddedMetrics())
+        if where == "otel" or (where == "auto" and _has_opentelemetry()):
+            sinks.append(OpenTelemetryMetrics())
+        return cls(sinks, queue)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody takes them."""
+        return bool(self._sinks)
+
+    def put(self, values: Mapping[Metric, float], **attributes: str) -> None:
+        """Values that belong together, with what tells them apart from others of the same name."""
+        for sink in self._sinks:
+            try:
+                sink.put(values, {"Queue": self._queue, **attributes})
+            except Exception:
+                logger.exception("metrics could not be written")
+
+    def count(self, metric: Metric, **attributes: str) -> None:
+        """One more."""
+        self.put({metric: 1}, **attributes)
+
+
+class EmbeddedMetrics:
+    """CloudWatch's embedded metric format: one line of JSON on stdout, from which CloudWatch Logs makes metrics.
+
+    By queue, and by queue and each attribute: CloudWatch adds nothing up by itself.
+    """
+
+    def put(self, values: Mapping[Metric, float], attributes: Mapping[str, str]) -> None:
+        """See `Sink`."""
+        from aws_embedded_metrics.logger.metrics_context import MetricsContext
+        from aws_embedded_metrics.sinks.stdout_sink import StdoutSink
+
+        queue = {"Queue": attributes["Queue"]}
+        sets = [queue, *({**queue, name: value} for name, value in attributes.items() if name != "Queue")]
+        context = MetricsContext(namespace=NAMESPACE, dimensions=sets, default_dimensions={})
+        context.should_use_default_dimensions = False
+        for metric, value in values.items():
+            context.put_metric(metric.name, value, metric.unit)
+        StdoutSink().accept(context)
+        sys.stdout.flush()
+
+
+class OpenTelemetryMetrics:
+    """Instruments of OpenTelemetry's global meter provider, which whoever runs the process has configured."""
+
+    def __init__(self) -> None:
+        from opentelemetry.metrics import get_meter
+
+        from dagster_taskiq.version import __version__
+
+        meter = get_meter("dagster_taskiq", __version__)
+        self._instruments: dict[Metric, Any] = {}
+        for metric in ALL:
+            name, unit = f"dagster_taskiq.{metric.otel}", "s" if metric.kind == "histogram" else "1"
+            make: Any = getattr(meter, f"create_{metric.kind}")
+            self._instruments[metric] = make(name, unit=unit, description=metric.description)
+
+    def put(self, values: Mapping[Metric, float], attributes: Mapping[str, str]) -> None:
+        """See `Sink`."""
+        told = {name.lower(): value for name, value in attributes.items()}
+        for metric, value in values.items():
+            instrument = self._instruments[metric]
+            if metric.kind == "counter":
+                instrument.add(value, told)
+            elif metric.kind == "histogram":
+                instrument.record(value, told)
+            else:
+                instrument.set(value, told)

@@ -1,0 +1,130 @@
+"""Cancel a run with a reason, and clean up after one by hand: what the command line offers, for programs.
+
+Knows Dagster's runs and the launcher; not SQS, not processes.
+"""
+
+import asyncio
+import getpass
+import socket
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, Final
+
+from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
+
+from dagster_taskiq import dagster_internals as core
+from dagster_taskiq import events
+from dagster_taskiq.aws_probe import identity
+from dagster_taskiq.claims import Claims, cleanup_record, write_note
+from dagster_taskiq.cleanup import Cleanup
+from dagster_taskiq.errors import CleanupFailed, DagsterTaskiqError, RunNotFound
+from dagster_taskiq.heartbeats import Heartbeats
+from dagster_taskiq.launcher import TaskiqRunLauncher
+from dagster_taskiq.messages import MAX_TEXT_LENGTH
+from dagster_taskiq.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG
+
+_TELL_WITHIN_S: Final = 2.0
+
+
+def this_user() -> str:
+    """Who runs this process, as far as the operating system knows: "ada@host"."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # a container whose user has no name
+        user = "unknown"
+    return f"{user}@{socket.gethostname()}"
+
+
+def describe_user(instance: DagsterInstance) -> str:
+    """As `this_user`; where that is root, or has no name, as in a container, the IAM identity if AWS tells it.
+
+    One request to AWS, of two seconds at most, and none to an emulator.
+    """
+    user = this_user()
+    settings = _launcher(instance).settings
+    if not user.startswith(("root@", "unknown@")) or settings.endpoint_url is not None:
+        return user
+    try:
+        return asyncio.run(asyncio.wait_for(identity(settings.region_name), _TELL_WITHIN_S))
+    except (DagsterTaskiqError, TimeoutError):
+        return user
+
+
+def cancel_run(
+    run_id: str, *, reason: str | None = None, requested_by: str | None = None, instance: DagsterInstance | None = None
+) -> bool:
+    """Have a run stopped, as Terminate in Dagster's UI does it, and say why and who asked.
+
+    Both are told in the run's event log, to its op and its cleanup handlers, and are its tags
+    `dagster-taskiq/cancel_reason` and `dagster-taskiq/cancelled_by`.
+    `requested_by`: default `this_user()`. `instance`: default that of `$DAGSTER_HOME`.
+
+    Returns at once; True when something was done that stops it, False when it is finished already, or cannot be
+    stopped. Raises `RunNotFound`, and `DagsterTaskiqError` when the instance has another run launcher.
+    """
+    with ExitStack() as stack:
+        instance = instance or stack.enter_context(DagsterInstance.get())
+        run, launcher = _run(instance, run_id), _launcher(instance)
+        by = (requested_by or this_user())[:MAX_TEXT_LENGTH]
+        if run.status is not DagsterRunStatus.QUEUED:
+            return launcher.cancel(run_id, reason=reason, requested_by=by)
+        # Only the run coordinator can take it from its queue; if it was quicker, that calls the launcher.
+        said = {CANCEL_REASON_TAG: reason[:MAX_TEXT_LENGTH]} if reason else {}
+        instance.add_run_tags(run_id, {**said, CANCELLED_BY_TAG: by})
+        write_note(instance, run, events.requested("none yet", reason, by))
+        return instance.run_coordinator.cancel_run(run_id)
+
+
+def clean_up_run(
+    run_id: str,
+    *,
+    instance: DagsterInstance | None = None,
+    tell: Callable[[Mapping[str, Any]], None] = lambda _: None,
+) -> bool:
+    """Run the cleanup handlers of a cancelled run in this process: those that have failed, or never run.
+
+    For after the cause of the failure was mended. Each has all its attempts once more; who has succeeded is not
+    called again. When all have succeeded, a run that was a FAILURE because of them becomes CANCELED. The run's code
+    must be importable here, as on a worker; main thread only. `tell` is told of each attempt when it begins.
+
+    Returns False when there is nothing to be done. Raises `RunNotFound`, `CleanupFailed`, and `DagsterTaskiqError` as
+    long as a worker has the run. Interrupted by SIGINT or SIGTERM it raises `KeyboardInterrupt`.
+    """
+    with ExitStack() as stack:
+        instance = instance or stack.enter_context(DagsterInstance.get())
+        run, launcher = _run(instance, run_id), _launcher(instance)
+        owner = Claims(instance, Heartbeats.of_runs(instance, launcher.settings)).owner(run_id)
+        if run.status not in core.FINISHED_STATUSES:
+            who = f"worker {owner.worker_id} has it" if owner is not None else "no worker has it yet"
+            raise DagsterTaskiqError(f"run {run_id} is {run.status.value}, and {who}; cancel it, and wait for its end")
+        record = cleanup_record(instance, run_id)
+        cancelled = run.status is DagsterRunStatus.CANCELED
+        if not record.failures and not (cancelled and record.due):
+            return False
+        if cancelled and record.due and owner is not None and owner.alive:
+            raise DagsterTaskiqError(f"worker {owner.worker_id} is cleaning up after run {run_id}; wait for its end")
+        with core.capture_interrupts():
+            outcome = Cleanup(instance, run, f"by hand, {this_user()}", anew=True, tell=tell).run()
+        if outcome.stopped:
+            raise KeyboardInterrupt
+        if outcome.failures:
+            raise CleanupFailed(outcome.failures)
+        if run.status is DagsterRunStatus.FAILURE:
+            instance.report_run_canceled(run, "The cleanup was made up for by hand, so the run is canceled.")
+        return True
+
+
+def _run(instance: DagsterInstance, run_id: str) -> DagsterRun:
+    run = instance.get_run_by_id(run_id)
+    if run is None:
+        raise RunNotFound(f"there is no run {run_id} in this Dagster instance; is DAGSTER_HOME the right one?")
+    return run
+
+
+def _launcher(instance: DagsterInstance) -> TaskiqRunLauncher:
+    launcher = instance.run_launcher
+    if not isinstance(launcher, TaskiqRunLauncher):
+        raise DagsterTaskiqError(
+            f"the run launcher of this instance is {type(launcher).__name__}; this is for runs of TaskiqRunLauncher"
+        )
+    return launcher

@@ -1,0 +1,97 @@
+"""For tests of ops and tasks that use `cancellation_token()`: a token that the test holds in its hands."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from dagster_taskiq.cancellation import CancelKind
+from dagster_taskiq.state import State
+from dagster_taskiq.token import CancellationToken, Cause, Signal, provide
+
+
+class FakeToken(CancellationToken):
+    """As `CancellationToken`; is cancelled when the test says so. `checks`: how often the code has looked."""
+
+    __slots__ = ("_cancel_after", "_fake", "checks")
+
+    def __init__(self, cancel_after: int | None, state: Mapping[str, Any]) -> None:
+        """Made by `fake_token`."""
+        fake = _Fake(State(), Signal())
+        if state:
+            fake.kept.update(state)
+        super().__init__(fake.signal, fake)
+        self._fake = fake
+        self._cancel_after = cancel_after
+        self.checks = 0
+
+    def cancel(
+        self,
+        reason: str | None = None,
+        *,
+        requested_by: str | None = None,
+        kind: CancelKind = CancelKind.REQUESTED,
+        kill_at: float | None = None,
+    ) -> None:
+        """From now on the work is cancelled; callbacks are called in this thread. `kill_at`: as `time.time()`."""
+        self._fake.signal.note(Cause(kind, reason, requested_by, kill_at))
+        self._fake.signal.announce()
+
+    @property
+    def is_cancelled(self) -> bool:
+        """See `CancellationToken`."""
+        self._look()
+        return super().is_cancelled
+
+    def raise_if_cancelled(self) -> None:
+        """See `CancellationToken`."""
+        self._look()
+        super().raise_if_cancelled()
+
+    def _look(self) -> None:
+        self.checks += 1
+        if self._cancel_after is not None and self.checks > self._cancel_after and not self._fake.signal.cancelled:
+            self.cancel("fake_token(cancel_after=…)")
+
+
+class _Fake:
+    def __init__(self, kept: State, signal: Signal) -> None:
+        self.kept = kept
+        self.signal = signal
+
+    def error(self, cause: Cause) -> BaseException:
+        from dagster_taskiq.op_token import op_error
+
+        return op_error(cause)
+
+    def holding_interrupts(self) -> AbstractContextManager[None]:
+        return self._raising_at_the_end()
+
+    @contextmanager
+    def _raising_at_the_end(self) -> Iterator[None]:
+        before = self.signal.cancelled
+        yield
+        if self.signal.cancelled and not before:
+            raise self.error(self.signal.cause or Cause(CancelKind.REQUESTED))
+
+    def state(self) -> State:
+        return self.kept
+
+
+@contextmanager
+def fake_token(*, cancel_after: int | None = None, state: Mapping[str, Any] | None = None) -> Iterator[FakeToken]:
+    """As long as this lasts, `cancellation_token()` returns this token, in every thread.
+
+    .. code-block:: python
+
+        with fake_token(cancel_after=2) as token, pytest.raises(OpCancelled):
+            upload(build_op_context())  # is cancelled when it looks for the third time
+        assert token.state["upload_id"]
+
+    `state`: what an earlier attempt has kept. It is not stored anywhere.
+    """
+    token = FakeToken(cancel_after, state or {})
+    forget = provide(lambda: token)
+    try:
+        yield token
+    finally:
+        forget()

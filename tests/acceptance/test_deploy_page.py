@@ -1,0 +1,131 @@
+"""`docs/deploy-on-ecs.md`, command by command, from an empty account to a terminated run."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dagster import DagsterInstance, DagsterRunStatus
+from tests.acceptance.test_infra import client
+from tests.support.ecs_agent import FakeAgent, ecs_agent
+from tests.support.moto import moto_server
+from tests.support.waiting import wait_until
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.postgres, pytest.mark.timeout(300)]
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "deploy-on-ecs.md"
+
+
+def blocks() -> list[tuple[str, str]]:
+    return re.findall(r"^```(bash|yaml|docker)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+
+
+class Shell:
+    """A terminal: what one block exports, the next one has."""
+
+    def __init__(self, folder: Path, environ: dict[str, str]) -> None:
+        self._variables = folder / "variables"
+        self.environ = environ
+
+    def run(self, script: str) -> str:
+        known = f". {self._variables}\n" if self._variables.exists() else ""
+        try:
+            done = subprocess.run(
+                ["bash", "-c", f"{known}set -ex\n{script}\nset +x\nexport -p > {self._variables}"],
+                cwd=ROOT,
+                env=self.environ,
+                capture_output=True,
+                text=True,
+                timeout=90,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(f"{error}: {error.stdout!r}\n{(error.stderr or b'')[-3000:]!r}") from None
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
+def variable(shell: Shell, name: str) -> str:
+    return shell.run(f'echo "${name}"').strip()
+
+
+def started_as_ecs_would(shell: Shell, endpoint: str, agent: FakeAgent, log: Path) -> "subprocess.Popen[bytes]":
+    """The container of the service, as its task definition says."""
+    ecs = client("ecs", endpoint)
+    (arn,) = ecs.list_task_definitions(familyPrefix="dagster-workers")["taskDefinitionArns"]
+    (container,) = ecs.describe_task_definition(taskDefinition=arn)["taskDefinition"]["containerDefinitions"]
+    told = {one["name"]: str(one["value"]) for one in container["environment"]}
+    told["DAGSTER_TASKIQ_SQS_QUEUE_URL"] = variable(shell, "DAGSTER_TASKIQ_SQS_QUEUE_URL")
+    assert [secret["name"] for secret in container["secrets"]] == ["DAGSTER_POSTGRES_URL"]
+    with log.open("w") as out:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "worker_entrypoint.py")],
+            env=shell.environ | told | agent.environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def test_who_follows_the_page_terminates_a_run(tmp_path: Path, postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DAGSTER_POSTGRES_URL", postgres)
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    aws = bin_folder / "aws"
+    aws.write_text(f'#!/bin/sh\nexec {sys.executable} -P {ROOT}/tests/support/aws_cli.py "$@"\n')
+    aws.chmod(0o755)
+    home, log = tmp_path / "home", tmp_path / "log"
+    home.mkdir()
+    with moto_server() as endpoint, ecs_agent() as agent:
+        ec2 = client("ec2", endpoint)
+        environ = os.environ | {
+            "PATH": f"{bin_folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "DAGSTER_HOME": str(home),
+            "AWS_ENDPOINT_URL": endpoint,
+            "DAGSTER_TASKIQ_SQS_ENDPOINT_URL": endpoint,
+            "IMAGE": "123456789012.dkr.ecr.us-east-1.amazonaws.com/workers:1",
+            "SUBNETS": ec2.describe_subnets()["Subnets"][0]["SubnetId"],
+            "SECURITY_GROUPS": ec2.describe_security_groups()["SecurityGroups"][0]["GroupId"],
+            "DATABASE_SECRET_ARN": "arn:aws:secretsmanager:us-east-1:123456789012:secret:dagster-abc",
+            "COLUMNS": "200",
+        }
+        shell = Shell(tmp_path, environ)
+        started: list[subprocess.Popen[bytes]] = []
+        try:
+            for language, text in blocks():
+                if language == "yaml":
+                    (home / "dagster.yaml").write_text(text)
+                elif language == "bash":
+                    shell.run(text)
+                if "workers.yaml" in text and language == "bash":
+                    started.append(started_as_ecs_would(shell, endpoint, agent, log))
+                    said = (tmp_path / "log").read_text
+                    wait_until(
+                        lambda: " is ready" in (tmp_path / "log").read_text(), "it is ready", within=60, seen=said
+                    )
+                    daemon = subprocess.Popen(
+                        ["dagster-daemon", "run", "-f", "src/dagster_taskiq/examples/index_sources.py"],
+                        cwd=ROOT,
+                        env=environ | {"DAGSTER_TASKIQ_SQS_QUEUE_URL": variable(shell, "DAGSTER_TASKIQ_SQS_QUEUE_URL")},
+                        stdout=subprocess.DEVNULL,
+                        stderr=subprocess.DEVNULL,
+                        start_new_session=True,
+                    )
+                    started.append(daemon)
+                if "run cancel" in text:
+                    for name in ("DAGSTER_TASKIQ_SQS_QUEUE_URL", "DAGSTER_TASKIQ_SQS_ENDPOINT_URL"):
+                        monkeypatch.setenv(name, variable(shell, name))
+                    with DagsterInstance.from_config(str(home)) as instance:
+                        (run,) = instance.get_runs()
+                        assert run.status is DagsterRunStatus.CANCELED
+                        assert run.tags["dagster-taskiq/cancel_reason"] == "to see it stop"
+                        assert any("SIGKILL" in entry.message for entry in instance.all_logs(run.run_id))
+        finally:
+            for process in started:
+                process.send_signal(signal.SIGTERM)
+            for process in started:
+                process.wait(60)

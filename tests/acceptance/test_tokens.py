@@ -1,0 +1,167 @@
+"""`cancellation_token()` in ops, where a cancellation can really happen: what it tells, holds off and sets going."""
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+from dagster import DagsterEventType, DagsterRunStatus
+from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
+from tests.acceptance.conftest import open_platform
+from tests.acceptance.test_cleanup import terminated
+from tests.support.moto import sqs_client
+from tests.support.platform import CLEANUP_JOBS, Platform
+from tests.support.waiting import wait_until
+
+from dagster_taskiq import cancel_run
+from dagster_taskiq.events import Stage
+from dagster_taskiq.sqs import cancel_queue_url
+from dagster_taskiq.tags import CANCEL_REASON_TAG
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
+
+CANCELED = DagsterRunStatus.CANCELED
+
+
+@pytest.fixture(scope="module")
+def tokens(endpoint: str) -> Iterator[Platform]:
+    with open_platform(endpoint) as platform, platform.worker("-n", "w"):
+        platform.jobs = CLEANUP_JOBS
+        yield platform
+
+
+def cancelled(platform: Platform, job: str) -> str:
+    run_id = platform.launch(job)
+    platform.wait_started(run_id, {"processes_job": 2, "steps_job": 3}.get(job, 1))
+    assert cancel_run(run_id, reason="wrong input", requested_by="ada", instance=platform.instance)
+    assert platform.finished(run_id) is CANCELED, platform.story(run_id)
+    platform.assert_nothing_left(run_id)
+    return run_id
+
+
+def test_a_coroutine_gets_a_cancelled_error_and_may_await_in_its_cleanup(tokens: Platform) -> None:
+    run_id = terminated(tokens, "a_coroutine_job")
+    names = [mark.split()[0] for mark in tokens.marks(run_id)]
+    assert names[:5] == ["started", "CancelledError", "awaited-in-cleanup", "finally", "undo"], tokens.marks(run_id)
+    assert tokens.marked(run_id, "CancelledError") == "True"
+    failures = [
+        entry.dagster_event for entry in tokens.instance.all_logs(run_id, of_type=DagsterEventType.STEP_FAILURE)
+    ]
+    assert [str(event.step_failure_data.error_source) for event in failures if event] == ["ErrorSource.INTERRUPT"]
+
+
+def test_a_coroutine_in_a_process_of_dagsters_own_does_too(tokens: Platform) -> None:
+    run_id = terminated(tokens, "coroutine_processes_job")
+    assert tokens.mark_counts(run_id)["CancelledError"] == 1, tokens.marks(run_id)
+    assert tokens.mark_counts(run_id)["undo"] == 1
+
+
+def test_a_thread_sees_it(tokens: Platform) -> None:
+    run_id = cancelled(tokens, "looks_at_its_token_job")
+    assert tokens.marked(run_id, "looked") == "wrong input True True"
+
+
+def test_a_callback_frees_what_is_blocked(tokens: Platform) -> None:
+    run_id = cancelled(tokens, "is_called_back_job")
+    marks = [mark.partition(" ")[0] for mark in tokens.marks(run_id)]
+    assert marks == ["started", "called-back", "opened"], tokens.marks(run_id)
+    assert tokens.marked(run_id, "called-back") == "False"
+    assert Stage.KILLED not in tokens.stages(run_id)
+
+
+def test_an_interrupt_waits_outside_of_a_shield(tokens: Platform) -> None:
+    run_id = cancelled(tokens, "safe_point_job")
+    assert [mark.split()[0] for mark in tokens.marks(run_id)] == ["started", "completed", "OpCancelled"]
+    assert tokens.marked(run_id, "OpCancelled") == "wrong input"
+
+
+def test_it_raises(tokens: Platform) -> None:
+    run_id = cancelled(tokens, "raises_if_cancelled_job")
+    assert tokens.marked(run_id, "OpCancelled") == "wrong input"
+    failures = [
+        entry.dagster_event for entry in tokens.instance.all_logs(run_id, of_type=DagsterEventType.STEP_FAILURE)
+    ]
+    assert "OpCancelled" in str(failures[0])
+
+
+@pytest.mark.parametrize("job", ["uploads_job", "processes_job", "steps_job"])
+def test_reason_and_author_from_end_to_end(tokens: Platform, job: str) -> None:
+    run_id = cancelled(tokens, job)
+    assert tokens.marked(run_id, "interrupted") == "True REQUESTED wrong input ada"
+    assert tokens.marked(run_id, "told") == "reason=wrong_input by=ada"
+    assert tokens.run(run_id).tags[CANCEL_REASON_TAG] == "wrong input"
+    for stage in (Stage.REQUESTED, Stage.REACHED):
+        facts = tokens.wait_for_stage(run_id, stage)
+        assert "wrong input" in facts, facts
+        assert "ada" in facts, facts
+
+
+def test_the_reason_of_a_mere_message(tokens: Platform) -> None:
+    run_id = tokens.launch("uploads_job")
+    tokens.wait_started(run_id, 1)
+    body = f'{{"task_id": "{tokens.task_id(run_id)}", "reason": "by hand", "requested_by": "bob"}}'
+    sqs_client(tokens.endpoint_url).send_message(QueueUrl=cancel_queue_url(tokens.queue_url), MessageBody=body)
+    assert tokens.finished(run_id) is CANCELED
+    assert tokens.run(run_id).tags[CANCEL_REASON_TAG] == "by hand"
+    assert tokens.marked(run_id, "told") == "reason=by_hand by=bob"
+
+
+def test_the_reason_when_the_message_is_lost(endpoint: str) -> None:
+    from tests.support.proxy import sqs_proxy
+
+    with sqs_proxy(endpoint) as proxy, open_platform(proxy.url) as platform, platform.worker("-n", "w"):
+        platform.jobs = CLEANUP_JOBS
+        proxy.fail_with(500, queue="-cancels", action="SendMessage")
+        run_id = cancelled(platform, "uploads_job")
+        assert platform.marked(run_id, "interrupted") == "True REQUESTED wrong input ada"
+
+
+def test_the_reason_of_a_run_that_nobody_has_begun(endpoint: str) -> None:
+    with open_platform(endpoint) as platform:
+        platform.jobs = CLEANUP_JOBS
+        run_id = platform.launch("uploads_job")
+        assert cancel_run(run_id, reason="not needed", requested_by="ada", instance=platform.instance)
+        assert platform.status(run_id) is CANCELED
+        assert platform.run(run_id).tags[CANCEL_REASON_TAG] == "not needed"
+        assert "ada" in platform.wait_for_stage(run_id, Stage.REQUESTED)
+
+
+def test_the_reason_of_a_run_in_dagsters_own_queue(endpoint: str) -> None:
+    queued = {"run_coordinator": {"module": "dagster._core.run_coordinator", "class": "QueuedRunCoordinator"}}
+    with open_platform(endpoint, extra=queued) as platform:
+        platform.jobs = CLEANUP_JOBS
+        repository = RemoteRepositoryOrigin(RegisteredCodeLocationOrigin("nowhere"), "repository")
+        run = platform.create("uploads_job", remote_job_origin=RemoteJobOrigin(repository, "uploads_job"))
+        platform.report(run, DagsterEventType.PIPELINE_ENQUEUED)
+        assert platform.status(run.run_id) is DagsterRunStatus.QUEUED
+        assert cancel_run(run.run_id, reason="not needed", requested_by="ada", instance=platform.instance)
+        assert platform.status(run.run_id) is CANCELED
+        assert platform.run(run.run_id).tags[CANCEL_REASON_TAG] == "not needed"
+        assert "ada" in platform.wait_for_stage(run.run_id, Stage.REQUESTED)
+
+
+def test_a_shutdown_is_told_as_one(endpoint: str) -> None:
+    monitoring = {"run_monitoring": {"enabled": True, "max_resume_run_attempts": 1}}
+    source = {"drain_seconds": 0}
+    with open_platform(endpoint, extra=monitoring, source=source) as platform:
+        platform.jobs = CLEANUP_JOBS
+        with platform.worker("-n", "stops") as stops:
+            run_id = platform.launch("uploads_job", seconds=30)
+            platform.wait_started(run_id, 1)
+            stops.stop()
+        assert platform.marked(run_id, "interrupted").startswith("True SHUTDOWN the worker is shutting down")
+        # The work goes on elsewhere; what an earlier attempt has kept is there when it is cancelled then.
+        with platform.worker("-n", "heir"):
+            wait_until(lambda: platform.mark_counts(run_id)["started"] == 2, "it is resumed", within=60)
+            assert platform.mark_counts(run_id)["undo"] == 0
+            assert platform.launcher.terminate(run_id)
+            assert platform.finished(run_id) is CANCELED
+        assert platform.mark_counts(run_id)["undo"] == 1
+
+
+def test_a_signal_from_elsewhere_is_no_cancellation(tokens: Platform) -> None:
+    run_id = tokens.launch("uploads_job")
+    os.kill(int(tokens.marked(run_id, "started")), signal.SIGTERM)
+    assert tokens.finished(run_id) is DagsterRunStatus.FAILURE
+    assert tokens.marked(run_id, "interrupted").startswith("True SHUTDOWN None")
+    assert tokens.mark_counts(run_id)["undo"] == 0

@@ -1,0 +1,210 @@
+"""Tokens, cleanup handlers and listeners of plain taskiq tasks."""
+
+import asyncio
+import threading
+import time
+from typing import Annotated, Any
+
+import dagster as dg
+import pytest
+from taskiq import SimpleRetryMiddleware, SmartRetryMiddleware, TaskiqDepends, TaskiqMiddleware
+from tests.contract.test_receiver import bench, error_of
+from tests.support.eventually import eventually
+
+from dagster_taskiq import (
+    CancelKind,
+    CancellationEvent,
+    CancellationMiddleware,
+    CancellationToken,
+    CleanupFailed,
+    TaskCancelled,
+    TaskCleanupContext,
+    cancellation_token,
+    on_cancel,
+)
+from dagster_taskiq.cancellation import Cancellation
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(autouse=True)
+def _brisk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dagster_taskiq.sqs_queue._LAST_RECEIVE_S", 0.0)
+
+
+async def test_a_function_has_its_token_as_a_dependency(standard_url: str, endpoint: str) -> None:
+    seen: dict[str, Any] = {}
+    started = threading.Event()
+
+    def compute(token: Annotated[CancellationToken, TaskiqDepends(cancellation_token)]) -> None:
+        token.on_cancelled(lambda: seen.update(called_back=threading.current_thread().name))
+        seen["before"] = token.is_cancelled, token.reason, token.remaining()
+        started.set()
+        assert token.wait(20)
+        seen["after"] = token.is_cancelled, token.reason, token.requested_by, token.kind
+        with token.shield():
+            time.sleep(0.01)
+        token.raise_if_cancelled()
+
+    async with bench(standard_url, endpoint) as at:
+        task = await at.broker.register_task(compute, task_name="compute").kiq()
+        await eventually(started.is_set, "it starts")
+        await at.broker.cancel_task(task.task_id, reason="enough", requested_by="me")
+        error = await error_of(task)
+        assert isinstance(error, TaskCancelled)
+        assert error.reason == "enough"
+        assert seen["before"] == (False, None, None)
+        assert seen["after"] == (True, "enough", "me", CancelKind.REQUESTED)
+        await eventually(lambda: "called_back" in seen, "it is called back")
+        await at.all_quiet()
+
+
+async def test_a_coroutine_is_interrupted_at_the_end_of_its_shield(standard_url: str, endpoint: str) -> None:
+    told: list[str] = []
+    started = asyncio.Event()
+
+    async def work() -> None:
+        token = cancellation_token()
+        try:
+            with token.shield():
+                started.set()
+                while not token.is_cancelled:  # noqa: ASYNC110 - what a task may do
+                    await asyncio.sleep(0.01)
+                await asyncio.sleep(0.1)
+                told.append("completed")
+            told.append("unreachable")
+        except asyncio.CancelledError:
+            told.append("cancelled")
+            raise
+
+    async with bench(standard_url, endpoint) as at:
+        task = await at.broker.register_task(work, task_name="work").kiq()
+        await started.wait()
+        await at.broker.cancel_task(task.task_id, reason="enough")
+        assert isinstance(await error_of(task), TaskCancelled)
+        assert told == ["completed", "cancelled"]
+        await at.all_quiet()
+
+
+@pytest.mark.parametrize("middleware", [SimpleRetryMiddleware, SmartRetryMiddleware])
+async def test_handlers_run_and_the_task_is_not_tried_again(
+    standard_url: str, endpoint: str, middleware: type[TaskiqMiddleware]
+) -> None:
+    called: list[str] = []
+    starts = 0
+
+    def undo(context: TaskCleanupContext) -> None:
+        called.append(f"undo {context.state['upload']} {context.args} {context.reason} {context.requested_by}")
+
+    async def undo_later(context: TaskCleanupContext) -> None:
+        called.append(f"later {context.attempt}")
+        if context.attempt == 1:
+            raise RuntimeError("not yet")
+
+    @on_cancel(undo)
+    @on_cancel(undo_later, retry_policy=dg.RetryPolicy(max_retries=1, delay=0.01))
+    async def upload(name: str) -> None:
+        nonlocal starts
+        cancellation_token().state["upload"] = f"id of {name}"
+        starts += 1
+        await asyncio.sleep(60)
+
+    async with bench(standard_url, endpoint, middlewares=(middleware(default_retry_label=True),)) as at:  # type: ignore[call-arg]
+        task = await at.broker.register_task(upload, task_name="upload").kiq("a file")
+        await eventually(lambda: starts == 1, "it starts")
+        await at.broker.cancel_task(task.task_id, reason="enough", requested_by="me")
+        assert isinstance(await error_of(task), TaskCancelled)
+        assert sorted(called) == ["later 1", "later 2", "undo id of a file ['a file'] enough me"]
+        await at.all_quiet()
+        assert starts == 1
+
+
+async def test_handlers_that_fail_are_the_result(standard_url: str, endpoint: str) -> None:
+    started = asyncio.Event()
+
+    def fails(context: TaskCleanupContext) -> None:
+        raise RuntimeError("never")
+
+    async def hangs(context: TaskCleanupContext) -> None:
+        await asyncio.sleep(60)
+
+    @on_cancel(fails)
+    @on_cancel(hangs, timeout=0.1)
+    async def work() -> None:
+        started.set()
+        await asyncio.sleep(60)
+
+    async with bench(standard_url, endpoint) as at:
+        task = await at.broker.register_task(work, task_name="work").kiq()
+        await started.wait()
+        await at.broker.cancel_task(task.task_id)
+        error = await error_of(task)
+        assert isinstance(error, CleanupFailed)
+        assert error.reasons == ("hangs: it took longer than its timeout of 0.1 s", "fails: RuntimeError: never")
+        await at.all_quiet()
+
+
+async def test_handlers_do_not_run_for_a_shutdown_nor_for_what_has_finished(standard_url: str, endpoint: str) -> None:
+    called: list[str] = []
+    started = asyncio.Event()
+
+    def undo(context: TaskCleanupContext) -> None:
+        called.append(context.task_name)
+
+    @on_cancel(undo)
+    async def finishes() -> str:
+        started.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            return "all the same"
+        return "too late"
+
+    starts = 0
+
+    @on_cancel(undo)
+    async def goes_on_elsewhere() -> None:
+        nonlocal starts
+        starts += 1
+        started.set()
+        await asyncio.sleep(60 if starts == 1 else 0)
+
+    async with bench(standard_url, endpoint) as at:
+        task = await at.broker.register_task(finishes, task_name="finishes").kiq()
+        await started.wait()
+        await at.broker.cancel_task(task.task_id)
+        assert (await task.wait_result(check_interval=0.02, timeout=20)).return_value == "all the same"
+        started.clear()
+        await at.broker.register_task(goes_on_elsewhere, task_name="elsewhere").kiq()
+        await started.wait()
+        await at.receiver.stop_running(Cancellation(CancelKind.SHUTDOWN))
+        await at.all_quiet()
+    assert (called, starts) == ([], 2)
+
+
+async def test_who_wants_to_hear_of_cancellations_does(standard_url: str, endpoint: str) -> None:
+    heard: list[CancellationEvent] = []
+
+    async def hear_later(event: CancellationEvent) -> None:
+        heard.append(event)
+
+    def fails(event: CancellationEvent) -> None:
+        heard.append(event)
+        raise RuntimeError("on purpose")
+
+    listening = CancellationMiddleware(on_requested=heard.append, on_delivered=fails, on_finished=hear_later)
+
+    async def is_slow(**_: Any) -> None:  # SQS answers after the worker has been quick
+        await eventually(lambda: "delivered" in [event.stage for event in heard], "it is delivered")
+
+    async with bench(standard_url, endpoint, middlewares=(listening,)) as at:
+        task = await at.start()
+        client: Any = await at.broker._client()
+        client.meta.events.register("after-call.sqs.SendMessage", is_slow)  # aiobotocore awaits it
+        await at.broker.cancel_task(task.task_id, reason="enough", requested_by="me")
+        await eventually(lambda: len(heard) == 3, "all three are heard")
+        await at.all_quiet()
+    assert [event.stage for event in heard] == ["requested", "delivered", "finished"]
+    assert {(event.task_id, event.reason, event.requested_by) for event in heard} == {(task.task_id, "enough", "me")}
+    assert [event.task_name for event in heard] == [None, "wait", "wait"]
+    assert isinstance(heard[2].error, TaskCancelled)

@@ -1,0 +1,126 @@
+"""Which ops were cut short, as the event log tells it."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import dagster as dg
+import pytest
+from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun
+from dagster._core.definitions.dependency import NodeHandle
+from dagster._core.execution.plan.objects import ErrorSource, StepFailureData, StepSuccessData
+
+from dagster_taskiq import CleanupContext, events, on_cancel
+from dagster_taskiq.cancellation import CancelKind, Cancellation
+from dagster_taskiq.claims import write_note
+from dagster_taskiq.cleanup_plan import handler_names, read_past
+
+
+def undo(context: CleanupContext) -> None:
+    """Nothing."""
+
+
+@dg.op
+@on_cancel(undo)
+def upload() -> None:
+    """Nothing."""
+
+
+@dg.job
+@on_cancel(undo)
+def job() -> None:
+    upload()
+
+
+class Log:
+    """The log of one run, written line by line."""
+
+    def __init__(self, instance: DagsterInstance) -> None:
+        self.instance = instance
+        self.run: DagsterRun = instance.create_run_for_job(job)
+
+    def event(self, kind: DagsterEventType, step_key: str | None = "upload") -> None:
+        data: Any = None
+        if kind is DagsterEventType.STEP_FAILURE:
+            data = StepFailureData(error=None, user_failure_data=None, error_source=ErrorSource.USER_CODE_ERROR)  # type: ignore[no-untyped-call]
+        if kind is DagsterEventType.STEP_SUCCESS:
+            data = StepSuccessData(duration_ms=1.0)  # type: ignore[no-untyped-call]
+        handle = NodeHandle("upload", None)
+        event = DagsterEvent(kind.value, "job", node_handle=handle, step_key=step_key, event_specific_data=data)
+        self.instance.report_dagster_event(event, self.run.run_id)
+
+    def starts(self) -> None:
+        self.event(DagsterEventType.RUN_START, None)
+        self.event(DagsterEventType.STEP_START)
+
+    def interrupted(self, kind: CancelKind) -> None:
+        write_note(self.instance, self.run, events.reached("w", Cancellation(kind, "why")))
+        write_note(self.instance, self.run, events.interrupting(1, 30, time.time()))
+
+    def outstanding(self) -> list[str]:
+        return [duty.name for duty in read_past(self.instance, self.run).outstanding(job, self.run)]
+
+
+def fails(log: Log) -> None:
+    log.event(DagsterEventType.STEP_FAILURE)
+
+
+def succeeds(log: Log) -> None:
+    log.event(DagsterEventType.STEP_SUCCESS)
+
+
+def person(log: Log) -> None:
+    log.interrupted(CancelKind.REQUESTED)
+
+
+def shutdown(log: Log) -> None:
+    log.interrupted(CancelKind.SHUTDOWN)
+
+
+def canceling(log: Log) -> None:
+    log.instance.report_run_canceling(log.run)
+
+
+@pytest.mark.parametrize(
+    ("story", "cut_short"),
+    [
+        ([], True),
+        ([succeeds], False),
+        ([fails], False),
+        ([fails, person], False),
+        ([succeeds, person, canceling], False),
+        ([person, fails], True),
+        ([canceling, fails], True),
+        ([shutdown, fails], False),
+    ],
+    ids=lambda value: "-".join(step.__name__ for step in value) if isinstance(value, list) else "",
+)
+def test_which_ops_were_cut_short(story: list[Callable[[Log], None]], cut_short: bool) -> None:
+    with DagsterInstance.ephemeral() as instance:
+        log = Log(instance)
+        log.starts()
+        for happens in story:
+            happens(log)
+        assert log.outstanding() == [*(["undo of upload"] if cut_short else []), "undo"]
+
+
+def test_of_a_run_that_never_started_nothing_is() -> None:
+    with DagsterInstance.ephemeral() as instance:
+        assert Log(instance).outstanding() == []
+
+
+def test_what_was_done_is_not_done_again() -> None:
+    with DagsterInstance.ephemeral() as instance:
+        log = Log(instance)
+        log.starts()
+        done = events.with_facts(events.cleanup("undo", 1, 0.1, None), {events.OF_KEY: "upload"})
+        write_note(instance, log.run, done, "upload")
+        assert log.outstanding() == ["undo"]
+        failed = events.with_facts(events.cleanup("undo", 1, 0.1, "it broke"), {events.OF_KEY: ""})
+        write_note(instance, log.run, failed)
+        (left,) = read_past(instance, log.run).outstanding(job, log.run)
+        assert (left.failed, left.exhausted) == (["it broke"], True)
+
+
+def test_their_names() -> None:
+    assert handler_names(job) == ["undo", "undo of upload"]

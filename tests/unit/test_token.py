@@ -1,0 +1,139 @@
+"""The token where nobody cancels, in tests of users, and what it is made of."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+
+import dagster as dg
+import pytest
+
+from dagster_taskiq import CancelKind, OpCancelled, cancellation_token, fake_token
+from dagster_taskiq.token import Cause, Signal
+
+
+@dg.op
+def counts() -> int:
+    """Uses all that a token has."""
+    token = cancellation_token()
+    token.state["step"] = 1
+    done = 0
+    for _ in range(3):
+        token.raise_if_cancelled()
+        with token.shield():
+            done += 1
+        token.state["step"] = done
+    token.on_cancelled(lambda: None)()
+    assert (token.is_cancelled, token.reason, token.kind, token.requested_by) == (False, None, None, None)
+    assert token.remaining() is None
+    assert not token.wait(0)
+    return done
+
+
+@dg.asset
+def asks_twice() -> None:
+    cancellation_token().state["a"] = 1
+    assert dict(cancellation_token().state) == {"a": 1}, "an op has one state, however often it asks"
+
+
+def test_it_does_nothing_in_a_unit_test_nor_under_another_executor() -> None:
+    @dg.job(executor_def=dg.in_process_executor)
+    def job() -> None:
+        counts()
+        counts.alias("again")()
+
+    assert counts(dg.build_op_context()) == 3
+    assert job.execute_in_process().success
+    assert dg.materialize([asks_twice]).success
+
+
+def test_outside_of_everything_its_state_is_its_own() -> None:
+    cancellation_token().state["a"] = 1
+    assert dict(cancellation_token().state) == {}
+
+
+def test_a_fake_token_is_cancelled_at_the_look_that_the_test_wants() -> None:
+    with fake_token(cancel_after=2, state={"step": 0}) as token, pytest.raises(OpCancelled):
+        counts()
+    assert token.checks == 3
+    assert token.state["step"] == 2
+    assert token.kind is CancelKind.REQUESTED
+    assert cancellation_token() is not token
+
+
+def test_a_fake_token_is_cancelled_when_the_test_says_so() -> None:
+    called: list[str] = []
+    with fake_token() as token:
+        assert cancellation_token() is token
+        token.on_cancelled(lambda: called.append("back"))
+        token.cancel("enough", requested_by="me", kill_at=time.time() + 100)
+        assert called == ["back"]
+        assert (token.is_cancelled, token.reason, token.requested_by) == (True, "enough", "me")
+        left = token.remaining()
+        assert left is not None
+        assert 90 < left <= 100
+        token.on_cancelled(lambda: called.append("at once"))
+        assert called == ["back", "at once"]
+        with pytest.raises(OpCancelled, match="cancelled: enough"):
+            token.raise_if_cancelled()
+
+
+def test_a_fake_token_that_is_cancelled_in_a_shield_raises_at_its_end() -> None:
+    steps = []
+    with fake_token() as token, pytest.raises(OpCancelled):  # noqa: PT012 - the order is what is tested
+        with token.shield():
+            token.cancel()
+            steps.append("inside")
+        steps.append("unreachable")
+    assert steps == ["inside"]
+
+
+async def _in_a_coroutine(raises: Callable[[], None]) -> None:
+    with pytest.raises(asyncio.CancelledError):
+        raises()
+
+
+def test_in_a_coroutine_it_is_a_cancelled_error() -> None:
+    with fake_token() as token:
+        token.cancel()
+        asyncio.run(_in_a_coroutine(token.raise_if_cancelled))
+
+
+def test_no_except_exception_takes_it_for_an_error() -> None:
+    assert not issubclass(OpCancelled, Exception)
+    assert issubclass(OpCancelled, dg.DagsterExecutionInterruptedError)
+
+
+def test_the_stronger_kind_stays() -> None:
+    signal = Signal()
+    signal.note(Cause(CancelKind.SHUTDOWN, "shutdown"))
+    signal.note(Cause(CancelKind.REQUESTED, "asked"))
+    signal.note(Cause(CancelKind.SHUTDOWN, "again"))
+    assert signal.cause == Cause(CancelKind.REQUESTED, "asked")
+    assert signal.cancelled
+
+
+def test_who_waits_is_woken() -> None:
+    signal = Signal()
+    woken: list[bool] = []
+    waiting = threading.Thread(target=lambda: woken.append(signal.wait(20)))
+    waiting.start()
+    signal.note(Cause(CancelKind.REQUESTED))
+    signal.announce()
+    waiting.join(20)
+    assert woken == [True]
+
+
+def test_a_shield_is_told_of_whenever_it_meets_a_cancellation() -> None:
+    signal = Signal()
+    told: list[str] = []
+    signal.tell_of_shield = told.append
+    with signal.shielded("open") as outermost:
+        assert outermost
+        with signal.shielded("inner") as outermost:
+            assert not outermost
+            signal.note(Cause(CancelKind.REQUESTED))
+            signal.announce()
+    with signal.shielded("closed afterwards"):
+        pass
+    assert told == ["inner", "closed afterwards"]
