@@ -214,9 +214,7 @@ class _Loop:
             # come, or the plan could look complete between two steps.
             while not self._active.is_complete:
                 if self._is_interrupted():
-                    self._active.mark_interrupted()
                     yield from self._stop()
-                    return
                 if self._active.has_in_flight_steps:
                     yield from self._take_in()
                 list(self._active.plan_events_iterator(self._context))
@@ -225,6 +223,9 @@ class _Loop:
                 self._launch_what_is_due()
                 self._rest()
             yield from self._see_off()
+            if self._is_being_stopped():
+                # The steps may have heard of it before this process did, and have cut short what came after their end.
+                yield from self._stop()
         except Exception as error:
             if self._running or self._open.workers:
                 self._engine_event("Unexpected exception while steps were at work; stopping them", error=repr(error))
@@ -390,8 +391,6 @@ class _Loop:
         while self._open.workers:
             if self._is_interrupted():
                 yield from self._stop()
-                # The plan is complete, and Dagster would call it a success; but something of it was cut short.
-                raise core.DagsterExecutionInterruptedError
             if not told and time.monotonic() - began > _SAY_WHAT_IS_WAITED_FOR_AFTER_S:
                 self._note(events.waiting_for_steps(self._at_work()))
                 told = True
@@ -403,18 +402,31 @@ class _Loop:
         return sorted(set(self._open.step_keys.values()))
 
     def _stop(self) -> Iterator[DagsterEvent]:
+        """Stop the steps, unless they are to go on, and raise: what was interrupted is no success.
+
+        Not even when the plan is complete by then, as Dagster would have it: after a step's last event something of
+        its process may have been cut short.
+        """
+        yield from self._stop_steps()
+        raise core.DagsterExecutionInterruptedError("The run was interrupted")
+
+    def _stop_steps(self) -> Iterator[DagsterEvent]:
         cancelled = cancellation.told.to_cancel()
         if cancellation.told.orphaned() and not cancelled:
             self._engine_event("Interrupted, because the run's worker is gone: the next one decides about the steps")
             return
         if cancelled:
             self._make_sure_that_it_is_canceling()
-        run = self._instance.get_run_by_id(self._context.run_id)
-        being_stopped = cancelled or run is None or run.status in _BEING_STOPPED
-        if not being_stopped and self._instance.run_will_resume(self._context.run_id):
+        if not self._is_being_stopped() and self._instance.run_will_resume(self._context.run_id):
             self._engine_event("Interrupted; the steps go on, because the run will be resumed")
             return
         yield from self._forward()
+
+    def _is_being_stopped(self) -> bool:
+        if cancellation.told.to_cancel():
+            return True
+        run = patiently_asking(lambda: self._instance.get_run_by_id(self._context.run_id), "read the run")
+        return run is None or run.status in _BEING_STOPPED
 
     def _make_sure_that_it_is_canceling(self) -> None:
         """Before the first step stops and makes room for the next one, which looks at the status of its run.
@@ -437,7 +449,8 @@ class _Loop:
         patience_s = self._handler.patience_s(self._run)
         yield from self._take_in()
         told: set[str] = set()
-        self._note(events.forwarding(self._at_work(), patience_s))
+        if self._open.workers:
+            self._note(events.forwarding(self._at_work(), patience_s))
         while self._open.workers:
             # Also those that were claimed only now. Who was not claimed before the run was to be stopped is dropped.
             late = self._open.workers.keys() - told

@@ -13,11 +13,11 @@ from dagster_taskiq.events import Stage
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(120)]
 
 
-def launched(platform: Platform, job: str, seconds: float) -> tuple[str, Path]:
-    """The run, and the file that its resource writes into."""
+def launched(platform: Platform, job: str, seconds: float, works: float = 0) -> tuple[str, Path]:
+    """The run, and the file that its resource writes into. `works`: the seconds that its step takes."""
     marks = platform.home / f"cluster-{os.urandom(6).hex()}"
     resources = {"resources": {"cluster": {"config": {"marks": str(marks), "seconds": seconds}}}}
-    return platform.launch(job, resources=resources), marks
+    return platform.launch(job, resources=resources, seconds=works), marks
 
 
 def what_was_written(marks: Path) -> list[str]:
@@ -43,9 +43,11 @@ def test_a_run_ends_after_its_steps_have_given_back_what_they_had(
     }
 
 
-def test_a_run_that_is_terminated_then_is_canceled_after_it(working_steps: Platform) -> None:
+@pytest.mark.parametrize("works", [0.0, 8.0], ids=["which_the_run_has_seen", "which_the_run_has_not_seen"])
+def test_a_run_that_is_terminated_then_is_canceled_after_it(working_steps: Platform, works: float) -> None:
+    """After a long step the run's process looks at the log less often: the interrupt comes before the step's end."""
     platform = working_steps
-    run_id, marks = launched(platform, "cluster_steps", 60)
+    run_id, marks = launched(platform, "cluster_steps", 60, works)
     wait_until(lambda: what_was_written(marks), "the cluster is given back", within=60)
     assert DagsterEventType.STEP_SUCCESS in platform.events(run_id)
     assert platform.launcher.terminate(run_id) is True
@@ -53,3 +55,14 @@ def test_a_run_that_is_terminated_then_is_canceled_after_it(working_steps: Platf
     platform.assert_nothing_left(run_id)
     assert what_was_written(marks) == ["leaving"]
     assert platform.step_notes(run_id, Stage.INTERRUPTING), platform.story(run_id)
+
+
+def test_a_run_is_canceled_also_if_its_step_hears_of_it_first(working_steps: Platform) -> None:
+    """As a step does whose worker looks at the status of runs just then."""
+    platform = working_steps
+    run_id, marks = launched(platform, "cluster_steps", 60)
+    wait_until(lambda: what_was_written(marks), "the cluster is given back", within=60)
+    platform.instance.report_run_canceling(platform.run(run_id))
+    platform.cancel_by_message(*platform.step_tasks(run_id))
+    assert platform.finished(run_id) is DagsterRunStatus.CANCELED, platform.story(run_id)
+    platform.assert_nothing_left(run_id)

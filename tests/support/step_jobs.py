@@ -107,6 +107,7 @@ def a_cluster(context: dg.InitResourceContext) -> Iterator[None]:
 @dg.op(out=dg.Out(dg.Nothing), required_resource_keys={"cluster"})
 def with_a_cluster(context: dg.OpExecutionContext, config: Marks) -> None:
     mark(context, config, "started")
+    time.sleep(config.seconds)
 
 
 @dg.op(out=dg.Out(dg.Nothing), required_resource_keys={"cluster"})
