@@ -16,7 +16,7 @@ from tests.support.waiting import wait_until
 
 from dagster_taskiq.crew import answers
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
 
 
 class Dev:

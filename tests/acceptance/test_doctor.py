@@ -19,7 +19,7 @@ from tests.support.proxy import SqsProxy, sqs_proxy
 from dagster_taskiq.heartbeats import Heartbeats
 from dagster_taskiq.settings import Settings, sibling_queue
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
 
 MONITORING = {"enabled": True, "max_resume_run_attempts": 3, "start_timeout_seconds": 3600}
 

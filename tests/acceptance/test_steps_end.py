@@ -10,7 +10,7 @@ from tests.support.waiting import wait_until
 
 from dagster_taskiq.events import Stage
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
 
 
 def launched(platform: Platform, job: str, seconds: float, works: float = 0) -> tuple[str, Path]:

@@ -26,7 +26,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-WITHIN_MS = 20_000
+WITHIN_MS = 40_000
 
 _STORY = """
 query Story($id: ID!) {
@@ -134,7 +134,7 @@ class Dagster:
         lines = [f"{event.kind} {event.step or ''}: {event.message[:160]}" for event in self.events(run_id)]
         return "\n".join([f"run {run_id} is {self.status(run_id)}", *lines])
 
-    def wait_for_event(self, run_id: str, wanted: Callable[[Event], bool], what: str, within: float = 30) -> Event:
+    def wait_for_event(self, run_id: str, wanted: Callable[[Event], bool], what: str, within: float = 60) -> Event:
         found = wait_until(
             lambda: [event for event in self.events(run_id) if wanted(event)],
             f"{what} of run {run_id}",
@@ -144,7 +144,7 @@ class Dagster:
         )
         return found[0]
 
-    def wait_for_status(self, run_id: str, status: str, within: float = 30) -> None:
+    def wait_for_status(self, run_id: str, status: str, within: float = 60) -> None:
         wait_until(
             lambda: self.status(run_id) == status,
             f"run {run_id} is {status}",

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 
 
-async def eventually(look: Callable[[], object], description: str, *, within: float = 20.0) -> None:
+async def eventually(look: Callable[[], object], description: str, *, within: float = 40.0) -> None:
     """Return once `look` is truthy. Fails after `within` seconds."""
     try:
         async with asyncio.timeout(within):

@@ -157,7 +157,7 @@ class Platform:
             seen=lambda: (self.mark_counts(run_id), self.status(run_id), self.story(run_id)[-20:]),
         )
 
-    def marked(self, run_id: str, name: str, *, within: float = 30) -> str:
+    def marked(self, run_id: str, name: str, *, within: float = 60) -> str:
         """Wait for a mark; returns what stands behind its name."""
         found = wait_until(
             lambda: [mark for mark in self.marks(run_id) if mark.split()[0] == name],
@@ -167,7 +167,7 @@ class Platform:
         )
         return found[-1].partition(" ")[2]
 
-    def finished(self, run_id: str, *, within: float = 30) -> DagsterRunStatus:
+    def finished(self, run_id: str, *, within: float = 60) -> DagsterRunStatus:
         wait_until(
             lambda: self.status(run_id) in FINISHED,
             f"run {run_id} is finished",

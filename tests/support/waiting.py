@@ -11,7 +11,7 @@ def wait_until(
     look: Callable[[], _T],
     description: str,
     *,
-    within: float = 20.0,
+    within: float = 40.0,
     every: float = 0.02,
     seen: Callable[[], object] | None = None,
 ) -> _T:

@@ -26,7 +26,7 @@ LAYERS = [
     {"task_cleanup"},
     {"cleanup"},
     {"cleanup_plan"},
-    {"claims"},
+    {"claims", "run_log"},
     {"testing", "current_token", "handlers"},
     {"op_token"},
     {"op_state"},

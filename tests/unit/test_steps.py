@@ -15,11 +15,11 @@ from dagster_taskiq import dagster_internals as core
 from dagster_taskiq import patience
 from dagster_taskiq.chronicle import Chronicle
 from dagster_taskiq.claims import Claims, OpenSteps, StepRef, notes, open_steps, write_note
-from dagster_taskiq.core_execution_loop import _Log
 from dagster_taskiq.events import Note, Stage, picked_up, released, step_lost, tree_gone
 from dagster_taskiq.heartbeats import Heartbeats
 from dagster_taskiq.messages import step_task_id
 from dagster_taskiq.preflight import Action, Candidate, Decision, preflight_step, preflight_step_again
+from dagster_taskiq.run_log import RunLog
 from dagster_taskiq.supervisor import Cancelled, ChildEnd
 
 ME, OTHER = "me-1", "other-1"
@@ -281,7 +281,7 @@ class Storage:
 
 def test_an_event_that_was_committed_late_is_found_and_none_is_given_twice() -> None:
     storage = Storage()
-    log = _Log(storage, "run")  # type: ignore[arg-type]
+    log = RunLog(storage, "run")  # type: ignore[arg-type]
 
     def read() -> list[str | None]:
         return [event.step_key for event in log.new_events()]
