@@ -22,7 +22,7 @@ from tests.support.platform import Platform
 from upath import UPath
 
 # One process for the module: all its runs go at the same time, over one worker.
-pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group("parity")]
+pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("parity")]
 
 Event = DagsterEventType
 
