@@ -1,6 +1,7 @@
 """Jobs whose ops leave something behind, and handlers that clear it up. Marks as in `jobs`; handlers make some, too."""
 
 import asyncio
+import contextlib
 import itertools
 import os
 import threading
@@ -94,8 +95,8 @@ def work(config: Marks, **state: Any) -> None:
     token = cancellation_token()
     if state:
         token.state.update(state)
-    mark(config, f"started {os.getpid()}")
     try:
+        mark(config, f"started {os.getpid()}")
         time.sleep(config.seconds)
         mark(config, "slept")
     except BaseException:
@@ -157,7 +158,9 @@ def slow_to_clean(config: Marks) -> None:
 @on_cancel(undo)
 def ignores_everything(config: Marks) -> None:
     cancellation_token().state["upload_id"] = "u-3"
-    mark(config, f"started {os.getpid()}")
+    with contextlib.suppress(BaseException):
+        mark(config, f"started {os.getpid()}")
+        time.sleep(config.seconds)
     while True:
         try:
             time.sleep(0.05)
@@ -229,8 +232,8 @@ def looks_at_its_token(config: Marks) -> None:
         found.extend([token.reason, token.wait(1), token.remaining()])
 
     thread = threading.Thread(target=loop)
-    thread.start()
     try:
+        thread.start()
         while True:
             time.sleep(config.seconds)
     except BaseException:
@@ -254,8 +257,8 @@ def is_called_back(config: Marks) -> None:
     taken_back = token.on_cancelled(lambda: mark(config, "must-not-be-called"))
     taken_back()
     token.on_cancelled(lambda: 1 / 0)
-    mark(config, f"started {os.getpid()}")
     with token.shield("the door"):
+        mark(config, f"started {os.getpid()}")
         door.wait(20)
         mark(config, "opened")
     mark(config, "unreachable")
@@ -282,9 +285,12 @@ def safe_point(config: Marks) -> None:
 @dg.op
 def raises_if_cancelled(config: Marks) -> None:
     token = cancellation_token()
-    mark(config, f"started {os.getpid()}")
+    started = False
     while True:
         try:
+            if not started:
+                started = True
+                mark(config, f"started {os.getpid()}")
             time.sleep(config.seconds)
         except dg.DagsterExecutionInterruptedError:
             try:

@@ -1,4 +1,7 @@
-"""Jobs whose ops are hard, or a pleasure, to stop. Each op writes what it lived through into the file `marks`."""
+"""Jobs whose ops are hard, or a pleasure, to stop. Each op writes what it lived through into the file `marks`.
+
+`started` is where tests begin to interrupt: an op writes it where it is ready for that.
+"""
 
 import contextlib
 import itertools
@@ -25,8 +28,8 @@ def mark(config: Marks, text: str) -> None:
 
 @dg.op
 def sleepy(config: Marks) -> None:
-    mark(config, f"started {os.getpid()}")
     try:
+        mark(config, f"started {os.getpid()}")
         time.sleep(config.seconds)
         mark(config, "slept")
     except BaseException:
@@ -40,9 +43,9 @@ def sleepy(config: Marks) -> None:
 
 @dg.op
 def busy(config: Marks) -> None:
-    mark(config, f"started {os.getpid()}")
     until = time.monotonic() + config.seconds
     try:
+        mark(config, f"started {os.getpid()}")
         while time.monotonic() < until:
             sum(range(1000))
     except BaseException:
@@ -56,27 +59,34 @@ def busy(config: Marks) -> None:
 @dg.op
 def blocked_in_c(config: Marks) -> None:
     """One C call of many minutes that keeps the interpreter lock, so that no Python signal handler can run."""
-    mark(config, f"started {os.getpid()}")
+    with contextlib.suppress(BaseException):  # an interrupt that comes before the call
+        mark(config, f"started {os.getpid()}")
+        deque(itertools.repeat(None, 10**12), maxlen=0)
     deque(itertools.repeat(None, 10**12), maxlen=0)
-    mark(config, "slept")
 
 
 @dg.op
 def carries_on(config: Marks) -> None:
-    mark(config, f"started {os.getpid()}")
     until = time.monotonic() + config.seconds
+    try:
+        mark(config, f"started {os.getpid()}")
+        time.sleep(config.seconds)
+    except BaseException:  # noqa: BLE001 - what some code of users does
+        mark(config, "swallowed")
     while time.monotonic() < until:
         try:
             time.sleep(0.05)
-        except BaseException:  # noqa: BLE001 - what some code of users does
+        except BaseException:  # noqa: BLE001
             mark(config, "swallowed")
     mark(config, "slept")
 
 
 @dg.op(pool="scarce")
 def holds_a_pool_slot(config: Marks) -> None:
-    mark(config, f"started {os.getpid()}")
     until = time.monotonic() + config.seconds
+    with contextlib.suppress(BaseException):
+        mark(config, f"started {os.getpid()}")
+        time.sleep(config.seconds)
     while time.monotonic() < until:
         with contextlib.suppress(BaseException):
             time.sleep(0.05)
@@ -85,8 +95,8 @@ def holds_a_pool_slot(config: Marks) -> None:
 @dg.op
 def swallows_once(config: Marks) -> None:
     """Swallows the interrupt and then ends as if nothing had happened."""
-    mark(config, f"started {os.getpid()}")
     with contextlib.suppress(BaseException):
+        mark(config, f"started {os.getpid()}")
         time.sleep(config.seconds)
     mark(config, "swallowed")
 
@@ -98,8 +108,8 @@ def afterwards(config: Marks) -> None:
 
 @dg.op(retry_policy=dg.RetryPolicy(max_retries=3, delay=0.1))
 def retried(config: Marks) -> None:
-    mark(config, f"started {os.getpid()}")
     try:
+        mark(config, f"started {os.getpid()}")
         time.sleep(config.seconds)
     finally:
         mark(config, "cleanup-begin")

@@ -1,4 +1,7 @@
-"""Jobs whose steps are tasks of their own. Each op writes what it lived through into the file `marks`, with its key."""
+"""Jobs whose steps are tasks of their own. Each op writes what it lived through into the file `marks`, with its key.
+
+`started` is where tests begin to interrupt: an op writes it where it is ready for that.
+"""
 
 import contextlib
 import os
@@ -24,8 +27,8 @@ def mark(context: dg.OpExecutionContext, config: Marks, text: str) -> None:
 
 @dg.op(out=dg.Out(dg.Nothing))
 def sleepy(context: dg.OpExecutionContext, config: Marks) -> None:
-    mark(context, config, "started")
     try:
+        mark(context, config, "started")
         time.sleep(config.seconds)
         mark(context, config, "slept")
     finally:
@@ -51,8 +54,10 @@ def fails_and_waits(context: dg.OpExecutionContext, config: Marks) -> None:
 
 @dg.op(out=dg.Out(dg.Nothing), pool="scarce_steps")
 def stubborn(context: dg.OpExecutionContext, config: Marks) -> None:
-    mark(context, config, "started")
     until = time.monotonic() + config.seconds
+    with contextlib.suppress(BaseException):
+        mark(context, config, "started")
+        time.sleep(config.seconds)
     while time.monotonic() < until:
         with contextlib.suppress(BaseException):
             time.sleep(0.05)
@@ -78,8 +83,8 @@ def fan_out(context: dg.OpExecutionContext, config: Marks) -> Iterator[dg.Dynami
 
 @dg.op
 def mapped(context: dg.OpExecutionContext, config: Marks, number: int) -> int:
-    mark(context, config, "started")
     try:
+        mark(context, config, "started")
         time.sleep(config.seconds)
     finally:
         mark(context, config, "cleanup-end")
