@@ -219,10 +219,10 @@ def test_a_child_that_has_finished_but_stays_is_killed_after_the_grace() -> None
 def test_a_worker_that_hangs_has_its_child_stopped_and_hears_of_it() -> None:
     async def test(server: ForkServer) -> None:
         for target, killed in (("polite", False), ("stubborn", True)):
-            work = Work(server, target, hung_after_s=0.4, grace_s=0.5).start()
+            work = Work(server, target, hung_after_s=1, grace_s=0.5).start()
             await work.said("pids" if killed else "up")
             # It goes on for longer than that as long as the event loop does.
-            _, waiting = await asyncio.wait({work.task} if work.task else set(), timeout=1)
+            _, waiting = await asyncio.wait({work.task} if work.task else set(), timeout=2)
             assert waiting
             assert work.child is not None
             hang_until_gone(work.child.pid)

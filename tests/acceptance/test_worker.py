@@ -82,7 +82,7 @@ def test_a_run_that_outlasts_the_drain_goes_on_elsewhere_where_monitoring_allows
     monitoring = {"run_monitoring": {"enabled": True, "max_resume_run_attempts": 1}}
     with open_platform(endpoint, source={"drain_seconds": 0.5}, extra=monitoring) as platform:
         with platform.worker("-n", "first") as worker:
-            run_id = platform.launch("sleepy_job", seconds=2)
+            run_id = platform.launch("sleepy_job", seconds=5)
             platform.marked(run_id, "started")
             assert worker.stop() == 0
         assert platform.status(run_id) is DagsterRunStatus.STARTED
@@ -121,7 +121,7 @@ def test_a_worker_that_is_stopped_while_it_picks_runs_up_loses_none(endpoint: st
 
 def test_a_person_is_stronger_than_a_shutdown(endpoint: str) -> None:
     """Terminated while the shutdown's grace runs: CANCELED, not "worker shut down"."""
-    with open_platform(endpoint, source={"drain_seconds": 0, "stop_timeout_seconds": 6}) as platform:
+    with open_platform(endpoint, source={"drain_seconds": 0, "stop_timeout_seconds": 12}) as platform:
         with platform.worker() as worker:
             run_id = platform.launch("carries_on_job")
             platform.marked(run_id, "started")
