@@ -21,6 +21,12 @@ from dagster_taskiq.settlement import Settlement
 from dagster_taskiq.supervisor import ChildEnd
 
 _TERMINAL: Final = {DagsterEventType.RUN_SUCCESS, DagsterEventType.RUN_FAILURE, DagsterEventType.RUN_CANCELED}
+_OF_ITS_STATUS: Final = _TERMINAL | {
+    DagsterEventType.RUN_ENQUEUED,
+    DagsterEventType.RUN_STARTING,
+    DagsterEventType.RUN_START,
+    DagsterEventType.RUN_CANCELING,
+}
 _NOT_BEGUN: Final = {DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING}
 _STATUS_AFTER: Final = {
     DagsterEventType.RUN_SUCCESS: DagsterRunStatus.SUCCESS,
@@ -219,22 +225,38 @@ def _last(end: ChildEnd | None, key: str) -> dict[str, Any]:
     return next((message for message in reversed(end.messages if end is not None else ()) if key in message), {})
 
 
-def _history(instance: DagsterInstance, run_id: str) -> list[DagsterEventType]:
-    entries = instance.all_logs(run_id, of_type=_TERMINAL)
+def _history(instance: DagsterInstance, run_id: str, of: set[DagsterEventType] = _TERMINAL) -> list[DagsterEventType]:
+    entries = instance.all_logs(run_id, of_type=of)
     events = [core.event_of(entry) for entry in entries]
     return [event.event_type for event in events if event is not None]
 
 
 def restore(instance: DagsterInstance, run: DagsterRun, history: Sequence[DagsterEventType]) -> DagsterRunStatus:
-    """Write the true terminal event again: CANCELED if there ever was one, else the first of the history."""
+    """Write the true terminal event again: CANCELED if there ever was one, else the first of the history.
+
+    Not where it is the last word of the log and its status follows within a second: Dagster writes the event first
+    and then the status, and its writer may be between the two.
+    """
     canceled = DagsterEventType.RUN_CANCELED in history
     true = DagsterEventType.RUN_CANCELED if canceled else history[0]
-    write_note(
-        instance, run, mended(f"the run is {_STATUS_AFTER[true].value}, and a late event made it {run.status.value}")
-    )
-    event = DagsterEvent(true.value, run.job_name, message=f"The run stays {_STATUS_AFTER[true].value}.")
+    status = _STATUS_AFTER[true]
+    said = _history(instance, run.run_id, _OF_ITS_STATUS)
+    if said and said[-1] is true and _becomes(instance, run.run_id, status):
+        return status
+    write_note(instance, run, mended(f"the run is {status.value}, and a late event made it {run.status.value}"))
+    event = DagsterEvent(true.value, run.job_name, message=f"The run stays {status.value}.")
     instance.report_dagster_event(event, run.run_id)
-    return _STATUS_AFTER[true]
+    return status
+
+
+def _becomes(instance: DagsterInstance, run_id: str, status: DagsterRunStatus) -> bool:
+    """Whether the run has that status within a second."""
+    until = time.monotonic() + _STATUS_PATIENCE_S
+    while (run := instance.get_run_by_id(run_id)) is not None and run.status is not status:
+        if time.monotonic() > until:
+            return False
+        time.sleep(_LOOK_EVERY_S)
+    return True
 
 
 def mend_late_canceling(instance: DagsterInstance, run_id: str) -> DagsterRunStatus | None:

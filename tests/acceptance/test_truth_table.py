@@ -3,9 +3,10 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
-from dagster import DagsterEventType, DagsterRunStatus
+from dagster import DagsterEvent, DagsterEventType, DagsterRun, DagsterRunStatus
 from tests.acceptance.conftest import SNAPPY, open_platform
 from tests.support.moto import sqs_client
 from tests.support.platform import Platform
@@ -73,8 +74,6 @@ def claim(platform: Platform, run_id: str, *, alive: bool) -> None:
 
 
 def report_started(platform: Platform, run_id: str) -> None:
-    from dagster import DagsterEvent
-
     event = DagsterEvent(DagsterEventType.RUN_START.value, "quick_job", message="")
     platform.instance.report_dagster_event(event, run_id)
 
@@ -178,8 +177,6 @@ def test_a_run_that_ended_while_terminate_looked_keeps_its_state(
     report = platform.instance.report_run_canceling
 
     def late(*args: object, **kwargs: object) -> None:
-        from dagster import DagsterEvent
-
         success = DagsterEvent(DagsterEventType.RUN_SUCCESS.value, "quick_job", message="")
         platform.instance.report_dagster_event(success, run_id)
         report(*args, **kwargs)  # type: ignore[arg-type]
@@ -187,6 +184,41 @@ def test_a_run_that_ended_while_terminate_looked_keeps_its_state(
     monkeypatch.setattr(platform.instance, "report_run_canceling", late)
     assert platform.launcher.terminate(run_id) is False
     assert platform.status(run_id) is STATUS.SUCCESS
+
+
+@pytest.mark.parametrize("writes_it", [True, False], ids=["and_writes_the_status", "and_dies"])
+def test_a_worker_that_has_written_canceled_but_not_yet_its_status(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch, writes_it: bool
+) -> None:
+    """Dagster writes an event first and then the status of the run; `terminate` may look in between."""
+    instance = platform.instance
+    run_id = started(platform)
+    report, look, write_status = (
+        instance.report_run_canceling,
+        instance.get_run_by_id,
+        instance.run_storage.handle_run_event,
+    )
+    looks = 0
+
+    def then_a_worker_reports_canceled(*args: Any, **kwargs: Any) -> None:
+        report(*args, **kwargs)
+        with monkeypatch.context() as patch:
+            patch.setattr(instance.run_storage, "handle_run_event", lambda *what: None)
+            platform.report(platform.run(run_id), DagsterEventType.RUN_CANCELED)
+        monkeypatch.setattr(instance, "get_run_by_id", looking)
+
+    def looking(run_id: str) -> DagsterRun | None:
+        nonlocal looks
+        looks += 1
+        if writes_it and looks == 3:
+            write_status(run_id, DagsterEvent(DagsterEventType.RUN_CANCELED.value, "quick_job", message=""))
+        return look(run_id)
+
+    monkeypatch.setattr(instance, "report_run_canceling", then_a_worker_reports_canceled)
+    assert platform.launcher.terminate(run_id) is True
+    assert platform.status(run_id) is STATUS.CANCELED
+    kinds = Counter(platform.events(run_id))
+    assert kinds[DagsterEventType.RUN_CANCELED] == (1 if writes_it else 2), platform.story(run_id)
 
 
 def test_launching_tags_the_run_and_needs_nothing_but_its_record(platform: Platform) -> None:
