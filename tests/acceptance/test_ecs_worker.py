@@ -114,15 +114,19 @@ def test_protection_health_logs_and_metrics_from_start_to_drain_and_a_kill(endpo
             assert {"time", "level", "logger", "message"} <= line.keys()
 
 
+def told(worker: WorkerProcess) -> list[dict[str, Any]]:
+    return [line for line in log_of(worker) if "not protected from scale-in" in line["message"]]
+
+
 @pytest.mark.parametrize("refuse", [FakeAgent.throttle, FakeAgent.block, FakeAgent.no_service])
 def test_no_run_fails_because_the_agent_refuses(endpoint: str, refuse: Any) -> None:
     with open_platform(endpoint) as platform, ecs_agent() as agent:
         refuse(agent)
         with container(platform, agent) as worker:
-            run_id = platform.launch("quick_job", seconds=1)
+            run_id = platform.launch("sleepy_job", seconds=3)
+            wait_until(lambda: told(worker), "the worker says that it is not protected", seen=worker.log)
             assert platform.finished(run_id) is DagsterRunStatus.SUCCESS, platform.story(run_id)
-            told = [line for line in log_of(worker) if "not protected from scale-in" in line["message"]]
-            assert len(told) == 1, told
+            assert len(told(worker)) == 1, worker.log()
 
 
 def test_as_pid_1_it_passes_signals_on_and_reaps(endpoint: str) -> None:

@@ -54,7 +54,7 @@ def test_a_run_that_is_canceling_in_the_queue_is_finished_by_its_receiver(platfo
 def test_a_second_message_for_a_running_run_does_not_disturb_it(endpoint: str) -> None:
     """A duplicate delivery; Dagster itself would fail the healthy run."""
     with open_platform(endpoint) as platform, platform.worker("-n", "a"), platform.worker("-n", "b"):
-        run_id = platform.launch("quick_job", seconds=1)
+        run_id = platform.launch("sleepy_job", seconds=3)
         platform.marked(run_id, "started")
         duplicate(platform, run_id)
         assert platform.finished(run_id) is DagsterRunStatus.SUCCESS
@@ -114,7 +114,7 @@ def test_a_run_whose_worker_was_killed_is_resumed_where_monitoring_allows_it(end
     monitoring = {"run_monitoring": {"enabled": True, "max_resume_run_attempts": 1}}
     with open_platform(endpoint, extra=monitoring) as platform:
         with platform.worker("-n", "first") as first:
-            run_id = platform.launch("quick_job", seconds=1)
+            run_id = platform.launch("sleepy_job", seconds=5)
             platform.marked(run_id, "started")
             platform.kill(first.pid)
             first.stop(signal.SIGKILL)
