@@ -70,7 +70,7 @@ def test_protection_health_logs_and_metrics_from_start_to_drain_and_a_kill(endpo
             wait_until(lambda: not agent.protected, "idle, it is not", within=40, seen=lambda: agent.asked)
 
             # Drain: it is protected for as long as the last run goes on, and not an instant longer than it lives.
-            last = platform.launch("uploads_job", seconds=4)
+            last = platform.launch("uploads_job", seconds=6)
             platform.marked(last, "started")
             wait_until(lambda: agent.protected, "it is protected again")
             worker.process.send_signal(signal.SIGTERM)
