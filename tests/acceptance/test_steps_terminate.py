@@ -33,6 +33,8 @@ def assert_canceled_after_its_steps(platform: Platform, run_id: str, *, within: 
     assert begun <= ended | waiting_for_a_retry
 
 
+@pytest.mark.xdist_group("crowds")  # one at a time: each fills a machine
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("extra", [{}, MONITORING], ids=["unmonitored", "monitored"])
 def test_forty_steps_on_four_workers_stop_and_what_is_queued_never_starts(endpoint: str, extra: dict[str, Any]) -> None:
     source = {**UNHURRIED, "max_concurrent_steps": 10}
@@ -40,7 +42,7 @@ def test_forty_steps_on_four_workers_stop_and_what_is_queued_never_starts(endpoi
         workers = [stack.enter_context(platform.worker("-n", f"w{number}", ready=False)) for number in range(4)]
         for worker in workers:
             worker.wait_ready()
-        run_id = platform.launch("fifty_steps")
+        run_id = platform.launch("fifty_steps", grace=30)
         platform.wait_started(run_id, 40)
         assert platform.launcher.terminate(run_id) is True
         assert_canceled_after_its_steps(platform, run_id)
