@@ -11,28 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus
+from dagster import DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus
 
 from dagster_taskiq import dagster_internals as core
 from dagster_taskiq.cancellation import CancelKind, Cancellation
 from dagster_taskiq.claims import NO_CLEANUP, CleanupRecord, OpenSteps, cleanup_record, open_steps, write_note
-from dagster_taskiq.events import cleanup_failed, finished_all_the_same, left_behind, mended
+from dagster_taskiq.events import cleanup_failed, finished_all_the_same, left_behind
+from dagster_taskiq.late_events import restore, terminal_events, true_status
 from dagster_taskiq.settlement import Settlement
 from dagster_taskiq.supervisor import ChildEnd
 
-_TERMINAL: Final = {DagsterEventType.RUN_SUCCESS, DagsterEventType.RUN_FAILURE, DagsterEventType.RUN_CANCELED}
-_OF_ITS_STATUS: Final = _TERMINAL | {
-    DagsterEventType.RUN_ENQUEUED,
-    DagsterEventType.RUN_STARTING,
-    DagsterEventType.RUN_START,
-    DagsterEventType.RUN_CANCELING,
-}
 _NOT_BEGUN: Final = {DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING}
-_STATUS_AFTER: Final = {
-    DagsterEventType.RUN_SUCCESS: DagsterRunStatus.SUCCESS,
-    DagsterEventType.RUN_FAILURE: DagsterRunStatus.FAILURE,
-    DagsterEventType.RUN_CANCELED: DagsterRunStatus.CANCELED,
-}
 
 
 class Verdict(enum.Enum):
@@ -74,9 +63,7 @@ def decide(ending: Ending) -> Verdict:
     if ending.status is None:
         return Verdict.NOTHING
     if ending.history:
-        # CANCELED is final whatever came after it; otherwise the first terminal event is the true one.
-        true = DagsterEventType.RUN_CANCELED if DagsterEventType.RUN_CANCELED in ending.history else ending.history[0]
-        return Verdict.NOTHING if ending.status is _STATUS_AFTER[true] else Verdict.RESTORE
+        return Verdict.NOTHING if ending.status is true_status(ending.history) else Verdict.RESTORE
     if ending.status in core.FINISHED_STATUSES:
         return Verdict.NOTHING
     if ending.kind is CancelKind.LEASE_LOST:
@@ -119,7 +106,7 @@ def examine(
     run = _once_it_is_canceling(instance, run_id, cancellation)
     kind = cancellation.kind if cancellation is not None else None
     said = _last(end, "verdict")
-    history = _history(instance, run_id) if run is not None else ()
+    history = terminal_events(instance, run_id) if run is not None else ()
     verdict = decide(
         Ending(
             status=run.status if run is not None else None,
@@ -223,52 +210,6 @@ def conclude(instance: DagsterInstance, conclusion: Conclusion, end: ChildEnd | 
 def _last(end: ChildEnd | None, key: str) -> dict[str, Any]:
     """The child's last message of that kind; empty when there is none."""
     return next((message for message in reversed(end.messages if end is not None else ()) if key in message), {})
-
-
-def _history(instance: DagsterInstance, run_id: str, of: set[DagsterEventType] = _TERMINAL) -> list[DagsterEventType]:
-    entries = instance.all_logs(run_id, of_type=of)
-    events = [core.event_of(entry) for entry in entries]
-    return [event.event_type for event in events if event is not None]
-
-
-def restore(instance: DagsterInstance, run: DagsterRun, history: Sequence[DagsterEventType]) -> DagsterRunStatus:
-    """Write the true terminal event again: CANCELED if there ever was one, else the first of the history.
-
-    Not where it is the last word of the log and its status follows within a second: Dagster writes the event first
-    and then the status, and its writer may be between the two.
-    """
-    canceled = DagsterEventType.RUN_CANCELED in history
-    true = DagsterEventType.RUN_CANCELED if canceled else history[0]
-    status = _STATUS_AFTER[true]
-    said = _history(instance, run.run_id, _OF_ITS_STATUS)
-    if said and said[-1] is true and _becomes(instance, run.run_id, status):
-        return status
-    write_note(instance, run, mended(f"the run is {status.value}, and a late event made it {run.status.value}"))
-    event = DagsterEvent(true.value, run.job_name, message=f"The run stays {status.value}.")
-    instance.report_dagster_event(event, run.run_id)
-    return status
-
-
-def _becomes(instance: DagsterInstance, run_id: str, status: DagsterRunStatus) -> bool:
-    """Whether the run has that status within a second."""
-    until = time.monotonic() + _STATUS_PATIENCE_S
-    while (run := instance.get_run_by_id(run_id)) is not None and run.status is not status:
-        if time.monotonic() > until:
-            return False
-        time.sleep(_LOOK_EVERY_S)
-    return True
-
-
-def mend_late_canceling(instance: DagsterInstance, run_id: str) -> DagsterRunStatus | None:
-    """After a RUN_CANCELING was written: was the run over by then? If so, restore its state and say which it is.
-
-    Between reading a run's status and writing CANCELING it may have ended, and then nobody would ever finish it.
-    """
-    history = _history(instance, run_id)
-    run = instance.get_run_by_id(run_id) if history else None
-    if run is None or run.status is not DagsterRunStatus.CANCELING:
-        return None
-    return restore(instance, run, history)
 
 
 def _failure_message(end: ChildEnd | None, cancellation: Cancellation | None, worker_id: str) -> str:

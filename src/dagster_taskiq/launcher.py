@@ -15,8 +15,8 @@ from dagster_taskiq import events
 from dagster_taskiq.claims import Claims, Owner, write_note
 from dagster_taskiq.ecs import on_ecs
 from dagster_taskiq.errors import DagsterTaskiqError, QueueUnreachable
-from dagster_taskiq.finalise import mend_late_canceling
 from dagster_taskiq.heartbeats import Heartbeats
+from dagster_taskiq.late_events import mend_late_canceling
 from dagster_taskiq.messages import MAX_TEXT_LENGTH
 from dagster_taskiq.metrics import REQUESTED, Metrics
 from dagster_taskiq.sender import Sender, task

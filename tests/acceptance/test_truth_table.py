@@ -210,7 +210,7 @@ def test_a_worker_that_has_written_canceled_but_not_yet_its_status(
     def looking(run_id: str) -> DagsterRun | None:
         nonlocal looks
         looks += 1
-        if writes_it and looks == 3:
+        if writes_it and looks == 3:  # after the look that finds it CANCELING, and the first one that waits
             write_status(run_id, DagsterEvent(DagsterEventType.RUN_CANCELED.value, "quick_job", message=""))
         return look(run_id)
 

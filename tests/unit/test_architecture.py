@@ -20,7 +20,7 @@ LAYERS = [
     {"tasks", "step_tasks", "cancellable_receiver", "running", "cancel_listener", "preflight", "status_watch"},
     {"supervised_cleanup"},
     {"workplace", "chronicle", "finalise", "child"},
-    {"sender", "roll_call"},
+    {"sender", "roll_call", "late_events"},
     {"cancellable_broker"},
     {"cancel_queue", "sqs_queue", "cancellation_middleware"},
     {"task_cleanup"},

@@ -135,7 +135,7 @@ def test_the_status_transitions_are_still_unguarded() -> None:
     instance.report_dagster_event(DagsterEvent(DagsterEventType.RUN_SUCCESS.value, "nothing", message=""), run.run_id)
     after = instance.get_run_by_id(run.run_id)
     assert after is not None
-    assert after.status.value == "SUCCESS", "Dagster guards CANCELED now: parts of finalise.py can go"
+    assert after.status.value == "SUCCESS", "Dagster guards CANCELED now: late_events.py can go"
 
 
 def test_dagsters_migration_scripts_are_read_once_and_users_each_time(
