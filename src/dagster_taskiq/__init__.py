@@ -10,20 +10,19 @@ from dagster_taskiq.version import __version__
 if TYPE_CHECKING:
     from dagster_taskiq.cancellable_broker import CancellableSQSBroker
     from dagster_taskiq.cancellable_receiver import CancellableReceiver
-    from dagster_taskiq.cancellation import CancelKind
-    from dagster_taskiq.cancellation_middleware import CancellationEvent, CancellationMiddleware
-    from dagster_taskiq.cleanup import CleanupContext
-    from dagster_taskiq.current_token import cancellation_token
+    from dagster_taskiq.cancellation.model import CancelKind
+    from dagster_taskiq.cancellation.token import CancellationToken
+    from dagster_taskiq.child.op_token import OpCancelled
+    from dagster_taskiq.cleanup.runner import CleanupContext
     from dagster_taskiq.errors import CleanupFailed, DagsterTaskiqError, RunNotFound, StateError, TaskCancelled
     from dagster_taskiq.executor import taskiq_executor
-    from dagster_taskiq.handlers import on_cancel
     from dagster_taskiq.launcher import TaskiqRunLauncher
-    from dagster_taskiq.op_token import OpCancelled
+    from dagster_taskiq.op_api import cancellation_token, on_cancel
     from dagster_taskiq.runs import cancel_run, clean_up_run
     from dagster_taskiq.settings import Settings
-    from dagster_taskiq.task_cleanup import TaskCleanupContext
+    from dagster_taskiq.tasks.cleanup import TaskCleanupContext
+    from dagster_taskiq.tasks.middleware import CancellationEvent, CancellationMiddleware
     from dagster_taskiq.testing import FakeToken, fake_token
-    from dagster_taskiq.token import CancellationToken
 
 __all__ = [
     "CancelKind",
@@ -53,28 +52,28 @@ __all__ = [
 ]
 
 _HOME = {
-    "CancelKind": "cancellation",
+    "CancelKind": "cancellation.model",
     "CancellableReceiver": "cancellable_receiver",
     "CancellableSQSBroker": "cancellable_broker",
-    "CancellationEvent": "cancellation_middleware",
-    "CancellationMiddleware": "cancellation_middleware",
-    "CancellationToken": "token",
-    "CleanupContext": "cleanup",
+    "CancellationEvent": "tasks.middleware",
+    "CancellationMiddleware": "tasks.middleware",
+    "CancellationToken": "cancellation.token",
+    "CleanupContext": "cleanup.runner",
     "CleanupFailed": "errors",
     "DagsterTaskiqError": "errors",
     "FakeToken": "testing",
-    "OpCancelled": "op_token",
+    "OpCancelled": "child.op_token",
     "RunNotFound": "errors",
     "Settings": "settings",
     "StateError": "errors",
     "TaskCancelled": "errors",
-    "TaskCleanupContext": "task_cleanup",
+    "TaskCleanupContext": "tasks.cleanup",
     "TaskiqRunLauncher": "launcher",
     "cancel_run": "runs",
-    "cancellation_token": "current_token",
+    "cancellation_token": "op_api",
     "clean_up_run": "runs",
     "fake_token": "testing",
-    "on_cancel": "handlers",
+    "on_cancel": "op_api",
     "taskiq_executor": "executor",
 }
 

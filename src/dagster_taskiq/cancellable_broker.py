@@ -20,17 +20,21 @@ from taskiq.abc.result_backend import AsyncResultBackend
 from taskiq.acks import AckController
 from taskiq_aws import SQSBroker
 
-from dagster_taskiq import sqs
-from dagster_taskiq.cancel_queue import CancelQueue
-from dagster_taskiq.cancel_queue import CancelReport as CancelReport
-from dagster_taskiq.cancel_queue import ReceivedCancel as ReceivedCancel
-from dagster_taskiq.cancellation_middleware import CancellationEvent, tell
+from dagster_taskiq import queue_names
+from dagster_taskiq._retry import retry_async
+from dagster_taskiq._shield import shielded
 from dagster_taskiq.errors import AccessDenied, DagsterTaskiqError, MessageTooLarge, QueueError
-from dagster_taskiq.lease import Lease, Settle
-from dagster_taskiq.patience import patiently
-from dagster_taskiq.settlement import Settlement
-from dagster_taskiq.sqs_queue import Receipt, SQSQueue, grouping, history
-from dagster_taskiq.to_the_end import to_the_end
+from dagster_taskiq.settings import Settings
+from dagster_taskiq.sqs.admin import CANCEL_VISIBILITY_S
+from dagster_taskiq.sqs.client import MAX_BATCH, Connection
+from dagster_taskiq.sqs.errors import MAX_MESSAGE_BYTES, is_missing_permission
+from dagster_taskiq.sqs.lease import Lease, Settle
+from dagster_taskiq.sqs.queue import Receipt, SQSQueue, grouping, history
+from dagster_taskiq.sqs.settlement import Settlement
+from dagster_taskiq.tasks.cancel_queue import CancelQueue
+from dagster_taskiq.tasks.cancel_queue import CancelReport as CancelReport
+from dagster_taskiq.tasks.cancel_queue import ReceivedCancel as ReceivedCancel
+from dagster_taskiq.tasks.middleware import CancellationEvent, notify_all
 
 if TYPE_CHECKING:
     from types_aiobotocore_sqs import SQSClient
@@ -68,27 +72,41 @@ class CancellableSQSBroker(SQSBroker):  # type: ignore[misc]  # taskiq_aws has n
         endpoint_url: str | None = None,
         enable_cancellation: bool = True,
         visibility_timeout_s: int = 30,
-        cancel_visibility_timeout_s: int = sqs.CANCEL_VISIBILITY_S,
+        cancel_visibility_timeout_s: int = CANCEL_VISIBILITY_S,
         cancel_queue_url: str | None = None,
     ) -> None:
         # taskiq warns of the last two as deprecated, but only when they are not None.
         super().__init__(queue_url, aws_region, max_messages, wait_time, task_id_generator, result_backend)
         # Several work queues may share one cancel queue.
-        self.cancel_queue_url = cancel_queue_url or sqs.cancel_queue_url(queue_url)
+        self.cancel_queue_url = cancel_queue_url or queue_names.cancel_queue_url(queue_url)
         self.endpoint_url = endpoint_url
         self.enable_cancellation = enable_cancellation
         self.visibility_timeout_s = visibility_timeout_s
         self.cancel_visibility_timeout_s = cancel_visibility_timeout_s
-        self._connection: sqs.Connection | None = None
+        self._connection: Connection | None = None
         self._work = SQSQueue(queue_url, self._client)
         self._cancel_queue = SQSQueue(self.cancel_queue_url, self._client)
         self._cancels = CancelQueue(self._cancel_queue)
         self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
 
+    @classmethod
+    def from_settings(cls, settings: Settings, queue_url: str) -> "CancellableSQSBroker":
+        """A broker for the work queue or the steps queue; cancels go over the one cancel queue for both."""
+        return cls(
+            queue_url,
+            settings.region_name,
+            max_messages=settings.max_number_of_messages,
+            wait_time=settings.wait_time_seconds,
+            endpoint_url=settings.endpoint_url,
+            enable_cancellation=settings.enable_cancellation,
+            visibility_timeout_s=settings.visibility_timeout_seconds,
+            cancel_queue_url=settings.cancel_queue_url,
+        )
+
     async def _client(self) -> "SQSClient":
         # Another event loop needs another client: a client's sockets belong to the loop that opened them.
         if self._connection is None or self._connection.loop is not asyncio.get_running_loop():
-            self._connection = sqs.Connection(self.aws_region, self.endpoint_url)
+            self._connection = Connection(self.aws_region, self.endpoint_url)
         return await self._connection.client()
 
     async def startup(self) -> None:
@@ -116,7 +134,7 @@ class CancellableSQSBroker(SQSBroker):  # type: ignore[misc]  # taskiq_aws has n
             try:
                 await queue.check()
             except AccessDenied as error:
-                if not sqs.is_missing_permission(error):
+                if not is_missing_permission(error):
                     raise
                 logger.warning("queue not checked: %s", error)
 
@@ -153,12 +171,12 @@ class CancellableSQSBroker(SQSBroker):  # type: ignore[misc]  # taskiq_aws has n
         waiting: deque[LeasedMessage] = deque()
         try:
             while True:
-                received = await patiently(self._receive, doing="receive work", on=QueueError)
+                received = await retry_async(self._receive, doing="receive work", on=QueueError)
                 waiting.extend(message for raw in received if (message := self._leased(raw)) is not None)
                 while waiting:
                     yield waiting.popleft()
         finally:
-            await to_the_end(_hand_back(waiting), name="hand back unstarted work")
+            await shielded(_hand_back(waiting), name="hand back unstarted work")
 
     async def _receive(self) -> "Sequence[MessageTypeDef]":
         return await self._work.receive(
@@ -188,9 +206,9 @@ class CancellableSQSBroker(SQSBroker):  # type: ignore[misc]  # taskiq_aws has n
     async def cancel_task(self, task_id: str, *, reason: str | None = None, requested_by: str | None = None) -> None:
         """Ask whichever worker runs the task to cancel it. Raises a `DagsterTaskiqError` when that cannot be sent."""
         self._require_cancellation()
-        # Told as it is sent: a worker may be quick, and nobody should hear of the delivery first.
+        # CancelStatus as it is sent: a worker may be quick, and nobody should hear of the delivery first.
         await asyncio.gather(
-            self._tell([task_id], reason, requested_by), self._cancels.send(task_id, reason, requested_by)
+            self._notify([task_id], reason, requested_by), self._cancels.send(task_id, reason, requested_by)
         )
 
     async def cancel_tasks(
@@ -200,15 +218,15 @@ class CancellableSQSBroker(SQSBroker):  # type: ignore[misc]  # taskiq_aws has n
         self._require_cancellation()
         wanted = list(task_ids)
         _, report = await asyncio.gather(
-            self._tell(wanted, reason, requested_by), self._cancels.send_all(wanted, reason, requested_by)
+            self._notify(wanted, reason, requested_by), self._cancels.send_all(wanted, reason, requested_by)
         )
         return report
 
-    async def _tell(self, task_ids: Iterable[str], reason: str | None, requested_by: str | None) -> None:
+    async def _notify(self, task_ids: Iterable[str], reason: str | None, requested_by: str | None) -> None:
         if self.middlewares:
             for task_id in task_ids:
                 event = CancellationEvent("requested", task_id, reason=reason, requested_by=requested_by)
-                await tell(self.middlewares, event)
+                await notify_all(self.middlewares, event)
 
     def _require_cancellation(self) -> None:
         if not self.enable_cancellation:
@@ -235,10 +253,10 @@ def _envelope(message: BrokerMessage) -> str:
         "labels": message.labels,
     }
     body = json.dumps(envelope)
-    if len(body) > sqs.MAX_MESSAGE_BYTES:  # it is ASCII: a character is a byte
+    if len(body) > MAX_MESSAGE_BYTES:  # it is ASCII: a character is a byte
         raise MessageTooLarge(
             f"task {message.task_id}: a message of {len(body):,} bytes is over the SQS limit of"
-            f" {sqs.MAX_MESSAGE_BYTES:,}; pass a reference to the data instead"
+            f" {MAX_MESSAGE_BYTES:,}; pass a reference to the data instead"
         )
     return body
 
@@ -248,7 +266,7 @@ def _batches(messages: Iterable[tuple[BrokerMessage, str]]) -> Iterator[list[tup
     batch: list[tuple[BrokerMessage, str]] = []
     for message in messages:
         size = sum(len(body) + _ATTRIBUTES for _, body in [*batch, message])
-        if len(batch) == sqs.MAX_BATCH or (batch and size > sqs.MAX_MESSAGE_BYTES):
+        if len(batch) == MAX_BATCH or (batch and size > MAX_MESSAGE_BYTES):
             yield batch
             batch = []
         batch.append(message)

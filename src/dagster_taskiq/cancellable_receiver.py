@@ -16,19 +16,19 @@ from taskiq.acks import AckController, AcknowledgeType
 from taskiq.receiver import Receiver
 from taskiq.receiver.receiver import _PrefetchedMessage, _QueueSignal, _StartedCallback
 
-from dagster_taskiq.cancel_listener import CancelListener
+from dagster_taskiq._log_context import log_context
+from dagster_taskiq._shield import shielded
+from dagster_taskiq._ttl_cache import TTLCache
 from dagster_taskiq.cancellable_broker import CancellableSQSBroker, LeasedMessage, settling
-from dagster_taskiq.cancellation import CancelChannel, CancelKind, Cancellation
-from dagster_taskiq.cancellation_middleware import CancellationEvent, Stage, tell
+from dagster_taskiq.cancellation.model import CancelChannel, CancelKind, Cancellation
 from dagster_taskiq.errors import CleanupFailed, QueueUnreachable
-from dagster_taskiq.lease import Settle
-from dagster_taskiq.log_context import telling
-from dagster_taskiq.recently import Recently
-from dagster_taskiq.running import CURRENT, CancelledIsNoError, cancelled_result
-from dagster_taskiq.running import Running as Running
-from dagster_taskiq.running import current_work as current_work
-from dagster_taskiq.settlement import Settlement
-from dagster_taskiq.to_the_end import to_the_end
+from dagster_taskiq.sqs.lease import Settle
+from dagster_taskiq.sqs.settlement import Settlement
+from dagster_taskiq.tasks.cancel_listener import CancelListener
+from dagster_taskiq.tasks.middleware import CancellationEvent, Stage, notify_all
+from dagster_taskiq.tasks.running_task import CURRENT, CancelledIsNoError, cancelled_result
+from dagster_taskiq.tasks.running_task import RunningTask as RunningTask
+from dagster_taskiq.tasks.running_task import current_work as current_work
 
 logger = getLogger(__name__)
 
@@ -59,17 +59,17 @@ class CancellableReceiver(Receiver):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.hearing = asyncio.Event()
-        self._running: dict[str, Running] = {}
+        self._running: dict[str, RunningTask] = {}
         self._callbacks: set[asyncio.Task[Any]] = set()
         self._side_tasks: set[asyncio.Task[None]] = set()
-        self.finished: Recently[bool] = Recently(ttl_s=3_600)
+        self.finished: TTLCache[bool] = TTLCache(ttl_s=3_600)
         """Task ids under which nobody will ever work again."""
-        self._unreadable: Recently[bool] = Recently()
+        self._unreadable: TTLCache[bool] = TTLCache()
         self._listener: CancelListener | None = None
         self._finish: asyncio.Event | None = None
 
     @property
-    def running(self) -> Mapping[str, Running]:
+    def running(self) -> Mapping[str, RunningTask]:
         """The work of this worker by task id, from receipt until settled."""
         return MappingProxyType(self._running)
 
@@ -115,7 +115,7 @@ class CancellableReceiver(Receiver):
                 await asyncio.wait({working, *helpers}, timeout=_LOOK_UP_S, return_when=asyncio.FIRST_COMPLETED)
         finally:
             failed = [task for task in helpers if task.done()]
-            await to_the_end(self._wind_up(working, helpers), name="wind up")
+            await shielded(self._wind_up(working, helpers), name="wind up")
             self._listener = None
         for task in failed:
             task.result()
@@ -149,7 +149,7 @@ class CancellableReceiver(Receiver):
         self.hearing.set()
         await super().prefetcher(queue, finish_event)
         if finish_event.is_set():
-            await to_the_end(self._hand_back_queued(queue), name="hand back queued work")
+            await shielded(self._hand_back_queued(queue), name="hand back queued work")
 
     async def _discard_queued_messages(self, queue: _Queue) -> None:
         await self._hand_back_queued(queue)
@@ -179,7 +179,7 @@ class CancellableReceiver(Receiver):
         parsed = self._parsed(message)
         task_id = parsed.task_id if parsed is not None else None
         facts = self.describe(parsed) if parsed is not None and self.describe is not None else {}
-        with telling(task_id=task_id, **facts):
+        with log_context(task_id=task_id, **facts):
             if isinstance(message, LeasedMessage):
                 message.lease.about = {"task_id": task_id, **facts}
             await self._callback(task_id, message, raise_err=raise_err)
@@ -217,14 +217,14 @@ class CancellableReceiver(Receiver):
 
     def _log_once(self, message: bytes | AckableMessage, text: str) -> None:
         key = message.message_id if isinstance(message, LeasedMessage) else str(hash(repr(message)))
-        if self._unreadable.remember(key, True):
+        if self._unreadable.add(key, True):
             logger.warning("work message is left to expire: %s", " ".join(text.split())[:200])
 
     async def _carry_through(
         self, task_id: str, message: bytes | AckableMessage, settle: Settle, *, raise_err: bool
     ) -> None:
         receive_count = message.receive_count if isinstance(message, LeasedMessage) else 1
-        running = Running(
+        running = RunningTask(
             task_id, receive_count=receive_count, settle=settle, start_cancelled=self.start_cancelled_work
         )
         if isinstance(message, LeasedMessage):
@@ -248,34 +248,34 @@ class CancellableReceiver(Receiver):
                 raise
         finally:
             CURRENT.reset(token)
-            await to_the_end(self._conclude(running), name=f"conclude {task_id}")
+            await shielded(self._conclude(running), name=f"conclude {task_id}")
 
-    async def _conclude(self, running: Running) -> None:
+    async def _conclude(self, running: RunningTask) -> None:
         try:
             await running.settle()
         finally:
             del self._running[running.task_id]
             if running.finished:
-                self.finished.remember(running.task_id, True)
+                self.finished.add(running.task_id, True)
             running.settled.set()
 
-    def _delivered(self, running: Running, cause: Cancellation) -> None:
+    def _delivered(self, running: RunningTask, cause: Cancellation) -> None:
         if self.when_delivered is not None:
             self.when_delivered(cause)
-        self._tell_later("delivered", running, cause)
+        self._notify_later("delivered", running, cause)
 
-    def _tell_later(self, stage: Stage, running: Running, cause: Cancellation) -> None:
+    def _notify_later(self, stage: Stage, running: RunningTask, cause: Cancellation) -> None:
         name = running.message.task_name if running.message is not None else None
-        task = asyncio.create_task(self._tell(stage, running.task_id, cause, name), name=f"tell of {running.task_id}")
+        task = asyncio.create_task(self._notify(stage, running.task_id, cause, name), name=f"tell of {running.task_id}")
         self._side_tasks.add(task)
         task.add_done_callback(self._side_tasks.discard)
 
-    def _on_lost(self, running: Running) -> None:
+    def _on_lost(self, running: RunningTask) -> None:
         task = asyncio.create_task(self._lease_lost(running), name=f"lease lost of {running.task_id}")
         self._side_tasks.add(task)
         task.add_done_callback(self._side_tasks.discard)
 
-    async def _lease_lost(self, running: Running) -> None:
+    async def _lease_lost(self, running: RunningTask) -> None:
         try:
             if self.still_ours is not None and await self.still_ours(running.task_id):
                 logger.warning("lease lost, but the work is still ours", extra=running.about)
@@ -308,22 +308,22 @@ class CancellableReceiver(Receiver):
         return running.told(result)
 
     async def _after_cancellation(
-        self, running: Running, message: TaskiqMessage, result: TaskiqResult[Any]
+        self, running: RunningTask, message: TaskiqMessage, result: TaskiqResult[Any]
     ) -> TaskiqResult[Any]:
         """Its cleanup handlers, unless it has finished its work all the same; and whoever wants to hear of the end."""
         failures: tuple[str, ...] = ()
         if running.handlers and result.is_err:
-            failures = await to_the_end(running.clean_up(), name=f"clean up {running.task_id}")
+            failures = await shielded(running.clean_up(), name=f"clean up {running.task_id}")
         result = running.told(result)
         if failures:
             result.error = CleanupFailed(failures)
         cause = running.cancellation
         if cause is not None:
             error = result.error if result.is_err else None
-            await self._tell("finished", running.task_id, cause, message.task_name, error)
+            await self._notify("finished", running.task_id, cause, message.task_name, error)
         return result
 
-    async def _tell(
+    async def _notify(
         self,
         stage: Stage,
         task_id: str,
@@ -332,10 +332,10 @@ class CancellableReceiver(Receiver):
         error: BaseException | None = None,
     ) -> None:
         event = CancellationEvent(stage, task_id, cause.kind, cause.reason, cause.requested_by, task_name, error)
-        await tell(self.broker.middlewares, event)
+        await notify_all(self.broker.middlewares, event)
 
     async def _result_of(
-        self, inner: "asyncio.Task[TaskiqResult[Any]]", running: Running, message: TaskiqMessage
+        self, inner: "asyncio.Task[TaskiqResult[Any]]", running: RunningTask, message: TaskiqMessage
     ) -> TaskiqResult[Any]:
         interrupted: asyncio.CancelledError | None = None
         while not inner.done():

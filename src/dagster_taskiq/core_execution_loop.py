@@ -22,17 +22,32 @@ from typing import Any, Final
 
 from dagster import DagsterEvent, DagsterInstance, DagsterRun, DagsterRunStatus
 
-from dagster_taskiq import cancellation, events
-from dagster_taskiq import dagster_internals as core
-from dagster_taskiq.claims import OpenSteps, note_in, write_note
-from dagster_taskiq.database import patiently_asking
-from dagster_taskiq.events import Stage
+from dagster_taskiq.cancellation import model
+from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES, EngineEventData
+from dagster_taskiq.dagster_compat.execution import (
+    ActiveExecution,
+    ExecuteStepArgs,
+    ExecutionPlan,
+    ExecutionStep,
+    InstanceConcurrencyContext,
+    PlanOrchestrationContext,
+    StepDelegatingExecutor,
+    StepHandler,
+    StepHandlerContext,
+    error_info,
+    interrupted_step,
+)
+from dagster_taskiq.dagster_compat.interrupts import DagsterExecutionInterruptedError, raise_interrupts_as
+from dagster_taskiq.dagster_compat.retry import retry_storage
 from dagster_taskiq.messages import step_task_id
-from dagster_taskiq.run_log import RunLog
+from dagster_taskiq.storage import engine_events
+from dagster_taskiq.storage.engine_events import Stage
+from dagster_taskiq.storage.event_log import RunLog, append_event, parse_event
+from dagster_taskiq.storage.running_steps import RunningSteps
 
 logger = logging.getLogger(__name__)
 
-_BEING_STOPPED: Final = {*core.FINISHED_STATUSES, DagsterRunStatus.CANCELING}
+_BEING_STOPPED: Final = {*FINISHED_STATUSES, DagsterRunStatus.CANCELING}
 _SHORTEST_REST_S: Final = 0.02
 _LONGEST_REST_S: Final = 1.0
 _REST_SHARE: Final = 0.1
@@ -49,7 +64,7 @@ class Woken(Exception):
     """An interrupt has come while the loop slept."""
 
 
-class TaskiqStepHandler(core.StepHandler):
+class TaskiqStepHandler(StepHandler):
     """What the loop asks of whoever carries out steps: as Dagster's `StepHandler`, but for many steps at a time."""
 
     @abstractmethod
@@ -61,7 +76,7 @@ class TaskiqStepHandler(core.StepHandler):
         """Let go of what `open` and the others took."""
 
     @abstractmethod
-    def launch_steps(self, contexts: Sequence[core.StepHandlerContext]) -> Sequence[str]:
+    def launch_steps(self, contexts: Sequence[StepHandlerContext]) -> Sequence[str]:
         """Send the steps. Returns the keys of those that could not be sent now, and should be tried again.
 
         Raises what makes the run fail.
@@ -80,22 +95,20 @@ class TaskiqStepHandler(core.StepHandler):
         """How long to wait for steps that were told to stop."""
 
 
-class TaskiqExecutor(core.StepDelegatingExecutor):
+class TaskiqExecutor(StepDelegatingExecutor):
     """Runs the steps of a plan through a `TaskiqStepHandler`."""
 
     def __init__(self, step_handler: TaskiqStepHandler, **options: Any) -> None:
         super().__init__(step_handler, should_verify_step=True, **options)
         self.handler = step_handler
 
-    def execute(
-        self, plan_context: core.PlanOrchestrationContext, execution_plan: core.ExecutionPlan
-    ) -> Iterator[DagsterEvent]:
+    def execute(self, plan_context: PlanOrchestrationContext, execution_plan: ExecutionPlan) -> Iterator[DagsterEvent]:
         """Execute the plan; yields the events of the run as they appear in its log."""
         self.handler.open()
         try:
             with (
-                core.InstanceConcurrencyContext(plan_context.instance, plan_context.dagster_run) as pools,
-                core.ActiveExecution(
+                InstanceConcurrencyContext(plan_context.instance, plan_context.dagster_run) as pools,
+                ActiveExecution(
                     execution_plan,
                     retry_mode=self.retries,
                     max_concurrent=self._max_concurrent,
@@ -110,19 +123,19 @@ class TaskiqExecutor(core.StepDelegatingExecutor):
 
     def contexts_of(
         self,
-        plan_context: core.PlanOrchestrationContext,
-        steps: Sequence[core.ExecutionStep],
-        active: core.ActiveExecution,
-    ) -> list[core.StepHandlerContext]:
+        plan_context: PlanOrchestrationContext,
+        steps: Sequence[ExecutionStep],
+        active: ActiveExecution,
+    ) -> list[StepHandlerContext]:
         """What a step handler is told of each step. The known state, which may be large, is made once for all."""
         known_state = active.get_known_state()
         origin = plan_context.reconstructable_job.get_python_origin()
         return [
-            core.StepHandlerContext(
+            StepHandlerContext(
                 instance=plan_context.instance,
                 plan_context=plan_context,
                 steps=[step],
-                execute_step_args=core.ExecuteStepArgs(
+                execute_step_args=ExecuteStepArgs(
                     job_origin=origin,
                     run_id=plan_context.run_id,
                     step_keys_to_execute=[step.key],
@@ -144,9 +157,7 @@ class TaskiqExecutor(core.StepDelegatingExecutor):
 class _Loop:
     """One execution of one plan."""
 
-    def __init__(
-        self, executor: TaskiqExecutor, context: core.PlanOrchestrationContext, active: core.ActiveExecution
-    ) -> None:
+    def __init__(self, executor: TaskiqExecutor, context: PlanOrchestrationContext, active: ActiveExecution) -> None:
         self._executor = executor
         self._handler = executor.handler
         self._context = context
@@ -154,11 +165,11 @@ class _Loop:
         self._run = context.dagster_run
         self._active = active
         self._log = RunLog(context.instance, context.run_id)
-        self._running: dict[str, core.ExecutionStep] = {}
-        self._unsent: dict[str, core.ExecutionStep] = {}
+        self._running: dict[str, ExecutionStep] = {}
+        self._unsent: dict[str, ExecutionStep] = {}
         self._unsent_tries = 0
         self._send_at = 0.0
-        self._open = OpenSteps()
+        self._open = RunningSteps()
         self._interrupted = False
         self._something_happened_at = self._looked_after_workers_at = time.monotonic()
 
@@ -202,7 +213,7 @@ class _Loop:
         if self._unsent and time.monotonic() >= self._send_at:
             self._send(list(self._unsent.values()))
 
-    def _send(self, steps: Sequence[core.ExecutionStep]) -> None:
+    def _send(self, steps: Sequence[ExecutionStep]) -> None:
         contexts = self._executor.contexts_of(self._context, steps, self._active)
         for start in range(0, len(steps), _BATCH):
             if self._is_interrupted():
@@ -226,7 +237,7 @@ class _Loop:
             self._hear(event)
 
     def _hear(self, event: DagsterEvent) -> None:
-        self._open.hear(event)
+        self._open.handle_event(event)
         step = self._running.get(event.step_key or "")
         if step is None:
             # Of the run itself, or of an attempt that was given up: whatever that still says comes too late.
@@ -244,26 +255,26 @@ class _Loop:
             self._active.handle_event(event)
             if event.is_resource_init_failure:
                 self._fail(step, event.engine_event_data.error)
-            elif (note := note_in(event)) is not None and note[0] is Stage.STEP_LOST:
-                self._hear_lost(step, note[1])
+            elif (note := parse_event(event)) is not None and note[0] is Stage.STEP_LOST:
+                self._handle_lost(step, note[1])
 
     def _task_id(self, step_key: str) -> str:
         """That of the step's present attempt."""
         attempt = self._active.retry_state.get_attempt_count(step_key) + 1
         return step_task_id(self._context.run_id, step_key, attempt)
 
-    def _hear_lost(self, step: core.ExecutionStep, facts: dict[str, Any]) -> None:
-        if facts.get(events.TASK_ID_KEY) == self._task_id(step.key):
-            why = f"{facts.get(events.WHY_KEY)} (worker {facts.get(events.WORKER_KEY)})"
-            self._lose(step, why, retry=bool(facts.get(events.RETRY_KEY)))
+    def _handle_lost(self, step: ExecutionStep, facts: dict[str, Any]) -> None:
+        if facts.get(engine_events.TASK_ID_KEY) == self._task_id(step.key):
+            why = f"{facts.get(engine_events.WHY_KEY)} (worker {facts.get(engine_events.WORKER_KEY)})"
+            self._lose(step, why, retry=bool(facts.get(engine_events.RETRY_KEY)))
 
-    def _lose(self, step: core.ExecutionStep, why: str, *, retry: bool) -> None:
+    def _lose(self, step: ExecutionStep, why: str, *, retry: bool) -> None:
         if retry:
-            self._fail(step, core.error_info(why))
+            self._fail(step, error_info(why))
         else:
-            core.interrupted_step(self._context.for_step(step), why)
+            interrupted_step(self._context.for_step(step), why)
 
-    def _fail(self, step: core.ExecutionStep, error: Any) -> None:
+    def _fail(self, step: ExecutionStep, error: Any) -> None:
         """Write a failure or, where the op's policy says so, a retry; it is taken in from the log as all events are."""
         self._executor.log_failure_or_retry_event_after_error(
             self._context.for_step(step), error, self._active.get_known_state()
@@ -301,7 +312,7 @@ class _Loop:
         quiet_s = time.monotonic() - self._something_happened_at
         seconds = min(_LONGEST_REST_S, max(_SHORTEST_REST_S, quiet_s * _REST_SHARE))
         try:
-            with core.raise_interrupts_as(Woken):
+            with raise_interrupts_as(Woken):
                 time.sleep(seconds)
         except Woken:
             self._interrupted = True
@@ -317,8 +328,8 @@ class _Loop:
         self._running = dict(in_flight)
         lost, without_resources = {}, {}
         for event in before:
-            self._open.hear(event)
-            note = note_in(event)
+            self._open.handle_event(event)
+            note = parse_event(event)
             if event.step_key not in in_flight:
                 continue
             if note is not None and note[0] is Stage.STEP_LOST:
@@ -328,7 +339,7 @@ class _Loop:
             elif event.is_step_up_for_retry:
                 without_resources.pop(event.step_key, None)
         for key, facts in lost.items():
-            self._hear_lost(in_flight[key], facts)
+            self._handle_lost(in_flight[key], facts)
         for key, error in without_resources.items():
             self._fail(in_flight[key], error)
         # A message may or may not have been sent: a second one is harmless, because an attempt is claimed once.
@@ -348,7 +359,7 @@ class _Loop:
             if self._is_interrupted():
                 yield from self._stop()
             if not told and time.monotonic() - began > _SAY_WHAT_IS_WAITED_FOR_AFTER_S:
-                self._note(events.waiting_for_steps(self._at_work()))
+                self._note(engine_events.waiting_for_steps(self._at_work()))
                 told = True
             self._rest()
             yield from self._take_in()
@@ -364,11 +375,11 @@ class _Loop:
         its process may have been cut short.
         """
         yield from self._stop_steps()
-        raise core.DagsterExecutionInterruptedError("The run was interrupted")
+        raise DagsterExecutionInterruptedError("The run was interrupted")
 
     def _stop_steps(self) -> Iterator[DagsterEvent]:
-        cancelled = cancellation.told.to_cancel()
-        if cancellation.told.orphaned() and not cancelled:
+        cancelled = model.told.to_cancel()
+        if model.told.orphaned() and not cancelled:
             self._engine_event("Interrupted, because the run's worker is gone: the next one decides about the steps")
             return
         if cancelled:
@@ -379,9 +390,9 @@ class _Loop:
         yield from self._forward()
 
     def _is_being_stopped(self) -> bool:
-        if cancellation.told.to_cancel():
+        if model.told.to_cancel():
             return True
-        run = patiently_asking(lambda: self._instance.get_run_by_id(self._context.run_id), "read the run")
+        run = retry_storage(lambda: self._instance.get_run_by_id(self._context.run_id), "read the run")
         return run is None or run.status in _BEING_STOPPED
 
     def _make_sure_that_it_is_canceling(self) -> None:
@@ -406,7 +417,7 @@ class _Loop:
         yield from self._take_in()
         told: set[str] = set()
         if self._open.workers:
-            self._note(events.forwarding(self._at_work(), patience_s))
+            self._note(engine_events.forwarding(self._at_work(), patience_s))
         while self._open.workers:
             # Also those that were claimed only now. Who was not claimed before the run was to be stopped is dropped.
             late = self._open.workers.keys() - told
@@ -414,7 +425,7 @@ class _Loop:
                 self._handler.terminate_tasks([*late])
                 told |= late
             if time.monotonic() - began > patience_s:
-                self._note(events.steps_not_stopped(self._at_work(), time.monotonic() - began))
+                self._note(engine_events.steps_not_stopped(self._at_work(), time.monotonic() - began))
                 break
             time.sleep(_SHORTEST_REST_S)
             yield from self._take_in()
@@ -422,7 +433,7 @@ class _Loop:
                 self._open.close(task_id)
         else:
             if told:
-                self._note(events.steps_stopped(len(told), time.monotonic() - began))
+                self._note(engine_events.steps_stopped(len(told), time.monotonic() - began))
         self._write_off(told)
         yield from self._take_in()
 
@@ -434,13 +445,13 @@ class _Loop:
             if task_id in self._open.workers:
                 continue
             if task_id in told:
-                core.interrupted_step(self._context.for_step(step), "stopped with its run; it had to be killed")
+                interrupted_step(self._context.for_step(step), "stopped with its run; it had to be killed")
             elif storage.supports_global_concurrency_limits:
                 storage.free_concurrency_slot_for_step(self._context.run_id, step_key)
 
     def _engine_event(self, message: str, error: str | None = None) -> None:
-        data = core.EngineEventData(error=core.error_info(error) if error else None)
+        data = EngineEventData(error=error_info(error) if error else None)
         DagsterEvent.engine_event(self._context, message, data)
 
-    def _note(self, note: events.Note) -> None:
-        write_note(self._instance, self._run, note)
+    def _note(self, note: engine_events.EngineEvent) -> None:
+        append_event(self._instance, self._run, note)

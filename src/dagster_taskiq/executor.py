@@ -19,19 +19,32 @@ from dagster import (
 )
 from dagster import executor as executor_decorator
 
-from dagster_taskiq import cancellation, events
-from dagster_taskiq import dagster_internals as core
 from dagster_taskiq.cancellable_broker import CancellableSQSBroker
-from dagster_taskiq.claims import Claims, StepRef
+from dagster_taskiq.cancellation import model
 from dagster_taskiq.core_execution_loop import TaskiqExecutor, TaskiqStepHandler
+from dagster_taskiq.dagster_compat.execution import (
+    CheckStepHealthResult,
+    RetryMode,
+    StepDependencyConfig,
+    StepHandlerContext,
+    describe_state,
+    get_retries_config,
+    get_step_dependency_config_field,
+    get_tag_concurrency_limits_config,
+    multiple_process_executor_requirements,
+    needs_history,
+)
 from dagster_taskiq.errors import DagsterTaskiqError, MessageTooLarge, QueueUnreachable
-from dagster_taskiq.heartbeats import Heartbeats
 from dagster_taskiq.launcher import CONFIG_FIELDS, TaskiqRunLauncher
-from dagster_taskiq.messages import StepOrder, pack
-from dagster_taskiq.payload_bucket import PayloadBucket
-from dagster_taskiq.sender import Sender, task
-from dagster_taskiq.settings import TOP_LEVEL_KEYS, Settings, grace_of
-from dagster_taskiq.step_tasks import EXECUTE_STEP
+from dagster_taskiq.messages import EXECUTE_STEP, StepMessage, pack
+from dagster_taskiq.settings import TOP_LEVEL_KEYS, Settings
+from dagster_taskiq.sqs.s3_payloads import PayloadBucket
+from dagster_taskiq.storage import engine_events
+from dagster_taskiq.storage.claims import Claims
+from dagster_taskiq.storage.event_log import StepRef
+from dagster_taskiq.storage.heartbeats import Heartbeats
+from dagster_taskiq.storage.tags import grace_of
+from dagster_taskiq.tasks.producer import Producer, work_message
 
 logger = logging.getLogger(__name__)
 
@@ -41,21 +54,21 @@ _MOST_STATE: Final = 750_000
 
 EXECUTOR_FIELDS: Final[Mapping[str, Any]] = {
     **CONFIG_FIELDS,
-    "retries": core.get_retries_config(),  # type: ignore[no-untyped-call]
+    "retries": get_retries_config(),  # type: ignore[no-untyped-call]
     "max_concurrent": Field(
         Noneable(int),
         default_value=None,
         description="Steps of one run at a time. Default: as many as are due; the workers' slots are the limit then.",
     ),
-    "tag_concurrency_limits": core.get_tag_concurrency_limits_config(),  # type: ignore[no-untyped-call]
-    "step_dependency_config": core.get_step_dependency_config_field(),  # type: ignore[no-untyped-call]
+    "tag_concurrency_limits": get_tag_concurrency_limits_config(),  # type: ignore[no-untyped-call]
+    "step_dependency_config": get_step_dependency_config_field(),  # type: ignore[no-untyped-call]
 }
 
 
 @executor_decorator(
     name="taskiq",
     config_schema=Permissive(dict(EXECUTOR_FIELDS)),  # type: ignore[no-untyped-call]
-    requirements=core.multiple_process_executor_requirements(),
+    requirements=multiple_process_executor_requirements(),
 )
 def taskiq_executor(init_context: InitExecutorContext) -> Executor:
     """Executes each step of a run as a task of its own, sent over SQS to whichever worker has a slot for it.
@@ -78,10 +91,10 @@ def taskiq_executor(init_context: InitExecutorContext) -> Executor:
         settings = launcher.settings.overridden_by(own)
     else:
         settings = Settings.from_config({key: value for key, value in own.items() if value is not None})
-    dependencies = core.StepDependencyConfig.from_config(config.get("step_dependency_config"))
+    dependencies = StepDependencyConfig.from_config(config.get("step_dependency_config"))
     return TaskiqExecutor(
         SQSStepHandler(settings),
-        retries=core.RetryMode.from_config(config["retries"]),
+        retries=RetryMode.from_config(config["retries"]),
         max_concurrent=config.get("max_concurrent"),
         tag_concurrency_limits=config.get("tag_concurrency_limits"),
         step_dependency_config=dependencies,
@@ -93,7 +106,10 @@ class SQSStepHandler(TaskiqStepHandler):
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._sender = Sender(settings, settings.steps_queue_url, name="dagster-taskiq executor")
+        self._producer = Producer(
+            lambda: CancellableSQSBroker.from_settings(settings, settings.steps_queue_url),
+            name="dagster-taskiq executor",
+        )
         self._heartbeats: Heartbeats | None = None
 
     @property
@@ -103,13 +119,13 @@ class SQSStepHandler(TaskiqStepHandler):
 
     def open(self) -> None:
         """Open the client, while the plan is being looked at."""
-        self._sender.ask(lambda broker: broker.startup())
+        self._producer.submit(lambda broker: broker.startup())
 
     def close(self) -> None:
         """Close the client and end its thread."""
-        self._sender.close()
+        self._producer.close()
 
-    def launch_steps(self, contexts: Sequence[core.StepHandlerContext]) -> Sequence[str]:
+    def launch_steps(self, contexts: Sequence[StepHandlerContext]) -> Sequence[str]:
         """Announce and send the steps; the keys of those that could not be sent because SQS does not answer.
 
         Raises a `DagsterTaskiqError` for what another try does not mend.
@@ -117,7 +133,7 @@ class SQSStepHandler(TaskiqStepHandler):
         orders = self._orders(contexts)
         queue = self._settings.steps_queue_url.rpartition("/")[2]
         for context, order in zip(contexts, orders, strict=True):
-            note = events.step_submitted(order.task_id, queue)
+            note = engine_events.step_submitted(order.task_id, queue)
             DagsterEvent.step_worker_starting(context.get_step_context(order.step_key), note.message, note.facts)
         try:
             refused = self.send(orders, contexts[0].dagster_run.job_name)
@@ -128,7 +144,7 @@ class SQSStepHandler(TaskiqStepHandler):
             logger.warning("steps not sent, trying again: SQS refused them: %s", why)
         return [order.step_key for order in orders if order.task_id in refused]
 
-    def _orders(self, contexts: Sequence[core.StepHandlerContext]) -> list[StepOrder]:
+    def _orders(self, contexts: Sequence[StepHandlerContext]) -> list[StepMessage]:
         packed: dict[int, str] = {}  # by identity: the steps of a batch share their state
         orders = []
         for context in contexts:
@@ -137,46 +153,46 @@ class SQSStepHandler(TaskiqStepHandler):
             if state is None or arguments.retry_mode is None:
                 raise ValueError(f"step {step_key}: neither the known state nor the retry mode may be missing")
             if id(state) not in packed:
-                packed[id(state)] = pack(core.describe_state(state))
+                packed[id(state)] = pack(describe_state(state))
             orders.append(
-                StepOrder(
+                StepMessage(
                     run_id=arguments.run_id,
                     step_key=step_key,
                     attempt=state.get_retry_state().get_attempt_count(step_key) + 1,
-                    retries="disabled" if arguments.retry_mode is core.RetryMode.DISABLED else "deferred",
-                    reexecution=core.needs_history(state),
+                    retries="disabled" if arguments.retry_mode is RetryMode.DISABLED else "deferred",
+                    reexecution=needs_history(state),
                     state=packed[id(state)],
                 )
             )
         return orders
 
-    def send(self, orders: Sequence[StepOrder], job_name: str) -> dict[str, str]:
+    def send(self, orders: Sequence[StepMessage], job_name: str) -> dict[str, str]:
         """Send orders; the task ids of those that SQS refused, with the reason.
 
         Raises `MessageTooLarge` for a state that fits into no message when there is no payload bucket,
         `PayloadUnavailable` when that cannot be written, a `QueueError` or `TimeoutError`.
         """
         group = job_name if self._settings.is_fair_queue else None
-        return self._sender.ask(lambda broker: self._send(broker, orders, group)).result(_REQUEST_TIMEOUT_S)
+        return self._producer.submit(lambda broker: self._send(broker, orders, group)).result(_REQUEST_TIMEOUT_S)
 
     async def _send(
-        self, broker: CancellableSQSBroker, orders: Sequence[StepOrder], group: str | None
+        self, broker: CancellableSQSBroker, orders: Sequence[StepMessage], group: str | None
     ) -> dict[str, str]:
         arguments = [await self._arguments(order) for order in orders]
         return await broker.kick_all(
             [
-                task(broker, EXECUTE_STEP, order.task_id, group, given)
+                work_message(broker, EXECUTE_STEP, order.task_id, group, given)
                 for order, given in zip(orders, arguments, strict=True)
             ]
         )
 
-    async def _arguments(self, order: StepOrder) -> dict[str, Any]:
+    async def _arguments(self, order: StepMessage) -> dict[str, Any]:
         if len(order.state or "") > _MOST_STATE:
             await self._keep_apart(order)
             return {**order.to_kwargs(), "state": None}
         return order.to_kwargs()
 
-    async def _keep_apart(self, order: StepOrder) -> None:
+    async def _keep_apart(self, order: StepMessage) -> None:
         if self._settings.payload_bucket is None:
             raise MessageTooLarge(
                 f"step {order.step_key}: what its process has to know of the other steps is {len(order.state or ''):,}"
@@ -194,9 +210,9 @@ class SQSStepHandler(TaskiqStepHandler):
         if not task_ids or not self._settings.enable_cancellation:
             return
         try:
-            reason, requested_by = cancellation.told.why()
+            reason, requested_by = model.told.why()
             by = requested_by or "the run of the step"
-            asking = self._sender.ask(lambda broker: broker.cancel_tasks(task_ids, reason=reason, requested_by=by))
+            asking = self._producer.submit(lambda broker: broker.cancel_tasks(task_ids, reason=reason, requested_by=by))
             failed = asking.result(_REQUEST_TIMEOUT_S).failed
         except (DagsterTaskiqError, TimeoutError, RuntimeError) as error:
             failed = {"all": str(error) or repr(error)}
@@ -219,13 +235,13 @@ class SQSStepHandler(TaskiqStepHandler):
 
     # Dagster's own interface: one step at a time.
 
-    def launch_step(self, step_handler_context: core.StepHandlerContext) -> Iterator[DagsterEvent]:
+    def launch_step(self, step_handler_context: StepHandlerContext) -> Iterator[DagsterEvent]:
         """Send one step. Raises `QueueUnreachable` when it could not be sent."""
         if self.launch_steps([step_handler_context]):
             raise QueueUnreachable(f"{self._settings.steps_queue_url}: the step could not be sent")
         yield from ()
 
-    def check_step_health(self, step_handler_context: core.StepHandlerContext) -> core.CheckStepHealthResult:
+    def check_step_health(self, step_handler_context: StepHandlerContext) -> CheckStepHealthResult:
         """Unhealthy when the worker that has the step is dead. Waiting in its queue, and "cannot tell", is healthy."""
         (order,) = self._orders([step_handler_context])
         instance = step_handler_context.instance
@@ -237,12 +253,12 @@ class SQSStepHandler(TaskiqStepHandler):
             alive = worker_id is None or worker_id in heartbeats.alive({worker_id})
         except Exception:
             logger.exception("cannot tell whether a step is healthy", extra={"run_id": order.run_id})
-            return core.CheckStepHealthResult.healthy()
+            return CheckStepHealthResult.healthy()
         if alive:
-            return core.CheckStepHealthResult.healthy()
-        return core.CheckStepHealthResult.unhealthy(f"worker {worker_id}, which had step {order.step_key}, is gone")
+            return CheckStepHealthResult.healthy()
+        return CheckStepHealthResult.unhealthy(f"worker {worker_id}, which had step {order.step_key}, is gone")
 
-    def terminate_step(self, step_handler_context: core.StepHandlerContext) -> Iterator[DagsterEvent]:
+    def terminate_step(self, step_handler_context: StepHandlerContext) -> Iterator[DagsterEvent]:
         """Ask for one step to be stopped; may be called again, and never raises."""
         self.terminate_tasks([order.task_id for order in self._orders([step_handler_context])])
         yield from ()

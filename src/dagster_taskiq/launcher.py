@@ -10,20 +10,29 @@ from typing import Any, Final
 from dagster import Any as Any_
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, Field, Permissive
 
-from dagster_taskiq import dagster_internals as core
-from dagster_taskiq import events
-from dagster_taskiq.claims import Claims, Owner, write_note
-from dagster_taskiq.ecs import on_ecs
+from dagster_taskiq.cancellable_broker import CancellableSQSBroker
+from dagster_taskiq.dagster_compat.api import (
+    FINISHED_STATUSES,
+    CheckRunHealthResult,
+    ConfigurableClass,
+    ConfigurableClassData,
+    LaunchRunContext,
+    ResumeRunContext,
+    RunLauncher,
+    WorkerStatus,
+)
 from dagster_taskiq.errors import DagsterTaskiqError, QueueUnreachable
-from dagster_taskiq.heartbeats import Heartbeats
-from dagster_taskiq.late_events import mend_late_canceling
-from dagster_taskiq.messages import MAX_TEXT_LENGTH
-from dagster_taskiq.metrics import REQUESTED, Metrics
-from dagster_taskiq.sender import Sender, task
+from dagster_taskiq.messages import EXECUTE_RUN, MAX_TEXT_LENGTH, RESUME_RUN
+from dagster_taskiq.metrics import REQUESTED, Metrics, on_ecs
+from dagster_taskiq.queue_names import queue_name
 from dagster_taskiq.settings import Settings
-from dagster_taskiq.sqs import queue_name
-from dagster_taskiq.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, TASK_ID_TAG
-from dagster_taskiq.tasks import EXECUTE_RUN, RESUME_RUN
+from dagster_taskiq.storage import engine_events
+from dagster_taskiq.storage.claims import Claims, Owner
+from dagster_taskiq.storage.event_log import append_event
+from dagster_taskiq.storage.heartbeats import Heartbeats
+from dagster_taskiq.storage.status_repair import repair_late_canceling
+from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, TASK_ID_TAG
+from dagster_taskiq.tasks.producer import Producer, work_message
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +46,7 @@ _WAITING_FOR: Final[Mapping[str, frozenset[DagsterRunStatus]]] = {
 """The statuses of a run whose work has been sent and not begun."""
 
 
-class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClass):
+class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
     """Launches runs over Taskiq on AWS SQS, and terminates them.
 
     .. code-block:: yaml
@@ -57,7 +66,7 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
         region_name: str | None = None,
         endpoint_url: str | None = None,
         config_source: Mapping[str, Any] | None = None,
-        inst_data: core.ConfigurableClassData | None = None,
+        inst_data: ConfigurableClassData | None = None,
         **unknown: Any,
     ) -> None:
         """Check the configuration; nothing is connected before it is needed. Raises `SettingsError`."""
@@ -71,13 +80,16 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
         self.settings = Settings.from_config(
             {key: value for key, value in given.items() if value is not None} | unknown
         )
-        self._sender = Sender(self.settings, self.settings.queue_url, name="dagster-taskiq launcher")
+        self._producer = Producer(
+            lambda: CancellableSQSBroker.from_settings(self.settings, self.settings.queue_url),
+            name="dagster-taskiq launcher",
+        )
         self._known_claims: Claims | None = None
         self._metrics = Metrics.chosen(self.settings.metrics, queue_name(self.settings.queue_url), on_ecs=on_ecs())
         super().__init__()  # type: ignore[no-untyped-call]
 
     @property
-    def inst_data(self) -> core.ConfigurableClassData | None:
+    def inst_data(self) -> ConfigurableClassData | None:
         """Where the configuration came from."""
         return self._inst_data
 
@@ -88,12 +100,12 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
 
     @classmethod
     def from_config_value(
-        cls, inst_data: core.ConfigurableClassData | None, config_value: Mapping[str, Any]
+        cls, inst_data: ConfigurableClassData | None, config_value: Mapping[str, Any]
     ) -> "TaskiqRunLauncher":
         """Called by Dagster with the checked configuration."""
         return cls(inst_data=inst_data, **config_value)
 
-    def launch_run(self, context: core.LaunchRunContext) -> None:
+    def launch_run(self, context: LaunchRunContext) -> None:
         """Tag the run with a new task id, then send its work.
 
         Raises `QueueError` when it cannot be sent, unless the run was terminated meanwhile, or a worker has it all the
@@ -106,7 +118,7 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
         """Yes: a resumed run is a new task."""
         return True
 
-    def resume_run(self, context: core.ResumeRunContext) -> None:
+    def resume_run(self, context: ResumeRunContext) -> None:
         """As `launch_run`; the new task id makes an old message that is still about worthless."""
         self._submit(context.dagster_run, RESUME_RUN)
 
@@ -122,13 +134,13 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
             logger.warning("run not launched, and not needed any more: %s", error, extra={"run_id": run.run_id})
             return
         queue = self.settings.queue_url.rstrip("/").rpartition("/")[2]
-        self._note(run, events.submitted(task_id, queue))
+        self._note(run, engine_events.submitted(task_id, queue))
 
     def _send(self, run: DagsterRun, task_name: str, task_id: str) -> None:
         group = run.job_name if self.settings.is_fair_queue else None
         try:
-            self._sender.ask(
-                lambda broker: broker.kick(task(broker, task_name, task_id, group, {"run_id": run.run_id}))
+            self._producer.submit(
+                lambda broker: broker.kick(work_message(broker, task_name, task_id, group, {"run_id": run.run_id}))
             ).result(_REQUEST_TIMEOUT_S)
         except TimeoutError as error:
             raise QueueUnreachable(
@@ -147,7 +159,7 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
         Returns True when something was done that stops it, False when there is nothing to stop (unknown or finished)
         or nothing that this launcher could stop. The run is CANCELED when its processes are gone.
         """
-        return self.cancel(run_id, requested_by=events.UNKNOWN_AUTHOR)
+        return self.cancel(run_id, requested_by=engine_events.UNKNOWN_AUTHOR)
 
     def cancel(self, run_id: str, *, reason: str | None = None, requested_by: str) -> bool:
         """As `terminate`, and the run's log says who asked, and why.
@@ -155,18 +167,18 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
         So do its tags `dagster-taskiq/cancelled_by` and `cancel_reason`, for who does not get the message.
         """
         run = self._instance.get_run_by_id(run_id)
-        if run is None or run.status in core.FINISHED_STATUSES:
+        if run is None or run.status in FINISHED_STATUSES:
             return False
         if not self.settings.enable_cancellation:
-            self._note(run, events.cancellation_disabled())
+            self._note(run, engine_events.cancellation_disabled())
             return False
         task_id = run.tags.get(TASK_ID_TAG)
         if task_id is None:
-            self._note(run, events.no_task_id())
+            self._note(run, engine_events.no_task_id())
             self._instance.report_run_canceled(run, "Nothing that this launcher started can be working on the run.")
             return False
         reason = reason[:MAX_TEXT_LENGTH] if reason else run.tags.get(CANCEL_REASON_TAG)
-        author = requested_by[:MAX_TEXT_LENGTH] if requested_by != events.UNKNOWN_AUTHOR else None
+        author = requested_by[:MAX_TEXT_LENGTH] if requested_by != engine_events.UNKNOWN_AUTHOR else None
         said = {CANCEL_REASON_TAG: reason, CANCELLED_BY_TAG: author}
         if new := {tag: value for tag, value in said.items() if value and run.tags.get(tag) != value}:
             self._instance.add_run_tags(run.run_id, new)
@@ -184,40 +196,40 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
         if run.status is not DagsterRunStatus.CANCELING:
             self._instance.report_run_canceling(run)
             # It may have ended in between: the transition is unguarded, and nobody else would ever finish it.
-            if (over := mend_late_canceling(self._instance, run.run_id)) is not None:
+            if (over := repair_late_canceling(self._instance, run.run_id)) is not None:
                 return over is DagsterRunStatus.CANCELED  # our own message can have been that quick
         if waiting and self._owner(run.run_id) is None:
             # Status written, then the claims read: a worker that claims from now on reads CANCELING.
-            if reason or requested_by != events.UNKNOWN_AUTHOR:
-                self._note(run, events.requested(task_id, reason, requested_by))
+            if reason or requested_by != engine_events.UNKNOWN_AUTHOR:
+                self._note(run, engine_events.requested(task_id, reason, requested_by))
             self._instance.report_run_canceled(run, "Canceled before a worker had picked it up.")
             return True
         try:
             (request or self._request_cancel(task_id, **asked_by)).result(_REQUEST_TIMEOUT_S)
         except (DagsterTaskiqError, TimeoutError, RuntimeError) as error:
-            self._note(run, events.request_failed(str(error) or repr(error), self.settings.status_poll_seconds))
+            self._note(run, engine_events.request_failed(str(error) or repr(error), self.settings.status_poll_seconds))
         else:
-            self._note(run, events.requested(task_id, reason, requested_by))
+            self._note(run, engine_events.requested(task_id, reason, requested_by))
         self._metrics.count(REQUESTED)
         return True
 
     def _request_cancel(self, task_id: str, **asked_by: str | None) -> "Future[None]":
-        return self._sender.ask(lambda broker: broker.cancel_task(task_id, **asked_by))
+        return self._producer.submit(lambda broker: broker.cancel_task(task_id, **asked_by))
 
     @property
     def supports_check_run_worker_health(self) -> bool:
         """Yes: by claims and heartbeats."""
         return True
 
-    def check_run_worker_health(self, run: DagsterRun) -> core.CheckRunHealthResult:
+    def check_run_worker_health(self, run: DagsterRun) -> CheckRunHealthResult:
         """NOT_FOUND when the worker that had the run is dead. "Cannot tell" is RUNNING: anything else would fail it.
 
         Waits for some seconds, once per worker, when a heartbeat is old: only a second look tells that it is dead.
         """
-        if run.status in core.FINISHED_STATUSES:
+        if run.status in FINISHED_STATUSES:
             succeeded = run.status is DagsterRunStatus.SUCCESS
-            status = core.WorkerStatus.SUCCESS if succeeded else core.WorkerStatus.FAILED
-            return core.CheckRunHealthResult(status, f"the run is {run.status.value}")
+            status = WorkerStatus.SUCCESS if succeeded else WorkerStatus.FAILED
+            return CheckRunHealthResult(status, f"the run is {run.status.value}")
         try:
             owner = self._owner(run.run_id)
             if owner is not None and owner.in_doubt:
@@ -226,19 +238,19 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
             # One that monitoring has resumed is not to be resumed, or given up, once more before anybody had it.
             waiting = owner is None or (not owner.alive and self._claims().is_waiting(run.run_id))
         except Exception as error:  # noqa: BLE001 - whatever the storage raises, a healthy run must not die of it
-            return core.CheckRunHealthResult(core.WorkerStatus.RUNNING, f"cannot tell: {error!r}")
+            return CheckRunHealthResult(WorkerStatus.RUNNING, f"cannot tell: {error!r}")
         if waiting or owner is None:
-            return core.CheckRunHealthResult(core.WorkerStatus.RUNNING, "waiting in its queue for a worker")
+            return CheckRunHealthResult(WorkerStatus.RUNNING, "waiting in its queue for a worker")
         if owner.in_doubt:
-            return core.CheckRunHealthResult(
-                core.WorkerStatus.RUNNING, f"cannot tell: the heartbeat of worker {owner.worker_id} is old"
+            return CheckRunHealthResult(
+                WorkerStatus.RUNNING, f"cannot tell: the heartbeat of worker {owner.worker_id} is old"
             )
         if owner.alive:
-            return core.CheckRunHealthResult(
-                core.WorkerStatus.RUNNING, f"worker {owner.worker_id} is alive", run_worker_id=owner.worker_id
+            return CheckRunHealthResult(
+                WorkerStatus.RUNNING, f"worker {owner.worker_id} is alive", run_worker_id=owner.worker_id
             )
-        return core.CheckRunHealthResult(
-            core.WorkerStatus.NOT_FOUND, f"worker {owner.worker_id} is dead", run_worker_id=owner.worker_id
+        return CheckRunHealthResult(
+            WorkerStatus.NOT_FOUND, f"worker {owner.worker_id} is dead", run_worker_id=owner.worker_id
         )
 
     def get_run_worker_debug_info(self, run: DagsterRun, include_container_logs: bool | None = True) -> str | None:
@@ -251,7 +263,7 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
 
     def dispose(self) -> None:
         """Close the client and its thread."""
-        self._sender.close()
+        self._producer.close()
 
     def _claims(self) -> Claims:
         """One object for all looks: it remembers which workers it has seen late."""
@@ -262,9 +274,9 @@ class TaskiqRunLauncher(core.RunLauncher[DagsterInstance], core.ConfigurableClas
     def _owner(self, run_id: str) -> Owner | None:
         return self._claims().owner(run_id)
 
-    def _note(self, run: DagsterRun, note: events.Note) -> None:
+    def _note(self, run: DagsterRun, note: engine_events.EngineEvent) -> None:
         try:
-            write_note(self._instance, run, note)
+            append_event(self._instance, run, note)
         except Exception:
             logger.exception("engine event could not be written", extra={"run_id": run.run_id})
 

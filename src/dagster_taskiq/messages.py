@@ -77,7 +77,7 @@ RetryKind = Literal["deferred", "disabled"]
 
 
 @dataclass(frozen=True, slots=True)
-class StepOrder:
+class StepMessage:
     """What a message on the steps queue says: which step of which run, and what its process has to know."""
 
     run_id: str
@@ -108,7 +108,7 @@ class StepOrder:
         }
 
     @classmethod
-    def from_kwargs(cls, kwargs: Mapping[str, Any]) -> "StepOrder":
+    def from_kwargs(cls, kwargs: Mapping[str, Any]) -> "StepMessage":
         """Read the arguments of the task; unknown ones are ignored. Raises `MessageUnreadable` with the reason."""
         run_id, step_key, attempt = kwargs.get("run_id"), kwargs.get("step_key"), kwargs.get("attempt", 1)
         retries, state = kwargs.get("retries", "deferred"), kwargs.get("state")
@@ -185,3 +185,9 @@ def _moment(value: object) -> float | None:
     except (ValueError, OverflowError):
         return None
     return seconds if seconds is not None and 0 <= seconds < _END_OF_TIME_S else None
+
+
+EXECUTE_STEP: Final = "dagster_taskiq.execute_step"
+
+EXECUTE_RUN: Final = "dagster_taskiq.execute_run"
+RESUME_RUN: Final = "dagster_taskiq.resume_run"

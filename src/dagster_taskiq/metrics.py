@@ -5,6 +5,7 @@ Knows the two libraries; not when anything happens. Nothing in here blocks, or r
 
 import importlib.util
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -159,3 +160,11 @@ class OpenTelemetryMetrics:
                 instrument.record(value, told)
             else:
                 instrument.set(value, told)
+
+
+METADATA_VARIABLE: Final = "ECS_CONTAINER_METADATA_URI_V4"
+
+
+def on_ecs(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process runs in a container of ECS."""
+    return METADATA_VARIABLE in environ

@@ -12,16 +12,19 @@ from typing import Any, Final
 
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
 
-from dagster_taskiq import dagster_internals as core
-from dagster_taskiq import events
-from dagster_taskiq.aws_probe import identity
-from dagster_taskiq.claims import Claims, cleanup_record, write_note
-from dagster_taskiq.cleanup import Cleanup
+from dagster_taskiq.cleanup.record import cleanup_record
+from dagster_taskiq.cleanup.runner import Cleanup
+from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
+from dagster_taskiq.dagster_compat.interrupts import capture_interrupts
 from dagster_taskiq.errors import CleanupFailed, DagsterTaskiqError, RunNotFound
-from dagster_taskiq.heartbeats import Heartbeats
 from dagster_taskiq.launcher import TaskiqRunLauncher
 from dagster_taskiq.messages import MAX_TEXT_LENGTH
-from dagster_taskiq.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG
+from dagster_taskiq.sqs.admin import identity
+from dagster_taskiq.storage import engine_events
+from dagster_taskiq.storage.claims import Claims
+from dagster_taskiq.storage.event_log import append_event
+from dagster_taskiq.storage.heartbeats import Heartbeats
+from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG
 
 _TELL_WITHIN_S: Final = 2.0
 
@@ -71,7 +74,7 @@ def cancel_run(
         # Only the run coordinator can take it from its queue; if it was quicker, that calls the launcher.
         said = {CANCEL_REASON_TAG: reason[:MAX_TEXT_LENGTH]} if reason else {}
         instance.add_run_tags(run_id, {**said, CANCELLED_BY_TAG: by})
-        write_note(instance, run, events.requested("none yet", reason, by))
+        append_event(instance, run, engine_events.requested("none yet", reason, by))
         return instance.run_coordinator.cancel_run(run_id)
 
 
@@ -94,7 +97,7 @@ def clean_up_run(
         instance = instance or stack.enter_context(DagsterInstance.get())
         run, launcher = _run(instance, run_id), _launcher(instance)
         owner = Claims(instance, Heartbeats.of_runs(instance, launcher.settings)).owner(run_id)
-        if run.status not in core.FINISHED_STATUSES:
+        if run.status not in FINISHED_STATUSES:
             who = f"worker {owner.worker_id} has it" if owner is not None else "no worker has it yet"
             raise DagsterTaskiqError(f"run {run_id} is {run.status.value}, and {who}; cancel it, and wait for its end")
         record = cleanup_record(instance, run_id)
@@ -103,7 +106,7 @@ def clean_up_run(
             return False
         if cancelled and record.due and owner is not None and owner.alive:
             raise DagsterTaskiqError(f"worker {owner.worker_id} is cleaning up after run {run_id}; wait for its end")
-        with core.capture_interrupts():
+        with capture_interrupts():
             outcome = Cleanup(instance, run, f"by hand, {this_user()}", anew=True, tell=tell).run()
         if outcome.stopped:
             raise KeyboardInterrupt

@@ -5,7 +5,6 @@ it a plain mapping.
 """
 
 import difflib
-import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -14,22 +13,16 @@ from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
 from dagster_taskiq.errors import SettingsError
-from dagster_taskiq.tags import GRACE_SECONDS_TAG
-
-logger = logging.getLogger(__name__)
+from dagster_taskiq.queue_names import cancel_queue_url, steps_queue_url
 
 ENABLE_CANCELLATION_VARIABLE: Final = "DAGSTER_TASKIQ_ENABLE_CANCELLATION"
 QUEUE_URL_VARIABLE: Final = "DAGSTER_TASKIQ_SQS_QUEUE_URL"
 ENDPOINT_URL_VARIABLE: Final = "DAGSTER_TASKIQ_SQS_ENDPOINT_URL"
 REGION_VARIABLES: Final = ("AWS_REGION", "AWS_DEFAULT_REGION")
-
 TOP_LEVEL_KEYS: Final = ("queue_url", "region_name", "endpoint_url", "config_source")
 _REGION_IN_HOST = re.compile(r"(?:^|\.)sqs\.([a-z0-9-]+)\.(?:amazonaws\.com|on\.aws|api\.aws|localhost)")
-
 DEFAULT_DRAIN_S: Final = 15
-_FIFO: Final = ".fifo"
 _STOP_MARGIN_S: Final = 3.0
-
 StartMethod = Literal["forkserver", "spawn"]
 MetricsTo = Literal["auto", "emf", "otel", "off"]
 _CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -65,8 +58,6 @@ _WHOLE: Final = {
     "max_concurrent_runs",
     "max_concurrent_steps",
 }
-
-
 # Bucket names: https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html
 _NAMES: Final[Mapping[str, tuple[str, str]]] = {
     "region_name": (r"[a-z0-9-]{2,40}", "an AWS region such as 'us-east-1'"),
@@ -119,12 +110,12 @@ class Settings:
     @property
     def steps_queue_url(self) -> str:
         """`name` has `name-steps`, `name.fifo` has `name-steps.fifo`."""
-        return sibling_queue(self.queue_url, "-steps")
+        return steps_queue_url(self.queue_url)
 
     @property
     def cancel_queue_url(self) -> str:
         """`name` has `name-cancels`, `name.fifo` has `name-cancels.fifo`."""
-        return sibling_queue(self.queue_url, "-cancels")
+        return cancel_queue_url(self.queue_url)
 
     def steps_patience_s(self, grace_s: float) -> float:
         """How long a run that is being stopped waits for its steps: their grace, and until the last of them knows.
@@ -195,7 +186,7 @@ class Settings:
         values = {key: _resolved(key, value, environ) for key, value in source.items() if value is not None}
         values |= {key: value for key, value in overrides.items() if value is not None}
         _from_environment(values, config, environ)
-        return cls(**{key: _checked(key, value) for key, value in values.items()})
+        return cls(**{key: checked(key, value) for key, value in values.items()})
 
     def overridden_by(self, config: Mapping[str, Any], **overrides: object) -> "Settings":
         """These settings, but for what a configuration of the same form says. Raises `SettingsError`."""
@@ -247,28 +238,6 @@ SOURCE_KEYS: Final = tuple(
 """The keys of `config_source`."""
 
 
-def sibling_queue(queue_url: str, suffix: str) -> str:
-    """The URL of the queue that belongs to a work queue: the suffix before `.fifo`, if it ends so."""
-    url = queue_url.rstrip("/")
-    return f"{url.removesuffix(_FIFO)}{suffix}{_FIFO}" if url.endswith(_FIFO) else f"{url}{suffix}"
-
-
-def grace_from_tag(value: str) -> float:
-    """Seconds from the run tag `dagster-taskiq/grace_seconds`. Raises `SettingsError`."""
-    return float(_checked("grace_seconds", value))
-
-
-def grace_of(tags: Mapping[str, str], default_s: float) -> float:
-    """A run's own grace, if it is tagged with a sensible one."""
-    if GRACE_SECONDS_TAG not in tags:
-        return default_s
-    try:
-        return grace_from_tag(tags[GRACE_SECONDS_TAG])
-    except SettingsError as error:
-        logger.warning("tag %s ignored: %s", GRACE_SECONDS_TAG, error)
-        return default_s
-
-
 def _resolved(key: str, value: Any, environ: Mapping[str, str]) -> Any:
     """The value, or what `{env: NAME}` stands for, as everywhere in Dagster's configuration."""
     if not (isinstance(value, Mapping) and set(value) == {"env"}):
@@ -314,7 +283,8 @@ def _from_environment(values: dict[str, Any], config: Mapping[str, Any], environ
         values["enable_cancellation"] = environ[ENABLE_CANCELLATION_VARIABLE]
 
 
-def _checked(key: str, value: Any) -> Any:
+def checked(key: str, value: Any) -> Any:
+    """The value of one setting in its type. Raises `SettingsError` when it cannot be that, or is out of range."""
     if key in _RANGES:
         return _number(key, value, _RANGES[key])
     if key in {"enable_cancellation", "is_fair_queue"}:

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from dagster_taskiq.cancellation import CancelKind
-from dagster_taskiq.state import State
-from dagster_taskiq.token import CancellationToken, Cause, Signal, provide
+from dagster_taskiq.cancellation.model import CancelKind
+from dagster_taskiq.cancellation.state import State
+from dagster_taskiq.cancellation.token import CancellationToken, Cause, Signal, provide
 
 
 class FakeToken(CancellationToken):
@@ -33,8 +33,8 @@ class FakeToken(CancellationToken):
         kill_at: float | None = None,
     ) -> None:
         """From now on the work is cancelled; callbacks are called in this thread. `kill_at`: as `time.time()`."""
-        self._fake.signal.note(Cause(kind, reason, requested_by, kill_at))
-        self._fake.signal.announce()
+        self._fake.signal.record(Cause(kind, reason, requested_by, kill_at))
+        self._fake.signal.notify()
 
     @property
     def is_cancelled(self) -> bool:
@@ -59,9 +59,9 @@ class _Fake:
         self.signal = signal
 
     def error(self, cause: Cause) -> BaseException:
-        from dagster_taskiq.op_token import op_error
+        from dagster_taskiq.child.op_token import interrupt_of_op
 
-        return op_error(cause)
+        return interrupt_of_op(cause)
 
     def holding_interrupts(self) -> AbstractContextManager[None]:
         return self._raising_at_the_end()

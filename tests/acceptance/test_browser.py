@@ -21,9 +21,9 @@ from tests.support.household import clean_environment, processes_of
 from tests.support.moto import sqs_client
 from tests.support.waiting import wait_until
 
-from dagster_taskiq.dev import EXAMPLES
-from dagster_taskiq.events import CANCELLATION_REQUESTED, Stage
-from dagster_taskiq.sqs import cancel_queue_url
+from dagster_taskiq.local.dev import EXAMPLES
+from dagster_taskiq.queue_names import cancel_queue_url
+from dagster_taskiq.storage.engine_events import CANCELLATION_REQUESTED, Stage
 
 pytestmark = [
     pytest.mark.acceptance,

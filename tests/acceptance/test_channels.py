@@ -9,7 +9,7 @@ from tests.support.moto import sqs_client
 from tests.support.platform import Platform
 from tests.support.waiting import wait_until
 
-from dagster_taskiq.events import Stage
+from dagster_taskiq.storage.engine_events import Stage
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
 
@@ -103,7 +103,7 @@ def test_a_run_that_is_deleted_is_stopped(working: Platform) -> None:
     run_id = working.launch("sleepy_job")
     working.marked(run_id, "started")
     task_id = working.task_id(run_id)
-    from dagster_taskiq.process import find_processes
+    from dagster_taskiq.process.child_handle import find_processes
 
     assert find_processes(task_id)
     working.instance.delete_run(run_id)

@@ -9,9 +9,10 @@ from dagster import DagsterEventType, DagsterInstance
 from tests.acceptance.conftest import open_platform
 from tests.support.platform import Platform
 
-from dagster_taskiq.claims import Claims, StepRef
-from dagster_taskiq.heartbeats import Heartbeats
-from dagster_taskiq.preflight import Action, Candidate, Decision, preflight, preflight_step
+from dagster_taskiq.storage.claims import Claims
+from dagster_taskiq.storage.event_log import StepRef
+from dagster_taskiq.storage.heartbeats import Heartbeats
+from dagster_taskiq.worker.admission import Action, Candidate, Decision, admit_run, admit_step
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.postgres, pytest.mark.timeout(180)]
 
@@ -52,8 +53,8 @@ def count(platform: Platform, what: str) -> Counter[int]:
         def decide(instance: DagsterInstance, claims: Claims, name: str, run_id: str = run.run_id) -> Decision:
             candidate = Candidate("execute_run" if what == "run" else "execute_step", run_id, "task", name, "here")
             if what == "run":
-                return preflight(instance, claims, candidate)
-            return preflight_step(instance, claims, StepRef("quick", "task"), candidate)
+                return admit_run(instance, claims, candidate)
+            return admit_step(instance, claims, StepRef("quick", "task"), candidate)
 
         actions = at_once(str(platform.home), decide)
         assert set(actions) <= {Action.START, *GIVES_WAY}, actions

@@ -13,7 +13,7 @@ from tests.acceptance.conftest import open_platform
 from tests.support.platform import CLEANUP_JOBS, Platform
 from tests.support.waiting import wait_until
 
-from dagster_taskiq.events import Stage
+from dagster_taskiq.storage.engine_events import Stage
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -48,9 +48,9 @@ def end_of(platform: Platform, run_id: str) -> str:
 
 
 def kept_states(platform: Platform) -> dict[str, str]:
-    from dagster_taskiq import dagster_internals as core
+    from dagster_taskiq.dagster_compat.storage import values_under
 
-    return core.values_under(platform.instance, "dagster-taskiq/state/")
+    return values_under(platform.instance, "dagster-taskiq/state/")
 
 
 @pytest.mark.parametrize("job", ["uploads_job", "uploads_outer_job"])

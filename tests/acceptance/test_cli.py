@@ -327,7 +327,7 @@ def test_a_flag_that_does_not_exist_is_a_matter_of_usage(desk: Desk) -> None:
 
 
 def test_dev_without_the_extra_says_how_to_install_it(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dagster_taskiq.dev.find_spec", lambda name: None)
+    monkeypatch.setattr("dagster_taskiq.local.dev.find_spec", lambda name: None)
     assert_one_line(desk.ask("dev"), "pip install 'dagster-taskiq[local]'")
 
 

@@ -11,7 +11,7 @@ from dagster import DagsterRunStatus
 from tests.support.household import clean_environment, processes_of
 from tests.support.waiting import wait_until
 
-from dagster_taskiq.demo import SCENES, Moment, complaints
+from dagster_taskiq.local.demo import SCENES, Moment, complaints
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
 

@@ -14,7 +14,7 @@ import pytest
 from tests.support.household import clean_environment, processes_of
 from tests.support.waiting import wait_until
 
-from dagster_taskiq.crew import answers
+from dagster_taskiq.local.process_manager import answers
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
 

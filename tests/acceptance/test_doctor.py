@@ -16,8 +16,9 @@ from tests.acceptance.test_cli import Desk, Ended
 from tests.support.moto import create_queues, sqs_client
 from tests.support.proxy import SqsProxy, sqs_proxy
 
-from dagster_taskiq.heartbeats import Heartbeats
-from dagster_taskiq.settings import Settings, sibling_queue
+from dagster_taskiq.queue_names import sibling_queue
+from dagster_taskiq.settings import Settings
+from dagster_taskiq.storage.heartbeats import Heartbeats
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -87,7 +88,7 @@ class Clinic:
         def later() -> float:
             return now() + self.later_s
 
-        with mock.patch("dagster_taskiq.doctor.time.time", later):
+        with mock.patch("dagster_taskiq.doctor.checks.time.time", later):
             return self._examined()
 
     def _examined(self) -> tuple[Ended, list[dict[str, str]]]:
@@ -316,7 +317,7 @@ def test_a_clock_that_is_wrong(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) 
     clinic.write()
     clinic.beat()
     true = time.time
-    monkeypatch.setattr("dagster_taskiq.aws_probe.time.time", lambda: true() + 400)
+    monkeypatch.setattr("dagster_taskiq.sqs.probe.time.time", lambda: true() + 400)
     _, findings = clinic.examined()
     (clock,) = [one for one in findings if one["check"] == "clock"]
     assert (clock["verdict"], "timedatectl" in clock["repair"]) == ("error", True), clock

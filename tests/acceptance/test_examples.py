@@ -14,8 +14,8 @@ from tests.support.moto import aws_client
 from tests.support.platform import Platform
 from tests.support.waiting import wait_until
 
-from dagster_taskiq.events import Stage
-from dagster_taskiq.tags import GRACE_SECONDS_TAG
+from dagster_taskiq.storage.engine_events import Stage
+from dagster_taskiq.storage.tags import GRACE_SECONDS_TAG
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
 

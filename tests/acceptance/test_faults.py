@@ -18,9 +18,9 @@ from tests.support.proxy import SqsProxy, sqs_proxy
 from tests.support.tcp_proxy import TcpProxy, tcp_proxy
 from tests.support.waiting import wait_until
 
-from dagster_taskiq.dagster_internals import LaunchRunContext
+from dagster_taskiq.dagster_compat.api import LaunchRunContext
 from dagster_taskiq.errors import QueueUnreachable
-from dagster_taskiq.events import Stage
+from dagster_taskiq.storage.engine_events import Stage
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -128,7 +128,7 @@ def test_while_the_database_is_away_runs_and_steps_go_on(endpoint: str, postgres
 
 
 CEILING_S = 12
-LOWERED = f"import dagster_taskiq.lease\n\ndagster_taskiq.lease.MAX_LEASE_S = {CEILING_S}\n"
+LOWERED = f"import dagster_taskiq.sqs.lease\n\ndagster_taskiq.sqs.lease.MAX_LEASE_S = {CEILING_S}\n"
 
 
 def test_what_outlives_the_longest_lease_of_sqs_is_neither_stopped_nor_started_twice(

@@ -13,7 +13,7 @@ from tests.acceptance.conftest import open_platform, steps_platform
 from tests.support.platform import Platform, WorkerProcess
 from tests.support.waiting import wait_until
 
-from dagster_taskiq.events import Stage
+from dagster_taskiq.storage.engine_events import Stage
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -88,7 +88,7 @@ def test_it_is_terminated_meanwhile(endpoint: str) -> None:
 
 
 def steps_of(platform: Platform, run_id: str) -> list[int]:
-    from dagster_taskiq.process import find_processes
+    from dagster_taskiq.process.child_handle import find_processes
 
     return [pid for task_id in platform.step_tasks(run_id) for pid in find_processes(task_id)]
 

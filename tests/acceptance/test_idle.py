@@ -11,8 +11,8 @@ from tests.acceptance.conftest import SNAPPY, open_platform
 from tests.support.proxy import sqs_proxy
 from tests.support.waiting import wait_until
 
-from dagster_taskiq.heartbeats import Heartbeats
 from dagster_taskiq.settings import Settings
+from dagster_taskiq.storage.heartbeats import Heartbeats
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.postgres, pytest.mark.timeout(180)]
 

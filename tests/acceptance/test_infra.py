@@ -14,7 +14,8 @@ from dagster import DagsterInstance, DagsterRunStatus
 from tests.support.moto import CREDENTIALS, REGION, sqs_client
 from tests.support.platform import Platform, write_home
 
-from dagster_taskiq.sqs import queue_name, queue_urls
+from dagster_taskiq.queue_names import queue_name
+from dagster_taskiq.sqs.admin import queue_urls
 
 pytestmark = pytest.mark.acceptance
 

@@ -8,7 +8,7 @@ from dagster import DagsterEventType, DagsterRunStatus
 from tests.acceptance.conftest import UNHURRIED, open_platform
 from tests.support.platform import Platform
 
-from dagster_taskiq.events import Stage
+from dagster_taskiq.storage.engine_events import Stage
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
 

@@ -13,11 +13,12 @@ import psutil
 import pytest
 from tests.support.waiting import wait_until
 
-from dagster_taskiq.cancellation import CancelKind, Cancellation
+from dagster_taskiq._shield import shielded
+from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.errors import ChildStartFailed
-from dagster_taskiq.process import Child, ChildSpec, ForkServer, find_processes
-from dagster_taskiq.supervisor import Cancelled, ChildEnd, supervise
-from dagster_taskiq.to_the_end import to_the_end
+from dagster_taskiq.process.child_handle import Child, ChildSpec, find_processes
+from dagster_taskiq.process.fork_server import ForkServer
+from dagster_taskiq.process.supervise import Cancelled, ChildEnd, supervise
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
 
@@ -57,7 +58,7 @@ class Work:
         spec = ChildSpec(f"tests.support.targets:{self.target}", self.argument, self.mark, self.grace_s)
         spec = replace(spec, hung_after_s=self.hung_after_s, linger_s=0.2)
         body = supervise(self, spec, self.cancelled, self, lambda: self.grace_s)
-        self.task = asyncio.create_task(to_the_end(body, name="work", on_cancel=self.cancelled.note))
+        self.task = asyncio.create_task(shielded(body, name="work", on_cancel=self.cancelled.note))
         return self
 
     def cancel(self, kind: CancelKind = CancelKind.REQUESTED) -> None:
@@ -305,7 +306,7 @@ def test_modules_that_cannot_be_preloaded_are_named() -> None:
 
 def test_modules_that_start_threads_are_refused() -> None:
     async def test() -> None:
-        bad = ForkServer(warm_up="tests.support.targets:start_a_thread")
+        bad = ForkServer(warm_up={"tests.support.targets:start_a_thread": [None]})
         with pytest.raises(ChildStartFailed, match="started 1 threads"):
             await bad.start()
 

@@ -16,10 +16,10 @@ from tests.support.moto import sqs_client
 from tests.support.platform import Platform, WorkerProcess
 from tests.support.waiting import wait_until
 
-from dagster_taskiq import dagster_internals as core
-from dagster_taskiq.claims import write_note
-from dagster_taskiq.events import Stage, picked_up, submitted
-from dagster_taskiq.tags import TASK_ID_TAG
+from dagster_taskiq.dagster_compat.api import RESUME_RUN_LOG_MESSAGE, WorkerStatus
+from dagster_taskiq.storage.engine_events import Stage, picked_up, submitted
+from dagster_taskiq.storage.event_log import append_event
+from dagster_taskiq.storage.tags import TASK_ID_TAG
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -77,7 +77,7 @@ def send(platform: Platform, body: str) -> None:
 
 def resumptions(platform: Platform, run_id: str) -> int:
     entries = platform.instance.all_logs(run_id)
-    return sum(entry.dagster_event.message == core.RESUME_RUN_LOG_MESSAGE for entry in entries if entry.dagster_event)
+    return sum(entry.dagster_event.message == RESUME_RUN_LOG_MESSAGE for entry in entries if entry.dagster_event)
 
 
 def test_what_is_not_to_be_started_is_dropped(endpoint: str) -> None:
@@ -197,10 +197,10 @@ def test_a_dead_worker_that_was_quicker_than_the_launchers_note_is_found_dead(en
         run = platform.create("quick_job")
         platform.report(run, DagsterEventType.RUN_STARTING, DagsterEventType.RUN_START)
         for note in (picked_up("gone-1", "task-1", "nowhere"), submitted("task-1", "queue")):
-            write_note(platform.instance, run, note)
+            append_event(platform.instance, run, note)
         look = platform.launcher.check_run_worker_health
-        assert look(platform.run(run.run_id)).status is core.WorkerStatus.NOT_FOUND
-        write_note(platform.instance, run, submitted("task-2", "queue"))
-        assert look(platform.run(run.run_id)).status is core.WorkerStatus.RUNNING
-        write_note(platform.instance, run, picked_up("gone-2", "task-2", "nowhere"))
-        assert look(platform.run(run.run_id)).status is core.WorkerStatus.NOT_FOUND
+        assert look(platform.run(run.run_id)).status is WorkerStatus.NOT_FOUND
+        append_event(platform.instance, run, submitted("task-2", "queue"))
+        assert look(platform.run(run.run_id)).status is WorkerStatus.RUNNING
+        append_event(platform.instance, run, picked_up("gone-2", "task-2", "nowhere"))
+        assert look(platform.run(run.run_id)).status is WorkerStatus.NOT_FOUND

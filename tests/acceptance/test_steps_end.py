@@ -8,7 +8,7 @@ from dagster import DagsterEventType, DagsterRunStatus
 from tests.support.platform import Platform
 from tests.support.waiting import wait_until
 
-from dagster_taskiq.events import Stage
+from dagster_taskiq.storage.engine_events import Stage
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
 

@@ -9,7 +9,7 @@ from tests.acceptance.conftest import UNHURRIED, steps_platform
 from tests.support.platform import Platform
 from tests.support.waiting import wait_until
 
-from dagster_taskiq.events import Stage
+from dagster_taskiq.storage.engine_events import Stage
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
 

@@ -19,9 +19,9 @@ from tests.support.moto import aws_client
 from tests.support.platform import STEP_JOBS, Platform
 from tests.support.waiting import wait_until
 
-from dagster_taskiq.events import Stage
 from dagster_taskiq.executor import SQSStepHandler
-from dagster_taskiq.messages import StepOrder, pack
+from dagster_taskiq.messages import StepMessage, pack
+from dagster_taskiq.storage.engine_events import Stage
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -195,8 +195,8 @@ def test_a_worker_that_is_stopped_hands_on_what_has_not_begun_and_interrupts_the
         assert any("shutdown reached worker stopped-" in line for line in platform.story(run_id))
 
 
-def order_of(task_id: str, run_id: str, step_key: str) -> StepOrder:
-    order = StepOrder(run_id, step_key, 1, "deferred", state=pack(NO_STATE))
+def order_of(task_id: str, run_id: str, step_key: str) -> StepMessage:
+    order = StepMessage(run_id, step_key, 1, "deferred", state=pack(NO_STATE))
     assert order.task_id == task_id
     return order
 
@@ -218,7 +218,7 @@ def steps_by_hand(working_steps: Platform) -> Any:
 def test_of_messages_that_come_twice_each_step_is_run_once(working_steps: Platform, steps_by_hand: Any) -> None:
     platform = working_steps
     run, handler = steps_by_hand("fifty_steps", seconds=0.2)
-    orders = [StepOrder(run.run_id, f"step_{n}", 1, "deferred", state=pack(NO_STATE)) for n in range(12)]
+    orders = [StepMessage(run.run_id, f"step_{n}", 1, "deferred", state=pack(NO_STATE)) for n in range(12)]
     for _ in range(3):
         assert handler.send(orders, "fifty_steps") == {}
     wait_until(
@@ -245,7 +245,7 @@ def test_a_state_too_large_for_a_message_goes_over_s3(endpoint: str, monkeypatch
         run = platform.create("sleepy_steps", seconds=0)
         platform.report(run, DagsterEventType.RUN_START)
         outputs = [["other", "result", os.urandom(16).hex()] for _ in range(60_000)]
-        order = StepOrder(run.run_id, "sleepy", 1, "deferred", state=pack({**NO_STATE, "outputs": outputs}))
+        order = StepMessage(run.run_id, "sleepy", 1, "deferred", state=pack({**NO_STATE, "outputs": outputs}))
         assert len(order.state or "") > 1_048_576
         handler = SQSStepHandler(platform.launcher.settings)
         try:

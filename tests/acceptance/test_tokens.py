@@ -14,9 +14,9 @@ from tests.support.platform import CLEANUP_JOBS, Platform
 from tests.support.waiting import wait_until
 
 from dagster_taskiq import cancel_run
-from dagster_taskiq.events import Stage
-from dagster_taskiq.sqs import cancel_queue_url
-from dagster_taskiq.tags import CANCEL_REASON_TAG
+from dagster_taskiq.queue_names import cancel_queue_url
+from dagster_taskiq.storage.engine_events import Stage
+from dagster_taskiq.storage.tags import CANCEL_REASON_TAG
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
 

@@ -11,11 +11,11 @@ from tests.acceptance.conftest import SNAPPY, open_platform
 from tests.support.moto import sqs_client
 from tests.support.platform import Platform
 
-from dagster_taskiq import events
-from dagster_taskiq.claims import Claims
-from dagster_taskiq.heartbeats import Heartbeats
 from dagster_taskiq.launcher import TaskiqRunLauncher
-from dagster_taskiq.tags import TASK_ID_TAG
+from dagster_taskiq.storage import engine_events
+from dagster_taskiq.storage.claims import Claims
+from dagster_taskiq.storage.heartbeats import Heartbeats
+from dagster_taskiq.storage.tags import TASK_ID_TAG
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
 
@@ -91,22 +91,22 @@ class Row:
 TABLE = [
     Row(unknown, returns=False, status=None),
     Row(finished, returns=False, status=STATUS.FAILURE),
-    Row(never_launched_by_us, returns=False, status=STATUS.CANCELED, says=events.TASK_ID_MISSING),
+    Row(never_launched_by_us, returns=False, status=STATUS.CANCELED, says=engine_events.TASK_ID_MISSING),
     Row(starting_not_claimed, returns=True, status=STATUS.CANCELED, canceling_events=1),
     Row(
-        starting_claimed, returns=True, status=STATUS.CANCELING, says=events.CANCELLATION_REQUESTED,
+        starting_claimed, returns=True, status=STATUS.CANCELING, says=engine_events.CANCELLATION_REQUESTED,
         cancels_sent=1, canceling_events=1,
     ),
     Row(
-        started, returns=True, status=STATUS.CANCELING, says=events.CANCELLATION_REQUESTED,
+        started, returns=True, status=STATUS.CANCELING, says=engine_events.CANCELLATION_REQUESTED,
         cancels_sent=1, canceling_events=1,
     ),
     Row(
-        canceling, returns=True, status=STATUS.CANCELING, says=events.CANCELLATION_REQUESTED,
+        canceling, returns=True, status=STATUS.CANCELING, says=engine_events.CANCELLATION_REQUESTED,
         cancels_sent=1, canceling_events=1,
     ),
     Row(
-        started_owner_dead, returns=True, status=STATUS.CANCELING, says=events.CANCELLATION_REQUESTED,
+        started_owner_dead, returns=True, status=STATUS.CANCELING, says=engine_events.CANCELLATION_REQUESTED,
         cancels_sent=1, canceling_events=1,
     ),
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from tests.support.moto import sqs_client
 from tests.support.platform import Platform
 from tests.support.waiting import wait_until
 
-from dagster_taskiq.events import Stage
+from dagster_taskiq.storage.engine_events import Stage
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
 
@@ -70,7 +70,7 @@ def duplicate(platform: Platform, run_id: str) -> None:
     from taskiq.kicker import AsyncKicker
 
     from dagster_taskiq.cancellable_broker import CancellableSQSBroker
-    from dagster_taskiq.tasks import EXECUTE_RUN
+    from dagster_taskiq.messages import EXECUTE_RUN
 
     async def send() -> None:
         broker = CancellableSQSBroker(platform.queue_url, "us-east-1", endpoint_url=platform.endpoint_url)

@@ -18,9 +18,9 @@ from tests.support.moto import sqs_client
 from tests.support.platform import Platform
 from tests.support.waiting import wait_until
 
-from dagster_taskiq.events import Stage
-from dagster_taskiq.tags import TASK_ID_TAG
-from dagster_taskiq.tasks import EXECUTE_RUN
+from dagster_taskiq.messages import EXECUTE_RUN
+from dagster_taskiq.storage.engine_events import Stage
+from dagster_taskiq.storage.tags import TASK_ID_TAG
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
 

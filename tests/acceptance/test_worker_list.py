@@ -13,7 +13,7 @@ from tests.acceptance.conftest import steps_platform
 from tests.support.platform import Platform
 from tests.support.waiting import wait_until
 
-from dagster_taskiq.roll_call import roll_call
+from dagster_taskiq.storage.workers import list_workers
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -82,7 +82,9 @@ def wait_for_state(platform: Platform, state: str) -> None:
     """Without a process for each look: the state may last a few seconds only."""
 
     def look() -> list[str]:
-        return [presence.state for presence in roll_call(platform.instance, platform.launcher.settings, everybody=True)]
+        return [
+            presence.state for presence in list_workers(platform.instance, platform.launcher.settings, everybody=True)
+        ]
 
     wait_until(lambda: look() == [state], f"it is {state}", within=60, seen=look)
 

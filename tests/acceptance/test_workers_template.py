@@ -19,7 +19,7 @@ from tests.support.moto import REGION
 from tests.support.platform import ENTRYPOINT, Platform, write_home
 
 from dagster_taskiq import Settings
-from dagster_taskiq.sqs import CANCEL_RETENTION_S, CANCEL_VISIBILITY_S, WORK_RETENTION_S
+from dagster_taskiq.sqs.admin import CANCEL_RETENTION_S, CANCEL_VISIBILITY_S, WORK_RETENTION_S
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(180)]
 

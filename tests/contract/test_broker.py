@@ -14,7 +14,6 @@ from tests.support.eventually import eventually
 from tests.support.moto import REGION, free_port
 from tests.support.workers import Outside, broker_for
 
-from dagster_taskiq import sqs
 from dagster_taskiq.cancellable_broker import CancellableSQSBroker, LeasedMessage
 from dagster_taskiq.errors import (
     AccessDenied,
@@ -24,7 +23,9 @@ from dagster_taskiq.errors import (
     QueueMissing,
     QueueUnreachable,
 )
-from dagster_taskiq.settlement import Settlement
+from dagster_taskiq.queue_names import is_fifo, queue_name
+from dagster_taskiq.sqs.admin import create_queues, queue_status, queue_urls
+from dagster_taskiq.sqs.settlement import Settlement
 
 pytestmark = pytest.mark.anyio
 
@@ -104,7 +105,7 @@ async def test_fifo_tasks_are_groups_of_their_own_and_retries_no_duplicates(queu
     broker = broker_for(queue_url, endpoint)
     retry = broker._grouping(task_message("t" * 200, _retries=1))
     first = broker._grouping(task_message("t" * 200, message_group="job"))
-    if sqs.is_fifo(queue_url):
+    if is_fifo(queue_url):
         assert first["MessageGroupId"] == retry["MessageGroupId"] != "job"
         assert first["MessageDeduplicationId"] != retry["MessageDeduplicationId"]
         assert broker._grouping(task_message("t")) == {"MessageGroupId": "t", "MessageDeduplicationId": "t"}
@@ -308,23 +309,23 @@ async def test_queues_are_created_once_and_described(endpoint: str, queue_url: s
     url = queue_url.replace("-contract-", "-contract-new-")
     broker = broker_for(url, endpoint)
     client = await broker._client()
-    missing = await sqs.queue_status(client, url)
+    missing = await queue_status(client, url)
     assert [status.exists for status in missing] == [False] * 3
     assert "create" in missing[0].warnings[0]
-    created = await sqs.create_queues(client, url)
-    assert set(created) == {sqs.queue_name(each) for each in sqs.queue_urls(url).values()}
-    assert await sqs.create_queues(client, url) == ()
-    work, steps, cancels = await sqs.queue_status(client, url)
+    created = await create_queues(client, url)
+    assert set(created) == {queue_name(each) for each in queue_urls(url).values()}
+    assert await create_queues(client, url) == ()
+    work, steps, cancels = await queue_status(client, url)
     assert (work.role, steps.role, cancels.role) == ("work", "steps", "cancels")
-    assert all(status.exists and status.fifo is sqs.is_fifo(url) for status in (work, steps, cancels))
+    assert all(status.exists and status.fifo is is_fifo(url) for status in (work, steps, cancels))
     assert (work.visibility_timeout_s, cancels.visibility_timeout_s, cancels.retention_s) == (30, 5, 600)
     assert (work.warnings, cancels.warnings) == ((), ())
     policy = json.dumps({"deadLetterTargetArn": await arn_of(client, steps.url), "maxReceiveCount": 3})
     await client.set_queue_attributes(QueueUrl=cancels.url, Attributes={"RedrivePolicy": policy})
-    described = (await sqs.queue_status(client, url))[2]
+    described = (await queue_status(client, url))[2]
     assert described.has_redrive
     assert "RedrivePolicy" in described.warnings[0]
-    for sibling in sqs.queue_urls(url).values():
+    for sibling in queue_urls(url).values():
         await client.delete_queue(QueueUrl=sibling)
     await broker.shutdown()
 

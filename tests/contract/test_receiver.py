@@ -22,10 +22,11 @@ from tests.support.eventually import eventually
 from tests.support.workers import Outside, broker_for, leftovers, working
 
 from dagster_taskiq.cancellable_broker import CancellableSQSBroker
-from dagster_taskiq.cancellable_receiver import CancellableReceiver, current_work
-from dagster_taskiq.cancellation import CancelKind, Cancellation
+from dagster_taskiq.cancellable_receiver import CancellableReceiver
+from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.errors import QueueMissing, TaskCancelled
-from dagster_taskiq.settlement import Settlement
+from dagster_taskiq.sqs.settlement import Settlement
+from dagster_taskiq.tasks.running_task import current_work
 
 pytestmark = pytest.mark.anyio
 
@@ -42,7 +43,7 @@ def polite() -> None:
 def _brisk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     # What a poll swallows after the end of a test concerns nobody, so most tests need not wait for it.
     if "polite" not in request.fixturenames:
-        monkeypatch.setattr("dagster_taskiq.sqs_queue._LAST_RECEIVE_S", 0.0)
+        monkeypatch.setattr("dagster_taskiq.sqs.queue._LAST_RECEIVE_S", 0.0)
 
 
 @pytest.fixture(autouse=True)

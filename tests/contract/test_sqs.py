@@ -15,7 +15,8 @@ import pytest
 from botocore.exceptions import ClientError
 from tests.support.moto import REGION, NewQueues, sqs_client
 
-from dagster_taskiq import sqs
+from dagster_taskiq.queue_names import queue_name
+from dagster_taskiq.sqs.errors import LOST_CODES, MISSING_CODES
 
 pytestmark = [pytest.mark.slow]
 
@@ -176,20 +177,20 @@ def test_a_deleted_message_has_no_lease_to_renew(queue: Queue) -> None:
     queue.send()
     message = queue.receive_one()
     queue.delete(message)
-    assert code_of(lambda: queue.hide(message, 5)) in sqs.LOST_CODES
+    assert code_of(lambda: queue.hide(message, 5)) in LOST_CODES
 
 
 def test_a_receipt_that_never_was_is_refused(queue: Queue) -> None:
     nonsense = {"ReceiptHandle": "nonsense"}
-    assert code_of(lambda: queue.hide(nonsense, 5)) in sqs.LOST_CODES
-    assert code_of(lambda: queue.delete(nonsense)) in sqs.LOST_CODES
+    assert code_of(lambda: queue.hide(nonsense, 5)) in LOST_CODES
+    assert code_of(lambda: queue.delete(nonsense)) in LOST_CODES
 
 
 def test_a_fifo_message_with_an_expired_receipt_is_not_deleted(fifo: Queue) -> None:
     fifo.send()
     message = fifo.receive_one(VisibilityTimeout=1)
     time.sleep(1.5)
-    assert code_of(lambda: fifo.delete(message)) in sqs.LOST_CODES
+    assert code_of(lambda: fifo.delete(message)) in LOST_CODES
     assert fifo.receive_one()
 
 
@@ -283,13 +284,13 @@ def test_a_queue_that_is_not_there_has_a_code_of_its_own(standard: Queue) -> Non
     url = f"{standard.url}-never"
     missing = Queue.__new__(Queue)
     missing.__dict__ |= {**standard.__dict__, "url": url}
-    assert code_of(missing.counts) in sqs.MISSING_CODES
-    assert code_of(missing.send) in sqs.MISSING_CODES
-    assert code_of(lambda: missing.receive(wait=0)) in sqs.MISSING_CODES
+    assert code_of(missing.counts) in MISSING_CODES
+    assert code_of(missing.send) in MISSING_CODES
+    assert code_of(lambda: missing.receive(wait=0)) in MISSING_CODES
 
 
 def test_a_queue_that_exists_is_not_created_otherwise(standard: Queue) -> None:
-    name = sqs.queue_name(standard.url)
+    name = queue_name(standard.url)
     assert standard.client.create_queue(QueueName=name)["QueueUrl"].endswith(name)
     code = code_of(lambda: standard.client.create_queue(QueueName=name, Attributes={"VisibilityTimeout": "77"}))
     assert code in ("QueueNameExists", "QueueAlreadyExists")

@@ -68,7 +68,7 @@ def chromium(executable: str) -> Iterator[Browser]:
 
 @dataclass(frozen=True)
 class Event:
-    """One event of a run. `stage` is that of `dagster_taskiq.events`."""
+    """One event of a run. `stage` is that of `dagster_taskiq.storage.engine_events`."""
 
     kind: str
     message: str

@@ -24,9 +24,9 @@ from typing import Any
 import psutil
 from dagster import DagsterInstance, DagsterRunStatus
 
-from dagster_taskiq.claims import Claims
-from dagster_taskiq.heartbeats import Heartbeats
-from dagster_taskiq.tags import GRACE_SECONDS_TAG
+from dagster_taskiq.storage.claims import Claims
+from dagster_taskiq.storage.heartbeats import Heartbeats
+from dagster_taskiq.storage.tags import GRACE_SECONDS_TAG
 from tests.support.moto import create_queues
 from tests.support.platform import FINISHED, Platform, write_home
 from tests.support.proxy import Fault, Rule, SqsProxy, sqs_proxy
@@ -396,7 +396,7 @@ _DECISION = re.compile(r": (run|step)( \S+ of run)? \S+: (?P<action>[^=]*?) run_
 
 
 def decisions_in(logs: list[Path]) -> Counter[str]:
-    """Rows of the preflight table, as the workers' logs tell them."""
+    """Rows of the admit_run table, as the workers' logs tell them."""
     found: Counter[str] = Counter()
     for log in logs:
         for line in log.read_text(errors="replace").splitlines():

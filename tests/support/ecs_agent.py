@@ -10,7 +10,8 @@ from typing import Any
 from aiohttp import web
 from anyio.from_thread import start_blocking_portal
 
-from dagster_taskiq.ecs import AGENT_VARIABLE, METADATA_VARIABLE
+from dagster_taskiq.metrics import METADATA_VARIABLE
+from dagster_taskiq.worker.ecs import AGENT_VARIABLE
 
 ARN = "arn:aws:ecs:us-east-1:123456789012:task/data/9c1f27aa5a5d4a0f8f3a6a4a5b6c7d8e"
 

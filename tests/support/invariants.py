@@ -8,10 +8,10 @@ from pathlib import Path
 
 from dagster import DagsterEvent, DagsterEventType, DagsterRunStatus
 
-from dagster_taskiq import dagster_internals as core
-from dagster_taskiq import keeper, procfs
-from dagster_taskiq.claims import note_in
-from dagster_taskiq.events import TASK_ID_KEY, Stage
+from dagster_taskiq.dagster_compat.api import RESUME_RUN_LOG_MESSAGE
+from dagster_taskiq.process import procfs, shim
+from dagster_taskiq.storage.engine_events import TASK_ID_KEY, Stage
+from dagster_taskiq.storage.event_log import parse_event
 from tests.support.chaos import Aftermath, Launched
 
 FINISHED = {DagsterRunStatus.SUCCESS, DagsterRunStatus.FAILURE, DagsterRunStatus.CANCELED}
@@ -36,7 +36,7 @@ def broken(after: Aftermath) -> list[str]:
     stages: Counter[Stage] = Counter()
     for launched in after.launched:
         events = [entry.dagster_event for entry in after.platform.instance.all_logs(launched.run_id)]
-        notes = [note for event in events if event is not None and (note := note_in(event)) is not None]
+        notes = [note for event in events if event is not None and (note := parse_event(event)) is not None]
         task_ids |= {str(facts[TASK_ID_KEY]) for _, facts in notes if TASK_ID_KEY in facts}
         seen = {stage for stage, _ in notes}
         stages.update(stage for stage, _ in notes)
@@ -79,7 +79,7 @@ def _status(after: Aftermath, launched: Launched, kinds: list[DagsterEventType],
 
 
 def _is_resumption(event: DagsterEvent | None) -> bool:
-    return event is not None and event.message == core.RESUME_RUN_LOG_MESSAGE
+    return event is not None and event.message == RESUME_RUN_LOG_MESSAGE
 
 
 def _bodies(after: Aftermath, launched: Launched, anew: int) -> Iterator[str]:
@@ -106,8 +106,8 @@ def _lives(marks: Path) -> dict[str, list[Life]]:
 
 def alive(task_ids: set[str]) -> list[str]:
     """Processes that work under one of these tasks, in one look at the process table."""
-    names = {keeper.name_for(task_id) for task_id in task_ids}
-    marks = {f"{keeper.MARK_VARIABLE}={task_id}".encode() for task_id in task_ids}
+    names = {shim.name_for(task_id) for task_id in task_ids}
+    marks = {f"{shim.MARK_VARIABLE}={task_id}".encode() for task_id in task_ids}
     found = []
     for pid in procfs.processes():
         try:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import botocore.session
 from botocore.config import Config
 
-from dagster_taskiq.settings import sibling_queue
+from dagster_taskiq.queue_names import sibling_queue
 
 REGION = os.environ.get("AWS_REGION", "us-east-1") if "DAGSTER_TASKIQ_TEST_ENDPOINT" in os.environ else "us-east-1"
 CREDENTIALS = {

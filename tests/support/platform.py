@@ -25,13 +25,12 @@ from dagster import (
 )
 from dagster._core.definitions.reconstruct import ReconstructableJob, ReconstructableRepository
 
-from dagster_taskiq.claims import note_in, notes
-from dagster_taskiq.events import TASK_ID_KEY, Stage
 from dagster_taskiq.launcher import TaskiqRunLauncher
-from dagster_taskiq.process import find_processes
-from dagster_taskiq.settings import sibling_queue
-from dagster_taskiq.sqs import cancel_queue_url
-from dagster_taskiq.tags import GRACE_SECONDS_TAG, TASK_ID_TAG
+from dagster_taskiq.process.child_handle import find_processes
+from dagster_taskiq.queue_names import cancel_queue_url, sibling_queue
+from dagster_taskiq.storage.engine_events import TASK_ID_KEY, Stage
+from dagster_taskiq.storage.event_log import parse_event, read_engine_events
+from dagster_taskiq.storage.tags import GRACE_SECONDS_TAG, TASK_ID_TAG
 from tests.support.moto import sqs_client
 from tests.support.waiting import wait_until
 
@@ -186,7 +185,7 @@ class Platform:
         return [entry.dagster_event.event_type for entry in entries if entry.dagster_event is not None]
 
     def stages(self, run_id: str) -> list[Stage]:
-        return [stage for stage, _ in notes(self.instance, run_id)]
+        return [stage for stage, _ in read_engine_events(self.instance, run_id)]
 
     def wait_for_stage(self, run_id: str, stage: Stage) -> str:
         """The facts of that engine event, as text."""
@@ -230,7 +229,7 @@ class Platform:
     def step_notes(self, run_id: str, stage: Stage) -> list[dict[str, Any]]:
         """The facts of the engine events of that stage about steps, in the order of the log; `step_key` is one."""
         events = [entry.dagster_event for entry in self.instance.all_logs(run_id)]
-        about = [(event, note_in(event)) for event in events if event is not None and event.step_key is not None]
+        about = [(event, parse_event(event)) for event in events if event is not None and event.step_key is not None]
         return [note[1] | {"step_key": event.step_key} for event, note in about if note and note[0] is stage]
 
     def step_tasks(self, run_id: str) -> list[str]:

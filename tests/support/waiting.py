@@ -1,4 +1,4 @@
-"""Waiting for events: bounded, and telling what was seen when the event does not come."""
+"""Waiting for events: bounded, and log_context what was seen when the event does not come."""
 
 import time
 from collections.abc import Callable

@@ -9,7 +9,7 @@ from taskiq.brokers.inmemory_broker import InmemoryResultBackend
 
 from dagster_taskiq.cancellable_broker import CancellableSQSBroker
 from dagster_taskiq.cancellable_receiver import CancellableReceiver
-from dagster_taskiq.sqs import cancel_queue_url
+from dagster_taskiq.queue_names import cancel_queue_url
 from tests.support.moto import REGION, sqs_client
 
 IN_FLIGHT = "ApproximateNumberOfMessagesNotVisible"

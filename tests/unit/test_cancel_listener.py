@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import pytest
 from tests.support.eventually import eventually
 
-from dagster_taskiq.cancel_listener import LONGEST_SIT_OUT_S, SIT_OUT_S, CancelListener
-from dagster_taskiq.cancel_queue import ReceivedCancel
-from dagster_taskiq.cancellation import CancelChannel, CancelKind, Cancellation
+from dagster_taskiq._ttl_cache import TTLCache
+from dagster_taskiq.cancellation.model import CancelChannel, CancelKind, Cancellation
 from dagster_taskiq.errors import QueueUnreachable
 from dagster_taskiq.messages import CancelRequest
-from dagster_taskiq.recently import Recently
+from dagster_taskiq.tasks.cancel_listener import LONGEST_SIT_OUT_S, SIT_OUT_S, CancelListener
+from dagster_taskiq.tasks.cancel_queue import ReceivedCancel
 
 pytestmark = pytest.mark.anyio
 
@@ -85,7 +85,7 @@ def listener(queue: Queue, here: Here, is_over: Over | None = None) -> CancelLis
     return CancelListener(
         queue,
         here.cancel,
-        finished=Recently(),
+        finished=TTLCache(),
         cancel_ttl_s=120,
         is_over=is_over,
         now=lambda: NOW,
@@ -95,7 +95,7 @@ def listener(queue: Queue, here: Here, is_over: Over | None = None) -> CancelLis
 
 async def test_the_owner_cancels_and_deletes() -> None:
     queue, here = Queue(), Here("t")
-    assert await listener(queue, here).hear([cancel_of("t", receive_count=3)]) == 0
+    assert await listener(queue, here).handle([cancel_of("t", receive_count=3)]) == 0
     assert queue.deleted == ["m-t"]
     heard = here.cancelled["t"]
     assert (heard.kind, heard.reason, heard.requested_by) == (CancelKind.REQUESTED, "why", "who")
@@ -105,17 +105,17 @@ async def test_the_owner_cancels_and_deletes() -> None:
 async def test_anybody_else_hands_it_on_at_once_and_sits_out_only_when_it_comes_back() -> None:
     queue, here = Queue(), Here()
     listening = listener(queue, here)
-    assert await listening.hear([cancel_of("t")]) == 0
-    assert await listening.hear([cancel_of("u")]) == 0
-    assert await listening.hear([cancel_of("t", receive_count=2)]) == pytest.approx(SIT_OUT_S * 1.1)
-    assert await listening.hear([cancel_of("t", receive_count=9_999)]) == LONGEST_SIT_OUT_S
+    assert await listening.handle([cancel_of("t")]) == 0
+    assert await listening.handle([cancel_of("u")]) == 0
+    assert await listening.handle([cancel_of("t", receive_count=2)]) == pytest.approx(SIT_OUT_S * 1.1)
+    assert await listening.handle([cancel_of("t", receive_count=9_999)]) == LONGEST_SIT_OUT_S
     assert queue.handed_back == ["m-t", "m-u", "m-t", "m-t"]
     assert queue.deleted == []
 
 
 async def test_it_is_remembered_for_work_that_comes_later() -> None:
     listening = listener(Queue(), Here())
-    await listening.hear([cancel_of("t")])
+    await listening.handle([cancel_of("t")])
     ahead = listening.cancelled_ahead("t")
     assert ahead is not None
     assert ahead.reason == "why"
@@ -125,31 +125,31 @@ async def test_it_is_remembered_for_work_that_comes_later() -> None:
 async def test_what_finished_here_needs_no_cancel() -> None:
     queue = Queue()
     listening = listener(queue, Here())
-    listening._finished.remember("t", True)
-    assert await listening.hear([cancel_of("t")]) == 0
+    listening._finished.add("t", True)
+    assert await listening.handle([cancel_of("t")]) == 0
     assert queue.deleted == ["m-t"]
 
 
 async def test_what_nobody_claims_is_deleted_in_the_end_and_remembered() -> None:
     queue = Queue()
     listening = listener(queue, Here())
-    assert await listening.hear([cancel_of("t", age_s=121)]) == 0
+    assert await listening.handle([cancel_of("t", age_s=121)]) == 0
     assert queue.deleted == ["m-t"]
     assert listening.cancelled_ahead("t") is not None
 
 
 async def test_an_old_cancel_of_running_work_still_counts() -> None:
     here = Here("t")
-    await listener(Queue(), here).hear([cancel_of("t", age_s=500)])
+    await listener(Queue(), here).handle([cancel_of("t", age_s=500)])
     assert "t" in here.cancelled
 
 
 async def test_it_asks_whether_work_is_over_only_when_a_message_comes_back() -> None:
     queue, over = Queue(), Over(True)
     listening = listener(queue, Here(), over)
-    await listening.hear([cancel_of("t")])
+    await listening.handle([cancel_of("t")])
     assert over.asked == 0
-    assert await listening.hear([cancel_of("t", receive_count=2)]) == 0
+    assert await listening.handle([cancel_of("t", receive_count=2)]) == 0
     assert over.asked == 1
     assert queue.deleted == ["m-t"]
 
@@ -157,15 +157,15 @@ async def test_it_asks_whether_work_is_over_only_when_a_message_comes_back() -> 
 async def test_who_cannot_answer_is_no_reason_to_stop() -> None:
     queue, over = Queue(), Over(RuntimeError("database is away"))
     listening = listener(queue, Here(), over)
-    await listening.hear([cancel_of("t")])
-    await listening.hear([cancel_of("t")])
+    await listening.handle([cancel_of("t")])
+    await listening.handle([cancel_of("t")])
     assert queue.handed_back == ["m-t", "m-t"]
 
 
 async def test_a_batch_is_sorted_one_by_one() -> None:
     queue, here = Queue(), Here("mine")
     listening = listener(queue, here)
-    await listening.hear([cancel_of("mine"), cancel_of("other"), cancel_of("old", age_s=999)])
+    await listening.handle([cancel_of("mine"), cancel_of("other"), cancel_of("old", age_s=999)])
     assert sorted(queue.deleted) == ["m-mine", "m-old"]
     assert queue.handed_back == ["m-other"]
 
@@ -173,7 +173,7 @@ async def test_a_batch_is_sorted_one_by_one() -> None:
 async def test_failing_receives_are_logged_once_and_survived(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dagster_taskiq.patience._FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr("dagster_taskiq._retry._FIRST_PAUSE_S", 0.0)
     queue, here = Queue(), Here("t")
     queue.receives = [QueueUnreachable("down"), QueueUnreachable("down"), QueueUnreachable("down"), [cancel_of("t")]]
     running = asyncio.create_task(listener(queue, here).run())
@@ -187,12 +187,12 @@ async def test_failing_receives_are_logged_once_and_survived(
 
 def test_memory_is_bounded_in_time_and_number() -> None:
     now = 0.0
-    memory: Recently[int] = Recently(at_most=2, ttl_s=10, clock=lambda: now)
-    assert memory.remember("a", 1)
-    assert not memory.remember("a", 2)
-    assert memory.recall("a") == 2
-    memory.remember("b", 1)
-    memory.remember("c", 1)
+    memory: TTLCache[int] = TTLCache(at_most=2, ttl_s=10, clock=lambda: now)
+    assert memory.add("a", 1)
+    assert not memory.add("a", 2)
+    assert memory.get("a") == 2
+    memory.add("b", 1)
+    memory.add("c", 1)
     assert "a" not in memory
     now = 11
     assert "c" not in memory

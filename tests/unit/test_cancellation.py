@@ -2,8 +2,8 @@
 
 import itertools
 
-from dagster_taskiq.cancellation import CancelKind, Cancellation, stronger
-from dagster_taskiq.settlement import AFTER_CANCEL, Settlement
+from dagster_taskiq.cancellation.model import CancelKind, Cancellation, stronger
+from dagster_taskiq.sqs.settlement import AFTER_CANCEL, Settlement
 
 
 def test_the_strongest_wins_whatever_the_order() -> None:

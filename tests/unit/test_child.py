@@ -11,8 +11,9 @@ from dagster import DagsterEvent, DagsterEventType, DagsterInstance
 from dagster._core.events.log import EventLogEntry
 from sqlalchemy.exc import OperationalError
 
-from dagster_taskiq import child, patience
-from dagster_taskiq.voice import Voice
+from dagster_taskiq import _retry
+from dagster_taskiq.child.control_channel import ControlChannel
+from dagster_taskiq.child.event_fence import _Fence
 
 RUN_ID = "8adb1c9d-e6ad-4f25-ae64-4db1fa32c38a"
 
@@ -31,7 +32,7 @@ def entry(step: str, at: float) -> EventLogEntry:
     )
 
 
-class Passing(child._Fence):
+class Passing(_Fence):
     """A fence that lets everything through."""
 
     def _holds(self, event: Any, kind: DagsterEventType | None) -> bool:
@@ -58,12 +59,12 @@ def loses(answer: bool, times: int, store: Callable[..., None]) -> Callable[...,
 
 @pytest.mark.parametrize("answer", [True, False])
 def test_an_event_whose_storing_was_not_confirmed_is_there_once(answer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "_FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(_retry, "_FIRST_PAUSE_S", 0.001)
     ours, theirs = socket.socketpair()
     now = time.time()
     with ours, theirs, DagsterInstance.ephemeral() as instance:
         monkeypatch.setattr(instance, "handle_new_event", loses(answer, 2, instance.handle_new_event))
-        fence = Passing(instance, RUN_ID, Voice(ours))
+        fence = Passing(instance, RUN_ID, ControlChannel(ours))
         fence(entry("one", now))
         fence(entry("two", now))
         fence(entry("one", now + 0.000001))

@@ -10,10 +10,11 @@ from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun
 from dagster._core.definitions.dependency import NodeHandle
 from dagster._core.execution.plan.objects import ErrorSource, StepFailureData, StepSuccessData
 
-from dagster_taskiq import CleanupContext, events, on_cancel
-from dagster_taskiq.cancellation import CancelKind, Cancellation
-from dagster_taskiq.claims import write_note
-from dagster_taskiq.cleanup_plan import handler_names, read_past
+from dagster_taskiq import CleanupContext, on_cancel
+from dagster_taskiq.cancellation.model import CancelKind, Cancellation
+from dagster_taskiq.cleanup.plan import handler_names, read_history
+from dagster_taskiq.storage import engine_events
+from dagster_taskiq.storage.event_log import append_event
 
 
 def undo(context: CleanupContext) -> None:
@@ -54,11 +55,11 @@ class Log:
         self.event(DagsterEventType.STEP_START)
 
     def interrupted(self, kind: CancelKind) -> None:
-        write_note(self.instance, self.run, events.reached("w", Cancellation(kind, "why")))
-        write_note(self.instance, self.run, events.interrupting(1, 30, time.time()))
+        append_event(self.instance, self.run, engine_events.reached("w", Cancellation(kind, "why")))
+        append_event(self.instance, self.run, engine_events.interrupting(1, 30, time.time()))
 
     def outstanding(self) -> list[str]:
-        return [duty.name for duty in read_past(self.instance, self.run).outstanding(job, self.run)]
+        return [duty.name for duty in read_history(self.instance, self.run).outstanding(job, self.run)]
 
 
 def fails(log: Log) -> None:
@@ -113,12 +114,12 @@ def test_what_was_done_is_not_done_again() -> None:
     with DagsterInstance.ephemeral() as instance:
         log = Log(instance)
         log.starts()
-        done = events.with_facts(events.cleanup("undo", 1, 0.1, None), {events.OF_KEY: "upload"})
-        write_note(instance, log.run, done, "upload")
+        done = engine_events.with_facts(engine_events.cleanup("undo", 1, 0.1, None), {engine_events.OF_KEY: "upload"})
+        append_event(instance, log.run, done, "upload")
         assert log.outstanding() == ["undo"]
-        failed = events.with_facts(events.cleanup("undo", 1, 0.1, "it broke"), {events.OF_KEY: ""})
-        write_note(instance, log.run, failed)
-        (left,) = read_past(instance, log.run).outstanding(job, log.run)
+        failed = engine_events.with_facts(engine_events.cleanup("undo", 1, 0.1, "it broke"), {engine_events.OF_KEY: ""})
+        append_event(instance, log.run, failed)
+        (left,) = read_history(instance, log.run).outstanding(job, log.run)
         assert (left.failed, left.exhausted) == (["it broke"], True)
 
 

@@ -11,12 +11,13 @@ from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun,
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dagster_taskiq import preflight as module
-from dagster_taskiq.claims import Claims, StepRef
-from dagster_taskiq.events import STAGE_KEY, TASK_ID_KEY, WORKER_KEY, Note, Stage
-from dagster_taskiq.heartbeats import Heartbeats
-from dagster_taskiq.preflight import Action, Candidate, Decision, preflight, preflight_step
-from dagster_taskiq.tags import TASK_ID_TAG
+from dagster_taskiq.storage.claims import Claims
+from dagster_taskiq.storage.engine_events import STAGE_KEY, TASK_ID_KEY, WORKER_KEY, EngineEvent, Stage
+from dagster_taskiq.storage.event_log import StepRef
+from dagster_taskiq.storage.heartbeats import Heartbeats
+from dagster_taskiq.storage.tags import TASK_ID_TAG
+from dagster_taskiq.worker import admission
+from dagster_taskiq.worker.admission import Action, Candidate, Decision, admit_run, admit_step
 
 TASK, STEP = "task", StepRef("step", "task")
 WORKERS = ("a", "b", "c")
@@ -70,7 +71,7 @@ class SlowLog:
     shown: set[int] = field(default_factory=set)
     statements: int = 0
 
-    def write(self, me: str, note: Note) -> None:
+    def write(self, me: str, note: EngineEvent) -> None:
         self.turns.step(me)
         place = len(self.entries)
         self.entries.append((note.stage, str(note.facts[WORKER_KEY])))
@@ -108,8 +109,10 @@ def contest(
     turns = Turns(WORKERS, order)
     log = SlowLog(turns)
     me = threading.local()
-    monkeypatch.setattr("dagster_taskiq.claims.write_note", lambda _, __, note, *___: log.write(me.name, note))
-    monkeypatch.setattr("dagster_taskiq.claims.notes", lambda *_: log.read(me.name))
+    monkeypatch.setattr(
+        "dagster_taskiq.storage.claims.append_event", lambda _, __, note, *___: log.write(me.name, note)
+    )
+    monkeypatch.setattr("dagster_taskiq.storage.claims.read_engine_events", lambda *_: log.read(me.name))
     decisions: dict[str, Action] = {}
     heartbeats = Heartbeats(instance, 10, 4)
     for name in WORKERS:
@@ -137,7 +140,7 @@ def contest(
         def sleep(seconds: float) -> None:
             me.clock.sleep(seconds)
 
-    monkeypatch.setattr(module, "time", Time)
+    monkeypatch.setattr(admission, "time", Time)
     threads = [threading.Thread(target=receive, args=(name,), daemon=True) for name in WORKERS]
     for thread in threads:
         thread.start()
@@ -167,7 +170,7 @@ orders = st.lists(st.integers(0, 5), max_size=60)
 def test_never_do_two_start_the_same_run(instance: DagsterInstance, order: list[int]) -> None:
     run = make_run(instance, DagsterEventType.RUN_STARTING)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        actions = contest(monkeypatch, instance, run, order, lambda claims, who: preflight(instance, claims, who))
+        actions = contest(monkeypatch, instance, run, order, lambda claims, who: admit_run(instance, claims, who))
     assert actions.count(Action.START) <= 1, actions
     assert set(actions) <= {Action.START, Action.HAND_BACK}, actions
 
@@ -177,7 +180,7 @@ def test_never_do_two_start_the_same_step(instance: DagsterInstance, order: list
     run = make_run(instance, DagsterEventType.RUN_STARTING, DagsterEventType.RUN_START)
     with pytest.MonkeyPatch.context() as monkeypatch:
         actions = contest(
-            monkeypatch, instance, run, order, lambda claims, who: preflight_step(instance, claims, STEP, who)
+            monkeypatch, instance, run, order, lambda claims, who: admit_step(instance, claims, STEP, who)
         )
     assert actions.count(Action.START) <= 1, actions
     assert set(actions) <= {Action.START, Action.DROP, Action.HAND_BACK}, actions
@@ -187,5 +190,5 @@ def test_one_after_the_other_the_first_one_starts_it(
     instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(instance, DagsterEventType.RUN_STARTING)
-    actions = contest(monkeypatch, instance, run, [0] * 60, lambda claims, who: preflight(instance, claims, who))
+    actions = contest(monkeypatch, instance, run, [0] * 60, lambda claims, who: admit_run(instance, claims, who))
     assert actions == [Action.START, Action.HAND_BACK, Action.HAND_BACK]

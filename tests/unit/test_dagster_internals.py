@@ -16,7 +16,15 @@ from dagster._core.storage.runs.sqlite.sqlite_run_storage import __file__ as run
 from dagster._core.storage.sql import get_alembic_config
 from dagster._daemon.monitoring import run_monitoring
 
-from dagster_taskiq import dagster_internals as core
+from dagster_taskiq.dagster_compat.api import RESUME_RUN_LOG_MESSAGE, serialize_value
+from dagster_taskiq.dagster_compat.execution import ActiveExecution, KnownExecutionState, StepDelegatingExecutor
+from dagster_taskiq.dagster_compat.interrupts import (
+    DagsterExecutionInterruptedError,
+    capture_interrupts,
+    check_captured_interrupt,
+    on_interrupt,
+)
+from dagster_taskiq.dagster_compat.storage import deserialize_entry, read_migration_scripts_once
 
 
 def test_the_bodies_of_the_commands_take_what_we_give() -> None:
@@ -37,7 +45,7 @@ def test_all_that_a_step_knows_of_the_others_is_described() -> None:
     """A new field would have to be sent along, or taken from the run's plan."""
     described = {"previous_retry_attempts", "dynamic_mappings", "ready_outputs"}
     from_the_plan = {"step_output_versions", "parent_state"}
-    assert set(core.KnownExecutionState._fields) == described | from_the_plan
+    assert set(KnownExecutionState._fields) == described | from_the_plan
 
 
 def test_the_plan_at_work_has_the_methods_that_our_loop_calls() -> None:
@@ -52,11 +60,11 @@ def test_the_plan_at_work_has_the_methods_that_our_loop_calls() -> None:
         "rebuild_from_events",
         "verify_complete",
     }
-    assert ours <= {name for name, _ in inspect.getmembers(core.ActiveExecution, inspect.isfunction)}
+    assert ours <= {name for name, _ in inspect.getmembers(ActiveExecution, inspect.isfunction)}
     for name in ("is_complete", "has_in_flight_steps", "retry_state"):
-        assert isinstance(inspect.getattr_static(core.ActiveExecution, name), property), name
-    assert list(inspect.signature(core.ActiveExecution.get_steps_to_execute).parameters) == ["self", "limit"]
-    assert list(inspect.signature(core.StepDelegatingExecutor.log_failure_or_retry_event_after_error).parameters) == [
+        assert isinstance(inspect.getattr_static(ActiveExecution, name), property), name
+    assert list(inspect.signature(ActiveExecution.get_steps_to_execute).parameters) == ["self", "limit"]
+    assert list(inspect.signature(StepDelegatingExecutor.log_failure_or_retry_event_after_error).parameters) == [
         "self",
         "step_context",
         "err_info",
@@ -66,25 +74,25 @@ def test_the_plan_at_work_has_the_methods_that_our_loop_calls() -> None:
 
 def test_dagsters_own_loop_is_still_the_one_that_ours_differs_from() -> None:
     """Our loop is written after this one. When it changes: read it, take over what is good, put the new digest here."""
-    source = inspect.getsource(core.StepDelegatingExecutor.execute)
+    source = inspect.getsource(StepDelegatingExecutor.execute)
     assert hashlib.sha256(source.encode()).hexdigest()[:16] == "478b66d7f14b93ff", source
 
 
 def test_an_interrupt_that_is_raised_is_noticed_and_one_that_is_captured_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(core.DagsterExecutionInterruptedError, "__init__", BaseException.__init__)
+    monkeypatch.setattr(DagsterExecutionInterruptedError, "__init__", BaseException.__init__)
     from dagster._utils.interrupts import raise_interrupts_as
 
     noticed: list[str] = []
-    core.hook_interrupts(lambda: noticed.append("raised"))
-    with core.capture_interrupts():
+    on_interrupt(lambda: noticed.append("raised"))
+    with capture_interrupts():
         signal.raise_signal(signal.SIGTERM)
-        assert core.check_captured_interrupt()
+        assert check_captured_interrupt()
         assert noticed == []
         with (
-            pytest.raises(core.DagsterExecutionInterruptedError),
-            raise_interrupts_as(core.DagsterExecutionInterruptedError),
+            pytest.raises(DagsterExecutionInterruptedError),
+            raise_interrupts_as(DagsterExecutionInterruptedError),
         ):
             pass
     assert noticed == ["raised"]
@@ -107,16 +115,16 @@ def test_an_event_log_entry_survives_its_way_through_the_channel() -> None:
     seen: list[EventLogEntry] = []
     instance.handle_new_event = lambda event, *, batch_metadata=None: seen.append(event)  # type: ignore[method-assign]
     instance.report_dagster_event(DagsterEvent(DagsterEventType.RUN_SUCCESS.value, "job", message="done"), "run")
-    assert core.deserialize_entry(core.serialize_value(seen[0])) == seen[0]
+    assert deserialize_entry(serialize_value(seen[0])) == seen[0]
 
 
 def test_dagster_still_counts_resumes_by_the_message_that_we_write() -> None:
-    assert core.RESUME_RUN_LOG_MESSAGE == run_monitoring.RESUME_RUN_LOG_MESSAGE
+    assert RESUME_RUN_LOG_MESSAGE == run_monitoring.RESUME_RUN_LOG_MESSAGE
     assert "RESUME_RUN_LOG_MESSAGE" in inspect.getsource(run_monitoring.count_resume_run_attempts)
 
 
 def test_dagster_itself_still_decides_by_the_status_when_a_run_worker_starts() -> None:
-    """The reasons for our preflight: should Dagster change its mind, look at the table again."""
+    """The reasons for our admit_run: should Dagster change its mind, look at the table again."""
     source = inspect.getsource(api.execute_run_iterator)
     assert "RUN_WORKER_RESTART" in source
     assert "DagsterRunStatus.CANCELED" in source
@@ -148,8 +156,8 @@ def test_dagsters_migration_scripts_are_read_once_and_users_each_time(
         return object()
 
     monkeypatch.setattr(ScriptDirectory, "from_config", read)
-    core.read_migration_scripts_once()
-    core.read_migration_scripts_once()
+    read_migration_scripts_once()
+    read_migration_scripts_once()
     theirs, dagsters = Config(), get_alembic_config(run_storage_module)
     theirs.set_main_option("script_location", str(tmp_path))
     for _ in range(3):

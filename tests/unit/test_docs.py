@@ -8,11 +8,11 @@ import pytest
 
 import dagster_taskiq
 from dagster_taskiq import CancellationToken, CleanupContext
-from dagster_taskiq.events import CANCELLATION_REQUESTED, TASK_ID_MISSING
-from dagster_taskiq.handlers import DEFAULT_TIMEOUT_S
+from dagster_taskiq.cancellation.state import MAX_STATE
+from dagster_taskiq.op_api import DEFAULT_TIMEOUT_S
 from dagster_taskiq.settings import SOURCE_KEYS, Settings
-from dagster_taskiq.state import MAX_STATE
-from dagster_taskiq.tags import CANCEL_REASON_TAG, GRACE_SECONDS_TAG, TASK_ID_TAG
+from dagster_taskiq.storage.engine_events import CANCELLATION_REQUESTED, TASK_ID_MISSING
+from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, GRACE_SECONDS_TAG, TASK_ID_TAG
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

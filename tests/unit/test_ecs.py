@@ -6,8 +6,9 @@ from collections.abc import Iterator
 import pytest
 from tests.support.ecs_agent import FakeAgent, ecs_agent
 
-from dagster_taskiq import ecs
-from dagster_taskiq.ecs import Agent, AgentRefused, Protection, on_ecs
+from dagster_taskiq.metrics import on_ecs
+from dagster_taskiq.worker import ecs
+from dagster_taskiq.worker.ecs import Agent, AgentRefused, Protection
 
 pytestmark = pytest.mark.anyio
 
@@ -74,7 +75,7 @@ async def test_a_refusal_is_read_from_the_body(agent: FakeAgent, refuse: "object
 
 async def test_the_protection_follows_the_work(agent: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
     now, busy = 1_000.0, False
-    monkeypatch.setattr("dagster_taskiq.ecs.time.monotonic", lambda: now)
+    monkeypatch.setattr("dagster_taskiq.worker.ecs.time.monotonic", lambda: now)
     protection = Protection(here(agent), lambda: busy)
     await protection.look()
     assert agent.states() == []

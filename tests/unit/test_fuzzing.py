@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dagster_taskiq.errors import MessageUnreadable
-from dagster_taskiq.messages import MAX_TEXT_LENGTH, CancelRequest, StepOrder, is_run_id, is_task_id, pack, unpack
+from dagster_taskiq.messages import MAX_TEXT_LENGTH, CancelRequest, StepMessage, is_run_id, is_task_id, pack, unpack
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=50),
@@ -55,15 +55,15 @@ def test_nearly_a_cancel_message(task_id: str, reason: str, by: str, at: float |
     )
 
 
-@given(st.dictionaries(st.sampled_from([*StepOrder.__slots__, "other"]), JSON, max_size=8))
+@given(st.dictionaries(st.sampled_from([*StepMessage.__slots__, "other"]), JSON, max_size=8))
 def test_any_arguments_of_a_step(arguments: dict[str, Any]) -> None:
     try:
-        order = StepOrder.from_kwargs(arguments)
+        order = StepMessage.from_kwargs(arguments)
     except MessageUnreadable:
         return
     assert is_run_id(order.run_id)
     assert is_task_id(order.task_id)
-    assert StepOrder.from_kwargs(order.to_kwargs()) == order
+    assert StepMessage.from_kwargs(order.to_kwargs()) == order
 
 
 @given(st.text(max_size=500) | st.binary(max_size=500).map(lambda data: base64.b64encode(data).decode()))

@@ -6,7 +6,7 @@ import dagster as dg
 import pytest
 
 from dagster_taskiq import CleanupContext, on_cancel
-from dagster_taskiq.handlers import handlers_of
+from dagster_taskiq.cancellation.handlers import handlers_of
 
 
 def first(context: CleanupContext) -> None:

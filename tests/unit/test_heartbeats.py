@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 from dagster import DagsterInstance
 
-from dagster_taskiq.heartbeats import Heartbeats
+from dagster_taskiq.storage.heartbeats import Heartbeats
 
 DEAD_AFTER, CONFIRM = 15.0, 10.0
 

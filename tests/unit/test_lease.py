@@ -8,8 +8,8 @@ import pytest
 from tests.support.eventually import eventually
 
 from dagster_taskiq.errors import LeaseLost, QueueUnreachable
-from dagster_taskiq.lease import Lease
-from dagster_taskiq.settlement import Settlement
+from dagster_taskiq.sqs.lease import Lease
+from dagster_taskiq.sqs.settlement import Settlement
 
 pytestmark = pytest.mark.anyio
 

@@ -14,7 +14,7 @@ from dagster_taskiq.errors import MessageUnreadable
 from dagster_taskiq.messages import (
     MAX_TEXT_LENGTH,
     CancelRequest,
-    StepOrder,
+    StepMessage,
     is_run_id,
     is_task_id,
     pack,
@@ -34,7 +34,7 @@ JSON = st.recursive(
 RUN_IDS = st.from_regex(r"\A[0-9A-Za-z_-]{1,64}\Z")
 STEP_KEYS = st.text(min_size=1, max_size=300)
 ORDERS = st.builds(
-    StepOrder,
+    StepMessage,
     RUN_IDS,
     STEP_KEYS,
     st.integers(1, 99_999),
@@ -132,15 +132,15 @@ def test_ids() -> None:
 
 
 @given(ORDERS)
-def test_an_order_is_read_as_it_was_written(order: StepOrder) -> None:
-    assert StepOrder.from_kwargs(json.loads(json.dumps(order.to_kwargs()))) == order
+def test_an_order_is_read_as_it_was_written(order: StepMessage) -> None:
+    assert StepMessage.from_kwargs(json.loads(json.dumps(order.to_kwargs()))) == order
 
 
 @given(st.dictionaries(ORDER_FIELDS, JSON), RUN_IDS, STEP_KEYS)
 def test_any_order_is_read_or_refused(fields: dict[str, Any], run_id: str, step_key: str) -> None:
     for kwargs in (fields, {"run_id": run_id, "step_key": step_key, **fields}):
         try:
-            order = StepOrder.from_kwargs(kwargs)
+            order = StepMessage.from_kwargs(kwargs)
         except MessageUnreadable as error:
             assert str(error)  # noqa: PT017  both ways are right
         else:
@@ -165,7 +165,7 @@ def test_any_order_is_read_or_refused(fields: dict[str, Any], run_id: str, step_
 )
 def test_a_wrong_order_is_refused_with_the_name_of_the_field(wrong: dict[str, Any]) -> None:
     with pytest.raises(MessageUnreadable, match=next(iter(wrong))):
-        StepOrder.from_kwargs({"run_id": "r", "step_key": "s", **wrong})
+        StepMessage.from_kwargs({"run_id": "r", "step_key": "s", **wrong})
 
 
 @given(RUN_IDS, STEP_KEYS, st.integers(1, 99_999))

@@ -9,14 +9,14 @@ import pytest
 PROLOGUE = """
 import json, os, signal, socket, threading, time
 from dagster_taskiq import OpCancelled
-from dagster_taskiq import dagster_internals as core
-from dagster_taskiq.op_token import OpProcess
-from dagster_taskiq.voice import Voice
+from dagster_taskiq.dagster_compat.interrupts import DagsterExecutionInterruptedError, raise_interrupts_as
+from dagster_taskiq.child.op_token import OpProcess
+from dagster_taskiq.child.control_channel import ControlChannel
 from dagster import DagsterInstance
 
 ours, theirs = socket.socketpair()
 instance = DagsterInstance.ephemeral()
-token = OpProcess(Voice(theirs), instance, "run").token()
+token = OpProcess(ControlChannel(theirs), instance, "run").token()
 
 
 def cancel(signal_after_s):
@@ -27,7 +27,7 @@ def cancel(signal_after_s):
 
 
 def op():
-    with core.raise_interrupts_as(core.DagsterExecutionInterruptedError):
+    with raise_interrupts_as(DagsterExecutionInterruptedError):
         body()
 """
 BODIES = {

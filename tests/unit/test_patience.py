@@ -5,15 +5,15 @@ import asyncio
 import pytest
 from tests.support.eventually import eventually
 
-from dagster_taskiq import patience
-from dagster_taskiq.patience import patiently, patiently_blocking
+from dagster_taskiq import _retry
+from dagster_taskiq._retry import retry_async, retry_blocking
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "_FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(_retry, "_FIRST_PAUSE_S", 0.001)
 
 
 class Service:
@@ -35,48 +35,48 @@ class Service:
 
 async def test_it_says_so_once_and_once_more_when_it_works(caplog: pytest.LogCaptureFixture) -> None:
     service = Service(OSError("down"), OSError("still down"), OSError("still down"))
-    assert await patiently(service.ask_later, doing="ask", on=OSError) == "answer"
+    assert await retry_async(service.ask_later, doing="ask", on=OSError) == "answer"
     assert caplog.messages == ["cannot ask, trying again: down", "can ask again after 3 tries"]
 
 
 async def test_any_callable_that_returns_an_awaitable_will_do() -> None:
     service = Service(OSError("down"))
-    assert await patiently(lambda: service.ask_later(), doing="ask") == "answer"
+    assert await retry_async(lambda: service.ask_later(), doing="ask") == "answer"
 
 
 async def test_what_works_at_once_is_not_worth_a_word(caplog: pytest.LogCaptureFixture) -> None:
-    assert await patiently(Service().ask_later, doing="ask") == "answer"
-    assert patiently_blocking(Service().ask, doing="ask") == "answer"
+    assert await retry_async(Service().ask_later, doing="ask") == "answer"
+    assert retry_blocking(Service().ask, doing="ask") == "answer"
     assert caplog.messages == []
 
 
 async def test_another_error_is_raised_at_once() -> None:
     service = Service(ValueError("a bug"))
     with pytest.raises(ValueError, match="a bug"):
-        await patiently(service.ask_later, doing="ask", on=OSError)
+        await retry_async(service.ask_later, doing="ask", on=OSError)
     assert service.calls == 1
 
 
 async def test_it_gives_up_when_told_to_and_raises_the_last_error() -> None:
     service = Service(*[OSError(f"failure {number}") for number in range(10)])
     with pytest.raises(OSError, match="failure 2"):
-        await patiently(service.ask_later, doing="ask", until=lambda: service.calls == 3)
+        await retry_async(service.ask_later, doing="ask", until=lambda: service.calls == 3)
     with pytest.raises(OSError, match="failure 3"):
-        await patiently(service.ask_later, doing="ask", for_s=0)
+        await retry_async(service.ask_later, doing="ask", for_s=0)
 
 
 def test_it_waits_without_an_event_loop(caplog: pytest.LogCaptureFixture) -> None:
     service = Service(OSError("down"))
-    assert patiently_blocking(service.ask, doing="ask", on=(OSError,)) == "answer"
+    assert retry_blocking(service.ask, doing="ask", on=(OSError,)) == "answer"
     assert len(caplog.messages) == 2
     with pytest.raises(OSError, match="down"):
-        patiently_blocking(Service(OSError("down")).ask, doing="ask", for_s=0)
+        retry_blocking(Service(OSError("down")).ask, doing="ask", for_s=0)
 
 
 async def test_a_cancellation_ends_the_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "_FIRST_PAUSE_S", 1000.0)
+    monkeypatch.setattr(_retry, "_FIRST_PAUSE_S", 1000.0)
     service = Service(OSError("down"))
-    waiting = asyncio.create_task(patiently(service.ask_later, doing="ask", longest_pause_s=1000))
+    waiting = asyncio.create_task(retry_async(service.ask_later, doing="ask", longest_pause_s=1000))
     await eventually(lambda: service.calls, "it has failed once")
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import pytest
 from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, job
 
-from dagster_taskiq.claims import Claims, Owner, notes
-from dagster_taskiq.events import Stage
-from dagster_taskiq.heartbeats import Heartbeats
-from dagster_taskiq.preflight import Action, Candidate, preflight
-from dagster_taskiq.tags import TASK_ID_TAG
+from dagster_taskiq.storage.claims import Claims, Owner
+from dagster_taskiq.storage.engine_events import Stage
+from dagster_taskiq.storage.event_log import read_engine_events
+from dagster_taskiq.storage.heartbeats import Heartbeats
+from dagster_taskiq.storage.tags import TASK_ID_TAG
+from dagster_taskiq.worker.admission import Action, Candidate, admit_run
 
 ME, OTHER, TASK = "me-1", "other-1", "task-1"
 
@@ -40,7 +41,7 @@ class World:
 
     def decide(self, run_id: str, kind: str = "execute_run") -> Action:
         candidate = Candidate(kind, run_id, TASK, ME, "here")  # type: ignore[arg-type]
-        return preflight(self.instance, self.claims, candidate).action
+        return admit_run(self.instance, self.claims, candidate).action
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_unknown(world: World) -> None:
 def test_finished(world: World, end: str) -> None:
     run = world.run(START, DagsterEventType[end])
     assert world.decide(run.run_id) is Action.DROP
-    assert not list(notes(world.instance, run.run_id)), "no trace in the log of a run that is over"
+    assert not list(read_engine_events(world.instance, run.run_id)), "no trace in the log of a run that is over"
 
 
 def test_starting(world: World) -> None:
@@ -102,9 +103,9 @@ def test_started_by_a_live_worker(world: World) -> None:
     run = world.run()
     world.claimed_by(run, OTHER, alive=True)
     world.report(run, START)
-    before = list(notes(world.instance, run.run_id))
+    before = list(read_engine_events(world.instance, run.run_id))
     assert world.decide(run.run_id) is Action.HAND_BACK
-    assert list(notes(world.instance, run.run_id)) == before, "no trace in the log of a run that goes on"
+    assert list(read_engine_events(world.instance, run.run_id)) == before, "no trace in the log of a run that goes on"
 
 
 def test_a_heartbeat_that_is_too_old_is_a_dead_workers(world: World) -> None:
@@ -203,7 +204,7 @@ def test_a_claim_that_was_released_does_not_count(world: World) -> None:
     world.claims.release(run, OTHER, TASK, "handed back")
     assert world.claims.owner(run.run_id) is None
     assert world.decide(run.run_id) is Action.START
-    assert [stage for stage, _ in notes(world.instance, run.run_id)] == [
+    assert [stage for stage, _ in read_engine_events(world.instance, run.run_id)] == [
         Stage.PICKED_UP,
         Stage.RELEASED,
         Stage.PICKED_UP,

@@ -7,10 +7,10 @@ import pytest
 from taskiq import TaskiqMessage, TaskiqResult
 from taskiq.exceptions import NoResultError
 
-from dagster_taskiq.cancellation import CancelKind, Cancellation
+from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.errors import TaskCancelled
-from dagster_taskiq.running import Running, cancelled_result
-from dagster_taskiq.settlement import Settlement
+from dagster_taskiq.sqs.settlement import Settlement
+from dagster_taskiq.tasks.running_task import RunningTask, cancelled_result
 
 pytestmark = pytest.mark.anyio
 
@@ -32,8 +32,8 @@ class Settled:
         self.calls.append((settlement, delay_s))
 
 
-def work(*, start_cancelled: bool = False, settled: Settled | None = None) -> Running:
-    return Running("t", receive_count=1, settle=settled or Settled(), start_cancelled=start_cancelled)
+def work(*, start_cancelled: bool = False, settled: Settled | None = None) -> RunningTask:
+    return RunningTask("t", receive_count=1, settle=settled or Settled(), start_cancelled=start_cancelled)
 
 
 def message() -> TaskiqMessage:
@@ -170,5 +170,5 @@ def test_a_sync_function_that_was_cancelled_while_it_waited_for_a_thread_does_no
         running.observed(lambda: None, None)()
 
 
-async def _made() -> Running:
+async def _made() -> RunningTask:
     return work()

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from dagster_taskiq.errors import SettingsError
-from dagster_taskiq.lease import RENEWALS
-from dagster_taskiq.settings import SOURCE_KEYS, Settings, grace_from_tag, grace_of
-from dagster_taskiq.tags import GRACE_SECONDS_TAG
+from dagster_taskiq.settings import SOURCE_KEYS, Settings
+from dagster_taskiq.sqs.lease import RENEWALS
+from dagster_taskiq.storage.tags import GRACE_SECONDS_TAG, grace_from_tag, grace_of
 
 URL = "https://sqs.eu-central-1.amazonaws.com/123456789012/dagster-tasks"
 

@@ -19,7 +19,6 @@ from botocore.exceptions import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dagster_taskiq import sqs
 from dagster_taskiq.errors import (
     AccessDenied,
     DagsterTaskiqError,
@@ -29,7 +28,9 @@ from dagster_taskiq.errors import (
     QueueMissing,
     QueueUnreachable,
 )
-from dagster_taskiq.sqs_queue import SQSQueue, batches, group_id, grouping
+from dagster_taskiq.queue_names import cancel_queue_url, is_fifo, queue_name, steps_queue_url
+from dagster_taskiq.sqs.errors import is_missing_permission, translated
+from dagster_taskiq.sqs.queue import SQSQueue, batches, group_id, grouping
 
 URL = "https://sqs.eu-west-1.amazonaws.com/123456789012/runs"
 
@@ -44,10 +45,10 @@ URL = "https://sqs.eu-west-1.amazonaws.com/123456789012/runs"
     ],
 )
 def test_the_names_of_the_siblings(url: str, name: str, cancels: str, steps: str | None, fifo: bool) -> None:
-    assert sqs.queue_name(url) == name
-    assert sqs.cancel_queue_url(url) == cancels
-    assert steps is None or sqs.steps_queue_url(url) == steps
-    assert sqs.is_fifo(url) is fifo
+    assert queue_name(url) == name
+    assert cancel_queue_url(url) == cancels
+    assert steps is None or steps_queue_url(url) == steps
+    assert is_fifo(url) is fifo
 
 
 def answer(code: str, text: str = "no", status: int = 400) -> ClientError:
@@ -56,7 +57,7 @@ def answer(code: str, text: str = "no", status: int = 400) -> ClientError:
 
 
 def translation(error: BaseException, *, receipt: bool = False) -> DagsterTaskiqError:
-    with pytest.raises(DagsterTaskiqError) as caught, sqs.translated(URL, "eu-west-1", receipt=receipt):
+    with pytest.raises(DagsterTaskiqError) as caught, translated(URL, "eu-west-1", receipt=receipt):
         raise error
     assert caught.value.__cause__ is error
     assert "\n" not in str(caught.value)
@@ -109,12 +110,12 @@ def test_a_missing_permission_is_not_a_wrong_credential() -> None:
     lacking, wrong = translation(answer("AccessDenied")), translation(answer("InvalidClientTokenId", status=403))
     assert isinstance(lacking, AccessDenied)
     assert isinstance(wrong, AccessDenied)
-    assert sqs.is_missing_permission(lacking)
-    assert not sqs.is_missing_permission(wrong)
+    assert is_missing_permission(lacking)
+    assert not is_missing_permission(wrong)
 
 
 def test_what_is_no_error_of_sqs_passes() -> None:
-    with pytest.raises(ZeroDivisionError), sqs.translated(URL):
+    with pytest.raises(ZeroDivisionError), translated(URL):
         raise ZeroDivisionError
 
 

@@ -7,10 +7,10 @@ import pytest
 from dagster import DagsterInstance, DagsterRunStatus, op
 from sqlalchemy.exc import OperationalError
 
-from dagster_taskiq import StateError, patience
-from dagster_taskiq import dagster_internals as core
-from dagster_taskiq.op_state import forget_old_states, forget_states, state_of
-from dagster_taskiq.state import MAX_STATE, State
+from dagster_taskiq import StateError, _retry
+from dagster_taskiq.cancellation.state import MAX_STATE, State
+from dagster_taskiq.dagster_compat.storage import values_under
+from dagster_taskiq.storage.step_state import forget_old_states, forget_states, state_of
 
 
 class Shelf:
@@ -83,12 +83,12 @@ def test_in_dagsters_storage_each_step_has_its_own() -> None:
         forget_states(instance, "run", "one")
         assert dict(state_of(instance, "run", "one")) == {}
         forget_states(instance, "run")
-        kept = core.values_under(instance, "dagster-taskiq/state/")
+        kept = values_under(instance, "dagster-taskiq/state/")
         assert [json.loads(text) for text in kept.values()] == [{"key": 3}]
 
 
 def test_they_are_forgotten_although_the_database_was_away_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "_FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(_retry, "_FIRST_PAUSE_S", 0.001)
     with DagsterInstance.ephemeral() as instance:
         storage: Any = instance.run_storage
         connect, outages = storage.connect, iter([True, True])
@@ -101,7 +101,7 @@ def test_they_are_forgotten_although_the_database_was_away_for_a_moment(monkeypa
         state_of(instance, "run", "one")["key"] = 1
         monkeypatch.setattr(storage, "connect", unsteady)
         forget_states(instance, "run", "one")
-        assert not core.values_under(instance, "dagster-taskiq/state/")
+        assert not values_under(instance, "dagster-taskiq/state/")
 
 
 def test_states_of_runs_that_are_long_over_are_forgotten() -> None:

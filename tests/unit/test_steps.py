@@ -11,16 +11,17 @@ from dagster._core.execution.plan.objects import ErrorSource, StepFailureData, S
 from dagster._core.execution.plan.outputs import StepOutputHandle
 from sqlalchemy.exc import OperationalError
 
-from dagster_taskiq import dagster_internals as core
-from dagster_taskiq import patience
-from dagster_taskiq.chronicle import Chronicle
-from dagster_taskiq.claims import Claims, OpenSteps, StepRef, notes, open_steps, write_note
-from dagster_taskiq.events import Note, Stage, picked_up, released, step_lost, tree_gone
-from dagster_taskiq.heartbeats import Heartbeats
+from dagster_taskiq import _retry
+from dagster_taskiq.dagster_compat.execution import KnownExecutionState, describe_state, needs_history, rebuild_state
 from dagster_taskiq.messages import step_task_id
-from dagster_taskiq.preflight import Action, Candidate, Decision, preflight_step, preflight_step_again
-from dagster_taskiq.run_log import RunLog
-from dagster_taskiq.supervisor import Cancelled, ChildEnd
+from dagster_taskiq.process.supervise import Cancelled, ChildEnd
+from dagster_taskiq.storage.claims import Claims
+from dagster_taskiq.storage.engine_events import EngineEvent, Stage, picked_up, released, step_lost, tree_gone
+from dagster_taskiq.storage.event_log import RunLog, StepRef, append_event, read_engine_events
+from dagster_taskiq.storage.heartbeats import Heartbeats
+from dagster_taskiq.storage.running_steps import RunningSteps, running_steps
+from dagster_taskiq.worker.admission import Action, Candidate, Decision, admit_step, admit_step_again
+from dagster_taskiq.worker.event_writer import EventWriter
 
 ME, OTHER = "me-1", "other-1"
 STEP = "load"
@@ -40,8 +41,8 @@ class World:
     def task(self, attempt: int = 1) -> str:
         return step_task_id(self.run.run_id, STEP, attempt)
 
-    def note(self, note: Note) -> None:
-        write_note(self.instance, self.run, note, STEP)
+    def note(self, note: EngineEvent) -> None:
+        append_event(self.instance, self.run, note, STEP)
 
     def report(self, kind: DagsterEventType, data: Any = None, step_key: str | None = None) -> None:
         event = DagsterEvent(kind.value, "nothing", step_key=step_key, event_specific_data=data, message="")
@@ -56,20 +57,20 @@ class World:
         self.report(kind, data, STEP)
 
     def at_work(self) -> dict[str, str]:
-        return open_steps(self.instance, self.run.run_id).workers
+        return running_steps(self.instance, self.run.run_id).workers
 
     def decide(self, attempt: int = 1, *, received_before: bool = False) -> Decision:
         candidate = Candidate("execute_step", self.run.run_id, self.task(attempt), ME, "here")
         step = StepRef(STEP, candidate.task_id)
-        again = preflight_step_again(self.claims, step, candidate) if received_before else None
-        return again or preflight_step(self.instance, self.claims, step, candidate)
+        again = admit_step_again(self.claims, step, candidate) if received_before else None
+        return again or admit_step(self.instance, self.claims, step, candidate)
 
     def stages(self) -> list[Stage]:
         step = StepRef(STEP, self.task())
-        return [stage for stage, _ in notes(self.instance, self.run.run_id, step)]
+        return [stage for stage, _ in read_engine_events(self.instance, self.run.run_id, step)]
 
 
-def of(worker_id: str, task_id: str, note: Note) -> Note:
+def of(worker_id: str, task_id: str, note: EngineEvent) -> EngineEvent:
     """As the worker says it of that attempt."""
     return replace(note, facts={**note.facts, **picked_up(worker_id, task_id, "").facts})
 
@@ -124,7 +125,7 @@ async def test_what_is_told_of_the_end_survives_an_outage(
     world: World, step: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step's run waits for it."""
-    monkeypatch.setattr(patience, "_FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(_retry, "_FIRST_PAUSE_S", 0.001)
     report, outages = world.instance.report_dagster_event, iter([True, True])
 
     def unsteady(*args: Any, **kwargs: Any) -> Any:
@@ -134,9 +135,9 @@ async def test_what_is_told_of_the_end_survives_an_outage(
 
     monkeypatch.setattr(world.instance, "report_dagster_event", unsteady)
     about = StepRef(STEP, world.task()) if step else None
-    chronicle = Chronicle(world.instance, world.run, ME, Cancelled(lambda: None), about)
-    chronicle.tell_end(ChildEnd(4711, 0, (), interrupted_at=1.0, kill_at=None, killed=(), gone_at=2.0), said=True)
-    await chronicle.written()
+    writer = EventWriter(world.instance, world.run, ME, Cancelled(lambda: None), about)
+    writer.record_end(ChildEnd(4711, 0, (), interrupted_at=1.0, kill_at=None, killed=(), gone_at=2.0), said=True)
+    await writer.written()
     events = [entry.dagster_event for entry in world.instance.all_logs(world.run.run_id) if entry.dagster_event]
     assert events[-1].message == "process tree gone after 1.000 s"
     assert events[-1].step_key == (STEP if step else None)
@@ -148,7 +149,7 @@ def test_a_new_attempt_is_at_work_whatever_is_still_said_of_the_old_one(world: W
     world.note(picked_up(ME, world.task(2), "here"))
     assert world.at_work() == {world.task(1): OTHER, world.task(2): ME}, "the old one's process still exits"
     world.note(step_lost(OTHER, world.task(1), "killed", retry=True))
-    steps = open_steps(world.instance, world.run.run_id)
+    steps = running_steps(world.instance, world.run.run_id)
     assert (steps.workers, steps.step_keys) == ({world.task(2): ME}, {world.task(2): STEP})
 
 
@@ -160,28 +161,28 @@ def test_the_order_in_which_the_log_is_read_does_not_matter(world: World) -> Non
     world.note(of(OTHER, world.task(), tree_gone(None, (), 0.0, ended=True)))
     log = [event for entry in world.instance.all_logs(world.run.run_id) if (event := entry.dagster_event)]
     for late in range(len(log)):
-        steps = OpenSteps()
+        steps = RunningSteps()
         for event in [*log[:late], *log[late + 1 :], log[late]]:
-            steps.hear(event)
+            steps.handle_event(event)
         assert steps.workers == {}, f"event {late} came late: {steps.workers}"
 
 
 def test_a_step_whose_worker_is_dead_stays_closed(world: World) -> None:
     world.note(picked_up(OTHER, world.task(), "there"))
-    steps = open_steps(world.instance, world.run.run_id)
+    steps = running_steps(world.instance, world.run.run_id)
     steps.close(world.task())
     steps.close("unknown")
     assert steps.workers == {}
     for entry in world.instance.all_logs(world.run.run_id):
         if entry.dagster_event is not None:
-            steps.hear(entry.dagster_event)
+            steps.handle_event(entry.dagster_event)
     assert steps.workers == {}
 
 
 def test_the_notes_of_the_run_itself_say_nothing_of_steps(world: World) -> None:
-    write_note(world.instance, world.run, picked_up(OTHER, "task", "there"))
+    append_event(world.instance, world.run, picked_up(OTHER, "task", "there"))
     assert world.at_work() == {}
-    assert OpenSteps().workers == {}
+    assert RunningSteps().workers == {}
 
 
 def test_a_step_of_a_run_that_goes_on_is_started(world: World) -> None:
@@ -305,16 +306,16 @@ def test_an_event_that_was_committed_late_is_found_and_none_is_given_twice() -> 
 
 
 def test_a_state_is_described_and_rebuilt(world: World) -> None:
-    state = core.KnownExecutionState(
+    state = KnownExecutionState(
         previous_retry_attempts={"load": 2},
         dynamic_mappings={"fan": {"out": ["a", "b"]}, "none": {"out": None}},
         ready_outputs={StepOutputHandle("fan", "out", "a"), StepOutputHandle("load", "result", None)},
     )
-    described = core.describe_state(state)
-    rebuilt = core.rebuild_state(described, world.run, world.instance, history=False)
+    described = describe_state(state)
+    rebuilt = rebuild_state(described, world.run, world.instance, history=False)
     assert rebuilt == state
-    assert not core.needs_history(state)
-    assert core.describe_state(rebuilt) == described
+    assert not needs_history(state)
+    assert describe_state(rebuilt) == described
 
 
 @pytest.mark.parametrize(
@@ -324,4 +325,4 @@ def test_a_state_is_described_and_rebuilt(world: World) -> None:
 )
 def test_what_describes_no_state_is_refused(world: World, described: dict[str, Any]) -> None:
     with pytest.raises(Exception):  # noqa: B017, PT011 - whatever Dagster's checks raise
-        core.rebuild_state(described, world.run, world.instance, history=False)
+        rebuild_state(described, world.run, world.instance, history=False)

@@ -9,7 +9,7 @@ import dagster as dg
 import pytest
 
 from dagster_taskiq import CancelKind, OpCancelled, cancellation_token, fake_token
-from dagster_taskiq.token import Cause, Signal
+from dagster_taskiq.cancellation.token import Cause, Signal
 
 
 @dg.op
@@ -106,9 +106,9 @@ def test_no_except_exception_takes_it_for_an_error() -> None:
 
 def test_the_stronger_kind_stays() -> None:
     signal = Signal()
-    signal.note(Cause(CancelKind.SHUTDOWN, "shutdown"))
-    signal.note(Cause(CancelKind.REQUESTED, "asked"))
-    signal.note(Cause(CancelKind.SHUTDOWN, "again"))
+    signal.record(Cause(CancelKind.SHUTDOWN, "shutdown"))
+    signal.record(Cause(CancelKind.REQUESTED, "asked"))
+    signal.record(Cause(CancelKind.SHUTDOWN, "again"))
     assert signal.cause == Cause(CancelKind.REQUESTED, "asked")
     assert signal.cancelled
 
@@ -118,8 +118,8 @@ def test_who_waits_is_woken() -> None:
     woken: list[bool] = []
     waiting = threading.Thread(target=lambda: woken.append(signal.wait(20)))
     waiting.start()
-    signal.note(Cause(CancelKind.REQUESTED))
-    signal.announce()
+    signal.record(Cause(CancelKind.REQUESTED))
+    signal.notify()
     waiting.join(20)
     assert woken == [True]
 
@@ -127,13 +127,13 @@ def test_who_waits_is_woken() -> None:
 def test_a_shield_is_told_of_whenever_it_meets_a_cancellation() -> None:
     signal = Signal()
     told: list[str] = []
-    signal.tell_of_shield = told.append
+    signal.on_shield = told.append
     with signal.shielded("open") as outermost:
         assert outermost
         with signal.shielded("inner") as outermost:
             assert not outermost
-            signal.note(Cause(CancelKind.REQUESTED))
-            signal.announce()
+            signal.record(Cause(CancelKind.REQUESTED))
+            signal.notify()
     with signal.shielded("closed afterwards"):
         pass
     assert told == ["inner", "closed afterwards"]

@@ -6,9 +6,10 @@ import socket
 import threading
 import time
 
-from dagster_taskiq.cancellation import CancelKind
-from dagster_taskiq.token import Cause
-from dagster_taskiq.voice import Ear, Voice, join
+from dagster_taskiq.cancellation.model import CancelKind
+from dagster_taskiq.cancellation.token import Cause
+from dagster_taskiq.child.control_channel import ControlChannel, join
+from dagster_taskiq.child.control_listener import ControlListener
 
 INTENT = {"intent": "REQUESTED", "reason": "wrong input", "by": "ada", "deadline": 5.0}
 
@@ -20,30 +21,30 @@ def told(theirs: socket.socket, intent: dict[str, object]) -> None:
 def test_the_intent_is_known_as_soon_as_it_was_told() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        voice = Voice(ours)
-        assert not voice.told_to_stop()
+        voice = ControlChannel(ours)
+        assert not voice.must_stop()
         told(theirs, INTENT)
-        assert voice.told_to_cancel()
+        assert voice.is_cancelled()
         assert voice.signal.cause == Cause(CancelKind.REQUESTED, "wrong input", "ada", 5.0)
 
 
 def test_a_shutdown_is_no_cancellation_and_a_worker_that_is_gone_is_one_reason_to_stop() -> None:
     ours, theirs = socket.socketpair()
     with ours:
-        voice = Voice(ours)
+        voice = ControlChannel(ours)
         with theirs:
             told(theirs, INTENT | {"intent": "SHUTDOWN"})
-            assert not voice.told_to_stop()
+            assert not voice.must_stop()
             assert voice.signal.cancelled
         assert voice.worker_is_gone()
-        assert voice.told_to_stop()
-        assert not voice.told_to_cancel()
+        assert voice.must_stop()
+        assert not voice.is_cancelled()
 
 
 def test_a_guest_whose_interrupt_is_quicker_than_the_intent_waits_a_moment_for_it() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        guest = join(Ear(Voice(ours)).admit())
+        guest = join(ControlListener(ControlChannel(ours)).admit())
         assert guest is not None
         with guest.channel:
             later = threading.Timer(0.1, told, (theirs, INTENT))
@@ -56,20 +57,20 @@ def test_a_guest_whose_interrupt_is_quicker_than_the_intent_waits_a_moment_for_i
 def test_a_guest_that_comes_later_is_told_what_was_told_before() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        ear = Ear(Voice(ours))
+        ear = ControlListener(ControlChannel(ours))
         address = ear.admit()
         told(theirs, INTENT)
         guest = join(address)
         assert guest is not None
         with guest.channel:
             guest.wait_for_intent()
-            assert guest.told_to_cancel()
+            assert guest.is_cancelled()
 
 
 def test_nobody_waits_in_vain_for_long() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        guest = join(Ear(Voice(ours)).admit())
+        guest = join(ControlListener(ControlChannel(ours)).admit())
         assert guest is not None
         with guest.channel:
             began = time.monotonic()

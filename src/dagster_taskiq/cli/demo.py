@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from dagster_taskiq.demo import Outcome
+    from dagster_taskiq.local.demo import Outcome
 
 INTERRUPTED = 130
 
@@ -23,8 +23,8 @@ def demo() -> None:
       dagster-taskiq demo
     """
     from dagster_taskiq.cli.logs import log_to_stderr
-    from dagster_taskiq.crew import ToldToStop
-    from dagster_taskiq.demo import run_demo
+    from dagster_taskiq.local.demo import run_demo
+    from dagster_taskiq.local.process_manager import ToldToStop
 
     log_to_stderr("ERROR")
     try:

@@ -34,7 +34,7 @@ def dev(file: Path | None, module: str | None, port: int | None, home: Path | No
     """
     if file is not None and module is not None:
         raise click.UsageError("give -f or -m, not both")
-    from dagster_taskiq.dev import EXAMPLES, serve
+    from dagster_taskiq.local.dev import EXAMPLES, serve
 
     code = ["-f", str(file)] if file else ["-m", module or EXAMPLES]
     serve(code, home=home, port=port, with_worker=not no_worker, say=say)

@@ -9,7 +9,7 @@ import click
 from dagster_taskiq.cli.options import config_option
 
 if TYPE_CHECKING:
-    from dagster_taskiq.findings import Finding
+    from dagster_taskiq.doctor.finding import Finding
 
 _COLOURS: Final = {"ok": "green", "warning": "yellow", "error": "red"}
 
@@ -33,7 +33,7 @@ def doctor(config_file: Path | None, *, as_json: bool) -> None:
     from dataclasses import asdict
 
     from dagster_taskiq.cli.configured import configured
-    from dagster_taskiq.doctor import examine
+    from dagster_taskiq.doctor.checks import examine
 
     settings = configured(config_file) if config_file is not None else None
 

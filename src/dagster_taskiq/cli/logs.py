@@ -4,7 +4,7 @@ import logging
 import sys
 from typing import Final, Literal
 
-from dagster_taskiq.log_context import AddContext
+from dagster_taskiq._log_context import AddContext
 
 LogFormat = Literal["auto", "text", "json"]
 LOG_FORMATS: Final = ("auto", "text", "json")
@@ -26,7 +26,7 @@ def log_to_stderr(level: str, form: LogFormat = "auto") -> None:
 
     `form`: `auto` is JSON in a container of ECS, whose log driver keeps lines, and text anywhere else.
     """
-    from dagster_taskiq.ecs import on_ecs
+    from dagster_taskiq.metrics import on_ecs
 
     handler = logging.StreamHandler(sys.stderr)
     if form == "json" or (form == "auto" and on_ecs()):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dagster_taskiq.settings import Settings
-    from dagster_taskiq.sqs import QueueStatus
+    from dagster_taskiq.sqs.admin import QueueStatus
 
 T = TypeVar("T")
 
@@ -42,7 +42,8 @@ def create(config_file: Path | None) -> None:
       dagster-taskiq queue create -y config.yaml
     """
     from dagster_taskiq.cli.configured import configured
-    from dagster_taskiq.sqs import queue_name, queue_urls
+    from dagster_taskiq.queue_names import queue_name
+    from dagster_taskiq.sqs.admin import queue_urls
 
     settings = configured(config_file)
     created = create_missing(settings)
@@ -53,7 +54,7 @@ def create(config_file: Path | None) -> None:
 
 def create_missing(settings: "Settings") -> tuple[str, ...]:
     """Create the queues that are missing, and return their names."""
-    from dagster_taskiq.sqs import create_queues
+    from dagster_taskiq.sqs.admin import create_queues
 
     return _ask(
         settings,
@@ -76,7 +77,7 @@ def status(config_file: Path | None, *, as_json: bool) -> None:
     """
     from dagster_taskiq.cli.configured import configured
     from dagster_taskiq.errors import QueueMissing
-    from dagster_taskiq.sqs import queue_status
+    from dagster_taskiq.sqs.admin import queue_status
 
     settings = configured(config_file)
     queues = _ask(settings, lambda client: queue_status(client, settings.queue_url))
@@ -124,7 +125,7 @@ def _ask(settings: "Settings", question: Callable[[Any], Awaitable[T]]) -> T:
     """Put one question to SQS with a client that lives as long as the answer takes."""
     import asyncio
 
-    from dagster_taskiq.sqs import Connection
+    from dagster_taskiq.sqs.client import Connection
 
     async def ask() -> T:
         connection = Connection(settings.region_name, settings.endpoint_url)

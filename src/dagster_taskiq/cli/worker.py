@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from dagster_taskiq.cli.logs import LogFormat
-    from dagster_taskiq.roll_call import Presence
+    from dagster_taskiq.storage.workers import WorkerInfo
 
 _PIPE_WIDTH: Final = 500
 
@@ -85,7 +85,7 @@ def run(
 
     log_to_stderr(log_level, log_format)
     settings = configured(config_file, **(overrides or {}))
-    from dagster_taskiq.worker import run_worker
+    from dagster_taskiq.worker.service import run_worker
 
     def announce(worker_id: str) -> None:
         served = [settings.queue_url] if settings.max_concurrent_runs else []
@@ -109,7 +109,7 @@ def health(pid: int | None) -> None:
       dagster-taskiq worker health
       "healthCheck": {"command": ["CMD", "dagster-taskiq", "worker", "health"]}    (in a task definition)
     """
-    from dagster_taskiq.health import workers_here
+    from dagster_taskiq.worker.health import workers_here
 
     found = workers_here(pid)
     if not found:
@@ -143,11 +143,11 @@ def list_workers(config_file: Path | None, *, everybody: bool, as_json: bool) ->
     from dagster import DagsterInstance
 
     from dagster_taskiq.cli.configured import configured
-    from dagster_taskiq.roll_call import ALIVE, roll_call
+    from dagster_taskiq.storage.workers import ALIVE, list_workers
 
     settings = configured(config_file)
     with DagsterInstance.get() as instance:
-        workers = roll_call(instance, settings, everybody=everybody)
+        workers = list_workers(instance, settings, everybody=everybody)
     if as_json:
         click.echo(json.dumps([asdict(worker) for worker in workers], indent=2))
     elif workers:
@@ -157,7 +157,7 @@ def list_workers(config_file: Path | None, *, everybody: bool, as_json: bool) ->
         raise SystemExit(1)
 
 
-def _show(workers: "Sequence[Presence]") -> None:
+def _show(workers: "Sequence[WorkerInfo]") -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -1,0 +1,83 @@
+"""Try again what failed and may work later: say so once, wait ever longer, say when it works again. A leaf.
+
+The pauses are tenacity's "full jitter": drawn between nothing and a bound that doubles, so that the many workers that
+lose a service together do not return to it together.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeVar
+
+from tenacity import AsyncRetrying, RetryCallState, Retrying, retry_if_exception_type
+from tenacity.stop import stop_after_delay, stop_never
+from tenacity.wait import wait_random_exponential
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_FIRST_PAUSE_S: Final = 0.2
+LONGEST_PAUSE_S: Final = 10.0
+DATABASE_RETRY_S: Final = 300.0
+"""For a database that is away: a failover of RDS takes one to two minutes."""
+
+
+async def retry_async(
+    call: Callable[[], Awaitable[_T]],
+    *,
+    doing: str,
+    on: type[Exception] | tuple[type[Exception], ...] = Exception,
+    for_s: float | None = None,
+    longest_pause_s: float = LONGEST_PAUSE_S,
+    until: Callable[[], bool] = lambda: False,
+) -> _T:
+    """What `call` returns in the end; "cannot `doing`" is what the log says of its failures.
+
+    Raises what it raised last when it has tried for `for_s` seconds, if that is given, or when `until` says so; and at
+    once whatever is not `on`.
+    """
+    retrying = AsyncRetrying(**_policy(doing, on, for_s, longest_pause_s, until))
+
+    async def once() -> _T:  # tenacity only awaits what is a coroutine function by its looks
+        return await call()
+
+    return _told(doing, await retrying(once), retrying)
+
+
+def retry_blocking(
+    call: Callable[[], _T],
+    *,
+    doing: str,
+    on: type[Exception] | tuple[type[Exception], ...] = Exception,
+    for_s: float | None = None,
+) -> _T:
+    """As `retry_async`, where there is no event loop."""
+    retrying = Retrying(**_policy(doing, on, for_s, LONGEST_PAUSE_S, lambda: False))
+    return _told(doing, retrying(call), retrying)
+
+
+def _policy(
+    doing: str,
+    on: type[Exception] | tuple[type[Exception], ...],
+    for_s: float | None,
+    longest_pause_s: float,
+    until: Callable[[], bool],
+) -> dict[str, Any]:
+    def say(state: RetryCallState) -> None:
+        if state.attempt_number == 1 and state.outcome is not None:
+            logger.warning("cannot %s, trying again: %s", doing, state.outcome.exception())
+
+    too_long = stop_never if for_s is None else stop_after_delay(for_s)
+    return {
+        "retry": retry_if_exception_type(on),
+        "wait": wait_random_exponential(multiplier=_FIRST_PAUSE_S, max=longest_pause_s),
+        "stop": lambda state: until() or too_long(state),
+        "before_sleep": say,
+        "reraise": True,
+    }
+
+
+def _told(doing: str, answer: _T, retrying: AsyncRetrying | Retrying) -> _T:
+    tries = retrying.statistics.get("attempt_number", 1)
+    if tries > 1:
+        logger.warning("can %s again after %d tries", doing, tries - 1)
+    return answer

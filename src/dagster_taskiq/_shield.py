@@ -1,0 +1,28 @@
+"""Run something to its end whatever happens to the task that waits for it. A leaf; knows asyncio only."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
+
+
+async def shielded(body: Coroutine[Any, Any, _T], *, name: str, on_cancel: Callable[[], None] | None = None) -> _T:
+    """Await `body` in a task of its own; cancelling the caller, however often, does not tear it.
+
+    The cancellation is raised afterwards. With `on_cancel` it is told to that callable instead, at once and each
+    time, and counts as carried out when `body` returns: it is not raised again.
+    """
+    task = asyncio.create_task(body, name=name)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            if on_cancel is None:
+                cancelled = error
+            else:
+                on_cancel()
+    if cancelled is not None:
+        raise cancelled
+    return task.result()

@@ -1,0 +1,102 @@
+"""A thread that waits for intents, and passes them on to processes that have joined. Knows sockets and threads."""
+
+import json
+import os
+import selectors
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from dagster_taskiq.child.control_channel import _MAX_LINE, ControlChannel
+
+
+class ControlListener:
+    """A thread that waits for intents, so that the work can be told while it is blocked; daemonic, one per process."""
+
+    def __init__(self, control: ControlChannel, relay: Callable[[dict[str, Any]], None] | None = None) -> None:
+        """`relay`: what to do with a line that a process says that has joined."""
+        self._control = control
+        self._relay = relay
+        self._selector = selectors.DefaultSelector()
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._door: socket.socket | None = None
+        self._guests: list[socket.socket] = []
+        self._told = 0
+        self._selector.register(control.channel, selectors.EVENT_READ)
+        self._selector.register(self._wake_read, selectors.EVENT_READ)
+        threading.Thread(target=self._run, name="dagster-taskiq ear", daemon=True).start()
+
+    def wake(self) -> None:
+        """Something was noted elsewhere, in a signal handler perhaps: announce it."""
+        with suppress(OSError):
+            os.write(self._wake_write, b"x")
+
+    def admit(self) -> str:
+        """Let other processes of this host join; returns the address, for `ADDRESS_VARIABLE`."""
+        address = f"dagster-taskiq-{os.getpid()}-{os.urandom(8).hex()}"
+        # An abstract address: nothing in a file system that somebody would have to clear away.
+        door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        door.bind(f"\0{address}")
+        door.listen(64)
+        door.setblocking(False)
+        self._door = door
+        self._selector.register(door, selectors.EVENT_READ)
+        self.wake()
+        return address
+
+    def _run(self) -> None:
+        announced = False
+        while True:
+            for key, _ in self._selector.select():
+                self._look_at(key.fileobj)
+            self._control.listen()
+            self._notify_guests()
+            if self._control.signal.cancelled and not announced:
+                announced = True
+                self._control.signal.notify()
+            if self._control.worker_is_gone():
+                with suppress(KeyError, ValueError):
+                    self._selector.unregister(self._control.channel)
+
+    def _look_at(self, what: Any) -> None:
+        if what == self._wake_read:
+            with suppress(BlockingIOError):
+                os.read(self._wake_read, 4096)
+        elif what is self._door and self._door is not None:
+            with suppress(OSError):
+                guest, _ = self._door.accept()
+                self._guests.append(guest)
+                self._selector.register(guest, selectors.EVENT_READ)
+                self._send_to(guest, self._control.intents)
+        elif what in self._guests:
+            self._hear(what)
+
+    def _hear(self, guest: socket.socket) -> None:
+        try:
+            data = guest.recv(_MAX_LINE, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._selector.unregister(guest)
+            self._guests.remove(guest)
+            guest.close()
+            return
+        for line in data.split(b"\n"):
+            with suppress(ValueError):
+                message = json.loads(line)
+                if self._relay is not None and isinstance(message, dict):
+                    self._relay(message)
+
+    def _notify_guests(self) -> None:
+        new, self._told = self._control.intents[self._told :], len(self._control.intents)
+        for guest in self._guests:
+            self._send_to(guest, new)
+
+    @staticmethod
+    def _send_to(guest: socket.socket, intents: list[dict[str, Any]]) -> None:
+        with suppress(OSError):
+            guest.sendall(b"".join(json.dumps(intent).encode() + b"\n" for intent in intents))

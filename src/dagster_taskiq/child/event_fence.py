@@ -1,0 +1,179 @@
+"""The fence: which events this process may write, now that it was told to stop. Knows Dagster's events; not processes.
+
+Once a run's process was told to stop, it writes no terminal run event itself: it hands it to the supervisor.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from dagster import DagsterEventType, DagsterInstance, DagsterRunStatus
+
+from dagster_taskiq.child.control_channel import ControlChannel
+from dagster_taskiq.child.op_token import OpProcess
+from dagster_taskiq.cleanup.plan import handler_names
+from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES, serialize_value
+from dagster_taskiq.dagster_compat.definitions import job_of
+from dagster_taskiq.dagster_compat.execution import failed_for_good
+from dagster_taskiq.dagster_compat.interrupts import DagsterExecutionInterruptedError, check_captured_interrupt
+from dagster_taskiq.dagster_compat.retry import retry_storage
+from dagster_taskiq.dagster_compat.storage import event_of, is_stored
+from dagster_taskiq.messages import StepMessage
+from dagster_taskiq.storage.engine_events import PATIENCE_KEY, TASK_ID_KEY, cleanup_handlers
+from dagster_taskiq.storage.event_log import append_event
+from dagster_taskiq.storage.step_state import forget_states
+
+_TERMINAL: Final = {DagsterEventType.RUN_SUCCESS, DagsterEventType.RUN_FAILURE, DagsterEventType.RUN_CANCELED}
+_BEFORE_MORE_WORK: Final = {
+    DagsterEventType.STEP_START,
+    DagsterEventType.STEP_UP_FOR_RETRY,
+    DagsterEventType.STEP_RESTARTED,
+}
+_STEP_ENDS: Final = {
+    DagsterEventType.STEP_SUCCESS,
+    DagsterEventType.STEP_FAILURE,
+    DagsterEventType.STEP_UP_FOR_RETRY,
+    DagsterEventType.STEP_SKIPPED,
+    DagsterEventType.RESOURCE_INIT_FAILURE,  # from which the run's executor makes a failure or a retry
+}
+_UNLESS_ORPHANED: Final = {DagsterEventType.STEP_FAILURE, DagsterEventType.STEP_UP_FOR_RETRY}
+_EXIT_S: Final = 5.0
+"""What a run's process has for its exit, after it has waited for its steps."""
+_STOPPED: Final = {*FINISHED_STATUSES, DagsterRunStatus.CANCELING}
+
+
+class _Fence:
+    """Stands where the instance takes in events: `DagsterInstance.handle_new_event` of this process.
+
+    Patient with the database: Dagster would have the op fail when it is away for a moment.
+    """
+
+    def __init__(self, instance: DagsterInstance, run_id: str, control: ControlChannel) -> None:
+        self._instance = instance
+        self._store = instance.handle_new_event
+        self._run_id = run_id
+        self._control = control
+
+    def __call__(self, event: Any, *, batch_metadata: Any = None) -> None:
+        dagster_event = event_of(event)
+        ours = dagster_event is not None and event.run_id == self._run_id
+        kind = dagster_event.event_type if dagster_event is not None and ours else None
+        if self._holds(event, kind):
+            return
+        told = self._as_told(event, kind)
+        tried = False
+
+        def store() -> None:
+            nonlocal tried
+            # A try whose answer was lost may have been stored all the same.
+            if not (tried and is_stored(self._instance, told)):
+                tried = True
+                self._store(told, batch_metadata=batch_metadata)
+
+        retry_storage(store, "write to the event log")
+        self._stored(event, kind)
+
+    def _holds(self, event: Any, kind: DagsterEventType | None) -> bool:
+        raise NotImplementedError
+
+    def _as_told(self, event: Any, kind: DagsterEventType | None) -> Any:
+        return event
+
+    def _stored(self, event: Any, kind: DagsterEventType | None) -> None:
+        raise NotImplementedError
+
+
+class RunFence(_Fence):
+    """Of a run's process: once that was told to stop, its terminal event goes to the supervisor instead."""
+
+    def __init__(self, instance: DagsterInstance, run_id: str, control: ControlChannel, process: OpProcess) -> None:
+        super().__init__(instance, run_id, control)
+        self._process = process
+        self._took_hold = False
+        self._canceling = False
+
+    def record_interrupt(self) -> None:
+        """An interrupt is being raised inside the op (or inside Dagster)."""
+        self._took_hold = True
+
+    def _holds(self, event: Any, kind: DagsterEventType | None) -> bool:
+        if kind not in _TERMINAL or not self._must_hold():
+            return False
+        self._control.send(verdict=kind.value, took_hold=self._took_hold, entry=serialize_value(event))
+        return True
+
+    def _must_hold(self) -> bool:
+        if self._took_hold or check_captured_interrupt() or self._control.must_stop():
+            return True
+        run = retry_storage(lambda: self._instance.get_run_by_id(self._run_id), "read the run")
+        return run is None or run.status in _STOPPED
+
+    def _stored(self, event: Any, kind: DagsterEventType | None) -> None:
+        if kind is DagsterEventType.RUN_START:
+            self._mend_canceling()
+            self._announce_handlers()
+        elif kind is DagsterEventType.STEP_WORKER_STARTING and TASK_ID_KEY not in _metadata(event):
+            # Not by our own executor: what is started next, here, can hear of a cancellation, too.
+            self._process.admit()
+        elif kind is DagsterEventType.RUN_SUCCESS and self._process.state_kept:
+            forget_states(self._instance, self._run_id)
+        elif kind is DagsterEventType.ENGINE_EVENT:
+            self._ask_for_patience(event)
+        if kind in _BEFORE_MORE_WORK and (self._canceling or self._control.must_stop()):
+            # An op that swallowed the interrupt, or one with a RetryPolicy, would go on to its next step or attempt.
+            raise DagsterExecutionInterruptedError
+
+    def _ask_for_patience(self, event: Any) -> None:
+        metadata = _metadata(event)
+        if PATIENCE_KEY in metadata:
+            # The executor says that it waits for its steps to stop, wherever they run.
+            self._control.send(patience_s=float(metadata[PATIENCE_KEY].value) + _EXIT_S)
+
+    def _announce_handlers(self) -> None:
+        """So that whoever ends the run knows, without its code, whether there is something to be done."""
+        run = retry_storage(lambda: self._instance.get_run_by_id(self._run_id), "read the run")
+        names = handler_names(job_of(run, self._instance)) if run is not None else []
+        if run is not None and names:
+            note = cleanup_handlers(names)
+            retry_storage(lambda: append_event(self._instance, run, note), "write to the event log")
+
+    def _mend_canceling(self) -> None:
+        # Transitions are unguarded: a RUN_START that follows a RUN_CANCELING makes the run STARTED again, and then
+        # nobody would see in the database that it is to be stopped.
+        if self._instance.all_logs(self._run_id, of_type=DagsterEventType.RUN_CANCELING):
+            run = self._instance.get_run_by_id(self._run_id)
+            if run is not None and run.status is DagsterRunStatus.STARTED:
+                self._instance.report_run_canceling(run)
+            self._canceling = True
+
+
+def _metadata(event: Any) -> Mapping[str, Any]:
+    return getattr(event.dagster_event.event_specific_data, "metadata", None) or {}
+
+
+class StepFence(_Fence):
+    """Of a step's process: it writes how the step ended, unless its worker is gone."""
+
+    def __init__(
+        self, instance: DagsterInstance, order: StepMessage, control: ControlChannel, process: OpProcess
+    ) -> None:
+        super().__init__(instance, order.run_id, control)
+        self._process = process
+        self._step_key = order.step_key
+
+    def _holds(self, event: Any, kind: DagsterEventType | None) -> bool:
+        # What a worker's death did to a step is no failure of the op: the run's executor finds the worker dead, and
+        # decides. A success is one.
+        return kind in _UNLESS_ORPHANED and self._control.worker_is_gone()
+
+    def _as_told(self, event: Any, kind: DagsterEventType | None) -> Any:
+        # For Dagster an interrupt is an error like any other, of which an op with a RetryPolicy recovers.
+        cancelled = kind is DagsterEventType.STEP_UP_FOR_RETRY and self._control.must_stop()
+        return failed_for_good(event) if cancelled else event
+
+    def _stored(self, event: Any, kind: DagsterEventType | None) -> None:
+        if kind in _STEP_ENDS and event.dagster_event.step_key == self._step_key:
+            self._control.send(step_ended=kind.value)
+        if kind is DagsterEventType.STEP_SUCCESS and self._process.state_kept:
+            forget_states(self._instance, self._run_id, self._step_key)
+        if kind in _BEFORE_MORE_WORK and self._control.must_stop():
+            raise DagsterExecutionInterruptedError

@@ -1,0 +1,112 @@
+"""What runs inside the child: handlers first, then the fence, then Dagster. Knows Dagster; not asyncio, not SQS.
+
+The *fence*: once this process was told to stop, in whatever way, it writes no terminal run event itself. It hands
+its verdict to the supervisor, which writes the final state when the whole process tree is gone. A step's process
+writes how its step ended, unless its worker is gone: then the run decides what becomes of the step.
+"""
+
+import signal
+import socket
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Final
+
+from dagster import DagsterInstance
+
+from dagster_taskiq.cancellation import model
+from dagster_taskiq.child.control_channel import ControlChannel
+from dagster_taskiq.child.event_fence import RunFence, StepFence
+from dagster_taskiq.child.op_token import OpProcess
+from dagster_taskiq.cleanup.runner import Cleanup
+from dagster_taskiq.dagster_compat.api import InstanceRef, deserialize_value
+from dagster_taskiq.dagster_compat.execution import RetryMode, execute_run, execute_step, rebuild_state, resume_run
+from dagster_taskiq.dagster_compat.interrupts import capture_interrupts, on_interrupt
+from dagster_taskiq.dagster_compat.retry import retry_storage
+from dagster_taskiq.dagster_compat.storage import read_migration_scripts_once
+from dagster_taskiq.messages import StepMessage, unpack
+
+WARM_UP: Final = "dagster_taskiq.child.main:warm_up"
+RUN_TARGET: Final = "dagster_taskiq.child.main:run"
+STEP_TARGET: Final = "dagster_taskiq.child.main:step"
+CLEANUP_TARGET: Final = "dagster_taskiq.child.main:cleanup"
+PRELOAD: Final = ("dagster_taskiq.child.main", "dagster_taskiq.executor")
+_INTERRUPTS: Final = {signal.SIGTERM, signal.SIGINT}
+_BODIES: Final = {"execute_run": execute_run, "resume_run": resume_run}
+
+
+def warm_up(instance_ref: str) -> None:
+    """Runs in the fork server: open the instance once and close it again, so that forks find everything imported.
+
+    Leaves no connection and no thread behind.
+    """
+    read_migration_scripts_once()
+    with DagsterInstance.from_ref(deserialize_value(instance_ref, InstanceRef)) as instance:
+        instance.get_run_by_id("warm-up")
+        with suppress(Exception):  # a storage that has never seen this run may say so
+            instance.all_logs("warm-up")
+
+
+def run(argument: dict[str, Any], channel: socket.socket) -> int:
+    """Execute or resume the run that `argument` names. Starts with SIGTERM and SIGINT blocked; returns an exit code."""
+    return _work(_run, argument, channel)
+
+
+def step(argument: dict[str, Any], channel: socket.socket) -> int:
+    """Execute the step that `argument` names. Starts with SIGTERM and SIGINT blocked; returns an exit code."""
+    return _work(_step, argument, channel)
+
+
+def cleanup(argument: dict[str, Any], channel: socket.socket) -> int:
+    """Run the cleanup handlers of the run that `argument` names. Starts with SIGTERM and SIGINT blocked, as `run`."""
+    return _work(_cleanup, argument, channel)
+
+
+def _work(body: Callable[[dict[str, Any], DagsterInstance, ControlChannel], int], argument: Any, channel: Any) -> int:
+    control = ControlChannel(channel)
+    model.told = model.CancelStatus(control.is_cancelled, control.worker_is_gone, control.why)
+    with capture_interrupts():
+        # From here on a signal is either captured (and seen at the next step) or raised inside the op.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPTS)
+        try:
+            read_migration_scripts_once()
+            reference = deserialize_value(argument["instance_ref"], InstanceRef)
+            with DagsterInstance.from_ref(reference) as instance:
+                return body(argument, instance, control)
+        except BaseException as error:  # noqa: BLE001 - the supervisor decides what it means; nothing may be lost
+            traceback.print_exc()
+            control.send(error=f"{type(error).__name__}: {error}"[:2000])
+            return 1
+        finally:
+            # What comes now comes too late to matter, and must not tear the exit.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
+            control.send(finished=True)
+
+
+def _run(argument: dict[str, Any], instance: DagsterInstance, control: ControlChannel) -> int:
+    run_id = argument["run_id"]
+    fence = RunFence(instance, run_id, control, OpProcess(control, instance, run_id))
+    on_interrupt(fence.record_interrupt)
+    instance.handle_new_event = fence  # type: ignore[method-assign]
+    return _BODIES[argument["kind"]](run_id, instance)
+
+
+def _step(argument: dict[str, Any], instance: DagsterInstance, control: ControlChannel) -> int:
+    order = StepMessage.from_kwargs(argument["order"])
+    run = retry_storage(lambda: instance.get_run_by_id(order.run_id), "read the run")
+    if run is None:
+        raise LookupError(f"run {order.run_id} was deleted")
+    process = OpProcess(control, instance, order.run_id)
+    instance.handle_new_event = StepFence(instance, order, control, process)  # type: ignore[method-assign]
+    state = rebuild_state(unpack(order.state or ""), run, instance, history=order.reexecution)
+    for _ in execute_step(run, instance, order.step_key, state, RetryMode(order.retries)):
+        pass  # the events are in the database; nobody reads them here
+    return 0
+
+
+def _cleanup(argument: dict[str, Any], instance: DagsterInstance, control: ControlChannel) -> int:
+    run = retry_storage(lambda: instance.get_run_by_id(argument["run_id"]), "read the run")
+    if run is not None:
+        outcome = Cleanup(instance, run, argument["worker_id"], tell=lambda what: control.send(cleaning=what)).run()
+        control.send(cleaned=not outcome.stopped)
+    return 0

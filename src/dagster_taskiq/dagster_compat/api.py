@@ -1,0 +1,34 @@
+"""Dagster's private types that several rooms need: launchers, references, serialisation."""
+
+from dagster._core.errors import DagsterInvalidConfigError
+from dagster._core.events import EngineEventData
+from dagster._core.instance import InstanceRef
+from dagster._core.launcher import (
+    CheckRunHealthResult,
+    LaunchRunContext,
+    ResumeRunContext,
+    RunLauncher,
+    WorkerStatus,
+)
+from dagster._core.storage.dagster_run import FINISHED_STATUSES
+from dagster._core.storage.tags import MAX_RETRIES_TAG
+from dagster._daemon.monitoring import RESUME_RUN_LOG_MESSAGE
+from dagster._serdes import ConfigurableClass, ConfigurableClassData, deserialize_value, serialize_value
+
+__all__ = [
+    "FINISHED_STATUSES",
+    "MAX_RETRIES_TAG",
+    "RESUME_RUN_LOG_MESSAGE",
+    "CheckRunHealthResult",
+    "ConfigurableClass",
+    "ConfigurableClassData",
+    "DagsterInvalidConfigError",
+    "EngineEventData",
+    "InstanceRef",
+    "LaunchRunContext",
+    "ResumeRunContext",
+    "RunLauncher",
+    "WorkerStatus",
+    "deserialize_value",
+    "serialize_value",
+]

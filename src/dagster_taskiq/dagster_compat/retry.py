@@ -1,0 +1,14 @@
+"""Patience with Dagster's database, in processes and threads that may wait. Knows which of its errors pass."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from dagster_taskiq._retry import DATABASE_RETRY_S, retry_blocking
+from dagster_taskiq.dagster_compat.storage import outages
+
+_T = TypeVar("_T")
+
+
+def retry_storage(call: Callable[[], _T], doing: str) -> _T:
+    """Call it, again and again while the database is away, for as long as `DATABASE_RETRY_S`; then it raises."""
+    return retry_blocking(call, doing=doing, on=outages(), for_s=DATABASE_RETRY_S)

@@ -1,0 +1,173 @@
+"""What is wrong with credentials, queues, permissions, clock and bucket? The part of `doctor` that asks AWS.
+
+Knows what a queue of this package has to be like, and `aws_probe`, which asks; not Dagster.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from dagster_taskiq.doctor.finding import Finding, line, ok
+from dagster_taskiq.errors import AccessDenied, DagsterTaskiqError
+from dagster_taskiq.queue_names import is_fifo, queue_name
+from dagster_taskiq.settings import Settings
+from dagster_taskiq.sqs.admin import CANCEL_RETENTION_S, CANCEL_VISIBILITY_S, WORK_RETENTION_S, identity, queue_urls
+from dagster_taskiq.sqs.client import Connection
+from dagster_taskiq.sqs.probe import QueueFacts, bucket_error, has_credentials, look_at_queue, may
+
+_ROLES: Final[Mapping[str, Mapping[str, Sequence[str]]]] = {
+    "launcher": {"work": ("sqs:SendMessage",), "steps": ("sqs:SendMessage",), "cancels": ("sqs:SendMessage",)},
+    "worker": {
+        "work": ("sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:ChangeMessageVisibility"),
+        "steps": ("sqs:SendMessage", "sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:ChangeMessageVisibility"),
+        "cancels": ("sqs:SendMessage", "sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:ChangeMessageVisibility"),
+    },
+}
+_MANY_CANCELS: Final = 20
+_SKEW_S: Final = 5.0
+_FATAL_SKEW_S: Final = 300.0
+"""AWS refuses signatures that are five minutes off."""
+_FEW_RECEIVES: Final = 10
+_DAY_S: Final = 86_400
+_LONG_S: Final = 345_600
+_LONG_HIDDEN_S: Final = 30
+_LONG_KEPT_S: Final = 3_600
+
+
+async def look_at_aws(settings: Settings, queues: dict[str, QueueFacts]) -> AsyncIterator[Finding]:
+    """Credentials, queues, clock, permissions, bucket. What is known of the queues is put into `queues`, by role."""
+    credentials = await _credentials(settings)
+    yield credentials
+    if credentials.verdict == "error":
+        return
+    connection = Connection(settings.region_name, settings.endpoint_url)
+    try:
+        client = await connection.client()
+        for role, url in queue_urls(settings.queue_url).items():
+            queues[role] = await look_at_queue(client, url)
+            for finding in _queue(role, url, queues[role], settings):
+                yield finding
+        yield _clock(queues)
+        for who, needs in _ROLES.items():
+            yield await _permissions(client, settings, who, needs, queues)
+    finally:
+        await connection.close()
+    if settings.payload_bucket is not None:
+        error = await bucket_error(settings.payload_bucket, settings.region_name)
+        repair = f"aws s3 mb s3://{settings.payload_bucket}, and attach PayloadPolicy of infra/queues.yaml"
+        check = "payload bucket"
+        yield Finding(check, "error", error, repair) if error else ok(check, settings.payload_bucket)
+
+
+async def _credentials(settings: Settings) -> Finding:
+    check = "credentials"
+    repair = "give the task an IAM role (taskRoleArn), or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if not await has_credentials():
+        return Finding(check, "error", "there are none", repair)
+    if settings.endpoint_url is not None:
+        return ok(check, f"there are some; whose, {settings.endpoint_url} is not asked")
+    try:
+        return ok(check, await identity(settings.region_name))
+    except AccessDenied as error:
+        return Finding(check, "error", line(error), f"{repair}; those that there are have expired, or are wrong")
+    except (DagsterTaskiqError, TimeoutError) as error:
+        return Finding(check, "warning", f"AWS STS does not say whose they are: {line(error)}", "check the network")
+
+
+def _queue(role: str, url: str, facts: QueueFacts, settings: Settings) -> Iterator[Finding]:
+    check, name = f"queue {role}", queue_name(url)
+    if not facts.exists:
+        yield Finding(check, "error", f"{name} does not exist in {settings.region_name}", "dagster-taskiq queue create")
+    elif isinstance(facts.error, AccessDenied):
+        what = "attach LauncherPolicy or WorkerPolicy of infra/queues.yaml to this role (sqs:GetQueueAttributes)"
+        yield Finding(check, "warning", f"{name} may not be looked at: {facts.error}", what)
+    elif facts.error is not None:
+        yield Finding(check, "error", str(facts.error), "check the network, endpoint_url, and the queue's address")
+    else:
+        wrong = list(_wrong_with(role, url, facts.attributes, settings))
+        yield from wrong or [ok(check, f"{name}: {facts.attributes.get('ApproximateNumberOfMessages', '?')} waiting")]
+
+
+def _wrong_with(role: str, url: str, has: Mapping[str, str], settings: Settings) -> Iterator[Finding]:
+    check, name = f"queue {role}", queue_name(url)
+    if (has.get("FifoQueue") == "true") != is_fifo(url):
+        reason = f"{name} is {'a FIFO' if has.get('FifoQueue') == 'true' else 'a standard'} queue"
+        yield Finding(check, "error", reason, "delete it, then dagster-taskiq queue create")
+    if int(has.get("DelaySeconds", 0)):
+        reason = f"{name} delays messages by {has['DelaySeconds']} s"
+        yield Finding(check, "warning", reason, _change(url, "DelaySeconds", 0))
+    yield from (_of_cancels if role == "cancels" else _of_work)(check, url, has, settings)
+
+
+def _change(url: str, attribute: str, value: object) -> str:
+    return f"aws sqs set-queue-attributes --queue-url {url} --attributes '{attribute}={value}'"
+
+
+def _of_work(check: str, url: str, has: Mapping[str, str], settings: Settings) -> Iterator[Finding]:
+    name, wanted = queue_name(url), settings.visibility_timeout_seconds
+    visibility, retention = int(has.get("VisibilityTimeout", wanted)), int(has.get("MessageRetentionPeriod", _LONG_S))
+    if visibility != wanted:
+        # Harmless: the worker says what it wants with each receive. But whoever reads it will be misled.
+        reason = f"{name}: its VisibilityTimeout is {visibility} s, and visibility_timeout_seconds is {wanted}"
+        yield Finding(check, "warning", reason, _change(url, "VisibilityTimeout", wanted))
+    if retention < _DAY_S:
+        reason = f"{name} drops runs that wait for {retention} s, and they never start"
+        yield Finding(check, "error", reason, _change(url, "MessageRetentionPeriod", WORK_RETENTION_S))
+    if has.get("RedrivePolicy"):
+        most = int(json.loads(has["RedrivePolicy"]).get("maxReceiveCount", _FEW_RECEIVES))
+        if most <= _FEW_RECEIVES:
+            reason = f"{name}: {most} receives move a run to the dead-letter queue, and each deployment is one"
+            yield Finding(check, "warning", reason, _change(url, "RedrivePolicy", ""))
+
+
+def _of_cancels(check: str, url: str, has: Mapping[str, str], _: Settings) -> Iterator[Finding]:
+    name = queue_name(url)
+    visibility = int(has.get("VisibilityTimeout", CANCEL_VISIBILITY_S))
+    retention = int(has.get("MessageRetentionPeriod", CANCEL_RETENTION_S))
+    if has.get("RedrivePolicy"):
+        reason = f"{name} has a RedrivePolicy; it swallows cancel messages that are handed on"
+        yield Finding(check, "error", reason, _change(url, "RedrivePolicy", ""))
+    if visibility > _LONG_HIDDEN_S:
+        reason = f"{name}: VisibilityTimeout {visibility} s; for so long a killed worker's last poll hides a cancel"
+        yield Finding(check, "warning", reason, _change(url, "VisibilityTimeout", CANCEL_VISIBILITY_S))
+    if retention > _LONG_KEPT_S:
+        reason = f"{name}: MessageRetentionPeriod {retention} s; old cancels only cost"
+        yield Finding(check, "warning", reason, _change(url, "MessageRetentionPeriod", CANCEL_RETENTION_S))
+    depth = int(has.get("ApproximateNumberOfMessages", 0)) + int(has.get("ApproximateNumberOfMessagesNotVisible", 0))
+    if depth > _MANY_CANCELS:
+        reason = f"{name}: {depth} cancels that nobody takes; a worker deletes what is older than cancel_ttl"
+        yield Finding(check, "warning", reason, "dagster-taskiq worker list, and start a worker if none is alive")
+
+
+def _clock(queues: Mapping[str, QueueFacts]) -> Finding:
+    ahead = [facts.clock_ahead_s for facts in queues.values() if facts.clock_ahead_s is not None]
+    if not ahead:
+        return ok("clock", "AWS did not say what time it is")
+    skew = min(ahead, key=abs)
+    if abs(skew) < _SKEW_S:
+        return ok("clock", f"{abs(skew):.0f} s from AWS's")
+    reason = f"this clock is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} AWS's"
+    fatal = abs(skew) >= _FATAL_SKEW_S
+    return Finding("clock", "error" if fatal else "warning", reason, "start a time service: timedatectl set-ntp true")
+
+
+async def _permissions(
+    client: Any,
+    settings: Settings,
+    who: str,
+    needs: Mapping[str, Sequence[str]],
+    queues: Mapping[str, QueueFacts],
+) -> Finding:
+    missing = []
+    for role, url in queue_urls(settings.queue_url).items():
+        if queues[role].exists:
+            allowed = await asyncio.gather(*[may(client, url, action) for action in needs[role]])
+            lacks = [action for action, may in zip(needs[role], allowed, strict=True) if not may]
+            missing += [f"{action} on {queue_name(url)}" for action in lacks]
+    check = f"permissions of a {who}"
+    if missing:
+        policy = {"launcher": "LauncherPolicy", "worker": "WorkerPolicy"}[who]
+        repair = f"attach {policy} of infra/queues.yaml, if this is the role of a {who}"
+        return Finding(check, "warning", f"these credentials lack {', '.join(missing)}", repair)
+    return ok(check, "nothing is refused")

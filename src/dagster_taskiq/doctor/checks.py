@@ -1,0 +1,229 @@
+"""What is wrong here, and what mends it? Checks with a verdict, a reason and a repair, for `dagster-taskiq doctor`.
+
+Knows the configuration and Dagster's instance; what AWS says is for `doctor_aws`. Changes nothing anywhere.
+"""
+
+import asyncio
+import os
+import platform
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+import yaml
+from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
+
+from dagster_taskiq.doctor.aws_checks import look_at_aws
+from dagster_taskiq.doctor.finding import Finding, line, ok
+from dagster_taskiq.errors import SettingsError
+from dagster_taskiq.launcher import TaskiqRunLauncher
+from dagster_taskiq.queue_names import queue_name
+from dagster_taskiq.settings import ENABLE_CANCELLATION_VARIABLE, Settings
+from dagster_taskiq.sqs.probe import QueueFacts
+from dagster_taskiq.storage.workers import ALIVE, DEAD, WorkerInfo, list_workers
+
+_SKEW_S: Final = 5.0
+_CORRECT_CONFIG: Final = "correct 'run_launcher: config:' in dagster.yaml; the README has the table of settings"
+_SHORT_START_S: Final = 600
+_TESTED_DAGSTER: Final = (1, 13)
+
+
+async def examine(settings: Settings | None = None) -> AsyncIterator[Finding]:
+    """All checks, in the order in which things depend on each other; what cannot be asked any more is left out.
+
+    `settings`: from elsewhere than the instance's run launcher. Never raises for what is wrong.
+    """
+    yield _versions()
+    home = _home()
+    yield home
+    instance, found = _instance() if home.verdict != "error" else (None, None)
+    if found is not None:
+        yield found
+    try:
+        if instance is not None and settings is None:
+            settings, found = _settings(instance)
+            yield found
+        if settings is None:
+            return
+        for finding in _of_settings(settings):
+            yield finding
+        queues: dict[str, QueueFacts] = {}
+        async for finding in look_at_aws(settings, queues):
+            yield finding
+        if instance is not None:
+            for finding in await asyncio.to_thread(lambda: list(_dagster(instance, settings, queues))):
+                yield finding
+    finally:
+        if instance is not None:
+            instance.dispose()
+
+
+# What is installed, and configured
+
+
+def _versions() -> Finding:
+    dagster, ours = version("dagster"), version("dagster-taskiq")
+    said = f"dagster-taskiq {ours}, dagster {dagster}, taskiq {version('taskiq')}, Python {platform.python_version()}"
+    if sys.platform != "linux":
+        return Finding("versions", "error", f"{said} on {sys.platform}", "run workers on Linux; launchers run anywhere")
+    if tuple(map(int, dagster.split(".")[:2])) != _TESTED_DAGSTER:
+        return Finding("versions", "warning", f"{said}; not tested", "pip install 'dagster>=1.13,<1.14'")
+    return ok("versions", said)
+
+
+def _home() -> Finding:
+    home = os.environ.get("DAGSTER_HOME")
+    if not home:
+        repair = "export DAGSTER_HOME=/path/of/the/folder/with/dagster.yaml"
+        return Finding("DAGSTER_HOME", "error", "it is not set", repair)
+    file = Path(home) / "dagster.yaml"
+    if not Path(home).is_dir():
+        return Finding("DAGSTER_HOME", "error", f"{home} is no folder", f"mkdir -p {home}, and put dagster.yaml there")
+    if not file.is_file():
+        return Finding("DAGSTER_HOME", "error", f"there is no {file}", f"write {file}, as in the README under 'Set up'")
+    try:
+        yaml.safe_load(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = f"{file} cannot be read: {line(error)}"
+        return Finding("DAGSTER_HOME", "error", reason, f"correct {file}: it must be valid YAML")
+    return ok("DAGSTER_HOME", str(file))
+
+
+def _instance() -> tuple[DagsterInstance | None, Finding]:
+    try:
+        instance = DagsterInstance.get()
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer
+        settings_error = _settings_error(error)
+        if settings_error is not None:  # with run monitoring Dagster looks at the launcher at once
+            return None, Finding("run launcher", "error", line(settings_error), _CORRECT_CONFIG)
+        repair = "correct dagster.yaml as the reason says"
+        return None, Finding("instance", "error", f"Dagster cannot load it: {line(error)}", repair)
+    try:
+        instance.get_runs(limit=1)
+    except Exception as error:  # noqa: BLE001 - as above
+        repair = "correct 'storage' in dagster.yaml, and see that the database is up: dagster instance info"
+        return None, Finding("storage", "error", f"Dagster's database does not answer: {line(error)}", repair)
+    storage = type(instance.run_storage).__name__
+    if "sqlite" in storage.lower():
+        return instance, Finding(
+            "storage",
+            "warning",
+            "SQLite: right for one machine; workers on others would see another database",
+            "set 'storage: postgres:' in dagster.yaml (pip install dagster-postgres)",
+        )
+    return instance, ok("storage", f"{storage} answers")
+
+
+def _settings(instance: DagsterInstance) -> tuple[Settings | None, Finding]:
+    check = "run launcher"
+    try:
+        launcher = instance.run_launcher
+    except Exception as error:  # noqa: BLE001 - as above
+        reason = line(_settings_error(error) or error.__context__ or error)
+        return None, Finding(check, "error", f"it cannot be loaded: {reason}", _CORRECT_CONFIG)
+    if not isinstance(launcher, TaskiqRunLauncher):
+        repair = "set in dagster.yaml: run_launcher: {module: dagster_taskiq.launcher, class: TaskiqRunLauncher, …}"
+        return None, Finding(check, "error", f"it is {type(launcher).__name__}", repair)
+    return launcher.settings, ok(check, f"TaskiqRunLauncher, queue {queue_name(launcher.settings.queue_url)}")
+
+
+def _settings_error(error: BaseException | None) -> SettingsError | None:
+    """What our launcher said when Dagster tried to load it."""
+    while error is not None and not isinstance(error, SettingsError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _of_settings(settings: Settings) -> Iterator[Finding]:
+    if settings.enable_cancellation:
+        yield ok("cancellation", f"on; {settings.grace_seconds:g} s of grace")
+    else:
+        variable = os.environ.get(ENABLE_CANCELLATION_VARIABLE)
+        repair = "set enable_cancellation: true in config_source"
+        repair = f"unset {ENABLE_CANCELLATION_VARIABLE}, or {repair}" if variable else repair
+        yield Finding("cancellation", "error", "it is switched off: Terminate does nothing", repair)
+    host = urlsplit(settings.queue_url).hostname or ""
+    if host.endswith("amazonaws.com") and f".{settings.region_name}." not in host:
+        reason = f"region_name is {settings.region_name}, and the queue's address is {host}"
+        yield Finding("region", "error", reason, "set region_name to the region in queue_url, or remove it")
+    else:
+        yield ok("region", settings.region_name)
+
+
+# What Dagster's database says
+
+
+def _dagster(instance: DagsterInstance, settings: Settings, queues: Mapping[str, QueueFacts]) -> Iterator[Finding]:
+    yield from _monitoring(instance, settings)
+    workers = list_workers(instance, settings, everybody=True)
+    yield from _workers(workers, queues)
+    yield _stuck(instance, settings)
+
+
+def _monitoring(instance: DagsterInstance, settings: Settings) -> Iterator[Finding]:
+    check = "run monitoring"
+    if not instance.run_monitoring_enabled:
+        reason = "it is off: a run whose worker dies is found when its message comes again, and then fails"
+        yield Finding(check, "warning", reason, "set 'run_monitoring: {enabled: true, max_resume_run_attempts: 3}'")
+        return
+    wrong = False
+    try:
+        settings.check_against_cancel_timeout(instance.run_monitoring_cancel_timeout_seconds)
+    except SettingsError as error:
+        wrong = True
+        lowest = settings.grace_seconds + settings.status_poll_seconds + 30
+        yield Finding(check, "error", line(error), f"set 'run_monitoring: {{cancel_timeout_seconds: {lowest:.0f}}}'")
+    start = instance.run_monitoring_start_timeout_seconds
+    if 0 < start < _SHORT_START_S:
+        wrong = True
+        reason = f"start_timeout_seconds is {start}: a run that waits longer for a worker is failed by Dagster"
+        yield Finding(check, "warning", reason, "set 'run_monitoring: {start_timeout_seconds: 3600}'")
+    if not wrong:
+        yield ok(check, f"on; {instance.run_monitoring_max_resume_run_attempts} attempts to resume")
+
+
+def _workers(workers: Sequence[WorkerInfo], queues: Mapping[str, QueueFacts]) -> Iterator[Finding]:
+    alive = [worker for worker in workers if worker.state == ALIVE]
+    serve: dict[str, Callable[[WorkerInfo], object]] = {
+        "work": lambda worker: worker.runs is None or worker.runs,
+        "steps": lambda worker: worker.steps is None or worker.steps,
+    }
+    start = "dagster-taskiq worker start"
+    if not alive:
+        yield Finding("workers", "error", "none is alive: runs wait", start)
+    else:
+        yield ok("workers", f"{len(alive)} alive")
+        for role, serves in serve.items():
+            waiting = int(queues[role].attributes.get("ApproximateNumberOfMessages", 0)) if role in queues else 0
+            if waiting and not any(serves(worker) for worker in alive):
+                what = "runs" if role == "work" else "steps"
+                repair = f"{start} --{what}-only, or workers without an -only flag"
+                yield Finding("workers", "error", f"{waiting} {what} wait, and no worker takes any", repair)
+    lost = [worker for worker in workers if worker.state == DEAD and worker.work]
+    if lost:
+        names = ", ".join(worker.worker_id for worker in lost)
+        reason = f"dead, and their work has not ended: {names}; another worker gets it after the visibility timeout"
+        unfinished = [work for worker in lost for work in worker.work if work.status in ("STARTED", "CANCELING")]
+        if unfinished:
+            repair = "dagster-taskiq worker list --all; start a worker if none is alive"
+            yield Finding("lost work", "warning", reason, repair)
+    ahead = [worker.worker_id for worker in alive if worker.heard - time.time() > _SKEW_S]
+    if ahead:
+        reason = f"the clocks of these workers are ahead of this one: {', '.join(ahead)}"
+        yield Finding("clock of workers", "warning", reason, "start a time service there: timedatectl set-ntp true")
+
+
+def _stuck(instance: DagsterInstance, settings: Settings) -> Finding:
+    patience_s = settings.grace_seconds + settings.status_poll_seconds + 2 * settings.visibility_timeout_seconds
+    records = instance.get_run_records(RunsFilter(statuses=[DagsterRunStatus.CANCELING]), limit=100)
+    now = time.time()
+    stuck = [one.dagster_run.run_id for one in records if now - one.update_timestamp.timestamp() > patience_s]
+    if not stuck:
+        return ok("cancellations", "none takes too long")
+    reason = f"CANCELING for more than {patience_s:.0f} s: {', '.join(stuck[:5])}{' …' if len(stuck) > 5 else ''}"
+    repair = "dagster-taskiq worker list: one has to be alive to finish them; the run's event log says what is missing"
+    return Finding("cancellations", "warning", reason, repair)

@@ -1,0 +1,228 @@
+"""The product in one pass: two real runs over an embedded SQS, terminated in the middle; what happened, and when.
+
+Knows Dagster's event log and the process table: what it says about a run, it has read there.
+"""
+
+import os
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from dagster import DagsterEventType, DagsterInstance, DagsterRunStatus, EventLogEntry, reconstructable
+
+from dagster_taskiq.errors import DagsterTaskiqError
+from dagster_taskiq.examples.index_sources import index_sources, stubborn_index
+from dagster_taskiq.local.dev import Playground, playground
+from dagster_taskiq.local.process_manager import StopRequest, stop_requests
+from dagster_taskiq.storage.engine_events import STAGE_KEY
+from dagster_taskiq.storage.tags import GRACE_SECONDS_TAG
+
+if TYPE_CHECKING:
+    from dagster import JobDefinition
+
+FINAL: Final = frozenset({DagsterRunStatus.CANCELED, DagsterRunStatus.FAILURE, DagsterRunStatus.SUCCESS})
+_STATUS_EVENTS: Final = {
+    DagsterEventType.RUN_CANCELING: "CANCELING",
+    DagsterEventType.RUN_CANCELED: "CANCELED",
+    DagsterEventType.RUN_FAILURE: "FAILURE",
+    DagsterEventType.RUN_SUCCESS: "SUCCESS",
+}
+_TICK_S: Final = 0.02
+
+
+class DemoFailed(DagsterTaskiqError):
+    """What was promised did not happen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """One line of a timeline; milliseconds are counted from the call of `terminate`."""
+
+    ms: float
+    what: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """One run, what has to be in its log before it is terminated, and what in the end."""
+
+    title: str
+    job: "JobDefinition"
+    under_way: str
+    grace_s: float
+    must_show: tuple[str, ...]
+    """Texts or stages without which the promise is not kept."""
+
+
+SCENES: Final = (
+    Scene(
+        title="A job that indexes every Python source file of this machine, in one transaction",
+        job=index_sources,
+        under_way="indexed ",
+        grace_s=30,
+        must_show=("interrupting", "finally: rolled back", "finally: database closed", "tree_gone"),
+    ),
+    Scene(
+        title="A job that ignores its interrupt, and has a subprocess that does, too",
+        job=stubborn_index,
+        under_way="indexing stubbornly",
+        grace_s=2,
+        must_show=("interrupting", "killed", "tree_gone"),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one run."""
+
+    scene: Scene
+    run_id: str
+    moments: tuple[Moment, ...]
+    complaints: tuple[str, ...]
+
+
+class Demo:
+    """Plays the scenes, one after the other."""
+
+    def __init__(self, ground: Playground, instance: DagsterInstance, wait: Callable[[float], None]) -> None:
+        self._ground = ground
+        self._instance = instance
+        self._wait = wait
+
+    def play(self, scene: Scene, say: Callable[[str], None]) -> Outcome:
+        """Launch, wait until the work is under way, terminate, wait for the end; then look at what is left."""
+        idle = self._ground.processes().keys()
+        run_id = self._launch(scene)
+        say(f"launched run {run_id} of {scene.job.name}")
+        line = self._until_under_way(scene, run_id)
+        busy = self._ground.processes().keys() - idle
+        say(f"the op says: {line}  ({len(busy)} processes at work)")
+        terminated_at = time.time()
+        accepted = self._instance.run_launcher.terminate(run_id)
+        say("terminate(run_id) called" if accepted else "terminate(run_id) was refused")
+        status = self._until_final(run_id, within_s=scene.grace_s + 30)
+        left = self._what_is_left(idle, within_s=1)
+        called = Moment(0, "terminate", f"terminate({run_id!r}) called")
+        moments = tuple(sorted([called, *self._moments(run_id, terminated_at)], key=lambda moment: moment.ms))
+        return Outcome(scene, run_id, moments, tuple(complaints(scene, status, left, moments, accepted=accepted)))
+
+    def _launch(self, scene: Scene) -> str:
+        run = self._instance.create_run_for_job(
+            scene.job,
+            tags={GRACE_SECONDS_TAG: f"{scene.grace_s:g}"},
+            job_code_origin=reconstructable(scene.job).get_python_origin(),
+        )
+        no_workspace: Any = None  # the run record is all that is needed: no workspace, no code server
+        self._instance.launch_run(run.run_id, no_workspace)
+        return run.run_id
+
+    def _until_under_way(self, scene: Scene, run_id: str) -> str:
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            for entry in self._instance.all_logs(run_id):
+                if entry.user_message.startswith(scene.under_way):
+                    return entry.user_message
+            status = self._status(run_id)
+            if status in FINAL:
+                raise DemoFailed(f"run {run_id} was {status.value} before it could be terminated")
+            self._wait(_TICK_S)
+        raise DemoFailed(f"run {run_id} did not get under way within 30 s; it is {self._status(run_id).value}")
+
+    def _until_final(self, run_id: str, within_s: float) -> DagsterRunStatus:
+        end = time.monotonic() + within_s
+        while (status := self._status(run_id)) not in FINAL and time.monotonic() < end:
+            self._wait(_TICK_S)
+        return status
+
+    def _status(self, run_id: str) -> DagsterRunStatus:
+        run = self._instance.get_run_by_id(run_id)
+        if run is None:
+            raise DemoFailed(f"run {run_id} has disappeared")
+        return run.status
+
+    def _what_is_left(self, idle: Collection[int], within_s: float) -> Mapping[int, str]:
+        """Processes that were not there before the run; its shim, which outlives it by a moment, gets that moment."""
+        end = time.monotonic() + within_s
+        while True:
+            left = {pid: command for pid, command in self._ground.processes().items() if pid not in idle}
+            if not left or time.monotonic() > end:
+                return left
+            self._wait(_TICK_S)
+
+    def _moments(self, run_id: str, zero: float) -> list[Moment]:
+        entries = self._instance.all_logs(run_id)
+        told = [(entry, described) for entry in entries if (described := _describe(entry))]
+        return [Moment((entry.timestamp - zero) * 1000, what, text) for entry, (what, text) in told]
+
+
+def _describe(entry: EventLogEntry) -> tuple[str, str] | None:
+    """What an entry of the event log is called in the timeline, and its text; None for what does not belong there."""
+    event = entry.dagster_event
+    if event is None:
+        kept = entry.user_message.startswith(("finally:", "ignored:"))
+        return ("op", entry.user_message) if kept else None
+    metadata: Mapping[str, Any] = getattr(event.event_specific_data, "metadata", None) or {}
+    if STAGE_KEY in metadata:
+        return str(metadata[STAGE_KEY].value), event.message or ""
+    if event.event_type is DagsterEventType.STEP_FAILURE:
+        return "step", "the op was interrupted (STEP_FAILURE)"
+    if event.event_type in _STATUS_EVENTS:
+        return "run", _STATUS_EVENTS[event.event_type]
+    return None
+
+
+def complaints(
+    scene: Scene, status: DagsterRunStatus, left: Mapping[int, str], moments: tuple[Moment, ...], *, accepted: bool
+) -> list[str]:
+    """What is not as promised."""
+    found = [] if accepted else ["terminate returned False"]
+    if status is not DagsterRunStatus.CANCELED:
+        found.append(f"the run is {status.value}, not CANCELED")
+    if left:
+        found.append("still alive: " + ", ".join(f"pid {pid} ({command.strip()})" for pid, command in left.items()))
+    for expected in scene.must_show:
+        seen = sum(expected == moment.what or moment.text.startswith(expected) for moment in moments)
+        if seen != 1:
+            found.append(f"{expected!r} happened {seen} times instead of once")
+    return found
+
+
+def run_demo(say: Callable[[str], None], show: Callable[[Outcome], None], *, within_s: float = 120) -> bool:
+    """Play all scenes; whether all was as promised. Raises `DagsterTaskiqError`, or `ToldToStop`."""
+    # Snappy, and a grace period that is the scene's own.
+    config = {"wait_time_seconds": 2, "visibility_timeout_seconds": 10, "status_poll_seconds": 2, "drain_seconds": 0}
+    began = time.monotonic()
+    with (
+        stop_requests() as request,
+        playground(None, request, lambda *_: None, quiet=True, **config) as (ground, manager),
+    ):
+        say("starting an embedded AWS endpoint on loopback, and a worker")
+        ground.start_aws()
+        ground.wait_for_worker(ground.start_worker())
+        # The launcher runs in this process: it is the first to need the emulator's credentials here.
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            del os.environ[name]
+        os.environ.update(ground.credentials)
+        with DagsterInstance.from_config(str(ground.home)) as instance:
+            say(f"worker ready after {time.monotonic() - began:.1f} s")
+            outcomes = []
+
+            def wait(seconds: float) -> None:
+                manager.check()
+                _stay_within(request, seconds, began + within_s)
+
+            for scene in SCENES:
+                say(scene.title)
+                outcomes.append(Demo(ground, instance, wait).play(scene, say))
+                show(outcomes[-1])
+        say(f"stopping the worker and the endpoint; {time.monotonic() - began:.0f} s in all")
+        return not any(outcome.complaints for outcome in outcomes)
+
+
+def _stay_within(request: StopRequest, seconds: float, deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise DemoFailed("the demo took too long; something does not move")
+    request.wait(seconds)

@@ -1,0 +1,222 @@
+"""Everything on one machine: an embedded AWS endpoint, queues, a worker, Dagster's UI; started and stopped together.
+
+Knows processes, ports and `dagster.yaml`; not what runs on them. The emulator's credentials exist only in the
+environment of the children.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from dagster import DagsterInstance
+
+from dagster_taskiq.local.process_manager import (
+    LOOPBACK,
+    ManagedProcess,
+    ProcessManager,
+    StartFailed,
+    StopRequest,
+    ToldToStop,
+    answers,
+    free_port,
+    stop_requests,
+)
+from dagster_taskiq.settings import ENDPOINT_URL_VARIABLE, QUEUE_URL_VARIABLE, REGION_VARIABLES
+
+REGION: Final = "us-east-1"
+QUEUE: Final = "dagster-tasks"
+ACCOUNT: Final = "123456789012"
+EXAMPLES: Final = "dagster_taskiq.examples.index_sources"
+COMMAND_LINE: Final = (sys.executable, "-m", "dagster_taskiq.cli")
+_OURS: Final = "# Written by dagster-taskiq; written again at every start.\n"
+_LOCAL_EXTRA: Final = "install it with: pip install 'dagster-taskiq[local]'"
+
+
+class Playground:
+    """An embedded AWS endpoint, its queues, and a private DAGSTER_HOME whose runs go through them."""
+
+    def __init__(self, home: Path, manager: ProcessManager, *, quiet: bool = False, **config_source: Any) -> None:
+        self.home = home
+        self._manager = manager
+        self._quiet = quiet
+        self._config_source = config_source
+        self.endpoint_url = ""
+
+    @property
+    def queue_url(self) -> str:
+        """URL of the work queue."""
+        return f"{self.endpoint_url}/{ACCOUNT}/{QUEUE}"
+
+    @property
+    def credentials(self) -> dict[str, str]:
+        """What the emulator accepts as credentials; of no use anywhere else."""
+        return {"AWS_ACCESS_KEY_ID": "emulator", "AWS_SECRET_ACCESS_KEY": "emulator"}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For the children: this process's environment, but with nothing that leads to another AWS or Dagster."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "DAGSTER_"))}
+        no_proxy = ",".join(filter(None, [os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), LOOPBACK]))
+        return (
+            kept
+            | self.credentials
+            | {
+                "AWS_EC2_METADATA_DISABLED": "true",
+                REGION_VARIABLES[0]: REGION,
+                "DAGSTER_HOME": str(self.home),
+                "DAGSTER_DISABLE_TELEMETRY": "yes",
+                "NO_PROXY": no_proxy,
+                "no_proxy": no_proxy,
+                "PYTHONUNBUFFERED": "1",
+            }
+        )
+
+    def start_aws(self) -> None:
+        """Start the emulator; meanwhile write `dagster.yaml` and create the storage; then create the queues."""
+        if find_spec("moto") is None or find_spec("flask") is None:
+            raise StartFailed(f"the embedded AWS endpoint is missing; {_LOCAL_EXTRA}")
+        port = free_port()
+        self.endpoint_url = f"http://{LOOPBACK}:{port}"
+        command = [sys.executable, "-m", "moto.server", "-H", LOOPBACK, "-p", str(port)]
+        self._manager.start("aws", command, self.environment, quiet=True)
+        self._create_instance()
+        self._manager.wait_until(lambda: answers(port, "/moto-api/"), within_s=30, what="the embedded AWS endpoint")
+        self._create_queues()
+
+    def _create_queues(self) -> None:
+        # By the command line, in a process of its own: our own environment has no credentials for the emulator.
+        environment = {name: value for name, value in self.environment.items() if name != "DAGSTER_HOME"}
+        environment |= {QUEUE_URL_VARIABLE: self.queue_url, ENDPOINT_URL_VARIABLE: self.endpoint_url}
+        done = subprocess.run(  # noqa: S603 - our own interpreter and our own arguments
+            [*COMMAND_LINE, "queue", "create"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+            start_new_session=True,  # as all of them: a Ctrl-C is for us alone
+        )
+        if done.returncode != 0:
+            raise StartFailed(f"the queues could not be created: {done.stderr.strip()}")
+
+    def _create_instance(self) -> None:
+        self._write_configuration()
+        # SQLite's tables, before several processes try to be the first: one of them would fail.
+        with DagsterInstance.from_config(str(self.home)):
+            pass
+
+    def _write_configuration(self) -> None:
+        path = self.home / "dagster.yaml"
+        if path.exists() and not path.read_text("utf-8").startswith(_OURS):
+            raise StartFailed(f"{path} was not written by dagster-taskiq; choose another folder for --dagster-home")
+        launcher = {
+            "module": "dagster_taskiq.launcher",
+            "class": "TaskiqRunLauncher",
+            "config": {
+                "queue_url": self.queue_url,
+                "region_name": REGION,
+                "endpoint_url": self.endpoint_url,
+                "config_source": self._config_source,
+            },
+        }
+        instance = {"run_launcher": launcher, "telemetry": {"enabled": False}, "nux": {"enabled": False}}
+        path.write_text(_OURS + yaml.safe_dump(instance, sort_keys=False), "utf-8")
+
+    def start_worker(self) -> ManagedProcess:
+        """Start a worker, without waiting until it is ready."""
+        command = [*COMMAND_LINE, "worker", "start", "--log-level", "WARNING" if self._quiet else "INFO"]
+        return self._manager.start("worker", command, self.environment, patience_s=15, quiet=self._quiet)
+
+    def wait_for_worker(self, worker: ManagedProcess) -> None:
+        """Wait until the worker says that it is ready."""
+
+        def ready() -> bool:
+            return any(line.startswith("worker ") and " ready" in line for line in list(worker.last_lines))
+
+        self._manager.wait_until(ready, within_s=60, what="a ready worker")
+
+    def start_ui(self, code: Sequence[str], port: int | None) -> str:
+        """Start `dagster dev`: webserver, daemon, the given code location. Returns the address once it answers."""
+        if find_spec("dagster_webserver") is None:
+            raise StartFailed(f"dagster-webserver is missing; {_LOCAL_EXTRA}")
+        port = port or free_port()
+        command = [sys.executable, "-m", "dagster", "dev", "-h", LOOPBACK, "-p", str(port), *code]
+        # SIGINT: on a SIGTERM `dagster dev` ends at once and leaves its webserver and daemon to themselves.
+        self._manager.start("dagster", command, self.environment, stop_signal=signal.SIGINT, patience_s=20)
+        self._manager.wait_until(lambda: answers(port, "/server_info"), within_s=120, what="Dagster's webserver")
+        return f"http://{LOOPBACK}:{port}"
+
+    def kill_what_is_left(self) -> None:
+        """End whatever still runs with our DAGSTER_HOME: what left the session of the process that started it."""
+        for pid in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def processes(self) -> dict[int, str]:
+        """Every living process of this user whose environment has our DAGSTER_HOME: pid and command."""
+        mark = f"DAGSTER_HOME={self.home}".encode()
+        found = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and int(entry.name) != os.getpid():
+                with suppress(OSError):  # it ended meanwhile, or is somebody else's
+                    if mark in (entry / "environ").read_bytes().split(b"\0"):
+                        found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:80]
+        return found
+
+
+@contextmanager
+def playground(
+    home: Path | None, request: StopRequest, say: Callable[[str, str], None], *, quiet: bool = False, **config: Any
+) -> Iterator[tuple[Playground, ProcessManager]]:
+    """A playground in the given folder, which is kept, or in a temporary one; all its processes end with the block."""
+    with tempfile.TemporaryDirectory(prefix="dagster-taskiq-", ignore_cleanup_errors=True) as temporary:
+        folder = home.absolute() if home else Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        manager = ProcessManager(request, say)
+        ground = Playground(folder, manager, quiet=quiet, **config)
+        try:
+            yield ground, manager
+        finally:
+            manager.stop()
+            ground.kill_what_is_left()
+
+
+def serve(
+    code: Sequence[str], *, home: Path | None, port: int | None, with_worker: bool, say: Callable[[str, str], None]
+) -> None:
+    """`dagster-taskiq dev`: run everything until told to stop. Raises `StartFailed` when a process ends before."""
+    # Snappy: a lost worker's messages come back after 10 s, and a Ctrl-C does not wait for running jobs.
+    config: dict[str, Any] = {
+        "wait_time_seconds": 2,
+        "visibility_timeout_seconds": 10,
+        "status_poll_seconds": 2,
+        "drain_seconds": 0,
+        "stop_timeout_seconds": 12,
+    }
+    with (
+        stop_requests() as request,
+        suppress(ToldToStop),
+        playground(home, request, say, **config) as (ground, manager),
+    ):
+        say("dev", "starting the embedded AWS endpoint")
+        ground.start_aws()
+        worker = ground.start_worker() if with_worker else None
+        say("dev", "starting Dagster's webserver and daemon")
+        address = ground.start_ui(code, port)
+        if worker is not None:
+            ground.wait_for_worker(worker)
+        credentials = " ".join(f"{name}={value}" for name, value in ground.credentials.items())
+        say("dev", f"another worker: DAGSTER_HOME={ground.home} {credentials} dagster-taskiq worker start")
+        say("dev", f"Dagster's UI: {address}   (Ctrl-C stops everything)")
+        try:
+            manager.stay()
+        finally:
+            say("dev", "stopping everything")

@@ -1,0 +1,236 @@
+"""A child process as the worker sees it: tell it something, interrupt it, kill it, wait until its whole tree is gone.
+
+The other side of `shim`. Knows processes and asyncio; not how children are started, or what a child is for.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from dagster_taskiq.process import procfs, shim
+
+logger = logging.getLogger(__name__)
+
+STOP_TIMEOUT_S: Final = 5
+_NEVER_S: Final = 3600.0
+_CHUNK: Final = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class ChildSpec:
+    """What a child is started for: `target` is `module:function`, called with `argument` (JSON) and its channel."""
+
+    target: str
+    argument: Any
+    mark: str
+    """Unique for the piece of work; in the environment of every process of the tree."""
+    grace_s: float
+    """Between interrupt and kill, should the worker disappear or hang."""
+    hung_after_s: float = 0.0
+    """Without a sign of life (`Child.live`) for so long, the worker hangs; 0: it is not looked after."""
+    linger_s: float = 2.0
+    """How long processes may go on that a child left behind when it ended by itself."""
+
+
+@dataclass(slots=True)
+class Child:
+    """One started child. `exited` and `gone` are set by what the shim says; `messages` are the child's own lines."""
+
+    pid: int
+    spec: ChildSpec
+    exited: asyncio.Future[int]
+    """The leader's exit code; negative: the signal that killed it."""
+    gone: asyncio.Future[tuple[str, ...]]
+    """Set when the whole tree is gone: the processes (name and pid) that had to be killed."""
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    finished: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the child says that its work is over and only its exit remains."""
+    patience_s: float = 0.0
+    """What the child asks for instead of the grace, because it waits for others (a run for its steps)."""
+    abandoned: bool = False
+    """Whether its shim has interrupted it because the worker hung."""
+    _control: "_Lines | None" = None
+    _channel: "_Lines | None" = None
+    _readers: tuple[asyncio.Task[None], ...] = ()
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Write one line to the child itself. Never raises: a child that is gone hears nothing."""
+        if self._channel is not None:
+            self._channel.send(message)
+
+    async def live(self) -> NoReturn:
+        """Give signs of life to the shim for as long as this runs, and the event loop does."""
+        while True:
+            self._command("live")
+            await asyncio.sleep(self.spec.hung_after_s / (2 * shim.SILENT_LOOKS) or _NEVER_S)
+
+    def interrupt(self) -> None:
+        """SIGTERM to the leader; however often this is called, it is sent once."""
+        self._command("interrupt")
+
+    def kill(self) -> None:
+        """SIGKILL to the leader, its group and every descendant."""
+        self._command("kill")
+
+    def _command(self, what: str) -> None:
+        if self._control is not None:
+            self._control.send({"do": what})
+
+    def handle_message(self, message: dict[str, Any]) -> None:
+        """Take in one line of the child's."""
+        self.messages.append(message)
+        if "finished" in message:
+            self.finished.set()
+        if "patience_s" in message:
+            self.patience_s = float(message["patience_s"])
+
+    async def close(self) -> None:
+        """Release what belongs to the child; only after `gone`."""
+        await asyncio.wait(self._readers)
+        for lines in (self._control, self._channel):
+            if lines is not None:
+                lines.close()
+
+
+class _Lines:
+    """Our end of a socket pair on which JSON lines travel.
+
+    Not asyncio's streams: when the other side ends without having read all that we said, which is the rule here, they
+    throw away what it had said before.
+    """
+
+    def __init__(self, end: socket.socket) -> None:
+        end.setblocking(False)
+        self._end = end
+        self._unsent = bytearray()
+        self._loop = asyncio.get_running_loop()
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send it, now if the other side takes it; never raises: who is gone hears nothing."""
+        self.send_bytes(json.dumps(message).encode() + b"\n")
+
+    def send_bytes(self, data: bytes) -> None:
+        """As `say`, for anything."""
+        self._unsent += data
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._end.fileno() < 0:
+            return
+        try:
+            del self._unsent[: self._end.send(self._unsent)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._unsent.clear()
+        if self._unsent:
+            self._loop.add_writer(self._end, self._flush)
+        else:
+            self._loop.remove_writer(self._end)
+
+    async def messages(self) -> AsyncIterator[dict[str, Any]]:
+        """What the other side says, until it ends."""
+        unfinished = b""
+        while True:
+            try:
+                data = await self._loop.sock_recv(self._end, _CHUNK)
+            except OSError:
+                return
+            if not data:
+                return
+            *lines, unfinished = (unfinished + data).split(b"\n")
+            for line in lines:
+                with suppress(ValueError):
+                    yield json.loads(line)
+
+    def close(self) -> None:
+        """Nothing more to say or to hear."""
+        self._loop.remove_writer(self._end)
+        self._end.close()
+
+
+async def connect(spec: ChildSpec, control: socket.socket, channel: socket.socket) -> Child:
+    """The child that the fork server was asked for, once it is there. Raises `EOFError` when there is none."""
+    to_shim, to_child = _Lines(control), _Lines(channel)
+    from_shim = to_shim.messages()
+    hello = await anext(from_shim, None)
+    if hello is None:
+        to_shim.close()
+        to_child.close()
+        raise EOFError("the fork server forked nothing")
+    loop = asyncio.get_running_loop()
+    child = Child(hello["started"], spec, loop.create_future(), loop.create_future())
+    child._control, child._channel = to_shim, to_child  # noqa: SLF001 - made here
+    to_child.send_bytes(shim.packed_argument(spec.argument))
+    read_child = loop.create_task(_read_child(child, to_child), name=f"read child {child.pid}")
+    child._readers = (  # noqa: SLF001
+        read_child,
+        loop.create_task(_read_shim(child, from_shim, read_child), name=f"read shim of {child.pid}"),
+    )
+    return child
+
+
+async def _read_child(child: Child, lines: _Lines) -> None:
+    async for message in lines.messages():
+        child.handle_message(message)
+
+
+async def _read_shim(child: Child, messages: AsyncIterator[dict[str, Any]], read_child: asyncio.Task[None]) -> None:
+    killed: tuple[str, ...] | None = None
+    async for message in messages:
+        if "exited" in message:
+            child.exited.set_result(message["exited"])
+        child.abandoned = child.abandoned or "abandoned" in message
+        if "gone" in message:
+            killed = tuple(message["killed"])
+    if killed is None:
+        # The shim itself was killed, and the kernel killed its child with it (parent-death signal). Its place
+        # as subreaper is the fork server's now, so look for what carries the session or the mark.
+        logger.warning("the shim of a child is gone; killing what is left", extra={"pid": child.pid})
+        killed = await asyncio.to_thread(_kill_stragglers, child.pid, child.spec.mark)
+    if not child.exited.done():
+        child.exited.set_result(-signal.SIGKILL)
+    # The tree is gone, so the child's end of its channel is closed and all that it said can be read.
+    await asyncio.wait({read_child}, timeout=STOP_TIMEOUT_S)
+    read_child.cancel()
+    child.gone.set_result(killed)
+
+
+def _kill_stragglers(leader: int, mark: str) -> tuple[str, ...]:
+    killed: list[str] = []
+    while left := find_processes(mark, session=leader):
+        for pid in left:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+                killed.append(f"pid {pid}")
+    return tuple(dict.fromkeys(killed))
+
+
+def find_processes(mark: str, *, session: int | None = None) -> list[int]:
+    """Living processes that carry the mark, or belong to the session; this one excepted.
+
+    The mark is in the environment of what was executed, and in the name of what was only forked.
+    """
+    name = shim.name_for(mark)
+    wanted = f"{shim.MARK_VARIABLE}={mark}".encode()
+    found = []
+    for pid in procfs.processes():
+        if pid == os.getpid():
+            continue
+        try:
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:
+            environment = []
+        its_session = procfs.session_of(pid)
+        marked = its_session == session or wanted in environment or procfs.command_of(pid) == name
+        if its_session is not None and marked:
+            found.append(pid)
+    return found

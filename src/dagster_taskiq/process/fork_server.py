@@ -1,0 +1,136 @@
+"""A child process as the worker sees it: start, tell, interrupt, kill, wait until its whole tree is gone.
+
+The other side of `shim`. Knows processes, signals and asyncio; not what a child is for.
+"""
+
+import asyncio
+import json
+import logging
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Final
+
+from dagster_taskiq.errors import ChildStartFailed
+from dagster_taskiq.process.child_handle import STOP_TIMEOUT_S, Child, ChildSpec, connect
+
+logger = logging.getLogger(__name__)
+
+_START_TIMEOUT_S: Final = 120
+
+
+class ForkServer:
+    """The warm process from which children are forked. Started at first use, started anew should it have died."""
+
+    def __init__(
+        self, *, fresh: bool = False, preload: Sequence[str] = (), warm_up: Mapping[str, Sequence[Any]] | None = None
+    ) -> None:
+        """`preload`: modules to import. `warm_up`: functions ("module:name") to call, with their arguments.
+
+        `fresh`: children are fresh interpreters, so there is nothing to import or warm up beforehand.
+        """
+        self._fresh = fresh
+        self._setup = {
+            "preload": [] if fresh else list(preload),
+            "warm_up": {} if fresh else dict(warm_up or {}),
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+        self._lock = asyncio.Lock()
+
+    @property
+    def pid(self) -> int | None:
+        """The server's pid while it runs."""
+        return self._process.pid if self._process is not None and self._process.poll() is None else None
+
+    async def start(self) -> None:
+        """Start the server unless it runs, and wait until it is warm. Raises `ChildStartFailed`."""
+        async with self._lock:
+            if self.pid is None:
+                await self._start()
+
+    async def _start(self) -> None:
+        self._discard()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        code = "from dagster_taskiq.process.shim import serve_from_argv; serve_from_argv()"
+        with theirs:
+            self._process = subprocess.Popen(  # noqa: S603, ASYNC220 - our own interpreter; a fork takes a millisecond
+                [sys.executable, "-c", code, str(theirs.fileno()), json.dumps(self._setup)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                # Ctrl-C in a terminal goes to the worker's group alone: it decides what becomes of its children.
+                start_new_session=True,
+            )
+        ours.setblocking(False)
+        self._socket = ours
+        try:
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                reply = json.loads(await asyncio.get_running_loop().sock_recv(ours, 65536) or b"{}")
+        except (TimeoutError, OSError) as error:
+            self._discard()
+            raise ChildStartFailed(f"the fork server did not come up within {_START_TIMEOUT_S} s") from error
+        if "ready" not in reply:
+            self._discard()
+            raise ChildStartFailed(
+                f"the fork server could not be warmed up ({reply.get('error', 'it ended')});"
+                " correct preload_modules, or set start_method: spawn"
+            )
+        if not self._fresh and reply["threads"] > 1:
+            self._discard()
+            raise ChildStartFailed(
+                f"importing preload_modules started {reply['threads'] - 1} threads, which do not survive a fork;"
+                " take that module off the list, or set start_method: spawn"
+            )
+
+    async def fork(self, spec: ChildSpec) -> Child:
+        """Start one child. Raises `ChildStartFailed`, in which case there is no process."""
+        for attempt in (1, 2):
+            await self.start()
+            try:
+                return await self._fork(spec)
+            except (OSError, EOFError) as error:
+                # The server died (out of memory, an operator's kill). What it forked goes on, in its shims' care.
+                logger.warning("the fork server is gone; starting another", extra={"attempt": attempt})
+                self._discard()
+                cause = error
+        raise ChildStartFailed(f"no child could be forked: {cause!r}") from cause
+
+    async def _fork(self, spec: ChildSpec) -> Child:
+        request = {
+            "target": spec.target,
+            "mark": spec.mark,
+            "grace_s": spec.grace_s,
+            "linger_s": spec.linger_s,
+            "hung_after_s": spec.hung_after_s,
+            "fresh": self._fresh,
+        }
+        control, shims_end = socket.socketpair()
+        channel, childs_end = socket.socketpair()
+        with shims_end, childs_end:
+            try:
+                if self._socket is None:
+                    raise EOFError  # noqa: TRY301 - the clean-up below is for this, too
+                socket.send_fds(self._socket, [json.dumps(request).encode()], [shims_end.fileno(), childs_end.fileno()])
+            except BaseException:
+                control.close()
+                channel.close()
+                raise
+        return await connect(spec, control, channel)
+
+    def _discard(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+        if self._process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(0.5)
+            if self._process.poll() is None:
+                self._process.kill()
+                self._process.wait(STOP_TIMEOUT_S)
+        self._process, self._socket = None, None
+
+    async def stop(self) -> None:
+        """End the server. Children in their shims' care are not touched."""
+        async with self._lock:
+            await asyncio.to_thread(self._discard)

@@ -1,0 +1,85 @@
+"""What the fork server's process does: import, warm up, then fork a shim and a child for each request.
+
+Needs the standard library only, until it imports what it is told to preload.
+"""
+
+import array
+import gc
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from dagster_taskiq.process.shim import (
+    FDS,
+    INTERRUPTS,
+    MAX_REQUEST,
+    PR_SET_CHILD_SUBREAPER,
+    live_and_leave,
+    load_target,
+    prctl,
+    run_shim,
+)
+
+
+def serve_from_argv() -> None:
+    """Entry of the fork server's process: `argv[1]` is its socket, `argv[2]` what to import and warm up, as JSON."""
+    server = socket.socket(fileno=int(sys.argv[1]))
+    work = serve(server, **json.loads(sys.argv[2]))
+    live_and_leave(work)  # only a child comes here
+
+
+def serve(server: socket.socket, *, preload: list[str], warm_up: dict[str, list[Any]]) -> Callable[[], int]:
+    """Fork a shim and a child per request, until the worker closes its end. Returns only in a child."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        for module in preload:
+            importlib.import_module(module)
+        for target, arguments in warm_up.items():
+            load_target(target)(*arguments)
+    except Exception as error:  # noqa: BLE001 - whatever an import raises, the worker is told and stops
+        server.send(json.dumps({"error": f"{type(error).__name__}: {error}"[:2000]}).encode())
+        os._exit(1)
+    # What is there now is shared by all children: keep the collector from touching (and so copying) it.
+    gc.collect()
+    gc.freeze()
+    signal.signal(signal.SIGCHLD, lambda *_: _reap_all())
+    server.send(json.dumps({"ready": os.getpid(), "threads": len(os.listdir("/proc/self/task"))}).encode())  # noqa: PTH208
+    while True:
+        request, fds = _receive(server)
+        if not request:
+            os._exit(0)
+        signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+        if os.fork() == 0:
+            server.close()
+            return run_shim(json.loads(request), *(socket.socket(fileno=fd) for fd in fds))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
+        for fd in fds:
+            os.close(fd)
+
+
+def _reap_all() -> None:
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def _receive(server: socket.socket) -> tuple[bytes, list[int]]:
+    """One request and its descriptors; empty at the end of file."""
+    descriptors = array.array("i")
+    try:
+        data, ancillary, _, _ = server.recvmsg(MAX_REQUEST, socket.CMSG_SPACE(FDS * descriptors.itemsize))
+    except ConnectionResetError:
+        return b"", []
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            descriptors.frombytes(payload[: len(payload) - len(payload) % descriptors.itemsize])
+    for fd in descriptors:
+        os.set_inheritable(fd, False)
+    return data, list(descriptors)

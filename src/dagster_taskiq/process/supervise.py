@@ -1,0 +1,173 @@
+"""One child's life: start, wait, the ladder, and not a moment less.
+
+    intent ─► SIGTERM to the leader, once ─► grace ─► SIGKILL to the tree ─► wait until the tree is gone
+
+Knows children and cancellations; not Dagster, not SQS. What the end means for a run is decided by whoever asked.
+"""
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import time
+from typing import Any, Protocol
+
+from dagster_taskiq.cancellation.model import CancelKind, Cancellation
+from dagster_taskiq.process.child_handle import Child, ChildSpec
+
+logger = logging.getLogger(__name__)
+
+
+class Processes(Protocol):
+    """What starts children: a `process.ForkServer`."""
+
+    async def fork(self, spec: ChildSpec) -> Child:
+        """Start one. Raises `ChildStartFailed`."""
+
+
+class Observer(Protocol):
+    """Told of each stage when it happens; must not block and must not raise."""
+
+    def interrupting(self, pid: int, grace_s: float) -> None:
+        """The SIGTERM is on its way."""
+
+    def killing(self, pid: int, waited_s: float, shield: str | None) -> None:
+        """The child did not obey; the SIGKILL is on its way. `shield`: the last one in which it was, if any."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChildEnd:
+    """How a child ended. `exit_code` is negative for the signal that killed it; times are seconds since the epoch."""
+
+    pid: int
+    exit_code: int
+    messages: tuple[dict[str, Any], ...]
+    """What the child said on its channel, in order."""
+    interrupted_at: float | None
+    kill_at: float | None
+    """When the SIGKILL was sent; None when the child went by itself."""
+    killed: tuple[str, ...]
+    """Processes that had to be killed, including what a child left behind."""
+    gone_at: float
+    abandoned: bool = False
+    """Whether this worker hung, so that the child was interrupted without it."""
+
+    @property
+    def killed_by(self) -> str | None:
+        """Name of the signal that ended the child, if one did."""
+        return signal.Signals(-self.exit_code).name if self.exit_code < 0 else None
+
+
+class Cancelled:
+    """The cancellation of one piece of work as its supervisor sees it: an event, and the strongest request so far."""
+
+    def __init__(self, current: Callable[[], Cancellation | None]) -> None:
+        self._current = current
+        self._event = asyncio.Event()
+        if current() is not None:
+            self._event.set()
+
+    def __bool__(self) -> bool:
+        return self._event.is_set()
+
+    @property
+    def cause(self) -> Cancellation:
+        """The strongest cancellation so far. A bare `Task.cancel()` counts as a shutdown of the worker."""
+        return self._current() or Cancellation(CancelKind.SHUTDOWN, "the worker's task was cancelled")
+
+    def by_shutdown(self) -> bool:
+        """Whether it has happened, and the worker's shutdown is all that asked for it."""
+        return bool(self) and self.cause.kind is CancelKind.SHUTDOWN
+
+    def note(self) -> None:
+        """Called when the task is cancelled."""
+        self._event.set()
+
+    async def wait(self) -> None:
+        """Until it happens."""
+        await self._event.wait()
+
+
+async def supervise(
+    processes: Processes, spec: ChildSpec, cancelled: Cancelled, observer: Observer, grace_s: Callable[[], float]
+) -> ChildEnd:
+    """Start the child and see it through; returns when its whole tree is gone. Raises `ChildStartFailed`.
+
+    Must run inside `shielded` with `cancelled.note` for its cancellation, so that no await in here can be torn and
+    a second `Task.cancel()` orphans nothing. `grace_s` is asked when the interrupt is due: it depends on the kind of
+    the cancellation.
+    """
+    child = await processes.fork(spec)
+    life = _Life(child, cancelled, observer)
+    try:
+        return await life.run(grace_s)
+    finally:
+        await child.close()
+
+
+class _Life:
+    def __init__(self, child: Child, cancelled: Cancelled, observer: Observer) -> None:
+        self._child = child
+        self._cancelled = cancelled
+        self._observer = observer
+        self._interrupted_at: float | None = None
+        self._kill_at: float | None = None
+
+    async def run(self, grace_s: Callable[[], float]) -> ChildEnd:
+        cancelled = asyncio.create_task(self._cancelled.wait(), name="await cancellation")
+        finished = asyncio.create_task(self._finished_but_stays(), name="await exit after finish")
+        live = asyncio.create_task(self._child.live(), name=f"live for child {self._child.pid}")
+        try:
+            happenings: set[asyncio.Future[Any]] = {self._child.exited, cancelled, finished}
+            await asyncio.wait(happenings, return_when=asyncio.FIRST_COMPLETED)
+            if not self._child.exited.done():
+                if cancelled.done():
+                    await self._interrupt_then_kill(grace_s())
+                else:
+                    self._kill(self._child.spec.grace_s)
+        finally:
+            for helper in (cancelled, finished):
+                helper.cancel()
+            await asyncio.wait({cancelled, finished})
+        killed = await self._child.gone
+        live.cancel()
+        await asyncio.wait({live})
+        return ChildEnd(
+            pid=self._child.pid,
+            exit_code=self._child.exited.result(),
+            messages=tuple(self._child.messages),
+            interrupted_at=self._interrupted_at,
+            kill_at=self._kill_at,
+            killed=killed,
+            gone_at=time(),
+            abandoned=self._child.abandoned,
+        )
+
+    async def _interrupt_then_kill(self, grace_s: float) -> None:
+        cause = self._cancelled.cause
+        # The child must know what this is before the signal comes: of a shutdown, the run may go on elsewhere.
+        intent = {"intent": cause.kind.name, "reason": cause.reason, "by": cause.requested_by}
+        self._child.send(intent | {"deadline": time() + grace_s})
+        self._interrupted_at = time()
+        self._observer.interrupting(self._child.pid, grace_s)  # first: the op answers within a millisecond
+        self._child.interrupt()
+        await asyncio.wait({self._child.exited}, timeout=grace_s)
+        # A run that waits for its steps, on whichever workers, has the time that they have; but not in a shutdown.
+        longer_s = self._child.patience_s - grace_s if cause.kind is not CancelKind.SHUTDOWN else 0
+        if not self._child.exited.done() and longer_s > 0:
+            await asyncio.wait({self._child.exited}, timeout=longer_s)
+        if not self._child.exited.done():
+            self._kill(time() - self._interrupted_at)
+
+    def _kill(self, waited_s: float) -> None:
+        logger.warning("child does not end; killing it", extra={"pid": self._child.pid, "waited_s": waited_s})
+        self._kill_at = time()
+        self._child.kill()
+        shields = [message["shield"] for message in self._child.messages if "shield" in message]
+        self._observer.killing(self._child.pid, waited_s, str(shields[-1]) if shields else None)
+
+    async def _finished_but_stays(self) -> None:
+        """Returns when the child has been done for longer than the grace and still lives (a thread that never ends)."""
+        await self._child.finished.wait()
+        await asyncio.sleep(self._child.spec.grace_s)

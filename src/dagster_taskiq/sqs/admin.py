@@ -1,0 +1,136 @@
+"""Queues as an operator sees them: create them, look at them; and who we are. Knows attributes, not messages."""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+import aioboto3
+
+from dagster_taskiq.errors import QueueMissing
+from dagster_taskiq.sqs.errors import translated
+
+if TYPE_CHECKING:
+    from types_aiobotocore_sqs import SQSClient
+from dagster_taskiq.queue_names import cancel_queue_url, is_fifo, queue_name, steps_queue_url
+from dagster_taskiq.sqs.probe import _WITHIN_S
+
+
+async def identity(region_name: str) -> str:
+    """The ARN of the credentials. Raises `AccessDenied` or another `QueueError` with the reason."""
+    with translated("AWS STS", region_name):
+        async with asyncio.timeout(_WITHIN_S), aioboto3.Session().client("sts", region_name=region_name) as sts:
+            return str((await sts.get_caller_identity())["Arn"])
+
+
+CANCEL_VISIBILITY_S: Final = 5
+CANCEL_RETENTION_S: Final = 600
+WORK_RETENTION_S: Final = 1_209_600
+"""Fourteen days, the longest that SQS allows: a message that it drops is a run that never starts."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStatus:
+    """One queue as it is now. Counts are SQS's approximations; `warnings` are sentences for a person."""
+
+    role: str
+    url: str
+    exists: bool
+    fifo: bool
+    visible: int = 0
+    in_flight: int = 0
+    delayed: int = 0
+    visibility_timeout_s: int = 0
+    retention_s: int = 0
+    has_redrive: bool = False
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The queue's name."""
+        return queue_name(self.url)
+
+
+def queue_urls(queue_url: str) -> Mapping[str, str]:
+    """Role to URL of the queues that belong together: work, steps, cancels."""
+    return {"work": queue_url, "steps": steps_queue_url(queue_url), "cancels": cancel_queue_url(queue_url)}
+
+
+async def create_queues(
+    client: "SQSClient", queue_url: str, *, visibility_timeout_s: int = 30, steps: bool = True
+) -> tuple[str, ...]:
+    """Create those of the queues that do not exist; existing ones are left as they are. Returns the names created."""
+    created = []
+    for role, url in queue_urls(queue_url).items():
+        if role == "steps" and not steps:
+            continue
+        with translated(url, client.meta.region_name):
+            try:
+                await client.get_queue_url(QueueName=queue_name(url))
+            except client.exceptions.QueueDoesNotExist:
+                attributes = _attributes(role, visibility_timeout_s, fifo=is_fifo(url))
+                await client.create_queue(QueueName=queue_name(url), Attributes=attributes)
+                created.append(queue_name(url))
+    return tuple(created)
+
+
+def _attributes(role: str, visibility_timeout_s: int, *, fifo: bool) -> dict[Any, str]:
+    attributes = {
+        "ReceiveMessageWaitTimeSeconds": "20",
+        "VisibilityTimeout": str(visibility_timeout_s),
+        "MessageRetentionPeriod": str(WORK_RETENTION_S),
+    }
+    if role == "cancels":
+        # No redrive policy: every hand-back counts as a receive, so a dead-letter queue would swallow live cancels.
+        attributes |= {"VisibilityTimeout": str(CANCEL_VISIBILITY_S), "MessageRetentionPeriod": str(CANCEL_RETENTION_S)}
+    if fifo:
+        attributes |= {
+            "FifoQueue": "true",
+            "DeduplicationScope": "messageGroup",
+            "FifoThroughputLimit": "perMessageGroupId",
+        }
+    return attributes
+
+
+async def queue_status(client: "SQSClient", queue_url: str) -> tuple[QueueStatus, ...]:
+    """What work, steps and cancel queue are like. A queue that does not exist is part of the answer, not an error."""
+    return tuple([await _status(client, role, url) for role, url in queue_urls(queue_url).items()])
+
+
+async def _status(client: "SQSClient", role: str, url: str) -> QueueStatus:
+    try:
+        with translated(url, client.meta.region_name):
+            answer = await client.get_queue_attributes(QueueUrl=url, AttributeNames=["All"])
+    except QueueMissing as error:
+        return QueueStatus(role, url, exists=False, fifo=is_fifo(url), warnings=(str(error),))
+    known: dict[Any, str] = dict(answer.get("Attributes", {}))
+    counts = {field: int(known.get(attribute, 0)) for attribute, field in _COUNTS.items()}
+    fifo, redrive = known.get("FifoQueue") == "true", bool(known.get("RedrivePolicy"))
+    status = QueueStatus(role, url, exists=True, fifo=fifo, has_redrive=redrive, warnings=(), **counts)
+    return replace(status, warnings=_warnings(status))
+
+
+_COUNTS: Final = {
+    "ApproximateNumberOfMessages": "visible",
+    "ApproximateNumberOfMessagesNotVisible": "in_flight",
+    "ApproximateNumberOfMessagesDelayed": "delayed",
+    "VisibilityTimeout": "visibility_timeout_s",
+    "MessageRetentionPeriod": "retention_s",
+}
+
+
+def _warnings(status: QueueStatus) -> tuple[str, ...]:
+    found = []
+    if status.fifo != is_fifo(status.url):
+        found.append(f"{status.name}: FIFO queues, and no others, have names that end in .fifo; sending will fail")
+    if status.role == "cancels" and status.has_redrive:
+        found.append(f"{status.name}: remove its RedrivePolicy; it swallows cancel messages that are handed on")
+    if status.role == "cancels" and status.visibility_timeout_s > 30:
+        found.append(
+            f"{status.name}: lower its VisibilityTimeout to {CANCEL_VISIBILITY_S} s; a lost poll hides cancels"
+        )
+    if status.role == "cancels" and status.retention_s > 3_600:
+        found.append(
+            f"{status.name}: lower its MessageRetentionPeriod to {CANCEL_RETENTION_S} s; old cancels only cost"
+        )
+    return tuple(found)

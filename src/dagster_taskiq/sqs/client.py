@@ -1,0 +1,69 @@
+"""SQS itself: clients, queue names, limits, queues, and what its errors mean. The only module that knows botocore.
+
+Knows nothing of taskiq, of what messages contain, or of who sends and receives.
+"""
+
+import asyncio
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Final
+
+import aioboto3
+from botocore.config import Config
+
+if TYPE_CHECKING:
+    from types_aiobotocore_sqs import SQSClient
+from dagster_taskiq.sqs.errors import translated
+
+MAX_BATCH: Final = 10
+
+
+class Connection:
+    """One warm client, opened at first use; it belongs to the event loop that is running then."""
+
+    def __init__(self, region: str | None, endpoint_url: str | None) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._region = region
+        self._endpoint_url = endpoint_url
+        self._opening = asyncio.Lock()
+        self._stack = AsyncExitStack()
+        self._client: SQSClient | None = None
+
+    async def client(self) -> "SQSClient":
+        """The client. Raises a `QueueError` when there is no region."""
+        async with self._opening:
+            if self._client is None:
+                config = Config(
+                    # Polls, renewals and cancels share one pool: with the default of 10, polls starve renewals.
+                    max_pool_connections=50,
+                    connect_timeout=3,
+                    read_timeout=30,  # must outlast the longest long poll, 20 s
+                    retries={"mode": "standard", "total_max_attempts": 3},
+                )
+                session = aioboto3.Session()
+                with translated("SQS", self._region):
+                    opening = session.client(
+                        "sqs", region_name=self._region, endpoint_url=self._endpoint_url, config=config
+                    )
+                    opened: SQSClient = await self._stack.enter_async_context(opening)
+                self._client = opened
+            return self._client
+
+    async def close(self) -> None:
+        """Close the client; the next use opens another one."""
+        async with self._opening:
+            self._client = None
+            await self._stack.aclose()
+
+
+WARM_UP: Final = "dagster_taskiq.sqs.client:warm_up"
+
+
+def warm_up() -> None:
+    """Import and load what making a client takes, without a request and without looking for credentials."""
+
+    async def make() -> None:
+        known = {"aws_access_key_id": "warm-up", "aws_secret_access_key": "warm-up", "region_name": "us-east-1"}
+        async with aioboto3.Session().client("sqs", **known):
+            pass
+
+    asyncio.run(make())

@@ -1,0 +1,119 @@
+"""What botocore and its transport raise, in our words and with the next step. Knows error codes, not requests."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+import aiohttp
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    CredentialRetrievalError,
+    NoCredentialsError,
+    NoRegionError,
+    ParamValidationError,
+    PartialCredentialsError,
+    TokenRetrievalError,
+)
+
+from dagster_taskiq.errors import (
+    AccessDenied,
+    DagsterTaskiqError,
+    LeaseLost,
+    MessageTooLarge,
+    QueueError,
+    QueueMissing,
+    QueueUnreachable,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+MAX_MESSAGE_BYTES: Final = 1_048_576
+# Error codes without their prefixes ("AWS.SimpleQueueService.", "com.amazonaws.sqs#").
+MISSING_CODES: Final = {"NonExistentQueue", "QueueDoesNotExist", "InvalidAddress"}
+_DENIED: Final = {
+    "AccessDenied",
+    "AccessDeniedException",
+    "InvalidClientTokenId",
+    "UnrecognizedClientException",
+    "SignatureDoesNotMatch",
+    "IncompleteSignature",
+    "InvalidSecurity",
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "MissingAuthenticationToken",
+    "OptInRequired",
+    "KmsAccessDenied",
+    "KMS.AccessDeniedException",
+}
+_THROTTLED: Final = {"Throttling", "ThrottlingException", "RequestThrottled", "OverLimit", "TooManyRequestsException"}
+LOST_CODES: Final = {"MessageNotInflight", "ReceiptHandleIsInvalid", "InvalidParameterValue"}
+_TOO_LARGE: Final = {"BatchRequestTooLong"}
+
+
+@contextmanager
+def translated(queue_url: str, region: str | None = None, *, receipt: bool = False) -> Iterator[None]:
+    """What botocore and its transport raise inside leaves as one of our errors, with the next step in its text.
+
+    `receipt`: the request names a receipt handle, so that a refusal of its parameters means a lost lease.
+    """
+    try:
+        yield
+    except ClientError as error:
+        raise _from_answer(error, queue_url, region, receipt=receipt) from error
+    except BotoCoreError as error:
+        raise _from_client(error, queue_url, region) from error
+    except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
+        raise QueueUnreachable(f"{queue_url}: no answer from SQS ({_line(error)}); check the network") from error
+
+
+def _from_answer(error: ClientError, url: str, region: str | None, *, receipt: bool) -> DagsterTaskiqError:
+    answer = error.response.get("Error", {})
+    code = re.split(r"[#]|SimpleQueueService\.", str(answer.get("Code", "")))[-1]
+    text = " ".join(str(answer.get("Message", "")).split())
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 400)
+    if code in MISSING_CODES:
+        where = f" in region {region}" if region else ""
+        return QueueMissing(
+            f"{url}: no such queue{where}; create it with 'dagster-taskiq queue create' or infra/queues.yaml"
+        )
+    if code in _DENIED or status in {401, 403}:
+        return AccessDenied(f"{url}: AWS refused {error.operation_name} ({code}: {text}); check the role's permissions")
+    if code in _THROTTLED or status >= 500:
+        return QueueUnreachable(f"{url}: SQS could not serve {error.operation_name} now ({code}); it is tried again")
+    if receipt and code in LOST_CODES:
+        return LeaseLost(f"{url}: the message is no longer ours ({code}: {text})")
+    if code in _TOO_LARGE or "shorter than" in text:
+        return MessageTooLarge(f"{url}: message over the SQS limit of {MAX_MESSAGE_BYTES:,} bytes ({text})")
+    if "MessageGroupId" in text or "MessageDeduplicationId" in text:
+        return QueueError(
+            f"{url}: FIFO and standard queue mixed up ({text}); the URL of a FIFO queue, and no other, ends in .fifo"
+        )
+    return QueueError(f"{url}: SQS refused {error.operation_name} ({code}: {text})")
+
+
+def _from_client(error: BotoCoreError, url: str, region: str | None) -> QueueError:
+    if isinstance(error, NoCredentialsError | PartialCredentialsError | CredentialRetrievalError | TokenRetrievalError):
+        return AccessDenied(
+            f"{url}: no usable AWS credentials ({_line(error)});"
+            " give the task an IAM role, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    if isinstance(error, NoRegionError):
+        return QueueError(f"{url}: no AWS region; set region_name in the configuration, or the variable AWS_REGION")
+    if isinstance(error, ParamValidationError):
+        return QueueError(f"{url}: not a valid request ({_line(error)})")
+    where = f" in region {region}" if region else ""
+    return QueueUnreachable(f"{url}: cannot reach SQS{where} ({_line(error)}); check the network and endpoint_url")
+
+
+def is_missing_permission(error: AccessDenied) -> bool:
+    """Whether the credentials are fine and only lack this permission."""
+    cause = error.__cause__
+    return isinstance(cause, ClientError) and str(cause.response["Error"].get("Code")).startswith("AccessDenied")
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

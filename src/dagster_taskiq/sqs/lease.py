@@ -1,0 +1,191 @@
+"""Keep one received message invisible, and settle it once. Knows time and three calls; not SQS, not what it means."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from logging import getLogger
+from typing import Final, Protocol
+
+from dagster_taskiq._shield import shielded
+from dagster_taskiq.errors import LeaseLost, QueueError
+from dagster_taskiq.sqs.settlement import Settlement
+
+logger = getLogger(__name__)
+
+MAX_LEASE_S: Final = 43_200
+"""SQS keeps a message invisible for twelve hours per receive; renewals do not extend that."""
+RENEWALS: Final = 4
+"""How often the visibility is renewed before it would run out. Derived from it, so that it cannot be set wrong."""
+_MARGIN_S: Final = 5
+_SHORT_S: Final = 1.0
+_DELETE_TRIES: Final = 5
+
+
+class LeaseCalls(Protocol):
+    """What a lease does to its message. Each may raise `LeaseLost`, or another `QueueError` that may pass."""
+
+    async def renew(self, timeout_s: int) -> None:
+        """Invisible for `timeout_s` from now."""
+
+    async def delete(self) -> None:
+        """Nobody shall receive it again."""
+
+    async def hand_back(self, delay_s: int) -> None:
+        """Visible to everybody after `delay_s`."""
+
+
+class Settle(Protocol):
+    """How to be rid of the message: a lease's `settle`."""
+
+    async def __call__(self, settlement: Settlement, delay_s: int = 0) -> None:
+        """Only the first call counts."""
+
+
+class Lease:
+    """One received message: renewed from receipt (`start`) until it is settled or lost.
+
+    Lost means: the queue says so, or the visibility has run out by our own clock. A lost lease never touches the
+    message again, because a stale receipt may free or delete what somebody else has received since.
+    """
+
+    def __init__(
+        self,
+        calls: LeaseCalls,
+        *,
+        visibility_timeout_s: float,
+        renew_every_s: float | None = None,
+        name: str = "message",
+        on_lost: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._calls = calls
+        self._visibility_timeout_s = visibility_timeout_s
+        self._renew_every_s = visibility_timeout_s / RENEWALS if renew_every_s is None else renew_every_s
+        self._name = name
+        self.about: Mapping[str, str | None] = {}
+        """What lines of the log about it shall say, once it is known what the message is."""
+        self._on_lost = on_lost
+        self._clock = clock
+        self._received_at = clock()
+        self._hidden_until = self._received_at + visibility_timeout_s
+        self._stop = asyncio.Event()
+        self._renewal: asyncio.Task[None] | None = None
+        self._failing = False
+        self._lost = False
+        self._settled = False
+
+    @property
+    def lost(self) -> bool:
+        """Whether the message is no longer ours."""
+        return self._lost
+
+    @property
+    def settled(self) -> bool:
+        """Whether settling has begun."""
+        return self._settled
+
+    def start(self) -> "Lease":
+        """Begin to renew. Renew from receipt, not from start of work: the clock also runs while the message waits."""
+        self._renewal = asyncio.create_task(self._keep(), name=f"renew lease of {self._name}")
+        return self
+
+    def when_lost(self, callback: Callable[[], None]) -> None:
+        """Call it once when the lease is lost; at once when it is lost already."""
+        self._on_lost = callback
+        if self._lost:
+            callback()
+
+    async def settle(self, settlement: Settlement, delay_s: int = 0) -> None:
+        """Be rid of the message; only the first call counts, and none after a loss. Never raises a `QueueError`.
+
+        Goes on to its end when the calling task is cancelled meanwhile.
+        """
+        if self._settled:
+            return
+        self._settled = True
+        await shielded(self._settle(settlement, delay_s), name=f"settle {self._name}")
+
+    async def _settle(self, settlement: Settlement, delay_s: int) -> None:
+        await self._stop_renewal()
+        if self._lost:
+            return
+        if settlement is Settlement.DELETE:
+            await self._delete()
+        elif settlement is Settlement.HAND_BACK:
+            try:
+                await self._calls.hand_back(delay_s)
+            except LeaseLost:
+                logger.info("message was gone when it was handed back", extra={"lease": self._name, **self.about})
+            except QueueError as error:
+                logger.warning("message could not be handed back; it returns by itself: %s", error)
+
+    async def _stop_renewal(self) -> None:
+        self._stop.set()
+        if self._renewal is None:
+            return
+        # Let a renewal under way arrive: overtaken by the hand-back, it would hide the message again.
+        await asyncio.wait({self._renewal}, timeout=3)
+        self._renewal.cancel()
+        await asyncio.wait({self._renewal})
+
+    async def _delete(self) -> None:
+        pause_s = 0.2
+        for tries_left in reversed(range(_DELETE_TRIES)):
+            try:
+                await self._calls.delete()
+            except LeaseLost as error:
+                logger.warning("finished message was gone when it was deleted: %s", error)
+            except QueueError as error:
+                if not tries_left or self._clock() + pause_s >= self._hidden_until:
+                    logger.error("finished message could not be deleted; it will be received again: %s", error)  # noqa: TRY400  the text says it all
+                    return
+                await asyncio.sleep(pause_s)
+                pause_s *= 2
+                continue
+            return
+
+    async def _keep(self) -> None:
+        try:
+            wait_s = self._renew_every_s
+            while not await self._stopped_within(min(wait_s, self._hidden_until - self._clock())):
+                wait_s = self._renew_every_s if await self._renew() else min(self._renew_every_s, _SHORT_S)
+                if self._clock() >= self._hidden_until:
+                    raise LeaseLost(f"{self._name}: its invisibility ran out")  # noqa: TRY301  one place for a loss
+        except LeaseLost as error:
+            self._lose(error)
+        except Exception as error:  # a renewal that broke leaves the message to others: that is a loss
+            logger.exception("lease renewal broke", extra={"lease": self._name, **self.about})
+            self._lose(error)
+
+    async def _renew(self) -> bool:
+        now = self._clock()
+        timeout_s = min(self._visibility_timeout_s, self._received_at + MAX_LEASE_S - _MARGIN_S - now)
+        if timeout_s < 1 <= self._visibility_timeout_s:
+            return True  # at the ceiling there is nothing to renew; what is left runs out
+        try:
+            async with asyncio.timeout(max(0.0, self._hidden_until - now)):
+                await self._calls.renew(int(timeout_s))
+        except LeaseLost:
+            raise
+        except (QueueError, TimeoutError) as error:
+            if not self._failing:
+                logger.warning("lease not renewed, trying again: %s", error, extra={"lease": self._name, **self.about})
+            self._failing = True
+            return False
+        self._failing = False
+        self._hidden_until = now + timeout_s
+        return True
+
+    async def _stopped_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(max(0.0, seconds)):
+                await self._stop.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _lose(self, error: Exception) -> None:
+        self._lost = True
+        logger.warning("lease lost: %s", error)
+        if self._on_lost is not None:
+            self._on_lost()

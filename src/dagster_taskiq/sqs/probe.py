@@ -1,0 +1,121 @@
+"""What AWS says to questions that change nothing: for `doctor`. Knows botocore; not what the answers mean.
+
+SQS has no dry run. But it refuses a message that is too large, and a handle that is none: so a refusal for that reason
+changes nothing, and where a policy forbids the call, the answer is AccessDenied instead. (A body with a character that
+SQS does not allow would be smaller; emulators take it, and then it is in the queue.)
+"""
+
+import asyncio
+import time
+import warnings
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import Any, Final
+
+import aioboto3
+from botocore.exceptions import BotoCoreError, ClientError
+
+from dagster_taskiq.errors import AccessDenied, DagsterTaskiqError, QueueMissing
+from dagster_taskiq.sqs.errors import MAX_MESSAGE_BYTES, is_missing_permission, translated
+
+_TOO_LARGE: Final = "x" * (MAX_MESSAGE_BYTES + 1)
+_NO_HANDLE: Final = "dagster-taskiq-doctor"
+_WITHIN_S: Final = 10.0
+Probe = Callable[[Any, str], Awaitable[Any]]
+
+
+async def _send(client: Any, url: str) -> None:
+    fifo = {"MessageGroupId": "doctor", "MessageDeduplicationId": "doctor"} if url.endswith(".fifo") else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # of aiohttp, that a body is large
+        await client.send_message(QueueUrl=url, MessageBody=_TOO_LARGE, **fifo)
+
+
+async def _receive(client: Any, url: str) -> None:
+    await client.receive_message(QueueUrl=url, MaxNumberOfMessages=11, WaitTimeSeconds=0)
+
+
+async def _delete(client: Any, url: str) -> None:
+    await client.delete_message(QueueUrl=url, ReceiptHandle=_NO_HANDLE)
+
+
+async def _change(client: Any, url: str) -> None:
+    await client.change_message_visibility(QueueUrl=url, ReceiptHandle=_NO_HANDLE, VisibilityTimeout=0)
+
+
+async def _attributes(client: Any, url: str) -> None:
+    await client.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn"])
+
+
+PROBES: Final[Mapping[str, Probe]] = {
+    "sqs:SendMessage": _send,
+    "sqs:ReceiveMessage": _receive,
+    "sqs:DeleteMessage": _delete,
+    "sqs:ChangeMessageVisibility": _change,
+    "sqs:GetQueueAttributes": _attributes,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class QueueFacts:
+    """One queue: its attributes, or why they are not known."""
+
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    error: DagsterTaskiqError | None = None
+    clock_ahead_s: float | None = None
+    """How much the clock of this machine is ahead of AWS's."""
+
+    @property
+    def exists(self) -> bool:
+        """False only when AWS says so."""
+        return not isinstance(self.error, QueueMissing)
+
+    @property
+    def known(self) -> bool:
+        """Whether there are attributes."""
+        return self.error is None
+
+
+async def look_at_queue(client: Any, url: str) -> QueueFacts:
+    """Read a queue's attributes."""
+    try:
+        with translated(url, client.meta.region_name):
+            async with asyncio.timeout(_WITHIN_S):
+                answer = await client.get_queue_attributes(QueueUrl=url, AttributeNames=["All"])
+    except DagsterTaskiqError as error:
+        return QueueFacts(error=error)
+    date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+    ahead_s = time.time() - parsedate_to_datetime(date).timestamp() if date else None
+    return QueueFacts(dict(answer.get("Attributes", {})), clock_ahead_s=ahead_s)
+
+
+async def may(client: Any, url: str, action: str) -> bool:
+    """Whether the credentials allow an action on a queue; True when it cannot be told."""
+    try:
+        with translated(url, client.meta.region_name):
+            async with asyncio.timeout(_WITHIN_S):
+                await PROBES[action](client, url)
+    except AccessDenied as error:
+        return not is_missing_permission(error)
+    except DagsterTaskiqError:
+        return True
+    return True
+
+
+async def has_credentials() -> bool:
+    """Whether there are any, wherever AWS's libraries look for them."""
+    try:
+        return await aioboto3.Session().get_credentials() is not None
+    except BotoCoreError:
+        return False
+
+
+async def bucket_error(bucket: str, region_name: str) -> str | None:
+    """Why a bucket cannot be used; None: it can be reached."""
+    try:
+        async with asyncio.timeout(_WITHIN_S), aioboto3.Session().client("s3", region_name=region_name) as s3:
+            await s3.head_bucket(Bucket=bucket)
+    except (ClientError, BotoCoreError, OSError) as error:
+        return " ".join(str(error).split())
+    return None

@@ -1,0 +1,1 @@
+"""What we keep in Dagster's own storage: engine events, claims, heartbeats, the state of steps."""

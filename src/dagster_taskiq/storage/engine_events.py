@@ -1,0 +1,289 @@
+"""The wording of every engine event of this package, in one place. Knows no storage.
+
+A terminated run reads: picked up by worker … · Requested Taskiq task cancellation. · cancellation reached worker …
+· interrupting pid …: SIGTERM · process tree gone after … s · RUN_CANCELED.
+"""
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from dagster_taskiq.cancellation.model import CancelChannel, Cancellation
+
+STAGE_KEY: Final = "dagster-taskiq/stage"
+WORKER_KEY: Final = "dagster-taskiq/worker"
+TASK_ID_KEY: Final = "dagster-taskiq/task_id"
+PATIENCE_KEY: Final = "dagster-taskiq/patience_s"
+WHY_KEY: Final = "why"
+REASON_KEY: Final = "reason"
+BY_KEY: Final = "requested by"
+HANDLER_KEY: Final = "handler"
+ATTEMPT_KEY: Final = "attempt"
+FAILED_KEY: Final = "failed"
+OF_KEY: Final = "of"
+RETRY_KEY: Final = "may be tried again"
+ENDED_KEY: Final = "step has said how it ended"
+_NAMED_STEPS: Final = 10
+
+UNKNOWN_AUTHOR: Final = "Dagster UI or API"
+TASK_ID_MISSING: Final = "Taskiq task ID missing; unable to cancel run task."
+CANCELLATION_REQUESTED: Final = "Requested Taskiq task cancellation."
+
+
+class Stage(enum.StrEnum):
+    """What an event tells, for programs; in the event's metadata under `dagster-taskiq/stage`."""
+
+    SUBMITTED = "submitted"
+    PICKED_UP = "picked_up"
+    RELEASED = "released"
+    REQUESTED = "requested"
+    NOT_REQUESTED = "not_requested"
+    REACHED = "reached"
+    INTERRUPTING = "interrupting"
+    KILLED = "killed"
+    TREE_GONE = "tree_gone"
+    FINISHED_ALL_THE_SAME = "finished_all_the_same"
+    LEFT_BEHIND = "left_behind"
+    MENDED = "mended"
+    FORWARDING = "forwarding"
+    STEPS_STOPPED = "steps_stopped"
+    WAITING_FOR_STEPS = "waiting_for_steps"
+    STEP_LOST = "step_lost"
+    CLEANUP_HANDLERS = "cleanup_handlers"
+    CLEANUP_BEGAN = "cleanup_began"
+    CLEANUP = "cleanup"
+    CLEANUP_ENDED = "cleanup_ended"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineEvent:
+    """One engine event to be. `at` is in seconds since the epoch; None: when it is written."""
+
+    stage: Stage
+    message: str
+    facts: Mapping[str, str | int | float] = field(default_factory=dict)
+    at: float | None = None
+    error: str | None = None
+
+
+def submitted(task_id: str, queue: str) -> EngineEvent:
+    """The launcher has sent the run to its queue."""
+    return EngineEvent(
+        Stage.SUBMITTED, f"Submitted to queue {queue} as task {task_id}", {TASK_ID_KEY: task_id, "queue": queue}
+    )
+
+
+def picked_up(worker_id: str, task_id: str, where: str) -> EngineEvent:
+    """The claim: its place in the event log decides who owns the run."""
+    return EngineEvent(
+        Stage.PICKED_UP, f"picked up by worker {worker_id} ({where})", {WORKER_KEY: worker_id, TASK_ID_KEY: task_id}
+    )
+
+
+def released(worker_id: str, task_id: str, why: str) -> EngineEvent:
+    """The worker gives its claim up."""
+    return EngineEvent(
+        Stage.RELEASED, f"released by worker {worker_id}: {why}", {WORKER_KEY: worker_id, TASK_ID_KEY: task_id}
+    )
+
+
+def requested(task_id: str, reason: str | None, requested_by: str) -> EngineEvent:
+    """The cancel message is on its way."""
+    facts: dict[str, str | int | float] = {TASK_ID_KEY: task_id, BY_KEY: requested_by}
+    if reason:
+        facts[REASON_KEY] = reason
+    return EngineEvent(Stage.REQUESTED, CANCELLATION_REQUESTED, facts)
+
+
+def cleanup_handlers(names: Sequence[str]) -> EngineEvent:
+    """What will have to be done should the run be cancelled."""
+    return EngineEvent(Stage.CLEANUP_HANDLERS, f"cleanup handlers, should the run be cancelled: {_listed(names)}")
+
+
+def cleanup_began(worker_id: str, names: Sequence[str]) -> EngineEvent:
+    """The work has stopped; what was cut short is being cleared up."""
+    return EngineEvent(
+        Stage.CLEANUP_BEGAN, f"cleaning up on worker {worker_id}: {_listed(names)}", {WORKER_KEY: worker_id}
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED_STEPS]) + (", …" if len(names) > _NAMED_STEPS else "")
+
+
+def cleanup(handler: str, attempt: int, seconds: float, error: str | None, then: str = "") -> EngineEvent:
+    """One attempt of one handler. `then`: what follows when it has failed."""
+    facts: dict[str, str | int | float] = {HANDLER_KEY: handler, ATTEMPT_KEY: attempt, "seconds": round(seconds, 3)}
+    how = f"(attempt {attempt}, {seconds:.1f} s{f'; {then}' if then else ''})"
+    if error is None:
+        return EngineEvent(Stage.CLEANUP, f'cleanup "{handler}" succeeded {how}', facts)
+    return EngineEvent(
+        Stage.CLEANUP, f'cleanup "{handler}" failed {how}: {error}', facts | {FAILED_KEY: error}, error=error
+    )
+
+
+def with_facts(note: EngineEvent, facts: Mapping[str, str | int | float]) -> EngineEvent:
+    """The same, and these facts."""
+    return replace(note, facts={**note.facts, **facts})
+
+
+def cleanup_ended(reasons: Sequence[str]) -> EngineEvent:
+    """All handlers have ended. `reasons`: of those that failed."""
+    if not reasons:
+        return EngineEvent(Stage.CLEANUP_ENDED, "cleanup finished")
+    facts = {FAILED_KEY: "\n".join(reasons)}
+    return EngineEvent(Stage.CLEANUP_ENDED, cleanup_failed(reasons), facts, error=cleanup_failed(reasons))
+
+
+def cleanup_failed(reasons: Sequence[str]) -> str:
+    """Why the run is a failure and not canceled."""
+    return f"cleanup failed: {'; '.join(reasons)}"
+
+
+def request_failed(error: str, status_poll_s: float) -> EngineEvent:
+    """The cancel message could not be sent; the other channel does the work."""
+    return EngineEvent(
+        Stage.NOT_REQUESTED,
+        "The cancel message could not be sent; the worker will see the run's status in the database within"
+        f" {status_poll_s:g} s of its own polling: {error}",
+        error=error,
+    )
+
+
+def no_task_id() -> EngineEvent:
+    """Nothing of ours can be running this."""
+    return EngineEvent(Stage.NOT_REQUESTED, TASK_ID_MISSING)
+
+
+def cancellation_disabled() -> EngineEvent:
+    """The configuration says that there is no cancellation."""
+    return EngineEvent(
+        Stage.NOT_REQUESTED,
+        "Cancellation is disabled (enable_cancellation: false); the run goes on. Enable it in the run launcher's"
+        " config_source, or remove DAGSTER_TASKIQ_ENABLE_CANCELLATION from the environment.",
+    )
+
+
+def reached(worker_id: str, cancellation: Cancellation) -> EngineEvent:
+    """The worker that runs it has heard of it."""
+    after = ""
+    if cancellation.requested_at is not None:
+        after = f" after {max(0, round((cancellation.received_at - cancellation.requested_at) * 1000))} ms"
+    how = f"attempt {cancellation.attempt}"
+    if cancellation.channel is not CancelChannel.CANCEL_QUEUE:
+        how = f"by {cancellation.channel.value}"
+    facts: dict[str, str | int | float] = {WORKER_KEY: worker_id, "kind": cancellation.kind.name}
+    if cancellation.reason:
+        facts[REASON_KEY] = cancellation.reason
+    if cancellation.requested_by:
+        facts[BY_KEY] = cancellation.requested_by
+    what = "cancellation" if cancellation.kind.name == "REQUESTED" else f"{cancellation.kind.name.lower()}"
+    return EngineEvent(
+        Stage.REACHED, f"{what} reached worker {worker_id}{after} ({how})", facts, cancellation.received_at
+    )
+
+
+def interrupting(pid: int, grace_s: float, at: float) -> EngineEvent:
+    """SIGTERM."""
+    return EngineEvent(
+        Stage.INTERRUPTING, f"interrupting pid {pid}: SIGTERM, then {grace_s:g} s of grace", {"pid": pid}, at
+    )
+
+
+def killed(pid: int, waited_s: float, shield: str | None, at: float) -> EngineEvent:
+    """SIGKILL. `shield`: in which it was."""
+    inside = f" (inside the shield {shield!r})" if shield is not None else ""
+    facts: dict[str, str | int | float] = {"pid": pid}
+    if shield is not None:
+        facts["shield"] = shield
+    return EngineEvent(
+        Stage.KILLED,
+        f"pid {pid} did not end within {waited_s:.3g} s{inside}: SIGKILL to its whole process tree",
+        facts,
+        at,
+    )
+
+
+def tree_gone(
+    after_s: float | None, killed_processes: tuple[str, ...], at: float, *, ended: bool | None = None
+) -> EngineEvent:
+    """Proof of stop. `after_s`: since the interrupt, if there was one.
+
+    `ended` is for steps only: whether the step has said how it ended; if not, `step_lost` follows.
+    """
+    after = f" after {after_s:.3f} s" if after_s is not None else ""
+    what = f"; had to kill {', '.join(killed_processes)}" if killed_processes else ""
+    facts: dict[str, str | int | float] = {}
+    if after_s is not None:
+        facts["seconds"] = after_s
+    if ended is not None:
+        facts[ENDED_KEY] = int(ended)
+    return EngineEvent(Stage.TREE_GONE, f"process tree gone{after}{what}", facts, at)
+
+
+def left_behind(killed_processes: tuple[str, ...]) -> EngineEvent:
+    """The run ended and left processes that did not."""
+    return EngineEvent(
+        Stage.LEFT_BEHIND, f"the run left processes behind, which were killed: {', '.join(killed_processes)}"
+    )
+
+
+def finished_all_the_same() -> EngineEvent:
+    """The cancellation came too late to stop anything."""
+    return EngineEvent(
+        Stage.FINISHED_ALL_THE_SAME, "the run had finished its work before the interrupt could take hold: SUCCESS"
+    )
+
+
+def mended(what: str) -> EngineEvent:
+    """A late writer had overwritten the final state."""
+    return EngineEvent(Stage.MENDED, f"{what}: restoring the final state")
+
+
+def step_submitted(task_id: str, queue: str) -> EngineEvent:
+    """The executor has sent a step to its queue."""
+    return EngineEvent(
+        Stage.SUBMITTED, f"Submitted to queue {queue} as task {task_id}", {TASK_ID_KEY: task_id, "queue": queue}
+    )
+
+
+def forwarding(steps: Sequence[str], patience_s: float) -> EngineEvent:
+    """The run is being stopped, and its executor passes it on to the steps that are at work."""
+    which = f" ({_listed(steps)})" if steps else ""
+    return EngineEvent(
+        Stage.FORWARDING,
+        f"forwarding the interrupt to {len(steps)} steps{which}; waiting for them to stop, at most {patience_s:g} s",
+        {"steps": len(steps), PATIENCE_KEY: patience_s},
+    )
+
+
+def steps_stopped(steps: int, after_s: float) -> EngineEvent:
+    """All steps that were at work have stopped."""
+    return EngineEvent(Stage.STEPS_STOPPED, f"{steps} steps stopped after {after_s:.3f} s", {"steps": steps})
+
+
+def steps_not_stopped(steps: Sequence[str], waited_s: float) -> EngineEvent:
+    """The bound was hit."""
+    return EngineEvent(
+        Stage.STEPS_STOPPED,
+        f"{len(steps)} steps had not stopped after {waited_s:.1f} s and are no longer waited for; their workers stop"
+        f" them as soon as they see that the run is over: {', '.join(steps[:_NAMED_STEPS])}",
+        {"steps": len(steps)},
+        error="not all steps have stopped",
+    )
+
+
+def waiting_for_steps(steps: Sequence[str]) -> EngineEvent:
+    """All steps have ended, but not yet all of their processes."""
+    return EngineEvent(
+        Stage.WAITING_FOR_STEPS,
+        f"waiting for {len(steps)} steps to run their hooks and to give back their resources: {_listed(steps)}",
+        {"steps": len(steps)},
+    )
+
+
+def step_lost(worker_id: str, task_id: str, why: str, *, retry: bool) -> EngineEvent:
+    """The step's process is gone and has not said how the step ended; its run decides what follows."""
+    facts: dict[str, str | int | float] = {WORKER_KEY: worker_id, TASK_ID_KEY: task_id, WHY_KEY: why, RETRY_KEY: retry}
+    return EngineEvent(Stage.STEP_LOST, f"step lost on worker {worker_id}: {why}", facts)

@@ -1,0 +1,115 @@
+"""What is new in a run's event log? Knows Dagster's event log, and nothing else. Calls block on the database."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun
+
+from dagster_taskiq.dagster_compat.api import EngineEventData
+from dagster_taskiq.dagster_compat.execution import error_info
+from dagster_taskiq.dagster_compat.retry import retry_storage
+from dagster_taskiq.dagster_compat.storage import event_of, events_of_step
+from dagster_taskiq.storage.engine_events import (
+    STAGE_KEY,
+    TASK_ID_KEY,
+    EngineEvent,
+    Stage,
+)
+
+_PAGE: Final = 1000
+_EVERY_KIND: Final = set(DagsterEventType)
+
+
+class RunLog:
+    """The run's event log, from where it was last read.
+
+    On PostgreSQL ids are given before events are committed, so one with a smaller id can appear after one with a
+    larger id has been read. Therefore it is read again now and then from a little earlier.
+    """
+
+    def __init__(self, instance: DagsterInstance, run_id: str) -> None:
+        self._instance = instance
+        self._run_id = run_id
+        self._cursor: str | None = None
+        self._checkpoint: str | None = None
+        self._seen: set[int] = set()
+        self._seen_before: set[int] = set()
+
+    def new_events(self) -> Iterator[DagsterEvent]:
+        """What has been written since."""
+        while True:
+            page = retry_storage(
+                lambda: self._instance.get_records_for_run(
+                    self._run_id, self._cursor, of_type=_EVERY_KIND, limit=_PAGE
+                ),
+                "read the event log",
+            )
+            self._cursor = page.cursor
+            yield from self._unseen(page.records)
+            if not page.has_more:
+                return
+
+    def look_again(self) -> None:
+        """Have the next `new_events` begin where the log had been read at the last call of this."""
+        self._cursor, self._checkpoint = self._checkpoint, self._cursor
+        self._seen_before, self._seen = self._seen, set()
+
+    def _unseen(self, records: Sequence[Any]) -> Iterator[DagsterEvent]:
+        for record in records:
+            if record.storage_id not in self._seen and record.storage_id not in self._seen_before:
+                self._seen.add(record.storage_id)
+                event = event_of(record.event_log_entry)
+                if event is not None:
+                    yield event
+
+
+_STAGES: Final = frozenset(Stage)
+
+
+@dataclass(frozen=True, slots=True)
+class StepRef:
+    """One attempt of one step: the key of the step and the task id of the attempt."""
+
+    step_key: str
+    task_id: str
+
+
+def append_event(instance: DagsterInstance, run: DagsterRun, note: EngineEvent, step_key: str | None = None) -> None:
+    """Append one engine event to the run's log, with the time at which it happened."""
+    error = error_info(note.error) if note.error else None
+    data = EngineEventData(metadata={STAGE_KEY: note.stage.value, **note.facts}, error=error)
+    event = DagsterEvent(
+        event_type_value=DagsterEventType.ENGINE_EVENT.value,
+        job_name=run.job_name,
+        message=note.message,
+        event_specific_data=data,
+        step_key=step_key,
+    )
+    instance.report_dagster_event(event, run.run_id, timestamp=note.at)
+
+
+def parse_event(event: DagsterEvent) -> tuple[Stage, dict[str, Any]] | None:
+    """Stage and metadata, if the event is one of this package's."""
+    metadata = getattr(event.event_specific_data, "metadata", None) if event.is_engine_event else None
+    if not metadata or STAGE_KEY not in metadata or metadata[STAGE_KEY].value not in _STAGES:
+        return None
+    values = {key: value.value for key, value in metadata.items()}
+    return Stage(values[STAGE_KEY]), values
+
+
+def read_engine_events(
+    instance: DagsterInstance, run_id: str, step: StepRef | None = None
+) -> Iterator[tuple[Stage, dict[str, Any]]]:
+    """Stage and metadata of this package's engine events in the run's log, in order: the run's own, or one step's."""
+    if step is not None:
+        for event in events_of_step(instance, run_id, step.step_key, [DagsterEventType.ENGINE_EVENT]):
+            note = parse_event(event)
+            if note is not None and note[1].get(TASK_ID_KEY) == step.task_id:
+                yield note
+        return
+    for entry in instance.all_logs(run_id, of_type=DagsterEventType.ENGINE_EVENT):
+        event_ = event_of(entry)
+        note = parse_event(event_) if event_ is not None and event_.step_key is None else None
+        if note is not None:
+            yield note

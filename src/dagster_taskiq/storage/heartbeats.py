@@ -1,0 +1,135 @@
+"""Which workers are alive? A heartbeat is a value in Dagster's key-value storage, written by its worker only.
+
+Knows that storage and time; not runs, not SQS, not processes. All calls block on the database.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any, Final
+
+from dagster import DagsterInstance
+
+from dagster_taskiq.dagster_compat.storage import delete_values, put_value, values_under
+from dagster_taskiq.settings import Settings
+
+_PREFIX: Final = "dagster-taskiq/heartbeat/"
+_FORGOTTEN_AFTER_S: Final = 7 * 24 * 3_600
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """The last one of a worker. `at` is by that worker's clock, in seconds since the epoch."""
+
+    worker_id: str
+    at: float
+    gone: bool
+    facts: Mapping[str, Any]
+
+
+class Heartbeats:
+    """Reads and writes heartbeats, and judges them.
+
+    An old heartbeat alone does not make a dead worker: when the database comes back after an outage all of them are
+    old, and the clocks of two machines may differ. So dead is who said that it is gone, or whose heartbeat is older
+    than `dead_after_s` *and* still the same `confirm_s` after it was first seen to be so, by this process's own clock.
+    A look that failed in between counts for nothing, and the waiting begins anew. Therefore keep the object.
+    """
+
+    def __init__(
+        self,
+        instance: DagsterInstance,
+        dead_after_s: float,
+        confirm_s: float,
+        *,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._instance = instance
+        self._dead_after_s = dead_after_s
+        self._confirm_s = confirm_s
+        self._clock = clock
+        self._monotonic = monotonic
+        self._suspects: dict[str, tuple[str | None, float]] = {}
+        self._lock = Lock()
+
+    @classmethod
+    def of_runs(cls, instance: DagsterInstance, settings: Settings) -> "Heartbeats":
+        """Judged so that a dead worker's run is taken over when its message comes again."""
+        return cls(instance, settings.dead_after_s, settings.death_confirmed_after_s)
+
+    @classmethod
+    def of_steps(cls, instance: DagsterInstance, settings: Settings) -> "Heartbeats":
+        """Judged later, so that a dead worker's children are gone before a step is tried again."""
+        return cls(instance, settings.step_lost_after_s, settings.death_confirmed_after_s)
+
+    @property
+    def confirm_s(self) -> float:
+        """How long to wait before looking again at a worker that is in doubt."""
+        return self._confirm_s
+
+    def beat(self, worker_id: str, facts: Mapping[str, Any] | None = None) -> None:
+        """Say that the worker is alive, and what else is to be known of it."""
+        self._write(worker_id, {"at": self._clock(), **(facts or {})})
+
+    def gone(self, worker_id: str) -> None:
+        """Say that the worker has ended, so that nobody waits for its heartbeat to grow old."""
+        self._write(worker_id, {"at": self._clock(), "gone": True})
+
+    def alive(self, worker_ids: Iterable[str]) -> set[str]:
+        """Those that are alive, or not yet known to be dead."""
+        alive, in_doubt = self.look(worker_ids)
+        return alive | in_doubt
+
+    def look(self, worker_ids: Iterable[str]) -> tuple[set[str], set[str]]:
+        """Those that are alive, and those in doubt, for whom another look after `confirm_s` may tell."""
+        wanted = set(worker_ids)
+        if not wanted:
+            return set(), set()
+        try:
+            found = self._instance.daemon_cursor_storage.get_cursor_values({_PREFIX + name for name in wanted})
+        except Exception:
+            with self._lock:
+                self._suspects.clear()
+            raise
+        verdicts = {name: self._judge(name, found.get(_PREFIX + name)) for name in wanted}
+        return {name for name in wanted if verdicts[name] == "alive"}, {
+            name for name in wanted if verdicts[name] == "in doubt"
+        }
+
+    def last(self) -> list[Heartbeat]:
+        """The last heartbeat of every worker, also of those that are gone, for as long as it is remembered."""
+        return [_heartbeat(key, value) for key, value in values_under(self._instance, _PREFIX).items()]
+
+    def forget_the_long_dead(self) -> None:
+        """Delete the heartbeats of workers that have not been heard of for a week."""
+        oldest = self._clock() - _FORGOTTEN_AFTER_S
+        delete_values(self._instance, [_PREFIX + last.worker_id for last in self.last() if last.at < oldest])
+
+    def _judge(self, worker_id: str, value: str | None) -> str:
+        last = _heartbeat(_PREFIX + worker_id, value) if value is not None else None
+        with self._lock:
+            if last is not None and last.gone:
+                return "dead"
+            # One from the future is as little to be trusted as one from the past.
+            if last is not None and abs(self._clock() - last.at) < self._dead_after_s:
+                self._suspects.pop(worker_id, None)
+                return "alive"
+            now = self._monotonic()
+            before, since = self._suspects.get(worker_id, (value, now))
+            if before != value:  # whatever its clock says, it has written
+                self._suspects[worker_id] = (value, now)
+                return "alive"
+            self._suspects[worker_id] = (value, since)
+            return "dead" if now - since >= self._confirm_s else "in doubt"
+
+    def _write(self, worker_id: str, value: Mapping[str, Any]) -> None:
+        put_value(self._instance, _PREFIX + worker_id, json.dumps(value))
+
+
+def _heartbeat(key: str, value: str) -> Heartbeat:
+    facts = json.loads(value)
+    at, gone = float(facts.pop("at")), bool(facts.pop("gone", False))
+    return Heartbeat(key.removeprefix(_PREFIX), at, gone, facts)

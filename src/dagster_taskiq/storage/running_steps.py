@@ -1,0 +1,79 @@
+"""Which steps of a run are being worked on, and by which worker? From the run's event log alone."""
+
+from dataclasses import dataclass, field
+
+from dagster import DagsterEvent, DagsterEventType, DagsterInstance
+
+from dagster_taskiq.dagster_compat.storage import event_of
+from dagster_taskiq.storage.engine_events import ENDED_KEY, TASK_ID_KEY, WORKER_KEY, Stage
+from dagster_taskiq.storage.event_log import parse_event
+
+
+@dataclass(slots=True)
+class _Attempt:
+    step_key: str
+    claimants: dict[str, None] = field(default_factory=dict)
+    """Workers that have claimed it and not released it, in the order of their claims."""
+    over_on: set[str] = field(default_factory=set)
+    """Workers that are done with it."""
+
+
+class RunningSteps:
+    """Which attempts of a run's steps are at work on which worker, as its event log tells it.
+
+    An attempt is at work until its worker says that its processes are gone. The step's last event comes before that:
+    hooks, and resources that are given back, come after it. In whichever order the log is read, the outcome is the
+    same, for PostgreSQL may show an earlier event after a later one.
+    """
+
+    def __init__(self) -> None:
+        self._attempts: dict[str, _Attempt] = {}
+        self._open: dict[str, _Attempt] = {}
+
+    @property
+    def workers(self) -> dict[str, str]:
+        """Task id to worker: the first claimant, for a later one gives way."""
+        return {task_id: next(iter(attempt.claimants)) for task_id, attempt in self._open.items()}
+
+    @property
+    def step_keys(self) -> dict[str, str]:
+        """Task id to step key."""
+        return {task_id: attempt.step_key for task_id, attempt in self._open.items()}
+
+    def handle_event(self, event: DagsterEvent) -> None:
+        """Take in the next event of the log."""
+        note = parse_event(event) if event.step_key is not None else None
+        if note is None or event.step_key is None:
+            return
+        stage, facts = note
+        worker_id, task_id = str(facts.get(WORKER_KEY)), str(facts.get(TASK_ID_KEY))
+        attempt = self._attempts.setdefault(task_id, _Attempt(event.step_key))
+        if stage is Stage.PICKED_UP:
+            attempt.claimants.setdefault(worker_id)
+        elif stage is Stage.RELEASED:
+            attempt.claimants.pop(worker_id, None)
+        elif stage is Stage.STEP_LOST or (stage is Stage.TREE_GONE and facts.get(ENDED_KEY)):
+            attempt.over_on.add(worker_id)
+        else:
+            return
+        at_work_on = next(iter(attempt.claimants), None)
+        if at_work_on is None or at_work_on in attempt.over_on:
+            self._open.pop(task_id, None)
+        else:
+            self._open[task_id] = attempt
+
+    def close(self, task_id: str) -> None:
+        """It is no longer at work: its worker is dead."""
+        attempt = self._open.pop(task_id, None)
+        if attempt is not None:
+            attempt.over_on.update(attempt.claimants)
+
+
+def running_steps(instance: DagsterInstance, run_id: str) -> RunningSteps:
+    """The steps of a run that are at work, as far as its log knows: the worker of one may have died since."""
+    found = RunningSteps()
+    for entry in instance.all_logs(run_id, of_type=DagsterEventType.ENGINE_EVENT):
+        event = event_of(entry)
+        if event is not None:
+            found.handle_event(event)
+    return found

@@ -1,0 +1,87 @@
+"""Which state of a run is the true one where somebody wrote too late, and how it is given back.
+
+Knows the events that set the status of a run; not who writes them, or how a run ends. The reasons are in
+docs/decisions/003: Dagster's transitions are unguarded, so whoever has written looks at the log afterwards.
+All calls block on the database.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus
+
+from dagster_taskiq.dagster_compat.storage import event_of
+from dagster_taskiq.storage.engine_events import mended
+from dagster_taskiq.storage.event_log import append_event
+
+_STATUS_AFTER: Final = {
+    DagsterEventType.RUN_SUCCESS: DagsterRunStatus.SUCCESS,
+    DagsterEventType.RUN_FAILURE: DagsterRunStatus.FAILURE,
+    DagsterEventType.RUN_CANCELED: DagsterRunStatus.CANCELED,
+}
+_TERMINAL: Final = set(_STATUS_AFTER)
+_SETS_A_STATUS: Final = _TERMINAL | {
+    DagsterEventType.RUN_ENQUEUED,
+    DagsterEventType.RUN_STARTING,
+    DagsterEventType.RUN_START,
+    DagsterEventType.RUN_CANCELING,
+}
+_STATUS_PATIENCE_S: Final = 1.0
+_LOOK_EVERY_S: Final = 0.02
+
+
+def terminal_events(instance: DagsterInstance, run_id: str) -> list[DagsterEventType]:
+    """The terminal events of a run in its log, in order."""
+    return _events(instance, run_id, _TERMINAL)
+
+
+def true_status(history: Sequence[DagsterEventType]) -> DagsterRunStatus:
+    """CANCELED if there ever was one, whatever came after it; otherwise what the first terminal event says."""
+    return _STATUS_AFTER[_true_event(history)]
+
+
+def restore(instance: DagsterInstance, run: DagsterRun, history: Sequence[DagsterEventType]) -> DagsterRunStatus:
+    """Write the true one of these terminal events again; returns the status that the run has by it.
+
+    Not where it is the last word of the log and its status follows within a second: Dagster writes the event first
+    and then the status, and its writer may be between the two.
+    """
+    true, status = _true_event(history), true_status(history)
+    if _events(instance, run.run_id, _SETS_A_STATUS)[-1:] == [true] and _has_or_gets(instance, run.run_id, status):
+        return status
+    append_event(instance, run, mended(f"the run is {status.value}, and a late event made it {run.status.value}"))
+    event = DagsterEvent(true.value, run.job_name, message=f"The run stays {status.value}.")
+    instance.report_dagster_event(event, run.run_id)
+    return status
+
+
+def repair_late_canceling(instance: DagsterInstance, run_id: str) -> DagsterRunStatus | None:
+    """After a RUN_CANCELING was written: was the run over by then? If so, restore its state and say which it is.
+
+    Between reading a run's status and writing CANCELING it may have ended, and then nobody would ever finish it.
+    """
+    history = terminal_events(instance, run_id)
+    run = instance.get_run_by_id(run_id) if history else None
+    if run is None or run.status is not DagsterRunStatus.CANCELING:
+        return None
+    return restore(instance, run, history)
+
+
+def _true_event(history: Sequence[DagsterEventType]) -> DagsterEventType:
+    return DagsterEventType.RUN_CANCELED if DagsterEventType.RUN_CANCELED in history else history[0]
+
+
+def _events(instance: DagsterInstance, run_id: str, of: set[DagsterEventType]) -> list[DagsterEventType]:
+    events = [event_of(entry) for entry in instance.all_logs(run_id, of_type=of)]
+    return [event.event_type for event in events if event is not None]
+
+
+def _has_or_gets(instance: DagsterInstance, run_id: str, status: DagsterRunStatus) -> bool:
+    """Whether the run has that status within a second; a run that is deleted meanwhile needs none."""
+    until = time.monotonic() + _STATUS_PATIENCE_S
+    while (run := instance.get_run_by_id(run_id)) is not None and run.status is not status:
+        if time.monotonic() > until:
+            return False
+        time.sleep(_LOOK_EVERY_S)
+    return True

@@ -1,0 +1,63 @@
+"""Where the state of ops is kept: Dagster's key-value storage. Knows that; not who reads or writes it."""
+
+import hashlib
+import time
+from collections.abc import Callable
+from typing import Final
+
+from dagster import DagsterInstance
+
+from dagster_taskiq.cancellation.state import State
+from dagster_taskiq.dagster_compat.retry import retry_storage
+from dagster_taskiq.dagster_compat.storage import delete_values, put_value, values_under
+
+_PREFIX: Final = "dagster-taskiq/state/"
+_KEPT_AFTER_THE_END_S: Final = 7 * 86_400
+"""So long a cleanup can be tried again by hand; and an op that failed for good has left its state until then."""
+
+
+def state_of(
+    instance: DagsterInstance, run_id: str, step_key: str, saved: Callable[[], object] = lambda: None
+) -> State:
+    """The state of one step, whichever of its attempts has written it. `saved` is called after each change."""
+    key = _key(run_id, step_key)
+
+    def load() -> str | None:
+        return retry_storage(lambda: instance.daemon_cursor_storage.get_cursor_values({key}).get(key), "read a state")
+
+    def save(text: str) -> None:
+        retry_storage(lambda: put_value(instance, key, text), "write a state")
+        saved()
+
+    return State(load, save)
+
+
+def forget_states(instance: DagsterInstance, run_id: str, step_key: str | None = None) -> None:
+    """Delete those of a run, or that of one step."""
+
+    def forget() -> None:
+        keys = [_key(run_id, step_key)] if step_key is not None else [*values_under(instance, _of_run(run_id))]
+        delete_values(instance, keys)
+
+    # Raised inside an op that has just succeeded, an outage would have it fail.
+    retry_storage(forget, "delete states")
+
+
+def forget_old_states(instance: DagsterInstance, now: Callable[[], float] = time.time) -> None:
+    """Delete those of runs that are over for a week, or deleted."""
+    keys: dict[str, list[str]] = {}
+    for key in values_under(instance, _PREFIX):
+        keys.setdefault(key.removeprefix(_PREFIX).partition("/")[0], []).append(key)
+    for run_id, its_keys in keys.items():
+        record = instance.get_run_record_by_id(run_id)
+        ended = record.end_time if record is not None else 0
+        if ended is not None and now() - ended > _KEPT_AFTER_THE_END_S:
+            delete_values(instance, its_keys)
+
+
+def _of_run(run_id: str) -> str:
+    return f"{_PREFIX}{run_id}/"
+
+
+def _key(run_id: str, step_key: str) -> str:
+    return _of_run(run_id) + hashlib.blake2s(step_key.encode(), digest_size=8).hexdigest()

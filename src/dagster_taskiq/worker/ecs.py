@@ -1,0 +1,198 @@
+"""The ECS agent beside a container: who we are, and the protection from scale-in while there is work.
+
+Knows the agent's two endpoints; not what the work is. Nothing stops because the agent does not answer.
+https://docs.aws.amazon.com/AmazonECS/latest/developerguide/task-scale-in-protection-endpoint.html
+https://docs.aws.amazon.com/AmazonECS/latest/developerguide/task-metadata-endpoint-v4.html
+"""
+
+import asyncio
+import json
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+
+import aiohttp
+
+from dagster_taskiq.errors import DagsterTaskiqError
+from dagster_taskiq.metrics import METADATA_VARIABLE
+
+logger = logging.getLogger(__name__)
+
+AGENT_VARIABLE: Final = "ECS_AGENT_URI"
+PROTECTED_FOR_MIN: Final = 60
+"""After that ECS takes the protection away by itself, from a worker that hangs; it is renewed twice before."""
+_TIMEOUT: Final = aiohttp.ClientTimeout(total=5)
+_LINGER_S: Final = 10.0
+_LOOK_EVERY_S: Final = 0.5
+_FIRST_PAUSE_S: Final = 1.0
+_LONGEST_PAUSE_S: Final = 60.0
+_NO_SERVICE: Final = "TASK_NOT_VALID"
+"""The task belongs to no service, so nobody scales it in."""
+
+
+class AgentRefused(DagsterTaskiqError):
+    """The agent did not do it. `code` is the reason that it gave, or the error's name."""
+
+    def __init__(self, code: str, text: str) -> None:
+        self.code = code
+        super().__init__(f"{code}: {text}" if text else code)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """The ECS task that this container is a part of."""
+
+    arn: str
+    cluster: str
+    family: str
+    availability_zone: str
+
+    @property
+    def task_id(self) -> str:
+        """The last part of the ARN."""
+        return self.arn.rpartition("/")[2]
+
+    @property
+    def name(self) -> str:
+        """For a worker: "loaders-9c1f27aa", of family and task."""
+        return f"{self.family}-{self.task_id[:8]}"
+
+    @property
+    def where(self) -> str:
+        """For the events of runs."""
+        cluster = self.cluster.rpartition("/")[2]
+        return f"ecs task {self.task_id} in cluster {cluster}"
+
+
+class Agent:
+    """The agent's endpoints; each call opens a connection of its own."""
+
+    def __init__(self, *, agent_uri: str | None, metadata_uri: str | None) -> None:
+        self._agent_uri = agent_uri
+        self._metadata_uri = metadata_uri
+
+    @classmethod
+    def here(cls, environ: Mapping[str, str] = os.environ) -> "Agent":
+        """As the agent has told this container by its environment."""
+        return cls(agent_uri=environ.get(AGENT_VARIABLE), metadata_uri=environ.get(METADATA_VARIABLE))
+
+    @property
+    def can_protect(self) -> bool:
+        """Whether there is an endpoint for it."""
+        return self._agent_uri is not None
+
+    async def task(self) -> Task | None:
+        """Who we are; None outside of ECS, and when the agent does not tell."""
+        if self._metadata_uri is None:
+            return None
+        try:
+            found = await self._ask("GET", f"{self._metadata_uri}/task")
+            return Task(
+                arn=str(found["TaskARN"]),
+                cluster=str(found.get("Cluster", "")),
+                family=str(found.get("Family", "task")),
+                availability_zone=str(found.get("AvailabilityZone", "")),
+            )
+        except (AgentRefused, KeyError) as error:
+            logger.warning("the ECS agent does not tell which task this is: %s", error)
+            return None
+
+    async def protect(self, minutes: int = PROTECTED_FOR_MIN) -> None:
+        """Keep ECS from scaling this task in, for so long. Raises `AgentRefused`."""
+        await self._set({"ProtectionEnabled": True, "ExpiresInMinutes": minutes})
+
+    async def unprotect(self) -> None:
+        """Let ECS scale this task in. Raises `AgentRefused`."""
+        await self._set({"ProtectionEnabled": False})
+
+    async def _set(self, state: Mapping[str, Any]) -> None:
+        answer = await self._ask("PUT", f"{self._agent_uri}/task-protection/v1/state", state)
+        # A refusal can come with any HTTP status: what counts is the body.
+        if "failure" in answer:
+            failure = answer["failure"]
+            raise AgentRefused(str(failure.get("Reason", "failure")), str(failure.get("Detail", "")))
+        if "protection" not in answer:
+            error = answer.get("error", {})
+            raise AgentRefused(str(error.get("Code", "no answer")), str(error.get("Message", "")))
+
+    async def _ask(self, method: str, url: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        try:
+            async with (
+                aiohttp.ClientSession(timeout=_TIMEOUT) as session,
+                session.request(method, url, json=body) as response,
+            ):
+                answer = json.loads(await response.text())
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            raise AgentRefused(type(error).__name__, str(error)) from error
+        if not isinstance(answer, dict):
+            raise AgentRefused("no answer", f"not an object: {str(answer)[:100]}")
+        return answer
+
+
+class Protection:
+    """Keeps the task protected from scale-in as long as there is work, and for a moment after.
+
+    Does not help against the end of a Spot instance, or a deployment that was forced.
+    """
+
+    def __init__(self, agent: Agent, is_busy: Callable[[], bool]) -> None:
+        self._agent = agent
+        self._is_busy = is_busy
+        self._until = 0.0
+        self._asked = False
+        """Whether it may be on: also when the answer never came."""
+        self._busy_at = 0.0
+        self._failures = 0
+        self._is_of_no_service = False
+
+    async def run(self) -> NoReturn:
+        """Until cancelled; then the protection is let go."""
+        try:
+            while True:
+                rest_s = await self.look()
+                await asyncio.sleep(rest_s)
+        finally:
+            if self._asked:
+                await asyncio.shield(asyncio.ensure_future(self._change(wanted=False)))
+
+    async def look(self) -> float:
+        """Do what is due; for how many seconds to rest."""
+        now = time.monotonic()
+        if self._is_of_no_service:
+            return _LONGEST_PAUSE_S
+        if self._is_busy():
+            self._busy_at = now
+            due = now > self._until - PROTECTED_FOR_MIN * 60 / 2
+            if due and not await self._change(wanted=True):
+                return self._pause_s()
+        elif self._asked and now - self._busy_at > _LINGER_S and not await self._change(wanted=False):
+            return self._pause_s()
+        return _LOOK_EVERY_S
+
+    async def _change(self, *, wanted: bool) -> bool:
+        self._asked = self._asked or wanted
+        try:
+            await (self._agent.protect() if wanted else self._agent.unprotect())
+        except AgentRefused as error:
+            self._failures += 1
+            if self._failures == 1:
+                what = "not protected from scale-in" if wanted else "still protected from scale-in"
+                logger.warning("%s; work goes on, and it is tried again: %s", what, error)
+            self._is_of_no_service = error.code == _NO_SERVICE
+            self._asked = self._asked and not self._is_of_no_service
+            return False
+        if self._failures > 1:
+            logger.warning("scale-in protection works again, after %d tries", self._failures)
+        self._failures = 0
+        self._asked = wanted
+        self._until = time.monotonic() + PROTECTED_FOR_MIN * 60 if wanted else 0.0
+        logger.info("scale-in protection is %s", "on" if wanted else "off")
+        return True
+
+    def _pause_s(self) -> float:
+        pause_s: float = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(self._failures - 1, 10))
+        return pause_s * random.uniform(0.5, 1.0)  # noqa: S311 - so that not all tasks of a service ask at once

@@ -1,0 +1,255 @@
+"""The final state of a run, once its process tree is gone: one table, and the writing of it.
+
+Knows Dagster's runs and events and how a child ended; not SQS, not processes. What has to be written is decided
+from the event log as well as from the status, because Dagster's transitions are unguarded: whoever writes last
+wins, also when he comes too late. All calls block on the database.
+"""
+
+import enum
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from dagster import DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus
+
+from dagster_taskiq.cancellation.model import CancelKind, Cancellation
+from dagster_taskiq.cleanup.record import NO_CLEANUP, CleanupRecord, cleanup_record
+from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES, MAX_RETRIES_TAG
+from dagster_taskiq.dagster_compat.execution import failure_of_a_handler, unexpected_termination
+from dagster_taskiq.dagster_compat.storage import deserialize_entry
+from dagster_taskiq.process.supervise import ChildEnd
+from dagster_taskiq.sqs.settlement import Settlement
+from dagster_taskiq.storage.engine_events import cleanup_failed, finished_all_the_same, left_behind
+from dagster_taskiq.storage.event_log import append_event
+from dagster_taskiq.storage.running_steps import RunningSteps, running_steps
+from dagster_taskiq.storage.status_repair import restore, terminal_events, true_status
+
+_NOT_BEGUN: Final = {DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING}
+
+
+class FinalAction(enum.Enum):
+    """What is to be written."""
+
+    NOTHING = "the state is final and true, or not ours to decide"
+    CANCELED = "the run was cancelled and is gone"
+    SUCCESS = "the run had finished its work before the interrupt took hold"
+    RESTORE = "a terminal event was overwritten by a late writer; write it again"
+    HELD = "write the terminal event that the child held back"
+    FAILURE = "the child is gone and nothing will go on"
+    RESUMABLE = "interrupted; the next worker goes on with it"
+
+
+_STATUS_PATIENCE_S: Final = 1.0
+_LAUNCHERS_STATUS_PATIENCE_S: Final = 5.0
+_LOOK_EVERY_S: Final = 0.02
+_AFTER_ITS_STEPS: Final = {FinalAction.CANCELED, FinalAction.FAILURE, FinalAction.HELD}
+
+
+@dataclass(frozen=True, slots=True)
+class RunOutcome:
+    """Everything that the decision depends on. `history`: terminal run events in the log, in order."""
+
+    status: DagsterRunStatus | None
+    history: Sequence[DagsterEventType] = ()
+    kind: CancelKind | None = None
+    said: DagsterEventType | None = None
+    """The terminal event that the child held back."""
+    took_hold: bool = False
+    """Whether an interrupt was raised inside the child."""
+    will_resume: bool = False
+    clean_exit: bool = False
+    """Exit code 0."""
+
+
+def decide(ending: RunOutcome) -> FinalAction:
+    """What the run's final state is to be. Pure."""
+    if ending.status is None:
+        return FinalAction.NOTHING
+    if ending.history:
+        return FinalAction.NOTHING if ending.status is true_status(ending.history) else FinalAction.RESTORE
+    if ending.status in FINISHED_STATUSES:
+        return FinalAction.NOTHING
+    if ending.kind is CancelKind.LEASE_LOST:
+        return FinalAction.NOTHING
+    succeeded = ending.said is DagsterEventType.RUN_SUCCESS
+    if ending.status is DagsterRunStatus.CANCELING or ending.kind is CancelKind.REQUESTED:
+        return FinalAction.SUCCESS if succeeded and not ending.took_hold else FinalAction.CANCELED
+    if succeeded:
+        return FinalAction.HELD
+    if ending.kind is CancelKind.SHUTDOWN and ending.status in _NOT_BEGUN:
+        return FinalAction.RESUMABLE  # not a line of the job has run
+    if ending.will_resume and (ending.kind is CancelKind.SHUTDOWN or (ending.said is None and ending.clean_exit)):
+        return FinalAction.RESUMABLE
+    if ending.kind is CancelKind.SHUTDOWN:
+        return FinalAction.FAILURE
+    return FinalAction.HELD if ending.said is not None else FinalAction.FAILURE
+
+
+@dataclass(frozen=True, slots=True)
+class Conclusion:
+    """What is to be written, and all that is needed to write it."""
+
+    run: DagsterRun | None
+    verdict: FinalAction
+    settlement: Settlement
+    history: Sequence[DagsterEventType]
+    entry: str
+    """The event log entry that the child held back."""
+    failure: str
+    steps: RunningSteps | None = None
+    """Steps of the run that are still at work, where it is not to be final before they have stopped."""
+    cleanup: CleanupRecord = NO_CLEANUP
+    """Whether there are cleanup handlers to be run before, and which have failed."""
+
+
+def examine(
+    instance: DagsterInstance, run_id: str, end: ChildEnd | None, cancellation: Cancellation | None, worker_id: str
+) -> Conclusion:
+    """Look at the run, now that its tree is gone, and decide. `end` is None when no child was started."""
+    run = _once_it_is_canceling(instance, run_id, cancellation)
+    kind = cancellation.kind if cancellation is not None else None
+    said = _last(end, "verdict")
+    history = terminal_events(instance, run_id) if run is not None else ()
+    verdict = decide(
+        RunOutcome(
+            status=run.status if run is not None else None,
+            history=history,
+            kind=kind,
+            said=DagsterEventType(said["verdict"]) if said else None,
+            took_hold=bool(said.get("took_hold")),
+            will_resume=run is not None and kind is not CancelKind.REQUESTED and instance.run_will_resume(run_id),
+            clean_exit=end is not None and end.exit_code == 0,
+        )
+    )
+    steps = running_steps(instance, run_id) if verdict in _AFTER_ITS_STEPS else None
+    settlement = Settlement.LEAVE if kind is CancelKind.LEASE_LOST else Settlement.DELETE
+    return Conclusion(
+        run=run,
+        verdict=verdict,
+        settlement=Settlement.HAND_BACK if verdict is FinalAction.RESUMABLE else settlement,
+        history=history,
+        entry=str(said.get("entry", "")),
+        failure=_failure_message(end, cancellation, worker_id),
+        steps=steps if steps is not None and steps.workers else None,
+        cleanup=cleanup_record(instance, run_id) if _is_cancelled(verdict, kind, run, history) else CleanupRecord(),
+    )
+
+
+def _is_cancelled(
+    verdict: FinalAction, kind: CancelKind | None, run: DagsterRun | None, history: Sequence[DagsterEventType]
+) -> bool:
+    """Whether the run is to be CANCELED by us, or is it already, by force."""
+    if verdict is FinalAction.CANCELED:
+        return True
+    forced = run is not None and (run.status is DagsterRunStatus.CANCELED or DagsterEventType.RUN_CANCELED in history)
+    return forced and kind is not CancelKind.LEASE_LOST
+
+
+def _once_it_is_canceling(
+    instance: DagsterInstance, run_id: str, cancellation: Cancellation | None
+) -> DagsterRun | None:
+    """The run; if somebody asked for its end, when its status says so too, or a moment later.
+
+    The launcher sends the cancel message before it writes CANCELING, and on a busy database the worker may be the
+    quicker one: without this, CANCELING would come after CANCELED, and have to be mended. Who says by whom it was
+    requested is a launcher, above all; whoever else writes into the cancel queue may never write a status.
+    """
+    by_launcher = cancellation is not None and cancellation.requested_by is not None
+    patience_s = _LAUNCHERS_STATUS_PATIENCE_S if by_launcher else _STATUS_PATIENCE_S
+    tries = 1 + int(patience_s / _LOOK_EVERY_S)
+    while True:
+        run = instance.get_run_by_id(run_id)
+        tries -= 1
+        if (
+            run is None
+            or run.status is not DagsterRunStatus.STARTED
+            or cancellation is None
+            or cancellation.kind is not CancelKind.REQUESTED
+            or tries == 0
+            or time.time() > cancellation.received_at + patience_s
+        ):
+            return run
+        time.sleep(_LOOK_EVERY_S)
+
+
+def fail(instance: DagsterInstance, run_id: str, why: str) -> bool:
+    """The worker that had the run is gone, and nobody goes on with it: report that, and free what it held.
+
+    False, and nothing is written, when the run is no longer STARTED.
+    """
+    run = instance.get_run_by_id(run_id)
+    if run is None or run.status is not DagsterRunStatus.STARTED:
+        return False
+    instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+    instance.report_run_failed(run, why, unexpected_termination())
+    return True
+
+
+def conclude(instance: DagsterInstance, conclusion: Conclusion, end: ChildEnd | None) -> None:
+    """Give back what the run held, and write its final state: who sees that state can rely on the former."""
+    run, verdict = conclusion.run, conclusion.verdict
+    if run is None:
+        return
+    _free_what_it_held(instance, run, end)
+    failures = conclusion.cleanup.failures
+    if verdict is FinalAction.CANCELED and failures:
+        if instance.run_retries_enabled:
+            # What was cancelled is not tried again, whatever has become of its cleanup.
+            instance.add_run_tags(run.run_id, {MAX_RETRIES_TAG: "0"})
+        instance.report_run_failed(run, cleanup_failed(failures), failure_of_a_handler())
+    elif verdict is FinalAction.CANCELED:
+        instance.report_run_canceled(run, f'Execution of run for "{run.job_name}" canceled.')
+    elif verdict is FinalAction.FAILURE:
+        instance.report_run_failed(run, conclusion.failure, unexpected_termination())
+    elif verdict is FinalAction.RESTORE:
+        restore(instance, run, conclusion.history)
+    elif verdict in (FinalAction.SUCCESS, FinalAction.HELD):
+        if verdict is FinalAction.SUCCESS:
+            append_event(instance, run, finished_all_the_same())
+        # As the child would have written it, with its time.
+        instance.handle_new_event(deserialize_entry(conclusion.entry))
+
+
+def _last(end: ChildEnd | None, key: str) -> dict[str, Any]:
+    """The child's last message of that kind; empty when there is none."""
+    return next((message for message in reversed(end.messages if end is not None else ()) if key in message), {})
+
+
+def _failure_message(end: ChildEnd | None, cancellation: Cancellation | None, worker_id: str) -> str:
+    if end is not None and end.abandoned:
+        return f"worker {worker_id} hung, and its run was interrupted"
+    if cancellation is not None and cancellation.kind is CancelKind.SHUTDOWN:
+        return (
+            f"worker shut down: {worker_id} was stopped while it ran this ({cancellation.reason or 'no reason given'})"
+        )
+    if end is None:
+        return f"worker {worker_id} could not start the run"
+    return how_it_ended(end, "the run's process")
+
+
+def how_it_ended(end: ChildEnd, whose: str) -> str:
+    """How a child ended that did not get to say so, in words; `whose`: "the run's process"."""
+    error = _last(end, "error").get("error")
+    if end.kill_at is not None:
+        return f"{whose} {end.pid} did not end when it was interrupted, and was killed"
+    if end.abandoned:
+        return f"{whose} {end.pid} was interrupted because its worker hung"
+    if error is not None:
+        return f"{whose} {end.pid} ended with an error: {error}"
+    if end.killed_by == "SIGKILL":
+        return f"{whose} {end.pid} was killed by SIGKILL, likely out of memory"
+    if end.killed_by is not None:
+        return f"{whose} {end.pid} was killed by {end.killed_by}"
+    return f"{whose} {end.pid} ended with exit code {end.exit_code} before its work was finished"
+
+
+def _free_what_it_held(instance: DagsterInstance, run: DagsterRun, end: ChildEnd | None) -> None:
+    """What only a polite end gives back by itself: the slots of concurrency pools."""
+    if end is None:
+        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+        return
+    if end.exit_code != 0 or end.killed:
+        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+    if end.kill_at is None and end.interrupted_at is None and end.killed:
+        append_event(instance, run, left_behind(end.killed))

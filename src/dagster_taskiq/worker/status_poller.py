@@ -1,0 +1,61 @@
+"""The second channel: the status of every run that this worker works on, in one query, every few seconds.
+
+No luxury beside the cancel queue: for a run that is still STARTING, and on a second click, Dagster's UI never calls
+the launcher, it only marks the run. Knows Dagster's run status and one callable; not queues, not processes.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Final, NoReturn
+
+from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
+
+from dagster_taskiq._retry import retry_async
+from dagster_taskiq.cancellation.model import CancelChannel, CancelKind, Cancellation
+from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG
+
+_WHY: Final[Mapping[DagsterRunStatus, str]] = {
+    DagsterRunStatus.CANCELING: "the run is CANCELING",
+    DagsterRunStatus.CANCELED: "the run was marked CANCELED",
+    DagsterRunStatus.FAILURE: "the run was marked FAILURE",
+}
+
+
+class StatusPoller:
+    """`watched` says which task works on which run (task id to run id); `cancel` is called for those to be stopped."""
+
+    def __init__(
+        self,
+        instance: DagsterInstance,
+        watched: Callable[[], Mapping[str, str]],
+        cancel: Callable[[str, Cancellation], bool],
+        every_s: float,
+    ) -> None:
+        self._instance = instance
+        self._watched = watched
+        self._cancel = cancel
+        self._every_s = every_s
+
+    async def run(self) -> NoReturn:
+        """Watch until cancelled. A database that does not answer is survived; nothing is stopped because of it."""
+        while True:
+            await asyncio.sleep(self._every_s)
+            await retry_async(self.look, doing="read the status of runs", longest_pause_s=self._every_s)
+
+    async def look(self) -> None:
+        """Look once."""
+        watched = dict(self._watched())
+        if not watched:
+            return
+        filters = RunsFilter(run_ids=sorted(set(watched.values())))
+        runs = await asyncio.to_thread(self._instance.get_runs, filters)
+        found = {run.run_id: run for run in runs}
+        for task_id, run_id in watched.items():
+            run = found.get(run_id)
+            why = _WHY.get(run.status) if run is not None else "the run was deleted"
+            if why is not None:
+                tags = run.tags if run is not None else {}
+                reason, by = tags.get(CANCEL_REASON_TAG) or why, tags.get(CANCELLED_BY_TAG)
+                self._cancel(
+                    task_id, Cancellation(CancelKind.REQUESTED, reason, by, channel=CancelChannel.STATUS_WATCH)
+                )
