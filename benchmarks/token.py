@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dagster_taskiq import CancellationToken, cancellation_token
+from dagster_taskiq.child.child_process import ChildProcess
 from dagster_taskiq.child.control_channel import ControlChannel
-from dagster_taskiq.child.op_token import OpProcess
 
 CALLS = 200_000
 ROUNDS = 15
@@ -31,7 +31,7 @@ def main() -> None:
     """Measure and print."""
     ours, theirs = socket.socketpair()
     with ours, theirs, DagsterInstance.ephemeral() as instance:
-        token = OpProcess(ControlChannel(theirs), instance, "run").token()
+        token = ChildProcess(ControlChannel(theirs), instance, "run").token()
         assert token is not None
         table = Table("call", "ns", title=f"Python {sys.version.split()[0]}: best of {ROUNDS} times {CALLS:,}")
         for statement in (

@@ -206,7 +206,7 @@ class CancellableSQSBroker(SQSBroker):  # type: ignore[misc]  # taskiq_aws has n
     async def cancel_task(self, task_id: str, *, reason: str | None = None, requested_by: str | None = None) -> None:
         """Ask whichever worker runs the task to cancel it. Raises a `DagsterTaskiqError` when that cannot be sent."""
         self._require_cancellation()
-        # CancelStatus as it is sent: a worker may be quick, and nobody should hear of the delivery first.
+        # Notified as it is sent: a worker may be quick, and nobody should learn of the delivery first.
         await asyncio.gather(
             self._notify([task_id], reason, requested_by), self._cancels.send(task_id, reason, requested_by)
         )

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from dagster import DagsterEvent, DagsterInstance, DagsterRun, DagsterRunStatus
 
-from dagster_taskiq.cancellation import model
+from dagster_taskiq.cancellation.current import current_process
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES, EngineEventData
 from dagster_taskiq.dagster_compat.execution import (
     ActiveExecution,
@@ -378,8 +378,8 @@ class _Loop:
         raise DagsterExecutionInterruptedError("The run was interrupted")
 
     def _stop_steps(self) -> Iterator[DagsterEvent]:
-        cancelled = model.told.to_cancel()
-        if model.told.orphaned() and not cancelled:
+        cancelled = current_process().is_cancelled()
+        if current_process().is_orphaned() and not cancelled:
             self._engine_event("Interrupted, because the run's worker is gone: the next one decides about the steps")
             return
         if cancelled:
@@ -390,7 +390,7 @@ class _Loop:
         yield from self._forward()
 
     def _is_being_stopped(self) -> bool:
-        if model.told.to_cancel():
+        if current_process().is_cancelled():
             return True
         run = retry_storage(lambda: self._instance.get_run_by_id(self._context.run_id), "read the run")
         return run is None or run.status in _BEING_STOPPED

@@ -20,7 +20,7 @@ from dagster import (
 from dagster import executor as executor_decorator
 
 from dagster_taskiq.cancellable_broker import CancellableSQSBroker
-from dagster_taskiq.cancellation import model
+from dagster_taskiq.cancellation.current import current_process
 from dagster_taskiq.core_execution_loop import TaskiqExecutor, TaskiqStepHandler
 from dagster_taskiq.dagster_compat.execution import (
     CheckStepHealthResult,
@@ -210,8 +210,9 @@ class SQSStepHandler(TaskiqStepHandler):
         if not task_ids or not self._settings.enable_cancellation:
             return
         try:
-            reason, requested_by = model.told.why()
-            by = requested_by or "the run of the step"
+            cancellation = current_process().cancellation
+            reason = cancellation.reason if cancellation is not None else None
+            by = (cancellation.requested_by if cancellation is not None else None) or "the run of the step"
             asking = self._producer.submit(lambda broker: broker.cancel_tasks(task_ids, reason=reason, requested_by=by))
             failed = asking.result(_REQUEST_TIMEOUT_S).failed
         except (DagsterTaskiqError, TimeoutError, RuntimeError) as error:

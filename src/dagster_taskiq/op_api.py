@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
+from dagster_taskiq.cancellation.current import current_token
 from dagster_taskiq.cancellation.handlers import (
     ATTRIBUTE,
     Handler,
@@ -16,7 +17,7 @@ from dagster_taskiq.cancellation.handlers import (
     home_of,
     own_handlers,
 )
-from dagster_taskiq.cancellation.token import CancellationToken, never, provided
+from dagster_taskiq.cancellation.token import CancellationToken, never
 
 DEFAULT_TIMEOUT_S: Final = 30.0
 MAX_TIMEOUT_S: Final = 3_600.0
@@ -30,10 +31,10 @@ def cancellation_token() -> CancellationToken:
     kept: the same code runs unchanged. Call it once and keep it; what it costs is in the call. For tests of what a
     cancellation does: `fake_token`.
     """
-    token = provided()
+    token = current_token()
     if token is None and "dagster" in sys.modules:
         # It may be an op, in a process that Dagster has started and where nothing of this package has run so far.
-        from dagster_taskiq.child.op_token import token_of_op
+        from dagster_taskiq.child.child_process import token_of_op
 
         token = token_of_op()
     return token or never()
@@ -61,9 +62,9 @@ def on_cancel(
 
     def decorate(target: _Target) -> _Target:
         if "dagster" in sys.modules:
-            from dagster_taskiq.child.op_token import join_worker
+            from dagster_taskiq.child.child_process import join_worker
 
-            join_worker()  # in a process of Dagster's own this may be all that is heard of this package
+            join_worker()  # in a process of Dagster's own this may be the only use of this package
         job, home = _unresolved(target), home_of(target)
         known = job.handlers if job is not None else own_handlers(home)
         base = str(getattr(handler, "__name__", type(handler).__name__))

@@ -4,9 +4,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from dagster_taskiq.cancellation.model import CancelKind
+from dagster_taskiq.cancellation.current import token_of_test
+from dagster_taskiq.cancellation.model import CancelKind, Cancellation
+from dagster_taskiq.cancellation.signal import CancelSignal
 from dagster_taskiq.cancellation.state import State
-from dagster_taskiq.cancellation.token import CancellationToken, Cause, Signal, provide
+from dagster_taskiq.cancellation.token import CancellationToken
 
 
 class FakeToken(CancellationToken):
@@ -16,7 +18,7 @@ class FakeToken(CancellationToken):
 
     def __init__(self, cancel_after: int | None, state: Mapping[str, Any]) -> None:
         """Made by `fake_token`."""
-        fake = _Fake(State(), Signal())
+        fake = _Fake(State(), CancelSignal())
         if state:
             fake.kept.update(state)
         super().__init__(fake.signal, fake)
@@ -33,8 +35,7 @@ class FakeToken(CancellationToken):
         kill_at: float | None = None,
     ) -> None:
         """From now on the work is cancelled; callbacks are called in this thread. `kill_at`: as `time.time()`."""
-        self._fake.signal.record(Cause(kind, reason, requested_by, kill_at))
-        self._fake.signal.notify()
+        self._fake.signal.set(Cancellation(kind, reason, requested_by, deadline=kill_at))
 
     @property
     def is_cancelled(self) -> bool:
@@ -49,29 +50,29 @@ class FakeToken(CancellationToken):
 
     def _look(self) -> None:
         self.checks += 1
-        if self._cancel_after is not None and self.checks > self._cancel_after and not self._fake.signal.cancelled:
+        if self._cancel_after is not None and self.checks > self._cancel_after and not self._fake.signal.is_set:
             self.cancel("fake_token(cancel_after=…)")
 
 
 class _Fake:
-    def __init__(self, kept: State, signal: Signal) -> None:
+    def __init__(self, kept: State, signal: CancelSignal) -> None:
         self.kept = kept
         self.signal = signal
 
-    def error(self, cause: Cause) -> BaseException:
+    def error(self, cancellation: Cancellation) -> BaseException:
         from dagster_taskiq.child.op_token import interrupt_of_op
 
-        return interrupt_of_op(cause)
+        return interrupt_of_op(cancellation)
 
     def holding_interrupts(self) -> AbstractContextManager[None]:
         return self._raising_at_the_end()
 
     @contextmanager
     def _raising_at_the_end(self) -> Iterator[None]:
-        before = self.signal.cancelled
+        before = self.signal.is_set
         yield
-        if self.signal.cancelled and not before:
-            raise self.error(self.signal.cause or Cause(CancelKind.REQUESTED))
+        if self.signal.cancellation is not None and not before:
+            raise self.error(self.signal.cancellation)
 
     def state(self) -> State:
         return self.kept
@@ -90,8 +91,5 @@ def fake_token(*, cancel_after: int | None = None, state: Mapping[str, Any] | No
     `state`: what an earlier attempt has kept. It is not stored anywhere.
     """
     token = FakeToken(cancel_after, state or {})
-    forget = provide(lambda: token)
-    try:
+    with token_of_test(token):
         yield token
-    finally:
-        forget()

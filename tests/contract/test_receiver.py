@@ -22,11 +22,11 @@ from tests.support.eventually import eventually
 from tests.support.workers import Outside, broker_for, leftovers, working
 
 from dagster_taskiq.cancellable_broker import CancellableSQSBroker
-from dagster_taskiq.cancellable_receiver import CancellableReceiver
+from dagster_taskiq.cancellable_receiver import CancellableReceiver, ReceiverHooks
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.errors import QueueMissing, TaskCancelled
-from dagster_taskiq.sqs.settlement import Settlement
-from dagster_taskiq.tasks.running_task import current_work
+from dagster_taskiq.sqs.settlement import Settled, Settlement
+from dagster_taskiq.tasks.running_task import current_task
 
 pytestmark = pytest.mark.anyio
 
@@ -65,7 +65,7 @@ class Diary:
         """A task that waits until it is released or cancelled, and then cleans up for a moment."""
 
         async def wait(cleanup_s: float = 0.0) -> str:
-            task_id = current_work().task_id
+            task_id = current_task().task_id
             self.started.append(task_id)
             try:
                 await self.release.wait()
@@ -104,7 +104,7 @@ class Bench:
 
     async def all_quiet(self) -> None:
         """Nothing runs, and no message is left on either queue."""
-        await eventually(lambda: not self.receiver.running, "nothing runs")
+        await eventually(lambda: not self.receiver.tasks, "nothing runs")
         look = self.outside
         await eventually(lambda: (look.work(), look.cancels()) == ((0, 0), (0, 0)), "no message is left")
 
@@ -113,7 +113,7 @@ class Bench:
 async def bench(
     queue_url: str,
     endpoint: str,
-    set_up: Callable[[CancellableReceiver], None] = lambda receiver: None,
+    hooks: ReceiverHooks | None = None,
     *,
     middlewares: tuple[TaskiqMiddleware, ...] = (),
     receiver: dict[str, Any] | None = None,
@@ -123,7 +123,7 @@ async def bench(
     broker.add_middlewares(*middlewares)
     diary = Diary()
     wait = diary.register(broker)
-    async with working(broker, set_up, **(receiver or {})) as working_receiver:
+    async with working(broker, hooks, **(receiver or {})) as working_receiver:
         try:
             yield Bench(broker, working_receiver, diary, wait, Outside(queue_url, endpoint))
         finally:
@@ -174,7 +174,7 @@ async def test_a_second_cancel_does_not_disturb_the_cleanup(standard_url: str, e
         await at.broker.cancel_task(task.task_id)
         await eventually(lambda: at.diary.cancelled, "the task is cancelled")
         await at.broker.cancel_task(task.task_id)
-        at.receiver.cancel(task.task_id, REQUESTED)
+        at.receiver.tasks.cancel(task.task_id, REQUESTED)
         assert isinstance(await error_of(task), TaskCancelled)
         assert at.diary.cleaned_up == [task.task_id]
         await eventually(lambda: at.outside.cancels() == (0, 0), "both cancels are gone")
@@ -216,10 +216,7 @@ async def test_two_workers_on_fifo_queues(endpoint: str, queue_url: str) -> None
 
 
 async def test_a_cancel_for_nobody_is_deleted_in_the_end(standard_url: str, endpoint: str) -> None:
-    def hasty(receiver: CancellableReceiver) -> None:
-        receiver.cancel_ttl_s = 2
-
-    async with bench(standard_url, endpoint, hasty) as at:
+    async with bench(standard_url, endpoint, ReceiverHooks(cancel_ttl_s=2)) as at:
         await at.broker.cancel_task("nobody")
         await asyncio.sleep(1)
         assert sum(at.outside.cancels()) == 1
@@ -233,10 +230,7 @@ async def test_a_cancel_of_what_is_known_to_be_over_is_deleted(standard_url: str
         asked.append(task_id)
         return True
 
-    def knowing(receiver: CancellableReceiver) -> None:
-        receiver.is_over = is_over
-
-    async with bench(standard_url, endpoint, knowing) as at:
+    async with bench(standard_url, endpoint, ReceiverHooks(is_over=is_over)) as at:
         await at.broker.cancel_task("long-gone")
         await eventually(lambda: asked and at.outside.cancels() == (0, 0), "the cancel is deleted")
         assert asked == ["long-gone"]
@@ -295,19 +289,15 @@ async def test_a_task_cancelled_before_it_comes_is_not_started(queue_url: str, e
 async def test_or_it_is_started_to_see_for_itself(standard_url: str, endpoint: str) -> None:
     seen: list[Cancellation | None] = []
 
-    async def look() -> None:
+    async def look() -> Settled:
         await asyncio.sleep(0)
-        seen.append(current_work().cancellation)
-        current_work().settle_as(Settlement.DELETE)
+        seen.append(current_task().cancellation)
+        return Settled(Settlement.DELETE)
 
     async def over(task_id: str) -> bool:
         return bool(seen)
 
-    def told(receiver: CancellableReceiver) -> None:
-        receiver.start_cancelled_work = True
-        receiver.is_over = over
-
-    async with bench(standard_url, endpoint, told) as at:
+    async with bench(standard_url, endpoint, ReceiverHooks(tasks_await_signal=True, is_over=over)) as at:
         looking = at.broker.register_task(look, task_name="look")
         await at.broker.cancel_task("early", reason="too late")
         await eventually(
@@ -353,7 +343,7 @@ async def _steal(at: Bench) -> None:
 async def test_a_lost_lease_cancels_and_has_no_result(standard_url: str, endpoint: str) -> None:
     async with bench(standard_url, endpoint, visibility_timeout_s=1) as at:
         task = await at.start()
-        running = at.receiver.running[task.task_id]
+        running = at.receiver.tasks[task.task_id]
         await _steal(at)
         await eventually(lambda: at.diary.cleaned_up, "the task is cancelled")
         assert running.cancellation is not None
@@ -369,10 +359,7 @@ async def test_unless_the_work_is_known_to_be_still_ours(standard_url: str, endp
         asked.set()
         return True
 
-    def knowing(receiver: CancellableReceiver) -> None:
-        receiver.still_ours = still_ours
-
-    async with bench(standard_url, endpoint, knowing, visibility_timeout_s=1) as at:
+    async with bench(standard_url, endpoint, ReceiverHooks(still_ours=still_ours), visibility_timeout_s=1) as at:
         task = await at.start()
         await _steal(at)
         async with asyncio.timeout(20):
@@ -401,7 +388,7 @@ async def test_stop_running_returns_when_all_is_settled(standard_url: str, endpo
         tasks = [await at.start(0.2), await at.start(0.4)]
         at.receiver._finish.set()  # type: ignore[union-attr]
         await at.receiver.stop_running(SHUTDOWN)
-        assert dict(at.receiver.running) == {}
+        assert dict(at.receiver.tasks) == {}
         assert sorted(at.diary.cleaned_up) == sorted(task.task_id for task in tasks)
         assert at.outside.work() == (2, 0)
 
@@ -409,12 +396,12 @@ async def test_stop_running_returns_when_all_is_settled(standard_url: str, endpo
 async def test_a_shutdown_does_not_revive_what_was_cancelled(standard_url: str, endpoint: str) -> None:
     async with bench(standard_url, endpoint) as at:
         task = await at.start(0.5)
-        at.receiver.cancel(task.task_id, SHUTDOWN)
-        at.receiver.cancel(task.task_id, REQUESTED)
-        at.receiver.cancel(task.task_id, SHUTDOWN)
+        at.receiver.tasks.cancel(task.task_id, SHUTDOWN)
+        at.receiver.tasks.cancel(task.task_id, REQUESTED)
+        at.receiver.tasks.cancel(task.task_id, SHUTDOWN)
         assert isinstance(await error_of(task), TaskCancelled)
         await at.all_quiet()
-        assert at.receiver.cancel(task.task_id, REQUESTED) is False
+        assert at.receiver.tasks.cancel(task.task_id, REQUESTED) is False
 
 
 @pytest.mark.usefixtures("polite")
@@ -442,13 +429,13 @@ async def test_what_waits_for_a_slot_is_handed_back_at_the_finish(standard_url: 
         assert not {task.task_id for task in waiting} & set(at.diary.started)
 
 
-async def test_the_works_own_wish_wins(standard_url: str, endpoint: str) -> None:
-    async def not_now() -> None:
-        current_work().settle_as(Settlement.HAND_BACK, 60)
+async def test_what_a_task_returns_decides_about_its_message(standard_url: str, endpoint: str) -> None:
+    async def not_now() -> Settled:
+        return Settled(Settlement.HAND_BACK, 60)
 
     async with bench(standard_url, endpoint) as at:
         task = await at.broker.register_task(not_now, task_name="not_now").kiq()
-        await eventually(lambda: at.outside.work() == (0, 1) and not at.receiver.running, "it is hidden for a minute")
+        await eventually(lambda: at.outside.work() == (0, 1) and not at.receiver.tasks, "it is hidden for a minute")
         assert not await task.is_ready()
 
 
@@ -456,7 +443,7 @@ async def test_a_sync_task_looks_at_its_cancellation(standard_url: str, endpoint
     started, noticed = threading.Event(), threading.Event()
 
     def compute() -> str:
-        work = current_work()
+        work = current_task()
         started.set()
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
@@ -491,7 +478,7 @@ async def test_a_task_that_finishes_although_cancelled_is_finished(standard_url:
     async with bench(standard_url, endpoint) as at:
         task = await at.broker.register_task(stubborn, task_name="stubborn").kiq()
         await begun.wait()
-        at.receiver.cancel(task.task_id, SHUTDOWN)
+        at.receiver.tasks.cancel(task.task_id, SHUTDOWN)
         result = await task.wait_result(check_interval=0.02, timeout=20)
         assert result.return_value == "done all the same"
         await at.all_quiet()
@@ -509,7 +496,7 @@ async def test_acknowledge_types_are_honoured(
         assert at.outside.work() == while_running
         at.diary.release.set()
         assert await error_of(task) is None
-        await eventually(lambda: not at.receiver.running, "it is settled")
+        await eventually(lambda: not at.receiver.tasks, "it is settled")
         assert at.outside.work() == afterwards
 
 
@@ -557,7 +544,7 @@ async def test_a_listener_that_breaks_stops_the_worker_after_its_work(standard_u
     wait = diary.register(broker)
     receiver = CancellableReceiver(broker, max_async_tasks=4)
     listening = asyncio.create_task(receiver.listen(asyncio.Event()))
-    await receiver.hearing.wait()
+    await receiver.listening.wait()
     task = await wait.kiq()
     await eventually(lambda: diary.started, "the task starts")
 
@@ -580,14 +567,14 @@ async def test_nothing_is_left_behind_when_listening_is_cancelled(queue_url: str
     wait = diary.register(broker)
     receiver = CancellableReceiver(broker, max_async_tasks=4)
     listening = asyncio.create_task(receiver.listen(asyncio.Event()))
-    await receiver.hearing.wait()
+    await receiver.listening.wait()
     task = await wait.kiq(0.2)
     await eventually(lambda: diary.started, "the task starts")
     listening.cancel()
     with pytest.raises(asyncio.CancelledError):
         await listening
     assert diary.cleaned_up == [task.task_id]
-    assert dict(receiver.running) == {}
+    assert dict(receiver.tasks) == {}
     assert Outside(queue_url, endpoint).work() == (1, 0)
     await broker.shutdown()
 
@@ -609,7 +596,7 @@ async def test_a_callback_that_is_cancelled_ends_its_work_first(standard_url: st
 async def test_without_cancellation_work_is_done_all_the_same(standard_url: str, endpoint: str) -> None:
     async with bench(standard_url, endpoint, enable_cancellation=False) as at:
         task = await at.start()
-        assert at.receiver.cancel(task.task_id, REQUESTED)
+        assert at.receiver.tasks.cancel(task.task_id, REQUESTED)
         assert isinstance(await error_of(task), TaskCancelled)
         await at.all_quiet()
 
@@ -621,6 +608,6 @@ async def test_a_worker_without_queues_says_so_and_stops(standard_url: str, endp
     await broker.shutdown()
 
 
-async def test_outside_of_a_task_there_is_no_current_work() -> None:
+async def test_outside_of_a_task_there_is_no_current_task() -> None:
     with pytest.raises(LookupError):
-        current_work()
+        current_task()

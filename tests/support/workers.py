@@ -1,14 +1,14 @@
 """A receiver at work inside a test, and looking at queues from outside."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 from taskiq.brokers.inmemory_broker import InmemoryResultBackend
 
 from dagster_taskiq.cancellable_broker import CancellableSQSBroker
-from dagster_taskiq.cancellable_receiver import CancellableReceiver
+from dagster_taskiq.cancellable_receiver import CancellableReceiver, ReceiverHooks
 from dagster_taskiq.queue_names import cancel_queue_url
 from tests.support.moto import REGION, sqs_client
 
@@ -27,21 +27,20 @@ def broker_for(queue_url: str, endpoint: str, **options: Any) -> CancellableSQSB
 @asynccontextmanager
 async def working(
     broker: CancellableSQSBroker,
-    set_up: Callable[[CancellableReceiver], None] = lambda receiver: None,
+    hooks: ReceiverHooks | None = None,
     **options: Any,
 ) -> AsyncIterator[CancellableReceiver]:
     """A receiver that listens; at the end it finishes its work."""
-    receiver = CancellableReceiver(broker, **{"max_async_tasks": 4, **options})
-    set_up(receiver)
+    receiver = CancellableReceiver(broker, hooks=hooks, **{"max_async_tasks": 4, **options})
     finish = asyncio.Event()
     listening = asyncio.create_task(receiver.listen(finish), name="listen")
-    hearing = asyncio.create_task(receiver.hearing.wait())
+    ready = asyncio.create_task(receiver.listening.wait())
     try:
         async with asyncio.timeout(20):
-            await asyncio.wait({listening, hearing}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({listening, ready}, return_when=asyncio.FIRST_COMPLETED)
         yield receiver
     finally:
-        hearing.cancel()
+        ready.cancel()
         finish.set()
         try:
             async with asyncio.timeout(20):

@@ -20,7 +20,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "metrics": FLOOR,
     "cancellation": {"errors"},
     "dagster_compat": {"_retry"},
-    "process": {"cancellation.model", "errors"},
+    "process": {"cancellation.model", "cancellation.signal", "errors"},
     "sqs": FLOOR | {"cancellation.model"},
     "storage": FLOOR | {"dagster_compat", "cancellation"},
     "tasks": FLOOR | {"sqs", "cancellation"},
@@ -40,7 +40,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "doctor": FLOOR | DOMAIN | {"launcher", "sqs"},
     "examples": {""},
     "local": FLOOR | DOMAIN | {"examples", "sqs"},
-    "cli": FLOOR | DOMAIN | {"doctor", "local", "runs", "worker", "sqs", "launcher"},
+    "cli": FLOOR | DOMAIN | {"doctor", "local", "runs", "worker", "sqs", "launcher", "metrics"},
 }
 """Room to rooms. `""` is the public interface, `dagster_taskiq` itself."""
 
@@ -60,7 +60,16 @@ FENCES: Mapping[str, set[str]] = {
 }
 """Library to the rooms that may import it; the private parts of two of them have a fence of their own."""
 
-MAY_READ_ENVIRONMENT = {"settings", "metrics", "process.shim", "child.op_token", "worker.ecs", "doctor", "local", "cli"}
+MAY_READ_ENVIRONMENT = {
+    "settings",
+    "metrics",
+    "process.shim",
+    "child.child_process",
+    "worker.ecs",
+    "doctor",
+    "local",
+    "cli",
+}
 STANDARD_LIBRARY_ONLY = ("process.shim", "process.procfs", "process.fork_server_main")
 
 

@@ -1,7 +1,6 @@
 """What a cancellation is: its kind, reason, author and way. Knows neither queues nor processes nor Dagster."""
 
 import enum
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import time
 
@@ -34,6 +33,7 @@ class Cancellation:
     """One request to stop one piece of work, as it is told to the child before any signal.
 
     Times are seconds since the epoch. `attempt` counts the deliveries of the cancel message, this one included.
+    `deadline`: when the process of the work is killed, as far as its own process knows.
     """
 
     kind: CancelKind
@@ -42,25 +42,10 @@ class Cancellation:
     requested_at: float | None = None
     channel: CancelChannel = CancelChannel.WORKER
     attempt: int = 1
-    received_at: float = field(default_factory=time)
+    received_at: float = field(default_factory=time, compare=False)
+    deadline: float | None = None
 
 
 def stronger(current: Cancellation | None, new: Cancellation) -> Cancellation:
     """The one of the two that decides: the stronger kind, and of equals the first."""
     return new if current is None or new.kind > current.kind else current
-
-
-@dataclass(frozen=True, slots=True)
-class CancelStatus:
-    """What a process that does the work was told by its worker; each is answered without I/O to speak of."""
-
-    to_cancel: Callable[[], bool] = lambda: False
-    """Whether its work is cancelled: somebody asked for it, and it is not going on elsewhere."""
-    orphaned: Callable[[], bool] = lambda: False
-    """Whether its worker is gone: what becomes of the work is for the next one to decide."""
-    why: Callable[[], tuple[str | None, str | None]] = lambda: (None, None)
-    """What the canceller said, and who that is, if known."""
-
-
-told = CancelStatus()
-"""Set by `child` in the processes that it starts. Elsewhere, under any other launcher, nobody tells."""

@@ -1,7 +1,7 @@
-"""The child's end of its channel to the worker: what it says, what it was told, and a thread that listens.
+"""The child's end of its channel to the worker: messages to the worker, intents from it.
 
-Knows sockets and threads; neither Dagster nor what the work is. A process that the child starts, and that is a worker
-process of Dagster's in its turn, can join: it hears what the child hears (`ControlListener.admit`, `join`).
+Knows sockets; neither Dagster nor what the work is. A process that the child starts, and that is a worker process of
+Dagster's in its turn, can join (`ControlListener.admit`, `join`): it receives the intents that the child receives.
 """
 
 import json
@@ -12,35 +12,35 @@ import time
 from contextlib import suppress
 from typing import Any, Final
 
-from dagster_taskiq.cancellation.model import CancelKind
-from dagster_taskiq.cancellation.token import Cause, Signal
+from dagster_taskiq.cancellation.model import CancelKind, Cancellation
+from dagster_taskiq.cancellation.signal import CancelSignal
 
 ADDRESS_VARIABLE: Final = "DAGSTER_TASKIQ_INTENTS"
-"""In the environment of what a child starts: where the child's intents can be heard."""
-_WORKER_GONE: Final = Cause(CancelKind.SHUTDOWN, "the worker is gone")
-_MAX_LINE: Final = 65_536
+"""In the environment of what a child starts: where the child's intents can be received."""
+_WORKER_GONE: Final = Cancellation(CancelKind.SHUTDOWN, "the worker is gone")
+MAX_LINE: Final = 65_536
 _GUESTS_PATIENCE_S: Final = 0.5
 
 
 class ControlChannel:
-    """Says lines, and hears whether there is an intent. Never blocks for long."""
+    """Sends messages, and receives intents into `signal`. Never blocks for long."""
 
-    def __init__(self, channel: socket.socket, signal: Signal | None = None) -> None:
+    def __init__(self, channel: socket.socket, signal: CancelSignal | None = None) -> None:
         self.channel = channel
-        self.signal = signal or Signal()
+        self.signal = signal or CancelSignal()
         self.is_guest = False
         """Whether the intents come by way of another process, and so perhaps a moment after the interrupt."""
         self.intents: list[dict[str, Any]] = []
-        """All that was told, in order."""
-        self._heard = b""
+        """All that were received, in order."""
+        self._unfinished = b""
         self._closed = False
         # A signal handler may come here in the middle of it: then what it does in between is all there is to do.
         self._lock = threading.RLock()
         self._sending = threading.Lock()
 
     def send(self, **message: Any) -> None:
-        """Tell the worker one line."""
-        # The ear says lines, too, and half a line in the middle of another one would make both unreadable.
+        """Send the worker one line. Does nothing when the worker is gone."""
+        # The listener's thread sends, too, and half a line in the middle of another one would make both unreadable.
         with self._sending, suppress(OSError):  # no worker listens any more
             self.channel.sendall(json.dumps(message).encode() + b"\n")
 
@@ -51,13 +51,7 @@ class ControlChannel:
     def is_cancelled(self) -> bool:
         """Whether the intent to cancel the work has come."""
         self.listen()
-        cause = self.signal.cause
-        return cause is not None and cause.kind is not CancelKind.SHUTDOWN
-
-    def why(self) -> tuple[str | None, str | None]:
-        """Reason and author of the cancellation."""
-        cause = self.signal.cause
-        return (cause.reason, cause.requested_by) if cause is not None else (None, None)
+        return self.signal.is_set and not self.signal.is_shutdown
 
     def worker_is_gone(self) -> bool:
         """Whether nobody will ever listen again."""
@@ -65,7 +59,7 @@ class ControlChannel:
         return self._closed
 
     def listen(self) -> None:
-        """Take in what has been told so far, without waiting."""
+        """Receive what has been sent so far, without waiting."""
         with self._lock:
             while not self._closed:
                 try:
@@ -75,27 +69,29 @@ class ControlChannel:
                 except OSError:
                     data = b""
                 self._closed = not data
-                *lines, self._heard = (self._heard + data).split(b"\n")
-                self._heard = self._heard[:_MAX_LINE]
+                *lines, self._unfinished = (self._unfinished + data).split(b"\n")
+                self._unfinished = self._unfinished[:MAX_LINE]
                 for line in lines:
-                    self._take_in(line)
+                    self._receive(line)
             if self._closed:
                 self.signal.record(_WORKER_GONE)
 
     def wait_for_intent(self) -> None:
-        """For a guest, and for a moment: whoever passed the interrupt on was told why before."""
+        """For a guest, and for a moment: whoever passed the interrupt on has the intent already."""
         until = time.monotonic() + _GUESTS_PATIENCE_S
         self.listen()
-        while self.is_guest and self.signal.cause is None and time.monotonic() < until:
-            select.select([self.channel], [], [], _GUESTS_PATIENCE_S / 50)  # its own thread may be the one that hears
+        while self.is_guest and not self.signal.is_set and time.monotonic() < until:
+            select.select([self.channel], [], [], _GUESTS_PATIENCE_S / 50)
             self.listen()
 
-    def _take_in(self, line: bytes) -> None:
+    def _receive(self, line: bytes) -> None:
         with suppress(ValueError, KeyError, TypeError):
             intent = json.loads(line)
-            cause = Cause(CancelKind[intent["intent"]], intent.get("reason"), intent.get("by"), intent.get("deadline"))
+            cancellation = Cancellation(
+                CancelKind[intent["intent"]], intent.get("reason"), intent.get("by"), deadline=intent.get("deadline")
+            )
             self.intents.append(intent)
-            self.signal.record(cause)
+            self.signal.record(cancellation)
 
 
 def join(address: str) -> ControlChannel | None:

@@ -9,27 +9,27 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from dagster_taskiq.child.control_channel import _MAX_LINE, ControlChannel
+from dagster_taskiq.child.control_channel import MAX_LINE, ControlChannel
 
 
 class ControlListener:
-    """A thread that waits for intents, so that the work can be told while it is blocked; daemonic, one per process."""
+    """A daemonic thread that waits for intents, so that the work learns of one while it is blocked; one per process."""
 
     def __init__(self, control: ControlChannel, relay: Callable[[dict[str, Any]], None] | None = None) -> None:
-        """`relay`: what to do with a line that a process says that has joined."""
+        """`relay`: what to do with a message from a process that has joined."""
         self._control = control
         self._relay = relay
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._door: socket.socket | None = None
         self._guests: list[socket.socket] = []
-        self._told = 0
+        self._sent = 0
         self._selector.register(control.channel, selectors.EVENT_READ)
         self._selector.register(self._wake_read, selectors.EVENT_READ)
-        threading.Thread(target=self._run, name="dagster-taskiq ear", daemon=True).start()
+        threading.Thread(target=self._run, name="dagster-taskiq control listener", daemon=True).start()
 
     def wake(self) -> None:
-        """Something was noted elsewhere, in a signal handler perhaps: announce it."""
+        """A cancellation was recorded elsewhere, in a signal handler perhaps: notify those who wait for it."""
         with suppress(OSError):
             os.write(self._wake_write, b"x")
 
@@ -47,14 +47,14 @@ class ControlListener:
         return address
 
     def _run(self) -> None:
-        announced = False
+        notified = False
         while True:
             for key, _ in self._selector.select():
                 self._look_at(key.fileobj)
             self._control.listen()
             self._notify_guests()
-            if self._control.signal.cancelled and not announced:
-                announced = True
+            if self._control.signal.is_set and not notified:
+                notified = True
                 self._control.signal.notify()
             if self._control.worker_is_gone():
                 with suppress(KeyError, ValueError):
@@ -71,11 +71,11 @@ class ControlListener:
                 self._selector.register(guest, selectors.EVENT_READ)
                 self._send_to(guest, self._control.intents)
         elif what in self._guests:
-            self._hear(what)
+            self._receive_from(what)
 
-    def _hear(self, guest: socket.socket) -> None:
+    def _receive_from(self, guest: socket.socket) -> None:
         try:
-            data = guest.recv(_MAX_LINE, socket.MSG_DONTWAIT)
+            data = guest.recv(MAX_LINE, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
         except OSError:
@@ -92,7 +92,7 @@ class ControlListener:
                     self._relay(message)
 
     def _notify_guests(self) -> None:
-        new, self._told = self._control.intents[self._told :], len(self._control.intents)
+        new, self._sent = self._control.intents[self._sent :], len(self._control.intents)
         for guest in self._guests:
             self._send_to(guest, new)
 

@@ -3,13 +3,14 @@
 Once a run's process was told to stop, it writes no terminal run event itself: it hands it to the supervisor.
 """
 
+import sys
 from collections.abc import Mapping
 from typing import Any, Final
 
 from dagster import DagsterEventType, DagsterInstance, DagsterRunStatus
 
+from dagster_taskiq.child.child_process import ChildProcess
 from dagster_taskiq.child.control_channel import ControlChannel
-from dagster_taskiq.child.op_token import OpProcess
 from dagster_taskiq.cleanup.plan import handler_names
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES, serialize_value
 from dagster_taskiq.dagster_compat.definitions import job_of
@@ -41,7 +42,7 @@ _EXIT_S: Final = 5.0
 _STOPPED: Final = {*FINISHED_STATUSES, DagsterRunStatus.CANCELING}
 
 
-class _Fence:
+class EventFence:
     """Stands where the instance takes in events: `DagsterInstance.handle_new_event` of this process.
 
     Patient with the database: Dagster would have the op fail when it is away for a moment.
@@ -54,20 +55,21 @@ class _Fence:
         self._control = control
 
     def __call__(self, event: Any, *, batch_metadata: Any = None) -> None:
+        """As `handle_new_event`, unless the event is held back."""
         dagster_event = event_of(event)
         ours = dagster_event is not None and event.run_id == self._run_id
         kind = dagster_event.event_type if dagster_event is not None and ours else None
         if self._holds(event, kind):
             return
-        told = self._as_told(event, kind)
+        entry = self._to_store(event, kind)
         tried = False
 
         def store() -> None:
             nonlocal tried
             # A try whose answer was lost may have been stored all the same.
-            if not (tried and is_stored(self._instance, told)):
+            if not (tried and is_stored(self._instance, entry)):
                 tried = True
-                self._store(told, batch_metadata=batch_metadata)
+                self._store(entry, batch_metadata=batch_metadata)
 
         retry_storage(store, "write to the event log")
         self._stored(event, kind)
@@ -75,44 +77,39 @@ class _Fence:
     def _holds(self, event: Any, kind: DagsterEventType | None) -> bool:
         raise NotImplementedError
 
-    def _as_told(self, event: Any, kind: DagsterEventType | None) -> Any:
+    def _to_store(self, event: Any, kind: DagsterEventType | None) -> Any:
         return event
 
     def _stored(self, event: Any, kind: DagsterEventType | None) -> None:
         raise NotImplementedError
 
 
-class RunFence(_Fence):
+class RunFence(EventFence):
     """Of a run's process: once that was told to stop, its terminal event goes to the supervisor instead."""
 
-    def __init__(self, instance: DagsterInstance, run_id: str, control: ControlChannel, process: OpProcess) -> None:
-        super().__init__(instance, run_id, control)
+    def __init__(self, instance: DagsterInstance, run_id: str, process: ChildProcess) -> None:
+        super().__init__(instance, run_id, process.control)
         self._process = process
-        self._took_hold = False
         self._canceling = False
-
-    def record_interrupt(self) -> None:
-        """An interrupt is being raised inside the op (or inside Dagster)."""
-        self._took_hold = True
 
     def _holds(self, event: Any, kind: DagsterEventType | None) -> bool:
         if kind not in _TERMINAL or not self._must_hold():
             return False
-        self._control.send(verdict=kind.value, took_hold=self._took_hold, entry=serialize_value(event))
+        self._control.send(verdict=kind.value, took_hold=self._process.interrupted, entry=serialize_value(event))
         return True
 
     def _must_hold(self) -> bool:
-        if self._took_hold or check_captured_interrupt() or self._control.must_stop():
+        if self._process.interrupted or check_captured_interrupt() or self._control.must_stop():
             return True
         run = retry_storage(lambda: self._instance.get_run_by_id(self._run_id), "read the run")
         return run is None or run.status in _STOPPED
 
     def _stored(self, event: Any, kind: DagsterEventType | None) -> None:
         if kind is DagsterEventType.RUN_START:
-            self._mend_canceling()
+            self._repair_canceling()
             self._announce_handlers()
         elif kind is DagsterEventType.STEP_WORKER_STARTING and TASK_ID_KEY not in _metadata(event):
-            # Not by our own executor: what is started next, here, can hear of a cancellation, too.
+            # Not by our own executor: what is started next, here, can receive a cancellation, too.
             self._process.admit()
         elif kind is DagsterEventType.RUN_SUCCESS and self._process.state_kept:
             forget_states(self._instance, self._run_id)
@@ -130,13 +127,15 @@ class RunFence(_Fence):
 
     def _announce_handlers(self) -> None:
         """So that whoever ends the run knows, without its code, whether there is something to be done."""
+        if "dagster_taskiq.op_api" not in sys.modules:
+            return  # nobody has imported `on_cancel`
         run = retry_storage(lambda: self._instance.get_run_by_id(self._run_id), "read the run")
         names = handler_names(job_of(run, self._instance)) if run is not None else []
         if run is not None and names:
-            note = cleanup_handlers(names)
-            retry_storage(lambda: append_event(self._instance, run, note), "write to the event log")
+            event = cleanup_handlers(names)
+            retry_storage(lambda: append_event(self._instance, run, event), "write to the event log")
 
-    def _mend_canceling(self) -> None:
+    def _repair_canceling(self) -> None:
         # Transitions are unguarded: a RUN_START that follows a RUN_CANCELING makes the run STARTED again, and then
         # nobody would see in the database that it is to be stopped.
         if self._instance.all_logs(self._run_id, of_type=DagsterEventType.RUN_CANCELING):
@@ -150,22 +149,20 @@ def _metadata(event: Any) -> Mapping[str, Any]:
     return getattr(event.dagster_event.event_specific_data, "metadata", None) or {}
 
 
-class StepFence(_Fence):
+class StepFence(EventFence):
     """Of a step's process: it writes how the step ended, unless its worker is gone."""
 
-    def __init__(
-        self, instance: DagsterInstance, order: StepMessage, control: ControlChannel, process: OpProcess
-    ) -> None:
-        super().__init__(instance, order.run_id, control)
+    def __init__(self, instance: DagsterInstance, message: StepMessage, process: ChildProcess) -> None:
+        super().__init__(instance, message.run_id, process.control)
         self._process = process
-        self._step_key = order.step_key
+        self._step_key = message.step_key
 
     def _holds(self, event: Any, kind: DagsterEventType | None) -> bool:
         # What a worker's death did to a step is no failure of the op: the run's executor finds the worker dead, and
         # decides. A success is one.
         return kind in _UNLESS_ORPHANED and self._control.worker_is_gone()
 
-    def _as_told(self, event: Any, kind: DagsterEventType | None) -> Any:
+    def _to_store(self, event: Any, kind: DagsterEventType | None) -> Any:
         # For Dagster an interrupt is an error like any other, of which an op with a RetryPolicy recovers.
         cancelled = kind is DagsterEventType.STEP_UP_FOR_RETRY and self._control.must_stop()
         return failed_for_good(event) if cancelled else event

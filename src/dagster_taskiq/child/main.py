@@ -14,14 +14,13 @@ from typing import Any, Final
 
 from dagster import DagsterInstance
 
-from dagster_taskiq.cancellation import model
+from dagster_taskiq.child.child_process import ChildProcess
 from dagster_taskiq.child.control_channel import ControlChannel
 from dagster_taskiq.child.event_fence import RunFence, StepFence
-from dagster_taskiq.child.op_token import OpProcess
 from dagster_taskiq.cleanup.runner import Cleanup
 from dagster_taskiq.dagster_compat.api import InstanceRef, deserialize_value
 from dagster_taskiq.dagster_compat.execution import RetryMode, execute_run, execute_step, rebuild_state, resume_run
-from dagster_taskiq.dagster_compat.interrupts import capture_interrupts, on_interrupt
+from dagster_taskiq.dagster_compat.interrupts import capture_interrupts
 from dagster_taskiq.dagster_compat.retry import retry_storage
 from dagster_taskiq.dagster_compat.storage import read_migration_scripts_once
 from dagster_taskiq.messages import StepMessage, unpack
@@ -64,7 +63,6 @@ def cleanup(argument: dict[str, Any], channel: socket.socket) -> int:
 
 def _work(body: Callable[[dict[str, Any], DagsterInstance, ControlChannel], int], argument: Any, channel: Any) -> int:
     control = ControlChannel(channel)
-    model.told = model.CancelStatus(control.is_cancelled, control.worker_is_gone, control.why)
     with capture_interrupts():
         # From here on a signal is either captured (and seen at the next step) or raised inside the op.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPTS)
@@ -85,21 +83,20 @@ def _work(body: Callable[[dict[str, Any], DagsterInstance, ControlChannel], int]
 
 def _run(argument: dict[str, Any], instance: DagsterInstance, control: ControlChannel) -> int:
     run_id = argument["run_id"]
-    fence = RunFence(instance, run_id, control, OpProcess(control, instance, run_id))
-    on_interrupt(fence.record_interrupt)
-    instance.handle_new_event = fence  # type: ignore[method-assign]
+    process = ChildProcess(control, instance, run_id)
+    instance.handle_new_event = RunFence(instance, run_id, process)  # type: ignore[method-assign]
     return _BODIES[argument["kind"]](run_id, instance)
 
 
 def _step(argument: dict[str, Any], instance: DagsterInstance, control: ControlChannel) -> int:
-    order = StepMessage.from_kwargs(argument["order"])
-    run = retry_storage(lambda: instance.get_run_by_id(order.run_id), "read the run")
+    message = StepMessage.from_kwargs(argument["message"])
+    run = retry_storage(lambda: instance.get_run_by_id(message.run_id), "read the run")
     if run is None:
-        raise LookupError(f"run {order.run_id} was deleted")
-    process = OpProcess(control, instance, order.run_id)
-    instance.handle_new_event = StepFence(instance, order, control, process)  # type: ignore[method-assign]
-    state = rebuild_state(unpack(order.state or ""), run, instance, history=order.reexecution)
-    for _ in execute_step(run, instance, order.step_key, state, RetryMode(order.retries)):
+        raise LookupError(f"run {message.run_id} was deleted")
+    process = ChildProcess(control, instance, message.run_id)
+    instance.handle_new_event = StepFence(instance, message, process)  # type: ignore[method-assign]
+    state = rebuild_state(unpack(message.state or ""), run, instance, history=message.reexecution)
+    for _ in execute_step(run, instance, message.step_key, state, RetryMode(message.retries)):
         pass  # the events are in the database; nobody reads them here
     return 0
 

@@ -7,13 +7,14 @@ Knows children and cancellations; not Dagster, not SQS. What the end means for a
 
 import asyncio
 import logging
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from signal import Signals
 from time import time
 from typing import Any, Protocol
 
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
+from dagster_taskiq.cancellation.signal import CancelSignal
 from dagster_taskiq.process.child_handle import Child, ChildSpec
 
 logger = logging.getLogger(__name__)
@@ -56,74 +57,50 @@ class ChildEnd:
     @property
     def killed_by(self) -> str | None:
         """Name of the signal that ended the child, if one did."""
-        return signal.Signals(-self.exit_code).name if self.exit_code < 0 else None
-
-
-class Cancelled:
-    """The cancellation of one piece of work as its supervisor sees it: an event, and the strongest request so far."""
-
-    def __init__(self, current: Callable[[], Cancellation | None]) -> None:
-        self._current = current
-        self._event = asyncio.Event()
-        if current() is not None:
-            self._event.set()
-
-    def __bool__(self) -> bool:
-        return self._event.is_set()
-
-    @property
-    def cause(self) -> Cancellation:
-        """The strongest cancellation so far. A bare `Task.cancel()` counts as a shutdown of the worker."""
-        return self._current() or Cancellation(CancelKind.SHUTDOWN, "the worker's task was cancelled")
-
-    def by_shutdown(self) -> bool:
-        """Whether it has happened, and the worker's shutdown is all that asked for it."""
-        return bool(self) and self.cause.kind is CancelKind.SHUTDOWN
-
-    def note(self) -> None:
-        """Called when the task is cancelled."""
-        self._event.set()
-
-    async def wait(self) -> None:
-        """Until it happens."""
-        await self._event.wait()
+        return Signals(-self.exit_code).name if self.exit_code < 0 else None
 
 
 async def supervise(
-    processes: Processes, spec: ChildSpec, cancelled: Cancelled, observer: Observer, grace_s: Callable[[], float]
+    processes: Processes,
+    spec: ChildSpec,
+    signal: CancelSignal,
+    observer: Observer,
+    grace_s: Callable[[Cancellation], float],
 ) -> ChildEnd:
     """Start the child and see it through; returns when its whole tree is gone. Raises `ChildStartFailed`.
 
-    Must run inside `shielded` with `cancelled.note` for its cancellation, so that no await in here can be torn and
-    a second `Task.cancel()` orphans nothing. `grace_s` is asked when the interrupt is due: it depends on the kind of
-    the cancellation.
+    Must run inside `shielded`, so that no await in here can be torn, and no `Task.cancel()` orphans the child: it is
+    interrupted when `signal` is set. `grace_s` is asked when the interrupt is due: it depends on the cancellation.
     """
     child = await processes.fork(spec)
-    life = _Life(child, cancelled, observer)
+    ladder = _Ladder(child, signal, observer)
     try:
-        return await life.run(grace_s)
+        return await ladder.run(grace_s)
     finally:
         await child.close()
 
 
-class _Life:
-    def __init__(self, child: Child, cancelled: Cancelled, observer: Observer) -> None:
+class _Ladder:
+    """Intent, interrupt, grace, kill: whichever rungs it takes until the child's tree is gone."""
+
+    def __init__(self, child: Child, signal: CancelSignal, observer: Observer) -> None:
         self._child = child
-        self._cancelled = cancelled
+        self._signal = signal
         self._observer = observer
         self._interrupted_at: float | None = None
         self._kill_at: float | None = None
 
-    async def run(self, grace_s: Callable[[], float]) -> ChildEnd:
-        cancelled = asyncio.create_task(self._cancelled.wait(), name="await cancellation")
+    async def run(self, grace_s: Callable[[Cancellation], float]) -> ChildEnd:
+        cancelled = asyncio.create_task(self._signal.wait_async(), name="await cancellation")
         finished = asyncio.create_task(self._finished_but_stays(), name="await exit after finish")
-        live = asyncio.create_task(self._child.live(), name=f"live for child {self._child.pid}")
+        alive = asyncio.create_task(self._child.live(), name=f"signs of life for child {self._child.pid}")
         try:
             happenings: set[asyncio.Future[Any]] = {self._child.exited, cancelled, finished}
             await asyncio.wait(happenings, return_when=asyncio.FIRST_COMPLETED)
             if not self._child.exited.done():
-                if cancelled.done():
-                    await self._interrupt_then_kill(grace_s())
+                cancellation = self._signal.cancellation
+                if cancellation is not None:
+                    await self._interrupt_then_kill(cancellation, grace_s(cancellation))
                 else:
                     self._kill(self._child.spec.grace_s)
         finally:
@@ -131,8 +108,8 @@ class _Life:
                 helper.cancel()
             await asyncio.wait({cancelled, finished})
         killed = await self._child.gone
-        live.cancel()
-        await asyncio.wait({live})
+        alive.cancel()
+        await asyncio.wait({alive})
         return ChildEnd(
             pid=self._child.pid,
             exit_code=self._child.exited.result(),
@@ -144,17 +121,16 @@ class _Life:
             abandoned=self._child.abandoned,
         )
 
-    async def _interrupt_then_kill(self, grace_s: float) -> None:
-        cause = self._cancelled.cause
+    async def _interrupt_then_kill(self, cancellation: Cancellation, grace_s: float) -> None:
         # The child must know what this is before the signal comes: of a shutdown, the run may go on elsewhere.
-        intent = {"intent": cause.kind.name, "reason": cause.reason, "by": cause.requested_by}
+        intent = {"intent": cancellation.kind.name, "reason": cancellation.reason, "by": cancellation.requested_by}
         self._child.send(intent | {"deadline": time() + grace_s})
         self._interrupted_at = time()
         self._observer.interrupting(self._child.pid, grace_s)  # first: the op answers within a millisecond
         self._child.interrupt()
         await asyncio.wait({self._child.exited}, timeout=grace_s)
         # A run that waits for its steps, on whichever workers, has the time that they have; but not in a shutdown.
-        longer_s = self._child.patience_s - grace_s if cause.kind is not CancelKind.SHUTDOWN else 0
+        longer_s = self._child.patience_s - grace_s if cancellation.kind is not CancelKind.SHUTDOWN else 0
         if not self._child.exited.done() and longer_s > 0:
             await asyncio.wait({self._child.exited}, timeout=longer_s)
         if not self._child.exited.done():

@@ -3,7 +3,7 @@
 import enum
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Final
+from typing import Final, NamedTuple
 
 from dagster_taskiq.cancellation.model import CancelKind
 
@@ -19,10 +19,17 @@ class Settlement(enum.Enum):
     """No longer ours to decide; whatever the queue does with it is right."""
 
 
-AFTER_CANCEL: Final[Mapping[CancelKind, Settlement]] = MappingProxyType(
+class Settled(NamedTuple):
+    """What is to become of a message. `delay_s`: of a hand-back, until others can receive it."""
+
+    settlement: Settlement
+    delay_s: int = 0
+
+
+AFTER_CANCEL: Final[Mapping[CancelKind, Settled]] = MappingProxyType(
     {
-        CancelKind.REQUESTED: Settlement.DELETE,
-        CancelKind.SHUTDOWN: Settlement.HAND_BACK,
-        CancelKind.LEASE_LOST: Settlement.LEAVE,
+        CancelKind.REQUESTED: Settled(Settlement.DELETE),
+        CancelKind.SHUTDOWN: Settled(Settlement.HAND_BACK),
+        CancelKind.LEASE_LOST: Settled(Settlement.LEAVE),
     }
 )

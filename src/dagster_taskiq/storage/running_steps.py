@@ -1,5 +1,7 @@
 """Which steps of a run are being worked on, and by which worker? From the run's event log alone."""
 
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from dagster import DagsterEvent, DagsterEventType, DagsterInstance
@@ -77,3 +79,31 @@ def running_steps(instance: DagsterInstance, run_id: str) -> RunningSteps:
         if event is not None:
             found.handle_event(event)
     return found
+
+
+class StopOfSteps:
+    """Steps that are being stopped: who is still to be told, and whether it has taken too long. Does neither itself."""
+
+    def __init__(self, patience_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """`patience_s`: seconds that the steps may take, from now."""
+        self.patience_s = patience_s
+        self.cancelled: set[str] = set()
+        """Task ids of those that were told."""
+        self._clock = clock
+        self._began = clock()
+
+    def not_yet_cancelled(self, task_ids: Iterable[str]) -> list[str]:
+        """Those that are to be told now; also a step that was claimed only after the others were told."""
+        late = [task_id for task_id in task_ids if task_id not in self.cancelled]
+        self.cancelled.update(late)
+        return late
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds since it began."""
+        return self._clock() - self._began
+
+    @property
+    def is_too_long(self) -> bool:
+        """Whether the steps have used up their time."""
+        return self.waited_s >= self.patience_s

@@ -1,4 +1,4 @@
-"""Hear the cancel queue for one worker: whose cancel is it, and what becomes of its message.
+"""Listen to the cancel queue for one worker: whose cancel is it, and what becomes of its message.
 
 Knows which ids to ask about and how cancels travel among competing workers; not how work is stopped.
 """
@@ -37,18 +37,28 @@ class CancelSource(Protocol):
         """Let another worker have them at once."""
 
 
+class Tasks(Protocol):
+    """The tasks of this worker: `RunningTasks`."""
+
+    @property
+    def finished(self) -> TTLCache[bool]:
+        """Task ids whose work is known to be over."""
+
+    def cancel(self, task_id: str, cancellation: Cancellation) -> bool:
+        """Cancel a task, if it runs here; whether it does."""
+
+
 class CancelListener:
     """SQS gives a cancel to any worker: the owner takes it, everybody else hands it on.
 
-    `cancel` says whether the work runs here. `finished` are task ids whose work is known to be over.
+    `is_over` tells of a task id whether its work is known to be finished, wherever it ran.
     """
 
     def __init__(
         self,
         source: CancelSource,
-        cancel: Callable[[str, Cancellation], bool],
+        tasks: Tasks,
         *,
-        finished: TTLCache[bool],
         cancel_ttl_s: float,
         is_over: Callable[[str], Awaitable[bool]] | None = None,
         now: Callable[[], float] = time.time,
@@ -56,8 +66,7 @@ class CancelListener:
     ) -> None:
         self.listening = asyncio.Event()
         self._source = source
-        self._cancel = cancel
-        self._finished = finished
+        self._tasks = tasks
         self._cancel_ttl_s = cancel_ttl_s
         self._is_over = is_over
         self._now = now
@@ -66,7 +75,7 @@ class CancelListener:
         self._seen: TTLCache[bool] = TTLCache(ttl_s=cancel_ttl_s)
 
     def cancelled_ahead(self, task_id: str) -> Cancellation | None:
-        """The cancel that was heard before the work came, if there was one lately."""
+        """The cancel that was received before the work came, if there was one lately."""
         return self._ahead.get(task_id)
 
     async def run(self) -> None:
@@ -79,7 +88,7 @@ class CancelListener:
     async def handle(self, received: Sequence[ReceivedCancel]) -> float:
         """Take what is ours, hand on what is not; for how many seconds to sit out before the next receive."""
         # Ours first, and without awaiting anything: a cancel does not wait for the bookkeeping of others.
-        ours = {one.message_id for one in received if self._cancel(one.request.task_id, _cancellation(one))}
+        ours = {one.message_id for one in received if self._tasks.cancel(one.request.task_id, _cancellation(one))}
         done = [one for one in received if one.message_id in ours or self._needs_nobody(one)]
         others = [one for one in received if one not in done]
         again = [one for one in others if one.message_id in self._seen]
@@ -97,7 +106,7 @@ class CancelListener:
 
     def _needs_nobody(self, cancel: ReceivedCancel) -> bool:
         task_id = cancel.request.task_id
-        if task_id in self._finished:
+        if task_id in self._tasks.finished:
             return True
         if self._now() - cancel.sent_at <= self._cancel_ttl_s:
             return False

@@ -1,4 +1,4 @@
-"""Code of the user's that hears of cancellations of taskiq tasks. Knows middlewares; not how cancels travel."""
+"""Code of the user's that is notified of cancellations of taskiq tasks. Knows middlewares; not how cancels travel."""
 
 import inspect
 import logging
@@ -69,7 +69,7 @@ class CancellationMiddleware(TaskiqMiddleware):
 
 
 async def notify_all(middlewares: Iterable[TaskiqMiddleware], event: CancellationEvent) -> None:
-    """Tell those that want to hear of cancellations."""
+    """Notify those that want to know of cancellations."""
     for middleware in middlewares:
         if isinstance(middleware, CancellationMiddleware):
             await middleware.notify(event)

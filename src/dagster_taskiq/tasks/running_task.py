@@ -1,14 +1,15 @@
-"""One piece of work in this worker, from receipt until settled. Knows its cancellation, its task and its settlement.
+"""One task in this worker, from receipt until settled. Knows its cancellation, its function and its settlement.
 
-Knows neither queues nor what the work does: the receiver hands it a way to settle.
+Knows neither queues nor what the task does: the receiver hands it a way to settle.
 """
 
 import asyncio
+import enum
 import functools
 import inspect
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
 from contextvars import ContextVar
 from logging import Filter, LogRecord, getLogger
 from typing import Any
@@ -17,52 +18,83 @@ from taskiq import TaskiqMessage, TaskiqResult
 from taskiq.exceptions import NoResultError
 
 from dagster_taskiq import _log_context
+from dagster_taskiq.cancellation.current import TASK_TOKEN
 from dagster_taskiq.cancellation.handlers import Handler, handlers_of
-from dagster_taskiq.cancellation.model import CancelKind, Cancellation, stronger
-from dagster_taskiq.cancellation.token import CancellationToken, provide
+from dagster_taskiq.cancellation.model import CancelKind, Cancellation
+from dagster_taskiq.cancellation.signal import CancelSignal
 from dagster_taskiq.errors import TaskCancelled
 from dagster_taskiq.sqs.lease import Settle
-from dagster_taskiq.sqs.settlement import AFTER_CANCEL, Settlement
-from dagster_taskiq.tasks.cleanup import TaskCleanupContext, TaskToken, clean_up_task
+from dagster_taskiq.sqs.settlement import AFTER_CANCEL, Settled, Settlement
+from dagster_taskiq.tasks.cleanup import TaskCleanupContext, clean_up_task
+from dagster_taskiq.tasks.task_token import TaskToken
 
 logger = getLogger(__name__)
 
-CURRENT: ContextVar["RunningTask"] = ContextVar("dagster_taskiq_running")
+CURRENT_TASK: ContextVar["RunningTask"] = ContextVar("dagster_taskiq_running_task")
 
 
-def current_work() -> "RunningTask":
-    """The work that calls this, from inside a task function. Raises `LookupError` anywhere else."""
-    return CURRENT.get()
+def current_task() -> "RunningTask":
+    """The task that calls this, from inside its function. Raises `LookupError` anywhere else."""
+    return CURRENT_TASK.get()
+
+
+class Phase(enum.Enum):
+    """How far a task has come."""
+
+    RECEIVED = "its function has not begun"
+    BEGUN = "its function runs"
+    RETURNED = "its function has ended, and taskiq has not said how"
+    SUCCEEDED = "its function has returned a result"
+    FAILED = "its function has raised an error, or never begun"
+
+
+_BEFORE_THE_END = frozenset({Phase.RECEIVED, Phase.BEGUN})
 
 
 class RunningTask:
-    """One piece of work in this worker, from receipt until settled. `received_at`: seconds since the epoch."""
+    """One task in this worker, from receipt until settled. `sent_at`: seconds since the epoch; 0: not known.
 
-    def __init__(self, task_id: str, *, receive_count: int, settle: Settle, start_cancelled: bool = False) -> None:
+    `awaits_signal`: the function looks at `signal` by itself. Then it is never interrupted, and it begins also when it
+    was cancelled before. Any other function is interrupted as asyncio does it, once.
+    """
+
+    def __init__(
+        self,
+        task_id: str,
+        *,
+        settle: Settle,
+        receive_count: int = 1,
+        sent_at: float = 0.0,
+        awaits_signal: bool = False,
+        on_cancelled: Callable[["RunningTask", Cancellation], None] = lambda *_: None,
+    ) -> None:
+        """`on_cancelled` is called once, when the task is cancelled."""
         self.task_id = task_id
-        self.received_at = time.time()
-        self.sent_at = 0.0
-        """0: not known."""
+        self.sent_at = sent_at
         self.receive_count = receive_count
         self.about = {"task_id": task_id, **_log_context.current()}
         """What lines of the log about it shall say, from wherever they come."""
-        self.cancellation: Cancellation | None = None
+        self.signal = CancelSignal()
+        self.phase = Phase.RECEIVED
+        self.outcome: Settled | None = None
+        """What the function has returned, if it decides for itself what becomes of its message."""
+        self.acknowledges_itself = False
+        """Whether the message is to be left when nobody has acknowledged it."""
         self.settled = asyncio.Event()
-        self.succeeded = False
-        self.unsettled_unless_told = False
-        self._settle = settle
-        self._start_cancelled = start_cancelled
-        self._message: TaskiqMessage | None = None
-        self._inner: asyncio.Task[Any] | None = None
-        self._interruptible = True
-        self._begun = False
-        self._over = False
-        self._wish: tuple[Settlement, int] | None = None
-        self.when_cancelled: Callable[[Cancellation], None] = lambda _: None
-        """Called when the work is cancelled, once, by `cancel`."""
         self.handlers: tuple[Handler, ...] = ()
         """The cleanup handlers of the task function, if it has begun."""
-        self.token = TaskToken(self._cancel_inner)
+        self.token = TaskToken(self.signal, self._cancel_coroutine)
+        self._settle = settle
+        self._awaits_signal = awaits_signal
+        self._on_cancelled = on_cancelled
+        self._message: TaskiqMessage | None = None
+        self._coroutine: asyncio.Task[Any] | None = None
+        self._is_sync = False
+
+    @property
+    def cancellation(self) -> Cancellation | None:
+        """The strongest so far."""
+        return self.signal.cancellation
 
     @property
     def message(self) -> TaskiqMessage | None:
@@ -72,44 +104,37 @@ class RunningTask:
     @property
     def over(self) -> bool:
         """Whether the task function has ended: a cancellation then changes nothing."""
-        return self._over
+        return self.phase not in _BEFORE_THE_END
 
     @property
     def dropped(self) -> bool:
         """Whether it was cancelled before it began, and is not to begin."""
-        return self.cancellation is not None and not self._begun and not self._start_cancelled
+        return self.signal.is_set and self.phase is Phase.RECEIVED and not self._awaits_signal
 
     @property
     def finished(self) -> bool:
         """Whether nobody will ever work under this id again, so that a cancel for it has no addressee.
 
-        Not known of a task that failed, because it may have been sent again under its id; nor of work with a wish,
-        because it may have given way to the same work elsewhere.
+        Not known of a task that failed, because it may have been sent again under its id; nor of one that has decided
+        for itself, because it may have given way to the same work elsewhere.
         """
         requested = self.cancellation is not None and self.cancellation.kind is CancelKind.REQUESTED
-        over = self._wish is None and self.verdict()[0] is Settlement.DELETE
-        return over and (self.succeeded or requested)
+        over = self.outcome is None and self.verdict().settlement is Settlement.DELETE
+        return over and (self.phase is Phase.SUCCEEDED or requested)
 
-    def settle_as(self, settlement: Settlement, delay_s: int = 0) -> None:
-        """What the work itself wants to become of its message; wins over the table."""
-        self._wish = (settlement, delay_s)
-
-    def verdict(self) -> tuple[Settlement, int]:
-        """What becomes of the message: the work's wish, else the table, else it is done."""
-        if self._wish is not None:
-            return self._wish
-        if self.cancellation is not None and not self.succeeded:
-            return AFTER_CANCEL[self.cancellation.kind], 0
-        if not self._over or self.unsettled_unless_told:
-            return Settlement.LEAVE, 0
-        return Settlement.DELETE, 0
+    def verdict(self) -> Settled:
+        """What becomes of the message: what the function has returned, else the table, else it is done."""
+        if self.outcome is not None:
+            return self.outcome
+        if self.cancellation is not None and self.phase is not Phase.SUCCEEDED:
+            return AFTER_CANCEL[self.cancellation.kind]
+        if not self.over or self.acknowledges_itself:
+            return Settled(Settlement.LEAVE)
+        return Settled(Settlement.DELETE)
 
     async def acknowledge(self) -> None:
         """What taskiq calls when it is time to acknowledge; before the end, that is what the task asked for."""
-        if self._over:
-            await self._settle(*self.verdict())
-        else:
-            await self._settle(Settlement.DELETE)
+        await self._settle(*(self.verdict() if self.over else Settled(Settlement.DELETE)))
 
     async def settle(self) -> None:
         """Carry out the verdict."""
@@ -118,58 +143,71 @@ class RunningTask:
     def cancel(self, cancellation: Cancellation) -> None:
         """Interrupt the task function, once; a later, stronger cancellation only takes over as the reason."""
         self._forbid_retry()
-        if self._over:
+        if self.over:
             return
-        first = self.cancellation is None
-        self.cancellation = stronger(self.cancellation, cancellation)
+        first = not self.signal.is_set
+        self.signal.record(cancellation)
         if first:
             logger.info("Cancelling task %s", self.task_id, extra=self.about)
-            self.token.tell(cancellation)
-            self.when_cancelled(cancellation)
+            self.signal.notify(in_background=True)
+            self._on_cancelled(self, cancellation)
             self._interrupt()
 
     def attach(self, message: TaskiqMessage) -> None:
         """The message that middlewares will look at, as it is after they had their say."""
         self._message = message
-        if self.cancellation is not None:
+        if self.signal.is_set:
             self._forbid_retry()
 
-    def begin(self, inner: "asyncio.Task[Any]") -> None:
-        """The task that runs the function (and resolves its dependencies first)."""
-        self._inner = inner
+    def begin(self, coroutine: "asyncio.Task[Any]") -> None:
+        """The asyncio task that runs the function (and resolves its dependencies first)."""
+        self._coroutine = coroutine
 
     def end(self, *, succeeded: bool) -> None:
         """The function has ended."""
-        self._over = True
-        self.succeeded = succeeded
+        self.phase = Phase.SUCCEEDED if succeeded else Phase.FAILED
 
-    def told(self, result: TaskiqResult[Any]) -> TaskiqResult[Any]:
+    def visible_result(self, result: TaskiqResult[Any]) -> TaskiqResult[Any]:
         """The result as others shall see it: a cancelled task says so; one that is not over has none."""
         if self.cancellation is not None and isinstance(result.error, asyncio.CancelledError):
             result.error = TaskCancelled(self.cancellation.reason)
-        if self.verdict()[0] is not Settlement.DELETE and not self.unsettled_unless_told:
+        if self.verdict().settlement is not Settlement.DELETE and not self.acknowledges_itself:
             result.error = NoResultError()
         return result
 
-    def observed(self, target: Callable[..., Any], executor: Executor | None) -> Callable[..., Any]:
-        """The task function, log_context when it begins and ends.
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """As long as this lasts, `current_task` is this one, and `cancellation_token` gives its token."""
+        current, token = CURRENT_TASK.set(self), TASK_TOKEN.set(self.token.get)
+        try:
+            yield
+        finally:
+            TASK_TOKEN.reset(token)
+            CURRENT_TASK.reset(current)
 
-        A function in a thread cannot be interrupted: it looks at `current_work().cancellation` itself, and the
-        message stays ours until it has ended. One in a process pool cannot even look.
+    def observed(self, target: Callable[..., Any], executor: Executor | None) -> Callable[..., Any]:
+        """The task function, whose beginning, end and outcome are recorded here.
+
+        A function in a thread cannot be interrupted: it looks at its token itself, and the message stays ours until it
+        has ended. One in a process pool cannot even look.
         """
         if inspect.iscoroutinefunction(target):
             return self._observed_coroutine(target)
-        self._interruptible = False
+        self._is_sync = True
         return target if isinstance(executor, ProcessPoolExecutor) else self._observed_function(target)
 
     def _observed_coroutine(self, target: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(target)
         async def observed(*args: Any, **kwargs: Any) -> Any:
-            self._begin(target)
+            self._record_beginning(target)
             try:
-                return await target(*args, **kwargs)
+                result = await target(*args, **kwargs)
             finally:
-                self._over = True
+                self.phase = Phase.RETURNED
+            if isinstance(result, Settled):
+                self.outcome = result
+                return None
+            return result
 
         return observed
 
@@ -178,16 +216,16 @@ class RunningTask:
         def observed(*args: Any, **kwargs: Any) -> Any:
             if self.dropped:
                 raise TaskCancelled(self.cancellation.reason if self.cancellation else None)
-            self._begin(target)
+            self._record_beginning(target)
             try:
                 return target(*args, **kwargs)
             finally:
-                self._over = True
+                self.phase = Phase.RETURNED
 
         return observed
 
-    def _begin(self, target: Callable[..., Any]) -> None:
-        self._begun = True
+    def _record_beginning(self, target: Callable[..., Any]) -> None:
+        self.phase = Phase.BEGUN
         self.handlers = handlers_of(target)
 
     async def clean_up(self) -> tuple[str, ...]:
@@ -213,17 +251,17 @@ class RunningTask:
         return await clean_up_task(self.handlers, describe)
 
     def _interrupt(self) -> None:
-        if self._inner is None:
-            return  # not started yet: `dropped` says what then
-        if not self._interruptible:
+        if self._coroutine is None or self._awaits_signal:
+            return  # what has not started yet: `dropped` says what then
+        if self._is_sync:
             text = "task %s is a sync function and ends when it looks at its cancellation"
             logger.info(text, self.task_id, extra=self.about)
-        elif self._begun or not self._start_cancelled:
+        else:
             self.token.interrupt()
 
-    def _cancel_inner(self) -> None:
-        if self._inner is not None:
-            self._inner.cancel()
+    def _cancel_coroutine(self) -> None:
+        if self._coroutine is not None:
+            self._coroutine.cancel()
 
     def _forbid_retry(self) -> None:
         # Retry middlewares look at this label of the message, and would send the task again.
@@ -231,22 +269,14 @@ class RunningTask:
             self._message.labels["retry_on_error"] = False
 
 
-def _token_of_task() -> CancellationToken | None:
-    running = CURRENT.get(None)
-    return running.token.get() if running is not None else None
-
-
-provide(_token_of_task)
-
-
 class CancelledIsNoError(Filter):
     """Keeps taskiq from logging an error with a traceback for each task that was cancelled because somebody asked."""
 
     def filter(self, record: LogRecord) -> bool:
         """Whether to log it."""
-        running = CURRENT.get(None)
+        task = CURRENT_TASK.get(None)
         error = record.exc_info[1] if record.exc_info else None
-        return running is None or running.cancellation is None or not isinstance(error, asyncio.CancelledError)
+        return task is None or not task.signal.is_set or not isinstance(error, asyncio.CancelledError)
 
 
 def cancelled_result(message: TaskiqMessage) -> TaskiqResult[Any]:

@@ -1,7 +1,9 @@
-"""What all work of one worker shares. Knows who works where; not what is worked on."""
+"""What all work of one worker shares. Knows who is working where; not what is worked on."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import time
 from typing import Any
@@ -9,17 +11,22 @@ from typing import Any
 from dagster import DagsterInstance, DagsterRun
 
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
-from dagster_taskiq.metrics import DELIVERED, FORCED_KILLS, LEASES_LOST, TO_DELIVERED, TO_STOPPED, Metrics
-from dagster_taskiq.process.supervise import Cancelled, ChildEnd, Processes
+from dagster_taskiq.cancellation.signal import CancelSignal
+from dagster_taskiq.metrics import DELIVERED, FORCED_KILLS, LEASES_LOST, TO_DELIVERED, TO_STOPPED, WAITED, Metrics
+from dagster_taskiq.process.supervise import ChildEnd, Processes
 from dagster_taskiq.settings import Settings
+from dagster_taskiq.sqs.settlement import Settled, Settlement
 from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.tags import grace_of
+from dagster_taskiq.tasks.running_task import RunningTask
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class ActiveTask:
-    """One run, or one step, that this worker is at."""
+    """One run, or one step, that this worker is working on."""
 
     run_id: str
     step_key: str | None = None
@@ -42,42 +49,85 @@ class WorkerContext:
     cancel_tasks: Callable[[Iterable[str]], Awaitable[Any]]
     """Sends a cancel message for each task id; what fails does not raise."""
     metrics: Metrics = field(default_factory=lambda: Metrics([], ""))
-    hurry: asyncio.Event = field(default_factory=asyncio.Event)
+    shutdown: CancelSignal = field(default_factory=CancelSignal)
     """Set when the worker's drain is over: whatever still goes on here has to end."""
     active: dict[str, ActiveTask] = field(default_factory=dict)
-    """By task id, the work that has passed its admit_run."""
+    """By task id, the work that was admitted and has not ended."""
+
+    @contextmanager
+    def working_on(self, task_id: str, run_id: str, step_key: str | None = None) -> Iterator[None]:
+        """As long as this lasts, the heartbeat names that work, and the status poller looks at its run."""
+        self.active[task_id] = ActiveTask(run_id, step_key)
+        try:
+            yield
+        finally:
+            self.active.pop(task_id, None)
 
     def active_by_kind(self) -> dict[str, int]:
         """How many runs, and how many steps."""
-        runs = sum(piece.step_key is None for piece in self.active.values())
+        runs = sum(task.step_key is None for task in self.active.values())
         return {"runs": runs, "steps": len(self.active) - runs}
 
-    def measure_delivery(self, cause: Cancellation) -> None:
-        """Work that runs here was cancelled."""
-        if cause.kind is CancelKind.LEASE_LOST:
-            self.metrics.count(LEASES_LOST)
-        elif cause.kind is CancelKind.REQUESTED:
-            self.metrics.count(DELIVERED, Channel=cause.channel.value)
-            if cause.requested_at is not None:
-                self.metrics.put({TO_DELIVERED: max(0.0, cause.received_at - cause.requested_at)})
+    def watched(self) -> dict[str, str]:
+        """Task id to run id: what the status poller looks at."""
+        return {task_id: task.run_id for task_id, task in self.active.items()}
 
-    def measure_end(self, end: ChildEnd | None) -> None:
+    async def still_ours(self, task_id: str) -> bool:
+        """Whether a run whose lease is lost is ours all the same, because no other worker has claimed it since."""
+        task = self.active.get(task_id)
+        if task is None:
+            return False
+        try:
+            owner = await asyncio.to_thread(self.claims.owner, task.run_id, self.worker_id)
+        except Exception:  # nothing is killed because the database did not answer: the claim was ours and is
+            logger.exception("cannot read the claims; going on", extra={"run_id": task.run_id})
+            return True
+        return owner is not None and owner.worker_id == self.worker_id
+
+    def hand_back_later(self) -> Settled:
+        """The message is to come again after its visibility timeout."""
+        return Settled(Settlement.HAND_BACK, self.settings.visibility_timeout_seconds)
+
+    async def give_up(
+        self, run: DagsterRun, task_id: str, why: str, *, delay_s: int, step_key: str | None = None
+    ) -> Settled:
+        """Release the claim, so that another worker may have the work; its message is handed back."""
+        await asyncio.to_thread(self.claims.release, run, self.worker_id, task_id, why, step_key)
+        return Settled(Settlement.HAND_BACK, delay_s)
+
+    # What is measured
+
+    def measure_wait(self, task: RunningTask, kind: str) -> None:
+        """How long a task waited in its queue, if this is its first delivery."""
+        if task.sent_at and task.receive_count == 1:
+            self.metrics.put({WAITED: max(0.0, time() - task.sent_at)}, Kind=kind)
+
+    def measure_delivery(self, cancellation: Cancellation) -> None:
+        """Work that runs here was cancelled."""
+        if cancellation.kind is CancelKind.LEASE_LOST:
+            self.metrics.count(LEASES_LOST)
+        elif cancellation.kind is CancelKind.REQUESTED:
+            self.metrics.count(DELIVERED, Channel=cancellation.channel.value)
+            if cancellation.requested_at is not None:
+                self.metrics.put({TO_DELIVERED: max(0.0, cancellation.received_at - cancellation.requested_at)})
+
+    def measure_end(self, end: ChildEnd) -> None:
         """How long it took a process tree to stop that was interrupted, and whether it had to be killed."""
-        if end is not None and end.interrupted_at is not None:
+        if end.interrupted_at is not None:
             self.metrics.put({TO_STOPPED: max(0.0, end.gone_at - end.interrupted_at)})
             if end.kill_at is not None:
                 self.metrics.count(FORCED_KILLS)
 
-    def watched(self) -> dict[str, str]:
-        """Task id to run id: what the status watch looks at."""
-        return {task_id: piece.run_id for task_id, piece in self.active.items()}
+    # The time that work has to end
 
-    def grace_s(self, run: DagsterRun) -> float:
-        """The run's own grace, if it is tagged with a sensible one."""
-        return grace_of(run.tags, self.settings.grace_seconds)
+    def grace_s(self, run: DagsterRun, cancellation: Cancellation | None = None) -> float:
+        """The run's own grace, if it is tagged with a sensible one; less than that in a shutdown of the worker."""
+        grace_s = grace_of(run.tags, self.settings.grace_seconds)
+        if cancellation is not None and cancellation.kind is CancelKind.SHUTDOWN:
+            return min(grace_s, self.settings.shutdown_grace_s)
+        return grace_s
 
-    def grace_now_s(self, run: DagsterRun, cancelled: Cancelled) -> float:
-        """What a child of the run gets between interrupt and kill, now that its work is cancelled."""
-        grace_s = self.grace_s(run)
-        shutting_down = cancelled.cause.kind is CancelKind.SHUTDOWN
-        return min(grace_s, self.settings.shutdown_grace_s) if shutting_down else grace_s
+    def steps_left(self, workers: dict[str, str]) -> Sequence[str]:
+        """Of task ids and their workers, those whose worker lives, or whose children may still be there."""
+        alive = self.heartbeats_of_steps.alive(workers.values())
+        return [task_id for task_id, worker_id in workers.items() if worker_id in alive]

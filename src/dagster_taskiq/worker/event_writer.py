@@ -11,8 +11,9 @@ from time import time
 from dagster import DagsterInstance, DagsterRun
 
 from dagster_taskiq._retry import DATABASE_RETRY_S, retry_async
+from dagster_taskiq.cancellation.signal import CancelSignal
 from dagster_taskiq.dagster_compat.storage import outages
-from dagster_taskiq.process.supervise import Cancelled, ChildEnd
+from dagster_taskiq.process.supervise import ChildEnd
 from dagster_taskiq.storage import engine_events
 from dagster_taskiq.storage.event_log import StepRef, append_event
 
@@ -27,60 +28,62 @@ class EventWriter:
         instance: DagsterInstance,
         run: DagsterRun,
         worker_id: str,
-        cancelled: Cancelled,
+        signal: CancelSignal,
         step: StepRef | None = None,
     ) -> None:
         self._instance = instance
         self._run = run
         self._worker_id = worker_id
-        self._cancelled = cancelled
+        self._signal = signal
         self._step = step
         self._tail: asyncio.Task[None] | None = None
 
     def interrupting(self, pid: int, grace_s: float) -> None:
         """See `supervisor.Observer`."""
         at = time()
-        self._write(engine_events.reached(self._worker_id, self._cancelled.cause))
+        self._write_reached()
         self._write(engine_events.interrupting(pid, grace_s, at))
 
     def killing(self, pid: int, waited_s: float, shield: str | None) -> None:
         """See `supervisor.Observer`."""
         self._write(engine_events.killed(pid, waited_s, shield, time()))
 
-    def tell(self, note: engine_events.EngineEvent) -> None:
-        """Anything else."""
-        self._write(note)
+    def record_end(self, end: ChildEnd | None, *, reported: bool = False) -> None:
+        """What the log shall tell when all is over: of a cancellation, and of a step always.
 
-    def record_end(self, end: ChildEnd | None, *, said: bool = False) -> None:
-        """What is to be said when all is over: of a cancellation, and of a step always. `said`: how it ended."""
+        `reported`: whether the step's own process has written how the step ended.
+        """
         if end is None:
-            if self._cancelled:
-                self._write(engine_events.reached(self._worker_id, self._cancelled.cause))
+            self._write_reached()
             return
         after_s = end.gone_at - end.interrupted_at if end.interrupted_at is not None else None
         if self._step is not None or after_s is not None:
-            ended = said if self._step is not None else None
+            ended = reported if self._step is not None else None
             self._write(engine_events.tree_gone(after_s, end.killed, end.gone_at, ended=ended))
 
     async def written(self) -> None:
-        """Until everything that was said is in the database."""
+        """Until everything that was recorded is in the database."""
         if self._tail is not None:
             await asyncio.wait({self._tail})
 
-    def _write(self, note: engine_events.EngineEvent) -> None:
-        self._tail = asyncio.create_task(self._after(self._tail, note), name=f"write {note.stage}")
+    def _write_reached(self) -> None:
+        if self._signal.cancellation is not None:
+            self._write(engine_events.reached(self._worker_id, self._signal.cancellation))
 
-    async def _after(self, earlier: asyncio.Task[None] | None, note: engine_events.EngineEvent) -> None:
+    def _write(self, event: engine_events.EngineEvent) -> None:
+        self._tail = asyncio.create_task(self._after(self._tail, event), name=f"write {event.stage}")
+
+    async def _after(self, earlier: asyncio.Task[None] | None, event: engine_events.EngineEvent) -> None:
         if earlier is not None:
             await asyncio.wait({earlier})
         step_key = None
         if self._step is not None:
             # Whose attempt it is about, for whoever follows the steps of the run in its log.
             mine = {engine_events.WORKER_KEY: self._worker_id, engine_events.TASK_ID_KEY: self._step.task_id}
-            note, step_key = replace(note, facts={**note.facts, **mine}), self._step.step_key
+            event, step_key = replace(event, facts={**event.facts, **mine}), self._step.step_key
         try:
             await retry_async(
-                lambda: asyncio.to_thread(append_event, self._instance, self._run, note, step_key),
+                lambda: asyncio.to_thread(append_event, self._instance, self._run, event, step_key),
                 doing="write an engine event",
                 # A step's run waits until it reads that the step is over: so that is tried whatever happens.
                 on=outages() if self._step is None else Exception,

@@ -91,7 +91,7 @@ class Conclusion:
     """What is to be written, and all that is needed to write it."""
 
     run: DagsterRun | None
-    verdict: FinalAction
+    action: FinalAction
     settlement: Settlement
     history: Sequence[DagsterEventType]
     entry: str
@@ -111,7 +111,7 @@ def examine(
     kind = cancellation.kind if cancellation is not None else None
     said = _last(end, "verdict")
     history = terminal_events(instance, run_id) if run is not None else ()
-    verdict = decide(
+    action = decide(
         RunOutcome(
             status=run.status if run is not None else None,
             history=history,
@@ -122,25 +122,25 @@ def examine(
             clean_exit=end is not None and end.exit_code == 0,
         )
     )
-    steps = running_steps(instance, run_id) if verdict in _AFTER_ITS_STEPS else None
+    steps = running_steps(instance, run_id) if action in _AFTER_ITS_STEPS else None
     settlement = Settlement.LEAVE if kind is CancelKind.LEASE_LOST else Settlement.DELETE
     return Conclusion(
         run=run,
-        verdict=verdict,
-        settlement=Settlement.HAND_BACK if verdict is FinalAction.RESUMABLE else settlement,
+        action=action,
+        settlement=Settlement.HAND_BACK if action is FinalAction.RESUMABLE else settlement,
         history=history,
         entry=str(said.get("entry", "")),
         failure=_failure_message(end, cancellation, worker_id),
         steps=steps if steps is not None and steps.workers else None,
-        cleanup=cleanup_record(instance, run_id) if _is_cancelled(verdict, kind, run, history) else CleanupRecord(),
+        cleanup=cleanup_record(instance, run_id) if _is_cancelled(action, kind, run, history) else CleanupRecord(),
     )
 
 
 def _is_cancelled(
-    verdict: FinalAction, kind: CancelKind | None, run: DagsterRun | None, history: Sequence[DagsterEventType]
+    action: FinalAction, kind: CancelKind | None, run: DagsterRun | None, history: Sequence[DagsterEventType]
 ) -> bool:
     """Whether the run is to be CANCELED by us, or is it already, by force."""
-    if verdict is FinalAction.CANCELED:
+    if action is FinalAction.CANCELED:
         return True
     forced = run is not None and (run.status is DagsterRunStatus.CANCELED or DagsterEventType.RUN_CANCELED in history)
     return forced and kind is not CancelKind.LEASE_LOST
@@ -188,24 +188,24 @@ def fail(instance: DagsterInstance, run_id: str, why: str) -> bool:
 
 def conclude(instance: DagsterInstance, conclusion: Conclusion, end: ChildEnd | None) -> None:
     """Give back what the run held, and write its final state: who sees that state can rely on the former."""
-    run, verdict = conclusion.run, conclusion.verdict
+    run, action = conclusion.run, conclusion.action
     if run is None:
         return
     _free_what_it_held(instance, run, end)
     failures = conclusion.cleanup.failures
-    if verdict is FinalAction.CANCELED and failures:
+    if action is FinalAction.CANCELED and failures:
         if instance.run_retries_enabled:
             # What was cancelled is not tried again, whatever has become of its cleanup.
             instance.add_run_tags(run.run_id, {MAX_RETRIES_TAG: "0"})
         instance.report_run_failed(run, cleanup_failed(failures), failure_of_a_handler())
-    elif verdict is FinalAction.CANCELED:
+    elif action is FinalAction.CANCELED:
         instance.report_run_canceled(run, f'Execution of run for "{run.job_name}" canceled.')
-    elif verdict is FinalAction.FAILURE:
+    elif action is FinalAction.FAILURE:
         instance.report_run_failed(run, conclusion.failure, unexpected_termination())
-    elif verdict is FinalAction.RESTORE:
+    elif action is FinalAction.RESTORE:
         restore(instance, run, conclusion.history)
-    elif verdict in (FinalAction.SUCCESS, FinalAction.HELD):
-        if verdict is FinalAction.SUCCESS:
+    elif action in (FinalAction.SUCCESS, FinalAction.HELD):
+        if action is FinalAction.SUCCESS:
             append_event(instance, run, finished_all_the_same())
         # As the child would have written it, with its time.
         instance.handle_new_event(deserialize_entry(conclusion.entry))

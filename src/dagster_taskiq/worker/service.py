@@ -1,7 +1,7 @@
 """Puts the parts of a worker together and owns its start, its drain and its stop.
 
 Stopping: the first SIGTERM or SIGINT ends the receiving; what runs may go on for `drain_seconds` (cancellations are
-still heard); then, or at a second signal, children are interrupted without a cancel intent.
+still received); then, or at a second signal, children are interrupted without a cancel intent.
 """
 
 import asyncio
@@ -10,25 +10,23 @@ import os
 import secrets
 import signal
 import socket
-import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
-from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
+from dagster import DagsterInstance, RunsFilter
 from taskiq import TaskiqMessage
 
 from dagster_taskiq._log_context import log_context
-from dagster_taskiq._retry import retry_async
 from dagster_taskiq.cancellable_broker import CancellableSQSBroker
-from dagster_taskiq.cancellable_receiver import CancellableReceiver
+from dagster_taskiq.cancellable_receiver import CancellableReceiver, ReceiverHooks
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.child.main import PRELOAD, WARM_UP
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES, serialize_value
 from dagster_taskiq.dagster_compat.storage import read_migration_scripts_once
 from dagster_taskiq.messages import run_of_step_task
-from dagster_taskiq.metrics import RUNNING, Metrics, on_ecs
+from dagster_taskiq.metrics import Metrics, on_ecs
 from dagster_taskiq.process.fork_server import ForkServer
 from dagster_taskiq.queue_names import queue_name
 from dagster_taskiq.settings import Settings
@@ -39,9 +37,11 @@ from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.step_state import forget_old_states
 from dagster_taskiq.storage.tags import TASK_ID_TAG
 from dagster_taskiq.tasks.cancel_listener import CancelListener
+from dagster_taskiq.tasks.running_tasks import RunningTasks
 from dagster_taskiq.worker.context import WorkerContext
 from dagster_taskiq.worker.ecs import Agent, Protection
 from dagster_taskiq.worker.health import answering
+from dagster_taskiq.worker.heart import Heart
 from dagster_taskiq.worker.run_task import RunWork
 from dagster_taskiq.worker.status_poller import StatusPoller
 from dagster_taskiq.worker.step_task import StepWork
@@ -62,7 +62,7 @@ def run_worker(
 ) -> int:
     """Run a worker on the instance of `$DAGSTER_HOME` until it is told to stop; blocks; returns the exit code.
 
-    `name` begins the worker's id. `on_ready` is called with that id once the worker hears all its queues. Installs
+    `name` begins the worker's id. `on_ready` is called with that id once the worker listens to all its queues. Installs
     handlers for SIGTERM and SIGINT. `agent`: that of ECS, in a container of it; default: what the environment says.
     Raises `DagsterTaskiqError` when it cannot start.
     """
@@ -90,58 +90,44 @@ class Worker:
         self.worker_id = f"{name or socket.gethostname()}-{secrets.token_hex(4)}"
         self._instance = instance
         self._settings = settings
-        self._heartbeats = Heartbeats.of_runs(instance, settings)
-        self._claims = Claims(instance, self._heartbeats)
-        self._fork_server = fork_server(instance, settings)
         self._where = f"{where}, pid {os.getpid()}" if where else f"pid {os.getpid()} on {socket.gethostname()}"
         self._agent = agent
-        self._measured_at = 0.0
+        self._fork_server = fork_server(instance, settings)
+        self._heartbeats = Heartbeats.of_runs(instance, settings)
+        self._tasks = RunningTasks()
         self._ready = False
         self._stopping = asyncio.Event()
-        self._hurry = asyncio.Event()
-        self._started_at = time.time()
-        # Threads of its own, so that no work that waits for the database keeps it from beating; and several, because
-        # a beat may still hang in an outage, or in the pauses of Dagster's own tries, when the next one could arrive.
-        self._heart = ThreadPoolExecutor(4, thread_name_prefix="heartbeat")
+        self._drained = asyncio.Event()
 
     def stop(self) -> None:
         """Drain and stop; called again: do not drain."""
         if self._stopping.is_set():
             logger.warning("stopping without a drain: runs are interrupted now")
-            self._hurry.set()
+            self._drained.set()
         else:
             logger.info("stopping: no new work; what runs has %g s to finish", self._settings.drain_seconds)
             self._stopping.set()
 
     async def run(self, on_ready: Callable[[str], None] | None = None, *, handle_signals: bool = False) -> None:
-        """Work until `stop`. Raises `DagsterTaskiqError` when a queue cannot be heard or no child can be forked."""
+        """Work until `stop`. Raises `DagsterTaskiqError` when a queue cannot be read or no child can be forked."""
         if handle_signals:
             for number in _SIGNALS:
                 asyncio.get_running_loop().add_signal_handler(number, self.stop)
         brokers = self._brokers()
-        context = WorkerContext(
-            instance=self._instance,
-            settings=self._settings,
-            claims=self._claims,
-            heartbeats_of_steps=Heartbeats.of_steps(self._instance, self._settings),
-            processes=self._fork_server,
-            worker_id=self.worker_id,
-            where=self._where,
-            metrics=Metrics.chosen(self._settings.metrics, queue_name(self._settings.queue_url), on_ecs=on_ecs()),
-            cancel_tasks=self._cancel_over(brokers[0]),
-        )
+        context = self._context(brokers[0])
+        heart = Heart(self._heartbeats, context)
         bucket = self._settings.payload_bucket
         payloads = PayloadBucket(bucket, self._settings.region_name) if bucket else None
         try:
             for broker in brokers:
                 await broker.check_queues()
             await self._fork_server.start()
-            await self._beat(context)
+            await heart.beat()
             with suppress(Exception):  # housekeeping; the next worker does it as well
                 await asyncio.to_thread(self._heartbeats.forget_the_long_dead)
                 await asyncio.to_thread(forget_old_states, self._instance)
             async with answering(lambda: self._describe(context)):
-                await self._work(self._receivers(brokers, context, payloads), brokers[0], context, on_ready)
+                await self._work(brokers, context, heart, payloads, on_ready)
         finally:
             for broker in brokers:
                 await broker.shutdown()
@@ -149,35 +135,35 @@ class Worker:
                 await payloads.close()
             await self._fork_server.stop()
             with suppress(Exception):  # the database may be the reason why we stop
-                await asyncio.to_thread(self._heartbeats.gone, self.worker_id)
-            self._heart.shutdown(wait=False, cancel_futures=True)
+                await heart.stop()
 
     async def _work(
         self,
-        receivers: Sequence[CancellableReceiver],
-        broker: CancellableSQSBroker,
+        brokers: Sequence[CancellableSQSBroker],
         context: WorkerContext,
+        heart: Heart,
+        payloads: PayloadBucket | None,
         on_ready: Callable[[str], None] | None,
     ) -> None:
         """Receive until told to stop; every helper has an owner, and one that fails stops the worker."""
-
-        def cancel(task_id: str, cancellation: Cancellation) -> bool:
-            return any(receiver.cancel(task_id, cancellation) for receiver in receivers)
-
-        watch = StatusPoller(self._instance, context.watched, cancel, self._settings.status_poll_seconds)
+        settings, listener = self._settings, None
+        if settings.enable_cancellation:
+            # Any of the brokers: the queues share one cancel queue.
+            listener = CancelListener(brokers[0], self._tasks, cancel_ttl_s=settings.cancel_ttl, is_over=self._is_over)
+        receivers = [self._receiver(broker, context, listener, payloads) for broker in brokers]
+        poller = StatusPoller(self._instance, context.watched, self._tasks.cancel, settings.status_poll_seconds)
         async with asyncio.TaskGroup() as helpers:
             side = [
-                helpers.create_task(watch.run(), name="status watch"),
-                helpers.create_task(self._keep_beating(context), name="heartbeat"),
+                helpers.create_task(poller.run(), name="poll the status of runs"),
+                helpers.create_task(heart.run(), name="heartbeat"),
                 helpers.create_task(self._stop_what_does_not_finish(receivers, context), name="drain"),
                 helpers.create_task(self._announce(receivers, on_ready), name="announce"),
             ]
             if self._agent is not None and self._agent.can_protect:
-                protection = Protection(self._agent, lambda: any(receiver.running for receiver in receivers))
+                protection = Protection(self._agent, lambda: bool(self._tasks))
                 side.append(helpers.create_task(protection.run(), name="scale-in protection"))
-            if self._settings.enable_cancellation:
-                listener = self._listener(receivers, broker, cancel)
-                side.append(helpers.create_task(listener.run(), name="hear cancels"))
+            if listener is not None:
+                side.append(helpers.create_task(listener.run(), name="listen to cancels"))
             try:
                 async with asyncio.TaskGroup() as receiving:
                     for receiver in receivers:
@@ -197,75 +183,47 @@ class Worker:
             broker.is_worker_process = True
         return brokers
 
-    def _receivers(
-        self, brokers: Sequence[CancellableSQSBroker], context: WorkerContext, payloads: PayloadBucket | None
-    ) -> list[CancellableReceiver]:
-        """One for each broker, with slots of its own: runs that wait for steps never take those that the steps need."""
-        receivers = []
-        for broker in brokers:
-            if broker.queue_url == self._settings.queue_url:
-                RunWork(context).register(broker)
-                slots, still_ours = self._settings.max_concurrent_runs, self._still_ours(context)
-            else:
-                StepWork(context, payloads).register(broker)
-                slots, still_ours = self._settings.max_concurrent_steps, _steps_stay_ours
-            receiver = CancellableReceiver(broker, max_async_tasks=slots)
-            receiver.start_cancelled_work = True
-            receiver.still_ours = still_ours
-            receiver.when_delivered = context.measure_delivery
-            receiver.describe = _describe_message
-            receivers.append(receiver)
-        return receivers
+    def _context(self, broker: CancellableSQSBroker) -> WorkerContext:
+        settings = self._settings
+        return WorkerContext(
+            instance=self._instance,
+            settings=settings,
+            claims=Claims(self._instance, self._heartbeats),
+            heartbeats_of_steps=Heartbeats.of_steps(self._instance, settings),
+            processes=self._fork_server,
+            worker_id=self.worker_id,
+            where=self._where,
+            metrics=Metrics.chosen(settings.metrics, queue_name(settings.queue_url), on_ecs=on_ecs()),
+            cancel_tasks=partial(_cancel_tasks, broker, self.worker_id),
+        )
+
+    def _receiver(
+        self,
+        broker: CancellableSQSBroker,
+        context: WorkerContext,
+        listener: CancelListener | None,
+        payloads: PayloadBucket | None,
+    ) -> CancellableReceiver:
+        """With slots of its own: runs that wait for steps never take those that the steps need."""
+        still_ours: Callable[[str], Awaitable[bool]]
+        if broker.queue_url == self._settings.queue_url:
+            RunWork(context).register(broker)
+            slots, still_ours = self._settings.max_concurrent_runs, context.still_ours
+        else:
+            StepWork(context, payloads).register(broker)
+            slots, still_ours = self._settings.max_concurrent_steps, _steps_stay_ours
+        hooks = ReceiverHooks(
+            tasks_await_signal=True,
+            still_ours=still_ours,
+            on_delivered=context.measure_delivery,
+            describe=_describe_message,
+        )
+        return CancellableReceiver(broker, max_async_tasks=slots, hooks=hooks, tasks=self._tasks, listener=listener)
 
     def _describe(self, context: WorkerContext) -> dict[str, Any]:
         """How this worker is, for whoever asks on its host."""
         state = "draining" if self._stopping.is_set() else "ready" if self._ready else "starting"
         return {"worker": self.worker_id, "state": state, **context.active_by_kind()}
-
-    def _listener(
-        self,
-        receivers: Sequence[CancellableReceiver],
-        broker: CancellableSQSBroker,
-        cancel: Callable[[str, Cancellation], bool],
-    ) -> CancelListener:
-        """One pair of ears for both queues."""
-        finished = receivers[0].finished
-        listener = CancelListener(
-            broker, cancel, finished=finished, cancel_ttl_s=self._settings.cancel_ttl, is_over=self._is_over
-        )
-        for receiver in receivers:
-            receiver.finished = finished
-            receiver.shared_listener = listener
-        return listener
-
-    def _cancel_over(self, broker: CancellableSQSBroker) -> Callable[[Iterable[str]], Awaitable[None]]:
-        async def cancel_tasks(task_ids: Iterable[str]) -> None:
-            if not self._settings.enable_cancellation:
-                return
-            report = await broker.cancel_tasks(task_ids, requested_by=self.worker_id)
-            if report.failed:
-                logger.warning(
-                    "cancel messages not sent, the status watch does it: %s", next(iter(report.failed.values()))
-                )
-
-        return cancel_tasks
-
-    def _still_ours(self, context: WorkerContext) -> Callable[[str], Awaitable[bool]]:
-        async def still_ours(task_id: str) -> bool:
-            piece = context.active.get(task_id)
-            if piece is None:
-                return False
-            try:
-                return await asyncio.to_thread(self._owns, piece.run_id)
-            except Exception:  # nothing is killed because the database did not answer: the claim was ours and is
-                logger.exception("cannot read the claims; going on", extra={"run_id": piece.run_id})
-                return True
-
-        return still_ours
-
-    def _owns(self, run_id: str) -> bool:
-        owner = self._claims.owner(run_id, self.worker_id)
-        return owner is not None and owner.worker_id == self.worker_id
 
     async def _is_over(self, task_id: str) -> bool:
         """Whether the run of that task, or of that step's task, is finished, or was never there."""
@@ -273,14 +231,14 @@ class Worker:
         filters = RunsFilter(run_ids=[run_id]) if run_id is not None else RunsFilter(tags={TASK_ID_TAG: task_id})
 
         def look() -> bool:
-            runs: Iterable[DagsterRunStatus] = [run.status for run in self._instance.get_runs(filters, limit=1)]
-            return all(status in FINISHED_STATUSES for status in runs)
+            statuses = [run.status for run in self._instance.get_runs(filters, limit=1)]
+            return all(status in FINISHED_STATUSES for status in statuses)
 
         return await asyncio.to_thread(look)
 
     async def _announce(self, receivers: Sequence[CancellableReceiver], on_ready: Callable[[str], None] | None) -> None:
         for receiver in receivers:
-            await receiver.hearing.wait()
+            await receiver.listening.wait()
         self._ready = True
         logger.info("worker is ready", extra={"worker_id": self.worker_id})
         if on_ready is not None:
@@ -292,37 +250,19 @@ class Worker:
         await self._stopping.wait()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_seconds):
-                await self._hurry.wait()
-        context.hurry.set()
+                await self._drained.wait()
         shutdown = Cancellation(CancelKind.SHUTDOWN, "the worker is shutting down")
+        context.shutdown.set(shutdown)
         await asyncio.gather(*[receiver.stop_running(shutdown) for receiver in receivers])
 
-    async def _keep_beating(self, context: WorkerContext) -> None:
-        every_s = self._settings.heartbeat_every_s
-        while True:
-            await asyncio.sleep(every_s)
-            # A database that is away for a while stops nobody.
-            await retry_async(
-                lambda: self._beat(context, within_s=every_s), doing="write the heartbeat", longest_pause_s=every_s
-            )
 
-    async def _beat(self, context: WorkerContext, within_s: float | None = None) -> None:
-        work = [[piece.run_id, piece.step_key, round(piece.since, 3)] for piece in context.active.values()]
-        facts: dict[str, Any] = {
-            "since": self._started_at,
-            "where": context.where,
-            "slots": [self._settings.max_concurrent_runs, self._settings.max_concurrent_steps],
-            "work": work,
-        }
-        if context.metrics.wanted and time.monotonic() - self._measured_at > _MEASURE_EVERY_S:
-            self._measured_at = time.monotonic()
-            context.metrics.put({RUNNING: len(work)})
-        beating = asyncio.get_running_loop().run_in_executor(self._heart, self._heartbeats.beat, self.worker_id, facts)
-        try:
-            async with asyncio.timeout(within_s):
-                await beating
-        except TimeoutError:
-            raise TimeoutError(f"the database has not answered within {within_s:g} s") from None
+async def _cancel_tasks(broker: CancellableSQSBroker, worker_id: str, task_ids: Iterable[str]) -> None:
+    """Send cancel messages; what cannot be sent is left to the status pollers."""
+    if not broker.enable_cancellation:
+        return
+    report = await broker.cancel_tasks(task_ids, requested_by=worker_id)
+    if report.failed:
+        logger.warning("cancel messages not sent, the status watch does it: %s", next(iter(report.failed.values())))
 
 
 async def _run(

@@ -1,42 +1,38 @@
-"""The taskiq task that executes one step, from admit_run to the step's end. As `tasks`, but for steps.
+"""The taskiq task that executes one step, from admission to the step's end. As `run_task`, but for steps.
 
-How a step ends is written by its own process, as Dagster does it. What that process cannot say (it was killed, it
-never began) is told here, and the run's executor, which follows the log, makes a failure or a retry of it.
+How a step ends is written by its own process, as Dagster does it. What that process cannot write (it was killed, it
+never began) is written here, and the run's executor, which follows the log, makes a failure or a retry of it.
 """
 
 import asyncio
 import logging
-from time import time
 from typing import Any
 
 from dagster import DagsterRun
 from taskiq import AsyncBroker
 
 from dagster_taskiq._retry import DATABASE_RETRY_S, retry_async
-from dagster_taskiq._shield import shielded
 from dagster_taskiq.cancellation.model import CancelKind
 from dagster_taskiq.child.main import STEP_TARGET
-from dagster_taskiq.dagster_compat.api import serialize_value
-from dagster_taskiq.errors import ChildStartFailed, MessageUnreadable, PayloadUnavailable
+from dagster_taskiq.errors import MessageUnreadable, PayloadUnavailable
 from dagster_taskiq.messages import EXECUTE_STEP, StepMessage
-from dagster_taskiq.metrics import WAITED
-from dagster_taskiq.process.child_handle import ChildSpec
-from dagster_taskiq.process.supervise import Cancelled, ChildEnd, supervise
+from dagster_taskiq.process.supervise import ChildEnd
 from dagster_taskiq.sqs.s3_payloads import PayloadBucket
-from dagster_taskiq.sqs.settlement import Settlement
+from dagster_taskiq.sqs.settlement import Settled, Settlement
 from dagster_taskiq.storage import engine_events
 from dagster_taskiq.storage.event_log import StepRef, append_event
-from dagster_taskiq.tasks.running_task import RunningTask, current_work
+from dagster_taskiq.tasks.running_task import RunningTask, current_task
 from dagster_taskiq.worker.admission import Action, Candidate, Decision, admit_step, admit_step_again
-from dagster_taskiq.worker.context import ActiveTask, WorkerContext
+from dagster_taskiq.worker.context import WorkerContext
 from dagster_taskiq.worker.event_writer import EventWriter
 from dagster_taskiq.worker.finalization import how_it_ended
+from dagster_taskiq.worker.run_child import ChildWork, NotStarted, run_child, see_through
 
 logger = logging.getLogger(__name__)
 
 
 class StepWork:
-    """Sees work on steps through. `payloads`: where what is too large for a message is found, if anywhere."""
+    """Carries out work on steps. `payloads`: where what is too large for a message is found, if anywhere."""
 
     def __init__(self, context: WorkerContext, payloads: PayloadBucket | None) -> None:
         self._context = context
@@ -45,89 +41,48 @@ class StepWork:
     def register(self, broker: AsyncBroker) -> None:
         """Make the task known to a worker's broker."""
 
-        # Any argument is let in, to be refused in `work`: taskiq would drop a message whose arguments do not fit.
-        async def execute_step(*_: Any, **arguments: Any) -> None:
-            await self.work(arguments)
+        # Any argument is let in, to be refused in `carry_out`: taskiq would drop a message whose arguments do not fit.
+        async def execute_step(*_: Any, **arguments: Any) -> Settled:
+            return await self.carry_out(arguments)
 
         broker.register_task(execute_step, EXECUTE_STEP)
 
-    async def work(self, arguments: dict[str, Any]) -> None:
-        """See one message through. The cancellation of the calling task becomes an event (`shielded`)."""
-        work = current_work()
+    async def carry_out(self, arguments: dict[str, Any]) -> Settled:
+        """See one message through; what is to become of it."""
+        task = current_task()
         try:
-            order = StepMessage.from_kwargs(arguments)
-            if order.task_id != work.task_id:
+            message = StepMessage.from_kwargs(arguments)
+            if message.task_id != task.task_id:
                 raise MessageUnreadable("step message whose task id is not that of its step")  # noqa: TRY301
         except MessageUnreadable as error:
-            if work.receive_count == 1:
-                logger.warning("%s; it is left to expire", error, extra={"task_id": work.task_id})
-            work.settle_as(Settlement.LEAVE)
-            return
-        cancelled = Cancelled(lambda: work.cancellation)
-        name = f"execute_step {order.task_id}"
-        await shielded(self._work(order, work, cancelled), name=name, on_cancel=cancelled.note)
+            if task.receive_count == 1:
+                logger.warning("%s; it is left to expire", error, extra={"task_id": task.task_id})
+            return Settled(Settlement.LEAVE)
+        return await see_through(self._carry_out(message, task), task.signal, name=f"execute_step {message.task_id}")
 
-    async def _work(self, order: StepMessage, work: RunningTask, cancelled: Cancelled) -> None:
-        if cancelled.by_shutdown():
-            work.settle_as(Settlement.HAND_BACK)
-            return
-        extra = {"run_id": order.run_id, "step_key": order.step_key, "task_id": order.task_id}
+    async def _carry_out(self, message: StepMessage, task: RunningTask) -> Settled:
+        if task.signal.is_shutdown:
+            return Settled(Settlement.HAND_BACK)
+        extra = {"run_id": message.run_id, "step_key": message.step_key, "task_id": message.task_id}
         try:
-            decision = await self._claim(order, work, cancelled)
+            decision = await self._admit(message, task)
         except Exception:  # the database, above all: the message stays, and is tried again when it is visible again
             logger.exception("step could not be looked up; its message is handed back", extra=extra)
-            work.settle_as(Settlement.HAND_BACK, self._context.settings.visibility_timeout_seconds)
-            return
-        if decision is not None and decision.run is not None:
-            await self._carry_out(order, decision, decision.run, work, cancelled)
+            return self._context.hand_back_later()
+        extra["why"] = decision.why
+        logger.info("step %s of run %s: %s", message.step_key, message.run_id, decision.action.value, extra=extra)
+        if decision.action is Action.HAND_BACK:
+            return self._context.hand_back_later()
+        if decision.action is not Action.START or decision.run is None:
+            return Settled(Settlement.DELETE)
+        return await self._execute(message, decision, decision.run, task)
 
-    async def _carry_out(
-        self, order: StepMessage, decision: Decision, run: DagsterRun, work: RunningTask, cancelled: Cancelled
-    ) -> None:
-        extra = {"run_id": order.run_id, "step_key": order.step_key, "task_id": order.task_id}
-        step = StepRef(order.step_key, order.task_id)
-        writer = EventWriter(self._context.instance, run, self._context.worker_id, cancelled, step)
-        end, why = None, "cancelled before it began"
-        if work.sent_at and work.receive_count == 1:
-            self._context.metrics.put({WAITED: max(0.0, time() - work.sent_at)}, Kind="step")
-        self._context.active[order.task_id] = ActiveTask(order.run_id, order.step_key)
-        try:
-            if decision.is_stale(self._context.settings.dead_after_s):
-                why = "its worker hung after it had claimed it"
-            elif not cancelled:
-                end = await self._supervise(order, run, cancelled, writer)
-                why = how_it_ended(end, f"the process of step {order.step_key}")
-        except ChildStartFailed as error:
-            # Not the step's fault: another worker, or this one later, may have better luck.
-            logger.error("%s", error, extra=extra)  # noqa: TRY400 - our own text says it all
-            await self._give_up(run, step, work, str(error), self._context.settings.visibility_timeout_seconds)
-            return
-        except PayloadUnavailable as error:
-            why = f"what the step has to know could not be read: {error}"
-        except Exception as error:  # whatever it is, the run must not wait for a step that nobody works on
-            logger.exception("step could not be carried out", extra=extra)
-            why = f"it could not be carried out: {error!r}"
-        finally:
-            self._context.active.pop(order.task_id, None)
-        if end is None and cancelled.by_shutdown():
-            await self._give_up(run, step, work, "the worker shuts down", 0)
-            return
-        said = _said_how_it_ended(end)
-        writer.record_end(end, said=said)
-        self._context.measure_end(end)
-        await writer.written()
-        if not said:
-            requested = bool(cancelled) and cancelled.cause.kind is CancelKind.REQUESTED
-            await self._report_lost(run, step, why, retry=not requested)
-        work.settle_as(Settlement.DELETE)
-        await self._forget_payload(order)
-
-    async def _claim(self, order: StepMessage, work: RunningTask, cancelled: Cancelled) -> Decision | None:
-        """With the run, if its step is ours now. If it is not, says what becomes of the message."""
+    async def _admit(self, message: StepMessage, task: RunningTask) -> Decision:
+        """See `admit_step`; patient with the database."""
         context = self._context
-        step = StepRef(order.step_key, order.task_id)
-        candidate = Candidate("execute_step", order.run_id, order.task_id, context.worker_id, context.where)
-        looked = work.receive_count == 1
+        step = StepRef(message.step_key, message.task_id)
+        candidate = Candidate("execute_step", message.run_id, message.task_id, context.worker_id, context.where)
+        looked = task.receive_count == 1
 
         def look_and_claim() -> Decision:
             nonlocal looked
@@ -136,66 +91,81 @@ class StepWork:
             looked = True
             return had_before or admit_step(context.instance, context.claims, step, candidate)
 
-        decision = await retry_async(
+        return await retry_async(
             lambda: asyncio.to_thread(look_and_claim),
             doing="look up a step",
             for_s=DATABASE_RETRY_S,
-            until=cancelled.by_shutdown,
+            until=lambda: task.signal.is_shutdown,
         )
-        extra = {"run_id": order.run_id, "task_id": order.task_id, "why": decision.why}
-        logger.info("step %s of run %s: %s", order.step_key, order.run_id, decision.action.value, extra=extra)
-        if decision.action is Action.START:
-            return decision
-        handed_back = decision.action is Action.HAND_BACK
-        work.settle_as(
-            Settlement.HAND_BACK if handed_back else Settlement.DELETE, context.settings.visibility_timeout_seconds
+
+    async def _execute(self, message: StepMessage, decision: Decision, run: DagsterRun, task: RunningTask) -> Settled:
+        context, signal = self._context, task.signal
+        writer = EventWriter(
+            context.instance, run, context.worker_id, signal, StepRef(message.step_key, message.task_id)
         )
-        return None
+        context.measure_wait(task, "step")
+        end, why = None, "its worker hung after it had claimed it"
+        if not decision.is_stale(context.settings.dead_after_s):
+            with context.working_on(message.task_id, message.run_id, message.step_key):
+                end, why = await self._run_child(message, run, task, writer)
+        if isinstance(end, NotStarted) or (end is None and signal.is_shutdown):
+            why, delay_s = (end.why, end.delay_s) if end is not None else ("the worker shuts down", 0)
+            return await context.give_up(run, task.task_id, why, delay_s=delay_s, step_key=message.step_key)
+        reported = end is not None and any("step_ended" in one for one in end.messages)
+        writer.record_end(end, reported=reported)
+        if end is not None:
+            context.measure_end(end)
+        await writer.written()
+        if not reported:
+            requested = signal.cancellation is not None and signal.cancellation.kind is CancelKind.REQUESTED
+            await self._report_lost(run, message, why, may_retry=not requested)
+        await self._forget_payload(message)
+        return Settled(Settlement.DELETE)
 
-    async def _supervise(
-        self, order: StepMessage, run: DagsterRun, cancelled: Cancelled, writer: EventWriter
-    ) -> ChildEnd:
-        context = self._context
-        state = order.state
-        if state is None:
-            if self._payloads is None:
-                raise PayloadUnavailable("it is in S3, and this worker has no payload_bucket in its settings")
-            state = await self._payloads.get(order.task_id)
-        argument = {
-            "order": {**order.to_kwargs(), "state": state},
-            "instance_ref": serialize_value(context.instance.get_ref()),
-        }
-        spec = ChildSpec(
-            target=STEP_TARGET,
-            argument=argument,
-            mark=order.task_id,
-            # Without its worker a child must be gone before the run's executor calls the step lost.
-            grace_s=min(context.grace_s(run), context.settings.dead_after_s),
-            hung_after_s=context.settings.hung_after_s,
-        )
-        return await supervise(context.processes, spec, cancelled, writer, lambda: context.grace_now_s(run, cancelled))
+    async def _run_child(
+        self, message: StepMessage, run: DagsterRun, task: RunningTask, writer: EventWriter
+    ) -> tuple[ChildEnd | NotStarted | None, str]:
+        """How the step's process ended, and the same in words."""
+        context, end = self._context, None
+        try:
+            if not task.signal.is_set:
+                work = ChildWork(
+                    target=STEP_TARGET,
+                    argument={"message": {**message.to_kwargs(), "state": await self._state(message)}},
+                    task_id=message.task_id,
+                    grace_s=lambda cancellation: context.grace_s(run, cancellation),
+                )
+                end = await run_child(context, work, task.signal, writer)
+        except PayloadUnavailable as error:
+            return None, f"what the step has to know could not be read: {error}"
+        except Exception as error:  # whatever it is, the run must not wait for a step that nobody works on
+            extra = {"run_id": message.run_id, "step_key": message.step_key, "task_id": message.task_id}
+            logger.exception("step could not be carried out", extra=extra)
+            return None, f"it could not be carried out: {error!r}"
+        if isinstance(end, ChildEnd):
+            return end, how_it_ended(end, f"the process of step {message.step_key}")
+        return end, "cancelled before it began"
 
-    async def _give_up(self, run: DagsterRun, step: StepRef, work: RunningTask, why: str, delay_s: int) -> None:
-        context = self._context
-        await asyncio.to_thread(context.claims.release, run, context.worker_id, step.task_id, why, step.step_key)
-        work.settle_as(Settlement.HAND_BACK, delay_s)
+    async def _state(self, message: StepMessage) -> str:
+        """What the step's process has to know of the other steps. Raises `PayloadUnavailable`."""
+        if message.state is not None:
+            return message.state
+        if self._payloads is None:
+            raise PayloadUnavailable("it is in S3, and this worker has no payload_bucket in its settings")
+        return await self._payloads.get(message.task_id)
 
-    async def _report_lost(self, run: DagsterRun, step: StepRef, why: str, *, retry: bool) -> None:
-        """The run must hear of it, or it would wait until it looks after the worker: so not at once give up."""
+    async def _report_lost(self, run: DagsterRun, message: StepMessage, why: str, *, may_retry: bool) -> None:
+        """The run must learn of it, or it would wait until it looks after the worker: so not at once give up."""
         context = self._context
-        note = engine_events.step_lost(context.worker_id, step.task_id, why, retry=retry)
+        event = engine_events.step_lost(context.worker_id, message.task_id, why, retry=may_retry)
         await retry_async(
-            lambda: asyncio.to_thread(append_event, context.instance, run, note, step.step_key),
-            doing="tell how a step ended",
+            lambda: asyncio.to_thread(append_event, context.instance, run, event, message.step_key),
+            doing="report how a step ended",
         )
 
-    async def _forget_payload(self, order: StepMessage) -> None:
-        if order.state is None and self._payloads is not None:
+    async def _forget_payload(self, message: StepMessage) -> None:
+        if message.state is None and self._payloads is not None:
             try:
-                await self._payloads.delete(order.task_id)
+                await self._payloads.delete(message.task_id)
             except PayloadUnavailable as error:
                 logger.warning("payload not deleted: %s", error)
-
-
-def _said_how_it_ended(end: ChildEnd | None) -> bool:
-    return end is not None and any("step_ended" in message for message in end.messages)

@@ -13,12 +13,13 @@ import psutil
 import pytest
 from tests.support.waiting import wait_until
 
-from dagster_taskiq._shield import shielded
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
+from dagster_taskiq.cancellation.signal import CancelSignal
 from dagster_taskiq.errors import ChildStartFailed
 from dagster_taskiq.process.child_handle import Child, ChildSpec, find_processes
 from dagster_taskiq.process.fork_server import ForkServer
-from dagster_taskiq.process.supervise import Cancelled, ChildEnd, supervise
+from dagster_taskiq.process.supervise import ChildEnd, supervise
+from dagster_taskiq.worker.run_child import see_through
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
 
@@ -32,7 +33,6 @@ class Work:
     grace_s: float = 5
     hung_after_s: float = 0
     argument: dict[str, Any] = field(default_factory=dict)
-    cancellation: Cancellation | None = None
     child: Child | None = None
     killings: int = 0
     interruptions: int = 0
@@ -40,7 +40,7 @@ class Work:
 
     def __post_init__(self) -> None:
         self.mark = uuid.uuid4().hex
-        self.cancelled = Cancelled(lambda: self.cancellation)
+        self.signal = CancelSignal()
         self.task: asyncio.Task[ChildEnd] | None = None
 
     async def fork(self, spec: ChildSpec) -> Child:
@@ -57,14 +57,12 @@ class Work:
     def start(self) -> "Work":
         spec = ChildSpec(f"tests.support.targets:{self.target}", self.argument, self.mark, self.grace_s)
         spec = replace(spec, hung_after_s=self.hung_after_s, linger_s=0.2)
-        body = supervise(self, spec, self.cancelled, self, lambda: self.grace_s)
-        self.task = asyncio.create_task(shielded(body, name="work", on_cancel=self.cancelled.note))
+        body = supervise(self, spec, self.signal, self, lambda _: self.grace_s)
+        self.task = asyncio.create_task(see_through(body, self.signal, name="work"))
         return self
 
     def cancel(self, kind: CancelKind = CancelKind.REQUESTED) -> None:
-        self.cancellation = self.cancellation or Cancellation(kind, "why", "who")
-        assert self.task is not None
-        self.task.cancel()
+        self.signal.set(Cancellation(kind, "why", "who"))
 
     async def said(self, key: str) -> Any:
         async def look() -> Any:

@@ -23,7 +23,7 @@ def test_of_equals_the_first_stays() -> None:
 def test_a_shutdown_does_not_revive_what_a_person_stopped() -> None:
     person = Cancellation(CancelKind.REQUESTED)
     assert stronger(person, Cancellation(CancelKind.SHUTDOWN)) is person
-    assert AFTER_CANCEL[person.kind] is Settlement.DELETE
+    assert AFTER_CANCEL[person.kind] == (Settlement.DELETE, 0)
 
 
 def test_every_kind_has_its_settlement() -> None:

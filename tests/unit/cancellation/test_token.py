@@ -9,7 +9,8 @@ import dagster as dg
 import pytest
 
 from dagster_taskiq import CancelKind, OpCancelled, cancellation_token, fake_token
-from dagster_taskiq.cancellation.token import Cause, Signal
+from dagster_taskiq.cancellation.model import Cancellation
+from dagster_taskiq.cancellation.signal import CancelSignal
 
 
 @dg.op
@@ -105,35 +106,35 @@ def test_no_except_exception_takes_it_for_an_error() -> None:
 
 
 def test_the_stronger_kind_stays() -> None:
-    signal = Signal()
-    signal.record(Cause(CancelKind.SHUTDOWN, "shutdown"))
-    signal.record(Cause(CancelKind.REQUESTED, "asked"))
-    signal.record(Cause(CancelKind.SHUTDOWN, "again"))
-    assert signal.cause == Cause(CancelKind.REQUESTED, "asked")
-    assert signal.cancelled
+    signal = CancelSignal()
+    signal.record(Cancellation(CancelKind.SHUTDOWN, "shutdown"))
+    signal.record(Cancellation(CancelKind.REQUESTED, "asked"))
+    signal.record(Cancellation(CancelKind.SHUTDOWN, "again"))
+    assert signal.cancellation == Cancellation(CancelKind.REQUESTED, "asked")
+    assert signal.is_set
 
 
 def test_who_waits_is_woken() -> None:
-    signal = Signal()
+    signal = CancelSignal()
     woken: list[bool] = []
     waiting = threading.Thread(target=lambda: woken.append(signal.wait(20)))
     waiting.start()
-    signal.record(Cause(CancelKind.REQUESTED))
+    signal.record(Cancellation(CancelKind.REQUESTED))
     signal.notify()
     waiting.join(20)
     assert woken == [True]
 
 
 def test_a_shield_is_told_of_whenever_it_meets_a_cancellation() -> None:
-    signal = Signal()
+    signal = CancelSignal()
     told: list[str] = []
     signal.on_shield = told.append
-    with signal.shielded("open") as outermost:
+    with signal.shield("open") as outermost:
         assert outermost
-        with signal.shielded("inner") as outermost:
+        with signal.shield("inner") as outermost:
             assert not outermost
-            signal.record(Cause(CancelKind.REQUESTED))
+            signal.record(Cancellation(CancelKind.REQUESTED))
             signal.notify()
-    with signal.shielded("closed afterwards"):
+    with signal.shield("closed afterwards"):
         pass
     assert told == ["inner", "closed afterwards"]

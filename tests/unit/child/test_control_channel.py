@@ -6,11 +6,11 @@ import socket
 import threading
 import time
 
-from dagster_taskiq.cancellation.model import CancelKind
-from dagster_taskiq.cancellation.token import Cause
+from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.child.control_channel import ControlChannel, join
 from dagster_taskiq.child.control_listener import ControlListener
 
+ASKED = Cancellation(CancelKind.REQUESTED, "wrong input", "ada", deadline=5.0)
 INTENT = {"intent": "REQUESTED", "reason": "wrong input", "by": "ada", "deadline": 5.0}
 
 
@@ -25,7 +25,7 @@ def test_the_intent_is_known_as_soon_as_it_was_told() -> None:
         assert not voice.must_stop()
         told(theirs, INTENT)
         assert voice.is_cancelled()
-        assert voice.signal.cause == Cause(CancelKind.REQUESTED, "wrong input", "ada", 5.0)
+        assert voice.signal.cancellation == ASKED
 
 
 def test_a_shutdown_is_no_cancellation_and_a_worker_that_is_gone_is_one_reason_to_stop() -> None:
@@ -35,7 +35,7 @@ def test_a_shutdown_is_no_cancellation_and_a_worker_that_is_gone_is_one_reason_t
         with theirs:
             told(theirs, INTENT | {"intent": "SHUTDOWN"})
             assert not voice.must_stop()
-            assert voice.signal.cancelled
+            assert voice.signal.is_set
         assert voice.worker_is_gone()
         assert voice.must_stop()
         assert not voice.is_cancelled()
@@ -50,7 +50,7 @@ def test_a_guest_whose_interrupt_is_quicker_than_the_intent_waits_a_moment_for_i
             later = threading.Timer(0.1, told, (theirs, INTENT))
             later.start()
             guest.wait_for_intent()
-            assert guest.signal.cause == Cause(CancelKind.REQUESTED, "wrong input", "ada", 5.0)
+            assert guest.signal.cancellation == ASKED
             later.join()
 
 
@@ -75,7 +75,7 @@ def test_nobody_waits_in_vain_for_long() -> None:
         with guest.channel:
             began = time.monotonic()
             guest.wait_for_intent()
-            assert guest.signal.cause is None
+            assert guest.signal.cancellation is None
             assert time.monotonic() - began < 10
 
 

@@ -13,7 +13,7 @@ from sqlalchemy.exc import OperationalError
 
 from dagster_taskiq import _retry
 from dagster_taskiq.child.control_channel import ControlChannel
-from dagster_taskiq.child.event_fence import _Fence
+from dagster_taskiq.child.event_fence import EventFence
 
 RUN_ID = "8adb1c9d-e6ad-4f25-ae64-4db1fa32c38a"
 
@@ -32,7 +32,7 @@ def entry(step: str, at: float) -> EventLogEntry:
     )
 
 
-class Passing(_Fence):
+class Passing(EventFence):
     """A fence that lets everything through."""
 
     def _holds(self, event: Any, kind: DagsterEventType | None) -> bool:

@@ -10,13 +10,13 @@ PROLOGUE = """
 import json, os, signal, socket, threading, time
 from dagster_taskiq import OpCancelled
 from dagster_taskiq.dagster_compat.interrupts import DagsterExecutionInterruptedError, raise_interrupts_as
-from dagster_taskiq.child.op_token import OpProcess
+from dagster_taskiq.child.child_process import ChildProcess
 from dagster_taskiq.child.control_channel import ControlChannel
 from dagster import DagsterInstance
 
 ours, theirs = socket.socketpair()
 instance = DagsterInstance.ephemeral()
-token = OpProcess(ControlChannel(theirs), instance, "run").token()
+token = ChildProcess(ControlChannel(theirs), instance, "run").token()
 
 
 def cancel(signal_after_s):

@@ -22,7 +22,7 @@ from dagster_taskiq.dagster_compat.interrupts import (
     DagsterExecutionInterruptedError,
     capture_interrupts,
     check_captured_interrupt,
-    on_interrupt,
+    watch_interrupts,
 )
 from dagster_taskiq.dagster_compat.storage import deserialize_entry, read_migration_scripts_once
 
@@ -82,10 +82,12 @@ def test_an_interrupt_that_is_raised_is_noticed_and_one_that_is_captured_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(DagsterExecutionInterruptedError, "__init__", BaseException.__init__)
+    from dagster._core.execution.plan import compute
     from dagster._utils.interrupts import raise_interrupts_as
 
     noticed: list[str] = []
-    on_interrupt(lambda: noticed.append("raised"))
+    monkeypatch.setattr(compute, "gen_from_async_gen", compute.gen_from_async_gen)
+    watch_interrupts(lambda: noticed.append("raised"), lambda: False)
     with capture_interrupts():
         signal.raise_signal(signal.SIGTERM)
         assert check_captured_interrupt()

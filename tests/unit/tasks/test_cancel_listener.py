@@ -52,6 +52,7 @@ class Here:
     def __init__(self, *running: str) -> None:
         self.running = running
         self.cancelled: dict[str, Cancellation] = {}
+        self.finished: TTLCache[bool] = TTLCache()
 
     def cancel(self, task_id: str, cancellation: Cancellation) -> bool:
         if task_id not in self.running:
@@ -84,8 +85,7 @@ class Over:
 def listener(queue: Queue, here: Here, is_over: Over | None = None) -> CancelListener:
     return CancelListener(
         queue,
-        here.cancel,
-        finished=TTLCache(),
+        here,
         cancel_ttl_s=120,
         is_over=is_over,
         now=lambda: NOW,
@@ -123,9 +123,9 @@ async def test_it_is_remembered_for_work_that_comes_later() -> None:
 
 
 async def test_what_finished_here_needs_no_cancel() -> None:
-    queue = Queue()
-    listening = listener(queue, Here())
-    listening._finished.add("t", True)
+    queue, here = Queue(), Here()
+    listening = listener(queue, here)
+    here.finished.add("t", True)
     assert await listening.handle([cancel_of("t")]) == 0
     assert queue.deleted == ["m-t"]
 

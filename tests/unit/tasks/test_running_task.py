@@ -1,4 +1,4 @@
-"""What becomes of a message: the work's wish, the table, or done. Without a queue."""
+"""What becomes of a message: what the function returned, the table, or done. Without a queue."""
 
 import asyncio
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from taskiq.exceptions import NoResultError
 
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.errors import TaskCancelled
-from dagster_taskiq.sqs.settlement import Settlement
+from dagster_taskiq.sqs.settlement import Settled, Settlement
 from dagster_taskiq.tasks.running_task import RunningTask, cancelled_result
 
 pytestmark = pytest.mark.anyio
@@ -23,8 +23,8 @@ def anyio_backend() -> str:
 
 
 @dataclass
-class Settled:
-    """Notes settlements."""
+class Settlements:
+    """Records them."""
 
     calls: list[tuple[Settlement, int]] = field(default_factory=list)
 
@@ -32,8 +32,8 @@ class Settled:
         self.calls.append((settlement, delay_s))
 
 
-def work(*, start_cancelled: bool = False, settled: Settled | None = None) -> RunningTask:
-    return RunningTask("t", receive_count=1, settle=settled or Settled(), start_cancelled=start_cancelled)
+def work(*, awaits_signal: bool = False, settled: Settlements | None = None) -> RunningTask:
+    return RunningTask("t", settle=settled or Settlements(), awaits_signal=awaits_signal)
 
 
 def message() -> TaskiqMessage:
@@ -65,14 +65,16 @@ async def test_the_table(
     assert running.finished is finished
 
 
-async def test_a_wish_wins_over_the_table_and_says_nothing_of_others() -> None:
-    running = work()
+@pytest.mark.parametrize("outcome", [Settled(Settlement.HAND_BACK, 7), Settled(Settlement.DELETE)])
+async def test_what_the_function_returns_wins_over_the_table_and_tells_nothing_of_others(outcome: Settled) -> None:
+    async def decides() -> Settled:
+        return outcome
+
+    running = work(awaits_signal=True)
     running.cancel(REQUESTED)
-    running.settle_as(Settlement.HAND_BACK, 7)
-    running.end(succeeded=False)
-    assert running.verdict() == (Settlement.HAND_BACK, 7)
-    running.settle_as(Settlement.DELETE)
-    assert running.verdict() == (Settlement.DELETE, 0)
+    assert await running.observed(decides, None)() is None, "it is nobody's result"
+    running.end(succeeded=True)
+    assert running.verdict() == outcome
     assert not running.finished
 
 
@@ -94,7 +96,7 @@ async def test_cancelled_before_it_begins_it_is_dropped_unless_it_shall_see_for_
     running = work()
     running.cancel(REQUESTED)
     assert running.dropped
-    running = work(start_cancelled=True)
+    running = work(awaits_signal=True)
     running.cancel(REQUESTED)
     assert not running.dropped
 
@@ -124,22 +126,28 @@ async def test_the_function_is_interrupted_once() -> None:
     assert running.cancellation is REQUESTED
 
 
-async def test_work_that_shall_see_for_itself_is_not_interrupted_before_it_begins() -> None:
-    seen: list[bool] = []
+async def test_work_that_awaits_its_signal_is_never_interrupted() -> None:
+    begun, seen = asyncio.Event(), list[Cancellation | None]()
 
     async def look() -> None:
-        seen.append(running.cancellation is not None)
+        begun.set()
+        await running.signal.wait_async()
+        seen.append(running.cancellation)
 
-    running = work(start_cancelled=True)
-    inner = asyncio.create_task(running.observed(look, None)())
-    running.begin(inner)
-    running.cancel(REQUESTED)
-    await inner
-    assert seen == [True]
+    for begins_first in (False, True):
+        begun.clear()
+        running = work(awaits_signal=True)
+        inner = asyncio.create_task(running.observed(look, None)())
+        running.begin(inner)
+        if begins_first:
+            await begun.wait()
+        running.cancel(REQUESTED)
+        await inner
+    assert seen == [REQUESTED, REQUESTED]
 
 
 async def test_an_early_acknowledgement_deletes_and_a_late_one_follows_the_verdict() -> None:
-    settled = Settled()
+    settled = Settlements()
     running = work(settled=settled)
     await running.acknowledge()
     running.cancel(SHUTDOWN)
@@ -154,7 +162,7 @@ async def test_what_others_are_told() -> None:
         if cancellation is not None:
             running.cancel(cancellation)
         running.end(succeeded=False)
-        return running.told(cancelled_result(message()))
+        return running.visible_result(cancelled_result(message()))
 
     error = told(REQUESTED).error
     assert isinstance(error, TaskCancelled)

@@ -12,9 +12,10 @@ from dagster._core.execution.plan.outputs import StepOutputHandle
 from sqlalchemy.exc import OperationalError
 
 from dagster_taskiq import _retry
+from dagster_taskiq.cancellation.signal import CancelSignal
 from dagster_taskiq.dagster_compat.execution import KnownExecutionState, describe_state, needs_history, rebuild_state
 from dagster_taskiq.messages import step_task_id
-from dagster_taskiq.process.supervise import Cancelled, ChildEnd
+from dagster_taskiq.process.supervise import ChildEnd
 from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.engine_events import EngineEvent, Stage, picked_up, released, step_lost, tree_gone
 from dagster_taskiq.storage.event_log import RunLog, StepRef, append_event, read_engine_events
@@ -135,8 +136,8 @@ async def test_what_is_told_of_the_end_survives_an_outage(
 
     monkeypatch.setattr(world.instance, "report_dagster_event", unsteady)
     about = StepRef(STEP, world.task()) if step else None
-    writer = EventWriter(world.instance, world.run, ME, Cancelled(lambda: None), about)
-    writer.record_end(ChildEnd(4711, 0, (), interrupted_at=1.0, kill_at=None, killed=(), gone_at=2.0), said=True)
+    writer = EventWriter(world.instance, world.run, ME, CancelSignal(), about)
+    writer.record_end(ChildEnd(4711, 0, (), interrupted_at=1.0, kill_at=None, killed=(), gone_at=2.0), reported=True)
     await writer.written()
     events = [entry.dagster_event for entry in world.instance.all_logs(world.run.run_id) if entry.dagster_event]
     assert events[-1].message == "process tree gone after 1.000 s"

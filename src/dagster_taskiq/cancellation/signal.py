@@ -1,0 +1,126 @@
+"""The cancellation of one piece of work, as a signal: once set it stays set, and the strongest request counts.
+
+Threads wait for it with `wait`, coroutines with `wait_async`. Knows threads and asyncio; not what the work is.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from dagster_taskiq.cancellation.model import CancelKind, Cancellation, stronger
+
+logger = logging.getLogger(__name__)
+
+
+class CancelSignal:
+    """Set by whoever receives a cancellation, read by the work and by those who supervise it; from any thread."""
+
+    def __init__(self) -> None:
+        self.cancellation: Cancellation | None = None
+        """The strongest so far; None: the work is not cancelled."""
+        self.on_shield: Callable[[str], None] = lambda _: None
+        """Called with the name of the shield that a cancellation finds closed."""
+        self._happened = threading.Event()
+        self._lock = threading.RLock()
+        self._waiters: dict[object, Callable[[], object]] = {}
+        self._callbacks: dict[object, Callable[[], object]] = {}
+        self._shields: list[str] = []
+
+    @property
+    def is_set(self) -> bool:
+        """Whether the work is cancelled."""
+        return self.cancellation is not None
+
+    @property
+    def is_shutdown(self) -> bool:
+        """Whether the work is cancelled, and the worker's shutdown is the only reason so far."""
+        return self.cancellation is not None and self.cancellation.kind is CancelKind.SHUTDOWN
+
+    def set(self, cancellation: Cancellation, *, in_background: bool = False) -> None:
+        """`record` and `notify`; not in a signal handler."""
+        self.record(cancellation)
+        self.notify(in_background=in_background)
+
+    def record(self, cancellation: Cancellation) -> None:
+        """Keep it, if it is stronger than what was there. Takes no lock, so a signal handler may call this."""
+        self.cancellation = stronger(self.cancellation, cancellation)
+
+    def notify(self, *, in_background: bool = False) -> None:
+        """After `record`: wake those who wait, and call back. Never in a signal handler.
+
+        `in_background`: call back in a thread of its own, because users' callbacks may block.
+        """
+        self._happened.set()
+        with self._lock:
+            waiters, callbacks = list(self._waiters.values()), list(self._callbacks.values())
+            self._waiters.clear()
+            self._callbacks.clear()
+            shield = self._shields[-1] if self._shields else None
+        for wake in waiters:
+            _call(wake)
+        if shield is not None:
+            self.on_shield(shield)
+        if callbacks and in_background:
+            threading.Thread(target=_call_all, args=(callbacks,), name="cancellation callbacks", daemon=True).start()
+        else:
+            _call_all(callbacks)
+
+    def wait(self, timeout: float | None) -> bool:
+        """Block until it is set, at most `timeout` seconds; whether it is."""
+        return self._happened.wait(timeout) or self.is_set
+
+    async def wait_async(self) -> None:
+        """Return once it is set and notified."""
+        loop, happened = asyncio.get_running_loop(), asyncio.Event()
+        forget = self._register(self._waiters, lambda: loop.call_soon_threadsafe(happened.set))
+        try:
+            await happened.wait()
+        finally:
+            forget()
+
+    def on_notified(self, call: Callable[[], object]) -> Callable[[], None]:
+        """Have it called once; at once if it is set already. Returns what takes that back."""
+        return self._register(self._callbacks, call)
+
+    def _register(self, calls: dict[object, Callable[[], object]], call: Callable[[], object]) -> Callable[[], None]:
+        key = object()
+        with self._lock:
+            late = self._happened.is_set()
+            if not late:
+                calls[key] = call
+        if late:
+            _call(call)
+
+        def forget() -> None:
+            with self._lock:
+                calls.pop(key, None)
+
+        return forget
+
+    @contextmanager
+    def shield(self, name: str) -> Iterator[bool]:
+        """As long as this lasts there is a shield of that name. Yields whether it is the outermost one."""
+        with self._lock:
+            outermost = not self._shields
+            self._shields.append(name)
+        try:
+            if self.is_set:
+                self.on_shield(name)
+            yield outermost
+        finally:
+            with self._lock:
+                self._shields.remove(name)
+
+
+def _call_all(calls: Iterable[Callable[[], object]]) -> None:
+    for call in calls:
+        _call(call)
+
+
+def _call(call: Callable[[], object]) -> None:
+    try:
+        call()
+    except Exception:
+        logger.exception("a callback of a cancellation failed")

@@ -1,0 +1,166 @@
+"""A process in which ops run, and which is told of their cancellation.
+
+It is a child of a worker, or a process of Dagster's multiprocess executor below one, which joins the child when it is
+first asked for a token. Knows the control channel and Dagster's interrupts; not which work is done.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+from dagster import DagsterInstance
+
+from dagster_taskiq.cancellation.current import NO_WORKER, CancellableProcess, current_process, enter_process
+from dagster_taskiq.cancellation.model import CancelKind, Cancellation
+from dagster_taskiq.cancellation.state import State
+from dagster_taskiq.cancellation.token import CancellationToken, never
+from dagster_taskiq.child.control_channel import ADDRESS_VARIABLE, ControlChannel, join
+from dagster_taskiq.child.control_listener import ControlListener
+from dagster_taskiq.child.op_token import OpToken, interrupt_of_op
+from dagster_taskiq.dagster_compat.definitions import current_op
+from dagster_taskiq.dagster_compat.interrupts import capture_interrupts, check_captured_interrupt, watch_interrupts
+
+_ON_ITS_WAY_S: Final = 2.0
+"""The signal follows the intent within milliseconds; in a process of Dagster's own it is passed on by its parent."""
+
+
+class ChildProcess:
+    """This process, as everything in it may ask it: is it cancelled, was it interrupted, what is the op's token?"""
+
+    def __init__(self, control: ControlChannel, instance: DagsterInstance | None = None, run_id: str = "") -> None:
+        """Makes itself the process that `current_process` answers, and watches Dagster's interrupts."""
+        self.control = control
+        self.interrupted = False
+        """Whether an interrupt was raised inside an op, or inside Dagster."""
+        self.state_kept = False
+        """Whether an op has a state that is to be deleted in the end."""
+        self._instance = instance
+        self._run_id = run_id
+        self._step_key: str | None = None
+        self._listener: ControlListener | None = None
+        self._admits = False
+        control.signal.on_shield = lambda name: control.send(shield=name)
+        watch_interrupts(self.record_interrupt, lambda: control.signal.is_set)
+        enter_process(self)
+
+    # What `current_process` is asked
+
+    @property
+    def cancellation(self) -> Cancellation | None:
+        """See `CancellableProcess`."""
+        return self.control.signal.cancellation
+
+    def is_cancelled(self) -> bool:
+        """See `CancellableProcess`."""
+        return self.control.is_cancelled()
+
+    def is_orphaned(self) -> bool:
+        """See `CancellableProcess`."""
+        return self.control.worker_is_gone()
+
+    def record_interrupt(self) -> None:
+        """In the signal handler: what was sent before the signal is known when the op sees the interrupt."""
+        self.interrupted = True
+        self.control.wait_for_intent()
+        if not self.control.signal.is_set:
+            self.control.signal.record(Cancellation(CancelKind.SHUTDOWN))  # a signal from elsewhere
+        if self._listener is not None:
+            self._listener.wake()
+
+    def token(self) -> CancellationToken | None:
+        """See `CancellableProcess`. Whoever asks has a listener from then on."""
+        self.listener()
+        context = current_op()
+        if context is not None:
+            self._instance, self._run_id = context.instance, context.run_id
+            self._step_key = context.get_step_execution_context().step.key
+        if self._instance is None:
+            return None
+        # In a thread of the op's there is no context; the step is the one that asked last.
+        backend = OpToken(self, self._instance, self._run_id, self._step_key, self._record_state)
+        return CancellationToken(self.control.signal, backend)
+
+    # Interrupts that wait
+
+    def take_interrupt(self) -> None:
+        """Of a cancellation that is known, but whose interrupt is only on its way: wait for it, and take it in.
+
+        Otherwise it would come into the middle of the op's `finally`, which has begun to run because of the token.
+        """
+        if self.interrupted or threading.current_thread() is not threading.main_thread():
+            return
+        with capture_interrupts():
+            until = time.monotonic() + _ON_ITS_WAY_S
+            while not check_captured_interrupt() and time.monotonic() < until:
+                time.sleep(0.001)
+
+    @contextmanager
+    def holding_interrupts(self) -> Iterator[None]:
+        """See `TokenBackend`."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # no interrupt comes here
+            return
+        signal, came = self.control.signal, False
+        known_before = signal.is_set
+        try:
+            with capture_interrupts():
+                try:
+                    yield
+                finally:
+                    came = check_captured_interrupt()
+        finally:
+            if not came and signal.is_set and not known_before:
+                self.take_interrupt()
+                came = True
+            if came:  # also instead of an error in the block, which becomes its context
+                raise interrupt_of_op(signal.cancellation or Cancellation(CancelKind.SHUTDOWN))
+
+    # Processes below this one
+
+    def listener(self) -> ControlListener:
+        """Listening begins when somebody wants to know: who does not use the token has no thread."""
+        if self._listener is None:
+            self._listener = ControlListener(self.control, self._relay)
+            self._listener.wake()
+        return self._listener
+
+    def admit(self) -> None:
+        """Processes that will be started by this one can join."""
+        if not self._admits:
+            self._admits = True
+            os.environ[ADDRESS_VARIABLE] = self.listener().admit()
+
+    def _relay(self, message: dict[str, Any]) -> None:
+        relayed = {key: message[key] for key in ("shield", "state") if key in message}
+        self.state_kept = self.state_kept or "state" in relayed
+        if relayed:
+            self.control.send(**relayed)
+
+    def _record_state(self) -> None:
+        if not self.state_kept:
+            self.state_kept = True
+            self.control.send(state=True)
+
+
+_states: Final[WeakKeyDictionary[Any, State]] = WeakKeyDictionary()
+
+
+def join_worker() -> CancellableProcess:
+    """Where this is a process that Dagster has started below a child of a worker: listen to what the child is told."""
+    address = os.environ.get(ADDRESS_VARIABLE)
+    if current_process() is NO_WORKER and address is not None and (control := join(address)) is not None:
+        return ChildProcess(control)
+    return current_process()
+
+
+def token_of_op() -> CancellationToken | None:
+    """Asked when nobody else has a token. None when this is no op."""
+    process = join_worker()
+    if process is not NO_WORKER:
+        return process.token()
+    context = current_op()
+    return never(_states.setdefault(context, State())) if context is not None else None

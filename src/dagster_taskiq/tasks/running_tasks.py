@@ -1,0 +1,44 @@
+"""All tasks of one worker, by id: from receipt until settled. A cancellation finds its task here, or not."""
+
+from collections.abc import Iterator, Mapping
+
+from dagster_taskiq._ttl_cache import TTLCache
+from dagster_taskiq.cancellation.model import Cancellation
+from dagster_taskiq.tasks.running_task import RunningTask
+
+_REMEMBERED_S = 3_600
+
+
+class RunningTasks(Mapping[str, RunningTask]):
+    """Several receivers of one worker share this: a cancel does not say from which queue its task came."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, RunningTask] = {}
+        self.finished: TTLCache[bool] = TTLCache(ttl_s=_REMEMBERED_S)
+        """Task ids under which nobody will ever work again, for an hour."""
+
+    def __getitem__(self, task_id: str) -> RunningTask:
+        return self._tasks[task_id]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def add(self, task: RunningTask) -> None:
+        """It was received."""
+        self._tasks[task.task_id] = task
+
+    def remove(self, task: RunningTask) -> None:
+        """It is settled."""
+        del self._tasks[task.task_id]
+        if task.finished:
+            self.finished.add(task.task_id, True)
+
+    def cancel(self, task_id: str, cancellation: Cancellation) -> bool:
+        """Cancel a task that runs here. False: it does not."""
+        task = self._tasks.get(task_id)
+        if task is not None:
+            task.cancel(cancellation)
+        return task is not None

@@ -1,0 +1,162 @@
+"""The end of a run, phase by phase: stop its steps, clean up after it, decide, write.
+
+Each phase is retried by itself while the database is away. Knows the worker and `finalization`, which decides; not
+processes.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from time import time
+from typing import TypeVar
+
+from dagster import DagsterRun
+
+from dagster_taskiq._retry import DATABASE_RETRY_S, retry_async
+from dagster_taskiq.cancellation.model import CancelChannel, CancelKind, Cancellation
+from dagster_taskiq.metrics import CLEANUPS, FINISHED, TO_FINAL
+from dagster_taskiq.process.supervise import ChildEnd
+from dagster_taskiq.sqs.settlement import Settled, Settlement
+from dagster_taskiq.storage import engine_events
+from dagster_taskiq.storage.event_log import append_event
+from dagster_taskiq.storage.running_steps import StopOfSteps, running_steps
+from dagster_taskiq.storage.tags import CANCEL_REASON_TAG
+from dagster_taskiq.worker.cleanup_task import clean_up
+from dagster_taskiq.worker.context import WorkerContext
+from dagster_taskiq.worker.event_writer import EventWriter
+from dagster_taskiq.worker.finalization import Conclusion, FinalAction, conclude, examine
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+
+async def finalize_run(
+    context: WorkerContext,
+    run: DagsterRun,
+    task_id: str,
+    end: ChildEnd | None,
+    cancellation: Cancellation | None,
+    writer: EventWriter | None = None,
+) -> Settled:
+    """Bring a run whose process tree is gone to its final state; what is to become of its message.
+
+    `end` is None when there was no child. `writer`: of the events that are to stand before the final one.
+    """
+    return await _Finalization(context, run, task_id, end, cancellation).run(writer)
+
+
+class _Finalization:
+    def __init__(
+        self,
+        context: WorkerContext,
+        run: DagsterRun,
+        task_id: str,
+        end: ChildEnd | None,
+        cancellation: Cancellation | None,
+    ) -> None:
+        self._context = context
+        self._run = run
+        self._task_id = task_id
+        self._end = end
+        self._cancellation = cancellation
+
+    async def run(self, writer: EventWriter | None) -> Settled:
+        # Meanwhile look how it has to end.
+        conclusion, _ = await asyncio.gather(self._examine(), writer.written() if writer else asyncio.sleep(0))
+        await self._blocking(lambda: self._keep_reason(conclusion.run), "keep why a run was cancelled")
+        if conclusion.steps is not None:
+            shutting_down = self._cancellation is not None and self._cancellation.kind is CancelKind.SHUTDOWN
+            await stop_steps(self._context, self._run, patient=not shutting_down)
+            conclusion = await self._examine()
+        if conclusion.cleanup.due and conclusion.run is not None:
+            if not await self._clean_up(conclusion.run):
+                return await self._give_up("interrupted; its cleanup goes on elsewhere")
+            conclusion = await self._examine()
+            outcome = "failed" if conclusion.cleanup.failures else "succeeded"
+            self._context.metrics.count(CLEANUPS, Outcome=outcome)
+        conclusion = await self._write(conclusion)
+        if conclusion.action is FinalAction.RESUMABLE:
+            return await self._give_up("interrupted; the run will be resumed")
+        self._measure(conclusion)
+        if conclusion.settlement is Settlement.LEAVE:
+            release = self._context.claims.release
+            await asyncio.to_thread(release, self._run, self._context.worker_id, self._task_id, "the lease was lost")
+        return Settled(conclusion.settlement)
+
+    async def _blocking(self, call: Callable[[], _T], doing: str) -> _T:
+        # The child is gone and the message still ours: nobody else can do this better, so not at once give up.
+        return await retry_async(lambda: asyncio.to_thread(call), doing=doing, for_s=DATABASE_RETRY_S)
+
+    async def _examine(self) -> Conclusion:
+        return await self._blocking(self._look, "look how a run has to end")
+
+    def _look(self) -> Conclusion:
+        worker_id = self._context.worker_id
+        return examine(self._context.instance, self._run.run_id, self._end, self._cancellation, worker_id)
+
+    def _keep_reason(self, run: DagsterRun | None) -> None:
+        """What somebody gave who only sent a cancel message. The launcher keeps what it is given."""
+        cancellation = self._cancellation
+        if run is None or cancellation is None or cancellation.channel is not CancelChannel.CANCEL_QUEUE:
+            return
+        if cancellation.reason and CANCEL_REASON_TAG not in run.tags:
+            self._context.instance.add_run_tags(run.run_id, {CANCEL_REASON_TAG: cancellation.reason})
+
+    async def _clean_up(self, run: DagsterRun) -> bool:
+        return await retry_async(
+            lambda: clean_up(self._context, run, self._task_id), doing="clean up after a run", for_s=DATABASE_RETRY_S
+        )
+
+    async def _write(self, conclusion: Conclusion) -> Conclusion:
+        """Write the final state. What was written half-way is looked at again before another try."""
+        current: Conclusion | None = conclusion
+
+        def write() -> Conclusion:
+            nonlocal current
+            wanted, current = current or self._look(), None
+            conclude(self._context.instance, wanted, self._end)
+            return wanted
+
+        return await self._blocking(write, "write the final state of a run")
+
+    async def _give_up(self, why: str) -> Settled:
+        return await self._context.give_up(self._run, self._task_id, why, delay_s=0)
+
+    def _measure(self, conclusion: Conclusion) -> None:
+        if self._cancellation is not None and self._cancellation.kind is CancelKind.REQUESTED:
+            outcome = "cleanup failed" if conclusion.cleanup.failures else conclusion.action.name.lower()
+            self._context.metrics.count(FINISHED, Outcome=outcome)
+            self._context.metrics.put({TO_FINAL: max(0.0, time() - self._cancellation.received_at)})
+
+
+async def stop_steps(context: WorkerContext, run: DagsterRun, *, patient: bool = True) -> None:
+    """Before a run is final, its steps have stopped, wherever they run; within the time that they may take.
+
+    Not `patient`: they are only told.
+    """
+
+    async def left() -> tuple[dict[str, str], list[str]]:
+        def look() -> tuple[dict[str, str], list[str]]:
+            steps = running_steps(context.instance, run.run_id)
+            return steps.step_keys, [*context.steps_left(steps.workers)]
+
+        return await retry_async(lambda: asyncio.to_thread(look), doing="look for steps", for_s=DATABASE_RETRY_S)
+
+    stop = StopOfSteps(context.settings.steps_patience_s(context.grace_s(run)) if patient else 0)
+    while True:
+        step_keys, task_ids = await left()
+        if not task_ids:
+            return
+        if late := stop.not_yet_cancelled(task_ids):
+            logger.info("stopping %d steps of run %s", len(late), run.run_id, extra={"run_id": run.run_id})
+            await context.cancel_tasks(late)
+        if stop.is_too_long:
+            break
+        await asyncio.sleep(min(0.5, 0.05 + stop.waited_s / 10))
+    event = engine_events.steps_not_stopped([step_keys[task_id] for task_id in task_ids], stop.waited_s)
+    await retry_async(
+        lambda: asyncio.to_thread(append_event, context.instance, run, event),
+        doing="write an engine event",
+        for_s=DATABASE_RETRY_S,
+    )
