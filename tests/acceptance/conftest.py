@@ -14,6 +14,7 @@ import pytest
 from dagster import DagsterInstance
 from tests.support.moto import CREDENTIALS, create_queues, moto_server
 from tests.support.platform import STEP_JOBS, Platform, write_home
+from tests.support.warm import warm_processes
 
 POSTGRES_VARIABLE = "DAGSTER_TASKIQ_TEST_POSTGRES_URL"
 REQUIRE_ALL_VARIABLE = "DAGSTER_TASKIQ_TEST_REQUIRE_ALL"
@@ -45,6 +46,13 @@ def credentials() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm(credentials: None) -> Iterator[None]:
+    """Workers are forked from one warm interpreter; what starts real ones says so."""
+    with warm_processes():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,10 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +31,13 @@ from dagster_taskiq.storage.event_log import parse_event, read_engine_events
 from dagster_taskiq.storage.tags import GRACE_SECONDS_TAG, TASK_ID_TAG
 from tests.support.moto import sqs_client
 from tests.support.waiting import wait_until
+from tests.support.warm import CLI, Lines, Process, start_command, start_program
 
 JOBS = Path(__file__).parent / "jobs.py"
 STEP_JOBS = Path(__file__).parent / "step_jobs.py"
 CLEANUP_JOBS = Path(__file__).parent / "cleanup_jobs.py"
-CLI = (sys.executable, "-m", "dagster_taskiq.cli")
+REAL_WORKER = (*CLI, "worker", "start")
+"""For a worker with an interpreter of its own, as people start it."""
 ENTRYPOINT = Path(__file__).parents[2] / "worker_entrypoint.py"
 FINISHED = {DagsterRunStatus.SUCCESS, DagsterRunStatus.FAILURE, DagsterRunStatus.CANCELED}
 
@@ -46,8 +46,8 @@ FINISHED = {DagsterRunStatus.SUCCESS, DagsterRunStatus.FAILURE, DagsterRunStatus
 class WorkerProcess:
     """A `dagster-taskiq worker start` of the test's own."""
 
-    process: subprocess.Popen[str]
-    lines: list[str] = field(default_factory=list)
+    process: Process
+    lines: list[str]
 
     @property
     def pid(self) -> int:
@@ -236,16 +236,27 @@ class Platform:
         """The task ids of the steps that any worker has picked up."""
         return [facts[TASK_ID_KEY] for facts in self.step_notes(run_id, Stage.PICKED_UP)]
 
+    def environ(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Where a process of ours finds this platform."""
+        return os.environ | {"DAGSTER_HOME": str(self.home)} | dict(more or {})
+
     def command(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         """Give a command of ours, as people do."""
-        return subprocess.run(
-            [*CLI, *arguments],
-            env=os.environ | {"DAGSTER_HOME": str(self.home)},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        out, error = Lines(), Lines()
+        try:
+            process = start_command(arguments, self.environ(), out.writer, error.writer)
+        finally:
+            out.close_writer()
+            error.close_writer()
+        try:
+            code = process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(10)
+            raise
+        out.join()
+        error.join()
+        return subprocess.CompletedProcess(arguments, code, "".join(out.lines), "".join(error.lines))
 
     @contextmanager
     def worker(
@@ -253,22 +264,18 @@ class Platform:
         *arguments: str,
         env: Mapping[str, str] | None = None,
         ready: bool = True,
-        program: Sequence[str] = (*CLI, "worker", "start"),
+        program: Sequence[str] | None = None,
     ) -> Iterator[WorkerProcess]:
-        command = [*program, *arguments]
-        process = subprocess.Popen(
-            command,
-            env=os.environ | {"DAGSTER_HOME": str(self.home)} | dict(env or {}),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        worker = WorkerProcess(process)
-        assert process.stdout is not None
-        pump = threading.Thread(target=lambda out: worker.lines.extend(out), args=(process.stdout,), daemon=True)
-        pump.start()
+        """A `dagster-taskiq worker start`, forked from a warm interpreter; or a program that is one."""
+        told = Lines()
+        try:
+            if program is None:
+                process = start_command(("worker", "start", *arguments), self.environ(env), told.writer)
+            else:
+                process = start_program([*program, *arguments], self.environ(env), told.writer)
+        finally:
+            told.close_writer()
+        worker = WorkerProcess(process, told.lines)
         try:
             if ready:
                 worker.wait_ready()
@@ -281,8 +288,7 @@ class Platform:
                 process.wait(5)
                 raise AssertionError(f"the worker did not stop within its bound: {worker.log()[-3000:]}") from None
             finally:
-                pump.join(5)
-                process.stdout.close()
+                told.join()
 
 
 def _ops_config(graph: GraphDefinition, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import psycopg2  # type: ignore[import-untyped]
 import pytest
 from tests.acceptance.conftest import SNAPPY, open_platform
+from tests.support.platform import REAL_WORKER
 from tests.support.proxy import sqs_proxy
 from tests.support.waiting import wait_until
 
@@ -55,7 +56,7 @@ def test_an_idle_worker_asks_for_little(endpoint: str, postgres: str) -> None:
         watching(postgres) as database,
         sqs_proxy(endpoint) as proxy,
         open_platform(proxy.url, source=source, extra=storage) as platform,
-        platform.worker("-n", "idle") as worker,
+        platform.worker("-n", "idle", program=REAL_WORKER) as worker,
     ):
         heartbeats = Heartbeats.of_runs(platform.instance, DEFAULTS)
         first = [last.at for last in heartbeats.last()]

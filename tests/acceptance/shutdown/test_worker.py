@@ -15,7 +15,7 @@ from taskiq import AsyncBroker
 from taskiq.kicker import AsyncKicker
 from tests.acceptance.conftest import open_platform
 from tests.support.moto import sqs_client
-from tests.support.platform import Platform
+from tests.support.platform import REAL_WORKER, Platform
 from tests.support.waiting import wait_until
 
 from dagster_taskiq.messages import EXECUTE_RUN
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
 
 
 def test_an_idle_worker_stops_at_once_and_leaves_no_process(platform: Platform) -> None:
-    with platform.worker() as worker:
+    with platform.worker(program=REAL_WORKER) as worker:
         children = descendants(worker.pid)
         assert children, "the fork server"
         assert worker.stop() == 0
