@@ -5,6 +5,7 @@ lose a service together do not return to it together.
 """
 
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeVar
 
@@ -80,4 +81,12 @@ def _told(doing: str, answer: _T, retrying: AsyncRetrying | Retrying) -> _T:
     tries = retrying.statistics.get("attempt_number", 1)
     if tries > 1:
         logger.warning("can %s again after %d tries", doing, tries - 1)
+    return answer
+
+
+def poll_until(look: Callable[[], _T], *, within_s: float, every_s: float) -> _T:
+    """The first true answer of `look`, or its last one when `within_s` seconds are over. Blocks."""
+    until = time.monotonic() + within_s
+    while not (answer := look()) and time.monotonic() < until:
+        time.sleep(every_s)
     return answer

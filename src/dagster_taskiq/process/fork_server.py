@@ -54,7 +54,7 @@ class ForkServer:
     async def _start(self) -> None:
         self._discard()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        code = "from dagster_taskiq.process.shim import serve_from_argv; serve_from_argv()"
+        code = "from dagster_taskiq.process.fork_server_main import serve_from_argv; serve_from_argv()"
         with theirs:
             self._process = subprocess.Popen(  # noqa: S603, ASYNC220 - our own interpreter; a fork takes a millisecond
                 [sys.executable, "-c", code, str(theirs.fileno()), json.dumps(self._setup)],
