@@ -78,6 +78,16 @@ unit: $(STAMP) ## Run the tests without I/O
 acceptance: $(STAMP) ## Run the tests with real processes, signals, queues, databases and a browser
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/acceptance $(PYTEST_ARGS)
 
+.PHONY: precommit
+precommit: $(STAMP) ## Run what git runs before a commit (to let git do it: .venv/bin/pre-commit install)
+	$(BIN)/pre-commit run --all-files
+
+.PHONY: dist
+dist: $(STAMP) ## Build the sdist and, from it, the wheel; check both as the package index does (needs the network)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 .PHONY: clean
 clean: ## Remove the virtual environment and everything that was built
 	rm -rf $(VENV) $(EMULATOR) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
 """Every setting, read once, checked once, frozen. The only module that reads the environment for settings.
 
-Configuration over environment over default. Knows neither Dagster nor SQS: `launcher`, `executor` and `cli` hand
-it a plain mapping.
+Configuration wins over environment, environment over default. Knows neither Dagster nor SQS: `launcher`, `executor`
+and `cli` pass a plain mapping.
 """
 
 import difflib
@@ -77,33 +77,33 @@ class Settings:
 
     enable_cancellation: bool = True
     is_fair_queue: bool = False
-    """On a standard queue: send the job's name as message group, so that one backfill cannot starve other jobs."""
+    """On a standard queue: send the job's name as message group, so that one backfill cannot delay all other jobs."""
     wait_time_seconds: int = 20
-    """Long polling: how long one receive may wait."""
+    """Long polling: how long one receive may wait for a message."""
     max_number_of_messages: int = 1
     """Work messages per receive. More than one only helps when tasks are short."""
     visibility_timeout_seconds: int = 30
-    """How long a message stays hidden without renewal: after a worker's death, the delay until the next one gets it."""
+    """How long a message stays hidden without renewal: after a worker has died, the delay until another one gets it."""
     cancel_ttl: float = 120
-    """Seconds after which a cancel message that nobody claims is deleted."""
+    """Seconds after which a cancel message that no worker claims is deleted."""
     grace_seconds: float = 30
     """Seconds between the interrupt and the kill."""
     status_poll_seconds: float = 5
-    """How often the run status in the database is looked at, the second channel of a cancellation."""
+    """How often the run status in the database is read, the second channel of a cancellation."""
     drain_seconds: float = DEFAULT_DRAIN_S
-    """At shutdown: how long running work may go on before it is interrupted."""
+    """At shutdown: how long running work may continue before it is interrupted."""
     stop_timeout_seconds: float = 30
-    """The `stopTimeout` of the worker's container: when it ends, ECS kills everything."""
+    """The `stopTimeout` of the worker's container: after it, ECS kills everything."""
     max_concurrent_runs: int = 4
     """Runs that one worker works on at a time; 0: this worker takes no runs."""
     max_concurrent_steps: int = 4
-    """Steps of `taskiq_executor` that one worker works on at a time, beside its runs; 0: this worker takes no steps."""
+    """Steps of `taskiq_executor` that one worker works on at a time, besides its runs; 0: it takes no steps."""
     payload_bucket: str | None = None
-    """S3 bucket for what is too large for a message of SQS: the known state of a step after thousands of outputs."""
+    """S3 bucket for what is too large for a message of SQS: what a step knows after thousands of outputs."""
     start_method: StartMethod = "forkserver"
-    """How the child is started: forked from a warm process, or a fresh interpreter."""
+    """How the child is started: forked from a warm process, or as a fresh interpreter."""
     metrics: MetricsTo = "auto"
-    """Where measurements go: CloudWatch's embedded format on stdout, OpenTelemetry; `auto`: what is there."""
+    """Where metrics go: CloudWatch's embedded format on stdout, OpenTelemetry; `auto`: what is available."""
     preload_modules: tuple[str, ...] = ()
     """Modules that the warm process imports before it forks."""
 
@@ -118,9 +118,9 @@ class Settings:
         return cancel_queue_url(self.queue_url)
 
     def steps_patience_s(self, grace_s: float) -> float:
-        """How long a run that is being stopped waits for its steps: their grace, and until the last of them knows.
+        """How long a run that is being stopped waits for its steps: their grace, and the time until all of them know.
 
-        A step whose cancel message is lost hears of it by the status watch.
+        A step whose cancel message is lost gets the cancellation from the status poller.
         """
         return grace_s + self.status_poll_seconds + _STOP_MARGIN_S
 
@@ -133,24 +133,24 @@ class Settings:
     def dead_after_s(self) -> float:
         """Half the visibility timeout without a heartbeat: so a worker counts as dead before its messages come again.
 
-        (They become visible at the earliest three quarters of the visibility timeout after its death.)
+        (They become visible three quarters of the visibility timeout after its death, at the earliest.)
         """
         return self.visibility_timeout_seconds / 2
 
     @property
     def hung_after_s(self) -> float:
-        """A quarter of the visibility timeout: if the worker's event loop stands still so long, its children stop.
+        """A quarter of the visibility timeout: if the worker's event loop stops for so long, its children stop.
 
-        With `dead_after_s` for their grace they are gone when its messages come again, at the earliest, and so before
-        another worker takes over.
+        Their grace is `dead_after_s`, so they are gone before its messages can come again, and before another worker
+        takes over.
         """
         return self.visibility_timeout_seconds / 4
 
     @property
     def death_confirmed_after_s(self) -> float:
-        """Two heartbeats: as long an old heartbeat must stay the same while it is looked at, before its worker is dead.
+        """Two heartbeat intervals: a heartbeat must be old and unchanged for so long before its worker is dead.
 
-        When the database comes back after an outage, every worker has written by then.
+        After an outage of the database, every worker has written again by then.
         """
         return 2 * self.heartbeat_every_s
 
@@ -158,14 +158,14 @@ class Settings:
     def step_lost_after_s(self) -> float:
         """The visibility timeout without a heartbeat: then a step of that worker is lost, and may be tried again.
 
-        Later than `dead_after_s`: a child that lost its worker is gone by then, at the latest `dead_after_s` after the
-        worker's death, so that no step ever runs twice at a time.
+        This is later than `dead_after_s`: a child that lost its worker is gone by then, so no step ever runs twice at
+        the same time.
         """
         return self.visibility_timeout_seconds
 
     @property
     def shutdown_grace_s(self) -> float:
-        """What a shutdown leaves between interrupt and kill: all must be over before the container is killed."""
+        """The grace during a shutdown: everything must have ended before the container is killed."""
         return max(0.0, min(self.grace_seconds, self.stop_timeout_seconds - self.drain_seconds - 2))
 
     @classmethod
@@ -189,7 +189,7 @@ class Settings:
         return cls(**{key: checked(key, value) for key, value in values.items()})
 
     def overridden_by(self, config: Mapping[str, Any], **overrides: object) -> "Settings":
-        """These settings, but for what a configuration of the same form says. Raises `SettingsError`."""
+        """These settings, changed by a configuration of the same form. Raises `SettingsError`."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         base: dict[str, Any] = {key: own.pop(key) for key in TOP_LEVEL_KEYS if key in own}
         source = config.get("config_source") or {}
@@ -201,7 +201,7 @@ class Settings:
         return Settings.from_config({**base, **given, "config_source": own})
 
     def __post_init__(self) -> None:
-        """Check what concerns more than one setting. Raises `SettingsError` that names both."""
+        """Check settings against each other. Raises `SettingsError` that names both."""
         if self.drain_seconds >= self.stop_timeout_seconds:
             raise SettingsError(
                 f"drain_seconds ({self.drain_seconds:g}) must be less than stop_timeout_seconds"
@@ -221,8 +221,8 @@ class Settings:
     def check_against_cancel_timeout(self, cancel_timeout_seconds: float) -> None:
         """Compare with the `cancel_timeout_seconds` of Dagster's run monitoring. Raises `SettingsError`.
 
-        After that time Dagster marks the run CANCELED whether or not its process still lives, so the whole
-        ladder has to fit into it.
+        After that time Dagster marks the run CANCELED, also when its process is still running. So interrupt, grace and
+        kill have to fit into it.
         """
         if 0 < cancel_timeout_seconds <= self.grace_seconds + self.status_poll_seconds:
             raise SettingsError(
@@ -239,7 +239,7 @@ SOURCE_KEYS: Final = tuple(
 
 
 def _resolved(key: str, value: Any, environ: Mapping[str, str]) -> Any:
-    """The value, or what `{env: NAME}` stands for, as everywhere in Dagster's configuration."""
+    """The value, or that of the variable in `{env: NAME}`, as everywhere in Dagster's configuration."""
     if not (isinstance(value, Mapping) and set(value) == {"env"}):
         return value
     name = str(value["env"])
@@ -284,7 +284,7 @@ def _from_environment(values: dict[str, Any], config: Mapping[str, Any], environ
 
 
 def checked(key: str, value: Any) -> Any:
-    """The value of one setting in its type. Raises `SettingsError` when it cannot be that, or is out of range."""
+    """The value of one setting in its type. Raises `SettingsError` when it has another type, or is out of range."""
     if key in _RANGES:
         return _number(key, value, _RANGES[key])
     if key in {"enable_cancellation", "is_fair_queue"}:
