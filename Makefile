@@ -50,7 +50,7 @@ contract: $(STAMP) ## Check what we assume of SQS (DAGSTER_TASKIQ_TEST_ENDPOINT=
 .PHONY: chaos
 chaos: $(STAMP) ## Put a fleet through bad days (SEEDS="1 2 3 4" SECONDS=40; needs PostgreSQL; ten minutes at most)
 	DAGSTER_TASKIQ_TEST_REQUIRE_ALL=1 DAGSTER_TASKIQ_TEST_CHAOS_SEEDS="$(SEEDS)" DAGSTER_TASKIQ_TEST_CHAOS_SECONDS="$(SECONDS)" \
-		timeout --foreground 600 $(BIN)/python -m pytest -q -p no:randomly tests/acceptance/test_chaos.py $(PYTEST_ARGS)
+		timeout --foreground 600 $(BIN)/python -m pytest -q -p no:randomly tests/acceptance/outages/test_chaos.py $(PYTEST_ARGS)
 
 .PHONY: check
 check: lint types unit ## What to run before every commit: linters, types, unit tests

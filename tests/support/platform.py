@@ -55,7 +55,7 @@ class WorkerProcess:
 
     def wait_ready(self) -> None:
         wait_until(
-            lambda: any(" is ready: it hears " in line for line in self.lines) or self.process.poll() is not None,
+            lambda: any(" is ready" in line for line in self.lines) or self.process.poll() is not None,
             "worker is ready",
             within=60,
             seen=lambda: self.lines,

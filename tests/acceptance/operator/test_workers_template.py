@@ -13,7 +13,7 @@ from uuid import uuid4
 import pytest
 import yaml
 from dagster import DagsterInstance, DagsterRunStatus
-from tests.acceptance.test_infra import client
+from tests.acceptance.operator.test_infra import client
 from tests.support.ecs_agent import ecs_agent
 from tests.support.moto import REGION
 from tests.support.platform import ENTRYPOINT, Platform, write_home
@@ -23,7 +23,7 @@ from dagster_taskiq.sqs.admin import CANCEL_RETENTION_S, CANCEL_VISIBILITY_S, WO
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(180)]
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 INFRA = ROOT / "infra"
 DEFAULTS = Settings(queue_url="http://127.0.0.1/1/q", region_name="us-east-1")
 
@@ -135,7 +135,7 @@ def test_the_container_works_and_a_run_is_cancelled(fleet: Fleet, tmp_path: Path
         platform = Platform(tmp_path, queue_url, fleet.endpoint, instance)
         program = (sys.executable, str(ENTRYPOINT))
         with platform.worker(program=program, env=environment | agent.environment) as worker:
-            hears = re.search(r"is ready: it hears (.*)", worker.log())
+            hears = re.search(r"is ready: it (?:hears|listens to) (.*)", worker.log())
             assert hears, worker.log()
             assert (" and " in hears[1]) is serves_runs, worker.log()
             if serves_runs:

@@ -12,7 +12,7 @@ from uuid import uuid4
 import pytest
 import yaml
 from dagster import DagsterInstance, DagsterRunStatus, job, op
-from tests.acceptance.test_cli import Desk, Ended
+from tests.acceptance.operator.test_cli import Desk, Ended
 from tests.support.moto import create_queues, sqs_client
 from tests.support.proxy import SqsProxy, sqs_proxy
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from dagster import DagsterRunStatus
-from tests.support.household import clean_environment, processes_of
+from tests.support.environment import clean_environment, processes_of
 from tests.support.waiting import wait_until
 
 from dagster_taskiq.local.demo import SCENES, Moment, complaints

@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from tests.support.household import clean_environment, processes_of
+from tests.support.environment import clean_environment, processes_of
 from tests.support.waiting import wait_until
 
 from dagster_taskiq.local.process_manager import answers

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 from dagster import DagsterInstance, DagsterRunStatus
-from tests.acceptance.test_infra import client
+from tests.acceptance.operator.test_infra import client
 from tests.support.ecs_agent import FakeAgent, ecs_agent
 from tests.support.moto import moto_server
 from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.postgres, pytest.mark.timeout(300)]
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "deploy-on-ecs.md"
 
 

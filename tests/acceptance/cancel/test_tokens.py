@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 from dagster import DagsterEventType, DagsterRunStatus
 from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
+from tests.acceptance.cleanup.test_handlers import terminated
 from tests.acceptance.conftest import open_platform
-from tests.acceptance.test_cleanup import terminated
 from tests.support.moto import sqs_client
 from tests.support.platform import CLEANUP_JOBS, Platform
 from tests.support.waiting import wait_until

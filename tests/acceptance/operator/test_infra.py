@@ -19,7 +19,7 @@ from dagster_taskiq.sqs.admin import queue_urls
 
 pytestmark = pytest.mark.acceptance
 
-TEMPLATE: Final = Path(__file__).parents[2] / "infra" / "queues.yaml"
+TEMPLATE: Final = Path(__file__).parents[3] / "infra" / "queues.yaml"
 # What launcher and worker call; see the broker.
 LAUNCHER_ACTIONS: Final = {"sqs:SendMessage", "sqs:GetQueueUrl", "sqs:GetQueueAttributes"}
 WORKER_ACTIONS: Final = {

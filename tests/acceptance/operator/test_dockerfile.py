@@ -13,7 +13,7 @@ from tests.acceptance.conftest import open_platform
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(600)]
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def instructions() -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ from dagster_taskiq.storage.tags import GRACE_SECONDS_TAG
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 POLITELY, KILLED = "10", "0"
 """Seconds of grace: with none, there is only what the cleanup handler does."""
 

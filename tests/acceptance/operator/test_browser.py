@@ -15,9 +15,9 @@ import pytest
 import yaml
 from playwright.sync_api import Browser
 from tests.acceptance.conftest import missing
-from tests.acceptance.test_dev import Dev, dev
+from tests.acceptance.operator.test_dev import Dev, dev
 from tests.support.browser import Dagster, Event, Screen, chromium, is_alive, screen
-from tests.support.household import clean_environment, processes_of
+from tests.support.environment import clean_environment, processes_of
 from tests.support.moto import sqs_client
 from tests.support.waiting import wait_until
 
