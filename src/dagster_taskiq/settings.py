@@ -8,7 +8,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
@@ -25,44 +25,27 @@ DEFAULT_DRAIN_S: Final = 15
 _STOP_MARGIN_S: Final = 3.0
 StartMethod = Literal["forkserver", "spawn"]
 MetricsTo = Literal["auto", "emf", "otel", "off"]
-_CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
-    "start_method": ("forkserver", "spawn"),
-    "metrics": ("auto", "emf", "otel", "off"),
-}
+_RULE: Final = "rule"
+"""In the metadata of a field: by what `checked` checks its value."""
+# Bucket names: https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html
+_BUCKET: Final = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
 
 
 @dataclass(frozen=True, slots=True)
 class _Range:
+    """The numbers that a setting may have; whole ones only, if its field is an `int`."""
+
     low: float
     high: float
     unit: str
 
 
-# SQS: wait time 0-20 s, batches of 1-10, visibility up to 12 h (AWS API reference, ReceiveMessage).
-_RANGES: Final[Mapping[str, _Range]] = {
-    "wait_time_seconds": _Range(0, 20, "seconds"),
-    "max_number_of_messages": _Range(1, 10, "messages"),
-    "visibility_timeout_seconds": _Range(4, 43_200, "seconds"),
-    "cancel_ttl": _Range(10, 86_400, "seconds"),
-    "grace_seconds": _Range(0, 3_600, "seconds"),
-    "status_poll_seconds": _Range(0.2, 300, "seconds"),
-    "drain_seconds": _Range(0, 86_400, "seconds"),
-    "stop_timeout_seconds": _Range(2, 86_400, "seconds"),
-    "max_concurrent_runs": _Range(0, 1_000, "runs"),
-    "max_concurrent_steps": _Range(0, 1_000, "steps"),
-}
-_WHOLE: Final = {
-    "wait_time_seconds",
-    "max_number_of_messages",
-    "visibility_timeout_seconds",
-    "max_concurrent_runs",
-    "max_concurrent_steps",
-}
-# Bucket names: https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html
-_NAMES: Final[Mapping[str, tuple[str, str]]] = {
-    "region_name": (r"[a-z0-9-]{2,40}", "an AWS region such as 'us-east-1'"),
-    "payload_bucket": (r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", "an S3 bucket"),
-}
+@dataclass(frozen=True, slots=True)
+class _Name:
+    """The texts that a setting may have."""
+
+    pattern: str
+    what: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,38 +54,39 @@ class Settings:
 
     queue_url: str
     """URL of the work queue; those of the steps queue and the cancel queue are derived from it."""
-    region_name: str
+    region_name: str = field(metadata={_RULE: _Name(r"[a-z0-9-]{2,40}", "an AWS region such as 'us-east-1'")})
     endpoint_url: str | None = None
     """Another SQS endpoint than AWS's own (an emulator, a VPC endpoint)."""
 
     enable_cancellation: bool = True
     is_fair_queue: bool = False
     """On a standard queue: send the job's name as message group, so that one backfill cannot delay all other jobs."""
-    wait_time_seconds: int = 20
+    # SQS: wait time 0-20 s, batches of 1-10, visibility up to 12 h (AWS API reference, ReceiveMessage).
+    wait_time_seconds: int = field(default=20, metadata={_RULE: _Range(0, 20, "seconds")})
     """Long polling: how long one receive may wait for a message."""
-    max_number_of_messages: int = 1
+    max_number_of_messages: int = field(default=1, metadata={_RULE: _Range(1, 10, "messages")})
     """Work messages per receive. More than one only helps when tasks are short."""
-    visibility_timeout_seconds: int = 30
+    visibility_timeout_seconds: int = field(default=30, metadata={_RULE: _Range(4, 43_200, "seconds")})
     """How long a message stays hidden without renewal: after a worker has died, the delay until another one gets it."""
-    cancel_ttl: float = 120
+    cancel_ttl: float = field(default=120, metadata={_RULE: _Range(10, 86_400, "seconds")})
     """Seconds after which a cancel message that no worker claims is deleted."""
-    grace_seconds: float = 30
+    grace_seconds: float = field(default=30, metadata={_RULE: _Range(0, 3_600, "seconds")})
     """Seconds between the interrupt and the kill."""
-    status_poll_seconds: float = 5
+    status_poll_seconds: float = field(default=5, metadata={_RULE: _Range(0.2, 300, "seconds")})
     """How often the run status in the database is read, the second channel of a cancellation."""
-    drain_seconds: float = DEFAULT_DRAIN_S
+    drain_seconds: float = field(default=DEFAULT_DRAIN_S, metadata={_RULE: _Range(0, 86_400, "seconds")})
     """At shutdown: how long running work may continue before it is interrupted."""
-    stop_timeout_seconds: float = 30
+    stop_timeout_seconds: float = field(default=30, metadata={_RULE: _Range(2, 86_400, "seconds")})
     """The `stopTimeout` of the worker's container: after it, ECS kills everything."""
-    max_concurrent_runs: int = 4
+    max_concurrent_runs: int = field(default=4, metadata={_RULE: _Range(0, 1_000, "runs")})
     """Runs that one worker works on at a time; 0: this worker takes no runs."""
-    max_concurrent_steps: int = 4
+    max_concurrent_steps: int = field(default=4, metadata={_RULE: _Range(0, 1_000, "steps")})
     """Steps of `taskiq_executor` that one worker works on at a time, besides its runs; 0: it takes no steps."""
-    payload_bucket: str | None = None
+    payload_bucket: str | None = field(default=None, metadata={_RULE: _Name(_BUCKET, "an S3 bucket")})
     """S3 bucket for what is too large for a message of SQS: what a step knows after thousands of outputs."""
-    start_method: StartMethod = "forkserver"
+    start_method: StartMethod = field(default="forkserver", metadata={_RULE: ("forkserver", "spawn")})
     """How the child is started: forked from a warm process, or as a fresh interpreter."""
-    metrics: MetricsTo = "auto"
+    metrics: MetricsTo = field(default="auto", metadata={_RULE: ("auto", "emf", "otel", "off")})
     """Where metrics go: CloudWatch's embedded format on stdout, OpenTelemetry; `auto`: what is available."""
     preload_modules: tuple[str, ...] = ()
     """Modules that the warm process imports before it forks."""
@@ -190,7 +174,7 @@ class Settings:
 
     def overridden_by(self, config: Mapping[str, Any], **overrides: object) -> "Settings":
         """These settings, changed by a configuration of the same form. Raises `SettingsError`."""
-        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        own = {one.name: getattr(self, one.name) for one in fields(self)}
         base: dict[str, Any] = {key: own.pop(key) for key in TOP_LEVEL_KEYS if key in own}
         source = config.get("config_source") or {}
         if not isinstance(source, Mapping):
@@ -233,9 +217,11 @@ class Settings:
 
 
 SOURCE_KEYS: Final = tuple(
-    field.name for field in fields(Settings) if field.name not in {"queue_url", "region_name", "endpoint_url"}
+    one.name for one in fields(Settings) if one.name not in {"queue_url", "region_name", "endpoint_url"}
 )
 """The keys of `config_source`."""
+_RULES: Final[Mapping[str, object]] = {one.name: one.metadata.get(_RULE) for one in fields(Settings)}
+_WHOLE: Final = {one.name for one in fields(Settings) if one.type is int}
 
 
 def _resolved(key: str, value: Any, environ: Mapping[str, str]) -> Any:
@@ -285,18 +271,19 @@ def _from_environment(values: dict[str, Any], config: Mapping[str, Any], environ
 
 def checked(key: str, value: Any) -> Any:
     """The value of one setting in its type. Raises `SettingsError` when it has another type, or is out of range."""
-    if key in _RANGES:
-        return _number(key, value, _RANGES[key])
+    rule = _RULES.get(key)
+    if isinstance(rule, _Range):
+        return _number(key, value, rule, whole=key in _WHOLE)
+    if isinstance(rule, _Name):
+        return _name(key, value, rule)
+    if isinstance(rule, tuple):
+        if value not in rule:
+            raise SettingsError(f"{key} must be {' or '.join(map(repr, rule))}, not {value!r}")
+        return value
     if key in {"enable_cancellation", "is_fair_queue"}:
         return _boolean(key, value)
     if key in {"queue_url", "endpoint_url"}:
         return _url(key, value)
-    if key in _NAMES:
-        return _name(key, value)
-    if key in _CHOICES:
-        if value not in _CHOICES[key]:
-            raise SettingsError(f"{key} must be {' or '.join(map(repr, _CHOICES[key]))}, not {value!r}")
-        return value
     if key == "preload_modules":
         if isinstance(value, str) or not all(isinstance(name, str) for name in value):
             raise SettingsError("preload_modules must be a list of module names")
@@ -304,23 +291,22 @@ def checked(key: str, value: Any) -> Any:
     raise SettingsError(f"unknown setting {key!r}")
 
 
-def _name(key: str, value: Any) -> str | None:
-    pattern, what = _NAMES[key]
+def _name(key: str, value: Any, rule: _Name) -> str | None:
     if value is None and key == "payload_bucket":
         return None
-    if not isinstance(value, str) or not re.fullmatch(pattern, value):
-        raise SettingsError(f"{key} must be the name of {what}, not {value!r}")
+    if not isinstance(value, str) or not re.fullmatch(rule.pattern, value):
+        raise SettingsError(f"{key} must be the name of {rule.what}, not {value!r}")
     return value
 
 
-def _number(key: str, value: Any, allowed: _Range) -> float:
+def _number(key: str, value: Any, allowed: _Range, *, whole: bool) -> float:
     number = _as_number(value)
-    if number is None or (key in _WHOLE and not number.is_integer()):
-        kind = "a whole number" if key in _WHOLE else "a number"
+    if number is None or (whole and not number.is_integer()):
+        kind = "a whole number" if whole else "a number"
         raise SettingsError(f"{key} must be {kind} of {allowed.unit}, not {value!r}")
     if not allowed.low <= number <= allowed.high:
         raise SettingsError(f"{key} must be between {allowed.low:g} and {allowed.high:g} {allowed.unit}, not {value}")
-    return int(number) if key in _WHOLE else number
+    return int(number) if whole else number
 
 
 def _as_number(value: Any) -> float | None:

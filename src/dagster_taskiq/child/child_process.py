@@ -6,7 +6,6 @@ first asked for a token. Knows the control channel and Dagster's interrupts; not
 
 import os
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -14,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 from dagster import DagsterInstance
 
+from dagster_taskiq._retry import poll_until
 from dagster_taskiq.cancellation.current import NO_WORKER, CancellableProcess, current_process, enter_process
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.cancellation.state import State
@@ -94,9 +94,7 @@ class ChildProcess:
         if self.interrupted or threading.current_thread() is not threading.main_thread():
             return
         with capture_interrupts():
-            until = time.monotonic() + _ON_ITS_WAY_S
-            while not check_captured_interrupt() and time.monotonic() < until:
-                time.sleep(0.001)
+            poll_until(check_captured_interrupt, within_s=_ON_ITS_WAY_S, every_s=0.001)
 
     @contextmanager
     def holding_interrupts(self) -> Iterator[None]:

@@ -5,12 +5,12 @@ docs/decisions/003: Dagster's transitions are unguarded, so whoever has written 
 All calls block on the database.
 """
 
-import time
 from collections.abc import Sequence
 from typing import Final
 
 from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus
 
+from dagster_taskiq._retry import poll_until
 from dagster_taskiq.dagster_compat.storage import event_of
 from dagster_taskiq.storage.engine_events import mended
 from dagster_taskiq.storage.event_log import append_event
@@ -79,9 +79,9 @@ def _events(instance: DagsterInstance, run_id: str, of: set[DagsterEventType]) -
 
 def _has_or_gets(instance: DagsterInstance, run_id: str, status: DagsterRunStatus) -> bool:
     """Whether the run has that status within a second; a run that is deleted meanwhile needs none."""
-    until = time.monotonic() + _STATUS_PATIENCE_S
-    while (run := instance.get_run_by_id(run_id)) is not None and run.status is not status:
-        if time.monotonic() > until:
-            return False
-        time.sleep(_LOOK_EVERY_S)
-    return True
+
+    def has() -> bool:
+        run = instance.get_run_by_id(run_id)
+        return run is None or run.status is status
+
+    return poll_until(has, within_s=_STATUS_PATIENCE_S, every_s=_LOOK_EVERY_S)

@@ -13,6 +13,7 @@ from typing import Final, Literal
 
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
 
+from dagster_taskiq._retry import poll_until
 from dagster_taskiq.cleanup.record import cleanup_record
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
 from dagster_taskiq.storage.claims import Claims, Owner
@@ -129,12 +130,16 @@ def resolve_contention(claims: Claims, candidate: Candidate, step: StepRef | Non
 
     Called by who has the first claim. Whoever saw it gives way to it; who does not, did not see it, and has begun.
     """
-    until = time.monotonic() + _CONTEST_S
-    while (rival := claims.rival(candidate.run_id, candidate.worker_id, step)) is not None:
-        if time.monotonic() > until:
-            return Decision(Action.HAND_BACK, f"worker {rival} has claimed it, too, and does not give way")
-        time.sleep(_LOOK_EVERY_S)
-    return None
+    rival: str | None = None
+
+    def gave_way() -> bool:
+        nonlocal rival
+        rival = claims.rival(candidate.run_id, candidate.worker_id, step)
+        return rival is None
+
+    if poll_until(gave_way, within_s=_CONTEST_S, every_s=_LOOK_EVERY_S):
+        return None
+    return Decision(Action.HAND_BACK, f"worker {rival} has claimed it, too, and does not give way")
 
 
 def _dead_owner(claims: Claims, candidate: Candidate, run: DagsterRun) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from dagster import DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus
 
+from dagster_taskiq._retry import poll_until
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.cleanup.record import NO_CLEANUP, CleanupRecord, cleanup_record
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES, MAX_RETRIES_TAG
@@ -157,20 +158,18 @@ def _once_it_is_canceling(
     """
     by_launcher = cancellation is not None and cancellation.requested_by is not None
     patience_s = _LAUNCHERS_STATUS_PATIENCE_S if by_launcher else _STATUS_PATIENCE_S
-    tries = 1 + int(patience_s / _LOOK_EVERY_S)
-    while True:
+    if cancellation is None or cancellation.kind is not CancelKind.REQUESTED:
+        return instance.get_run_by_id(run_id)
+    run: DagsterRun | None = None
+
+    def look() -> bool:
+        nonlocal run
         run = instance.get_run_by_id(run_id)
-        tries -= 1
-        if (
-            run is None
-            or run.status is not DagsterRunStatus.STARTED
-            or cancellation is None
-            or cancellation.kind is not CancelKind.REQUESTED
-            or tries == 0
-            or time.time() > cancellation.received_at + patience_s
-        ):
-            return run
-        time.sleep(_LOOK_EVERY_S)
+        return run is None or run.status is not DagsterRunStatus.STARTED
+
+    left_s = cancellation.received_at + patience_s - time.time()
+    poll_until(look, within_s=min(patience_s, left_s), every_s=_LOOK_EVERY_S)
+    return run
 
 
 def fail(instance: DagsterInstance, run_id: str, why: str) -> bool:
