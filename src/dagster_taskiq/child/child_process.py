@@ -1,4 +1,4 @@
-"""A process in which ops run, and which is told of their cancellation.
+"""A process in which ops run, and which learns of their cancellation.
 
 It is a child of a worker, or a process of Dagster's multiprocess executor below one, which joins the child when it is
 first asked for a token. Knows the control channel and Dagster's interrupts; not which work is done.
@@ -148,7 +148,7 @@ _states: Final[WeakKeyDictionary[Any, State]] = WeakKeyDictionary()
 
 
 def join_worker() -> CancellableProcess:
-    """Where this is a process that Dagster has started below a child of a worker: listen to what the child is told."""
+    """Where this is a process that Dagster has started below a child of a worker: listen to what the child receives."""
     address = os.environ.get(ADDRESS_VARIABLE)
     if current_process() is NO_WORKER and address is not None and (control := join(address)) is not None:
         return ChildProcess(control)

@@ -1,4 +1,4 @@
-"""A child process as the worker sees it: start, tell, interrupt, kill, wait until its whole tree is gone.
+"""Starts children: the warm process from which they are forked, as the worker sees it.
 
 The other side of `shim`. Knows processes, signals and asyncio; not what a child is for.
 """

@@ -36,4 +36,4 @@ class TaskiqStepHandler(StepHandler):
 
     @abstractmethod
     def patience_s(self, run: DagsterRun) -> float:
-        """How long to wait for steps that were told to stop."""
+        """How long to wait for steps that were cancelled."""

@@ -23,7 +23,7 @@ _LOOK_AFTER_WORKERS_EVERY_S: Final = 5.0
 
 
 class Tracking:
-    """What the log has told so far. `open`: the steps whose processes are not known to be gone."""
+    """What was read in the log so far. `open`: the steps whose processes are not known to be gone."""
 
     def __init__(self, plan: Plan) -> None:
         self.open = RunningSteps()

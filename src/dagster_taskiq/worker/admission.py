@@ -1,7 +1,7 @@
 """May this message be started? One table, and what has to be read and written to look it up.
 
 The order is what makes two racing sides see each other: the worker appends its claim, then reads the run; the
-launcher writes the run's status, then reads the claims. Of two racing workers `claims` tells. Knows Dagster's runs
+launcher writes the run's status, then reads the claims. Of two racing workers `claims` decides. Knows Dagster's runs
 and claims; not SQS, not processes.
 """
 
@@ -184,7 +184,7 @@ def admit_step(instance: DagsterInstance, claims: Claims, step: StepRef, candida
 
     START leaves the claim with this worker; called again after it failed half-way, it goes on with that claim. An
     attempt that anybody else has claimed is never started again, also when that worker is dead: what becomes of it is
-    for the run's executor to say, which looks after its workers.
+    the decision of the run's executor, which watches its workers.
     """
     run = instance.get_run_by_id(candidate.run_id)
     why = _reason_to_drop_step(run)

@@ -133,7 +133,7 @@ class _Finalization:
 async def stop_steps(context: WorkerContext, run: DagsterRun, *, patient: bool = True) -> None:
     """Before a run is final, its steps have stopped, wherever they run; within the time that they may take.
 
-    Not `patient`: they are only told.
+    Not `patient`: they are only cancelled.
     """
 
     async def left() -> tuple[dict[str, str], list[str]]:
