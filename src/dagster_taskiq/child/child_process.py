@@ -43,7 +43,6 @@ class ChildProcess:
         self._step_key: str | None = None
         self._listener: ControlListener | None = None
         self._admits = False
-        control.signal.on_shield = lambda name: control.send(shield=name)
         watch_interrupts(self.record_interrupt, lambda: control.signal.is_set)
         enter_process(self)
 
