@@ -37,6 +37,7 @@ from dagster_taskiq.dagster_compat.execution import (
 from dagster_taskiq.errors import DagsterTaskiqError, MessageTooLarge, QueueUnreachable
 from dagster_taskiq.launcher import CONFIG_FIELDS, TaskiqRunLauncher
 from dagster_taskiq.messages import EXECUTE_STEP, StepMessage, pack
+from dagster_taskiq.queue_names import queue_name
 from dagster_taskiq.settings import TOP_LEVEL_KEYS, Settings
 from dagster_taskiq.sqs.s3_payloads import PayloadBucket
 from dagster_taskiq.storage import engine_events
@@ -131,7 +132,7 @@ class SQSStepHandler(TaskiqStepHandler):
         Raises a `DagsterTaskiqError` when another try would not help.
         """
         messages = self._messages(contexts)
-        queue = self._settings.steps_queue_url.rpartition("/")[2]
+        queue = queue_name(self._settings.steps_queue_url)
         for context, message in zip(contexts, messages, strict=True):
             event = engine_events.step_submitted(message.task_id, queue)
             DagsterEvent.step_worker_starting(context.get_step_context(message.step_key), event.message, event.facts)

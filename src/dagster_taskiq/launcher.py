@@ -133,8 +133,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
                 raise
             logger.warning("run not launched, and not needed any more: %s", error, extra={"run_id": run.run_id})
             return
-        queue = self.settings.queue_url.rstrip("/").rpartition("/")[2]
-        self._append(run, engine_events.submitted(task_id, queue))
+        self._append(run, engine_events.submitted(task_id, queue_name(self.settings.queue_url)))
 
     def _send(self, run: DagsterRun, task_name: str, task_id: str) -> None:
         group = run.job_name if self.settings.is_fair_queue else None

@@ -85,12 +85,13 @@ def run(
 
     log_to_stderr(log_level, log_format)
     settings = configured(config_file, **(overrides or {}))
+    from dagster_taskiq.queue_names import queue_name
     from dagster_taskiq.worker.service import run_worker
 
     def announce(worker_id: str) -> None:
         served = [settings.queue_url] if settings.max_concurrent_runs else []
         served += [settings.steps_queue_url] if settings.max_concurrent_steps else []
-        names = " and ".join(url.rstrip("/").rpartition("/")[2] for url in served)
+        names = " and ".join(map(queue_name, served))
         click.echo(f"worker {worker_id} is ready: it hears {names}")
 
     return run_worker(settings, name=name, on_ready=announce)

@@ -17,6 +17,7 @@ import aioboto3
 from botocore.exceptions import BotoCoreError, ClientError
 
 from dagster_taskiq.errors import AccessDenied, DagsterTaskiqError, QueueMissing
+from dagster_taskiq.queue_names import is_fifo
 from dagster_taskiq.sqs.errors import MAX_MESSAGE_BYTES, is_missing_permission, translated
 
 _TOO_LARGE: Final = "x" * (MAX_MESSAGE_BYTES + 1)
@@ -26,7 +27,7 @@ Probe = Callable[[Any, str], Awaitable[Any]]
 
 
 async def _send(client: Any, url: str) -> None:
-    fifo = {"MessageGroupId": "doctor", "MessageDeduplicationId": "doctor"} if url.endswith(".fifo") else {}
+    fifo = {"MessageGroupId": "doctor", "MessageDeduplicationId": "doctor"} if is_fifo(url) else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # of aiohttp, that a body is large
         await client.send_message(QueueUrl=url, MessageBody=_TOO_LARGE, **fifo)
