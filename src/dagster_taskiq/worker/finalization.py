@@ -23,7 +23,7 @@ from dagster_taskiq.process.supervise import ChildEnd
 from dagster_taskiq.sqs.settlement import Settlement
 from dagster_taskiq.storage.engine_events import cleanup_failed, finished_all_the_same, left_behind
 from dagster_taskiq.storage.event_log import append_event
-from dagster_taskiq.storage.running_steps import RunningSteps, running_steps
+from dagster_taskiq.storage.running_steps import running_steps
 from dagster_taskiq.storage.status_repair import restore, terminal_events, true_status
 
 _NOT_BEGUN: Final = {DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING}
@@ -98,8 +98,8 @@ class Conclusion:
     entry: str
     """The event log entry that the child held back."""
     failure: str
-    steps: RunningSteps | None = None
-    """Steps of the run that are still running, where it is not to be final before they have stopped."""
+    has_steps: bool = False
+    """Whether steps of the run are still running, and it is not to be final before they have stopped."""
     cleanup: CleanupRecord = NO_CLEANUP
     """Whether there are cleanup handlers to be run before, and which have failed."""
 
@@ -123,7 +123,6 @@ def examine(
             clean_exit=end is not None and end.exit_code == 0,
         )
     )
-    steps = running_steps(instance, run_id) if action in _AFTER_ITS_STEPS else None
     settlement = Settlement.LEAVE if kind is CancelKind.LEASE_LOST else Settlement.DELETE
     return Conclusion(
         run=run,
@@ -132,7 +131,7 @@ def examine(
         history=history,
         entry=str(held.get("entry", "")),
         failure=_failure_message(end, cancellation, worker_id),
-        steps=steps if steps is not None and steps.workers else None,
+        has_steps=action in _AFTER_ITS_STEPS and bool(running_steps(instance, run_id).workers),
         cleanup=cleanup_record(instance, run_id) if _is_cancelled(action, kind, run, history) else CleanupRecord(),
     )
 
