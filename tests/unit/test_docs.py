@@ -113,3 +113,11 @@ def test_the_changelog_has_the_version() -> None:
     assert versions[0] == "Unreleased"
     is_release = "dev" not in dagster_taskiq.__version__
     assert (dagster_taskiq.__version__ in versions) is is_release
+
+
+@pytest.mark.parametrize(
+    "page", sorted(ROOT.glob("docs/**/*.md")) + sorted(ROOT.glob("*.md")), ids=lambda page: page.name
+)
+def test_the_pages_name_tests_that_are_there(page: Path) -> None:
+    named = re.findall(r"`(tests/[a-z_/]+(?:\.py)?)`", page.read_text())
+    assert [name for name in named if not (ROOT / name).exists()] == []

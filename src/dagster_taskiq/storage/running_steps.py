@@ -82,25 +82,25 @@ def running_steps(instance: DagsterInstance, run_id: str) -> RunningSteps:
 
 
 class StopOfSteps:
-    """Steps that are being stopped: who is still to be told, and whether it has taken too long. Does neither itself."""
+    """Steps that are being stopped: which still need a cancel, and whether it takes too long. Sends nothing itself."""
 
     def __init__(self, patience_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         """`patience_s`: seconds that the steps may take, from now."""
         self.patience_s = patience_s
         self.cancelled: set[str] = set()
-        """Task ids of those that were told."""
+        """Task ids of the steps that were cancelled."""
         self._clock = clock
         self._began = clock()
 
     def not_yet_cancelled(self, task_ids: Iterable[str]) -> list[str]:
-        """Those that are to be told now; also a step that was claimed only after the others were told."""
+        """Those that have to be cancelled now, also a step that was claimed after the others were cancelled."""
         late = [task_id for task_id in task_ids if task_id not in self.cancelled]
         self.cancelled.update(late)
         return late
 
     @property
     def waited_s(self) -> float:
-        """Seconds since it began."""
+        """Seconds since the stop began."""
         return self._clock() - self._began
 
     @property
