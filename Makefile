@@ -37,7 +37,7 @@ test: $(STAMP) ## Run all tests (PYTEST_ARGS='-k demo' narrows it down)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 .PHONY: emulator
-emulator: $(EMULATOR)/.installed ## Install LocalStack, the second SQS emulator of tests/contract, beside .venv (a minute)
+emulator: $(EMULATOR)/.installed ## Install LocalStack, the second SQS emulator of tests/contract, next to .venv (a minute)
 $(EMULATOR)/.installed: tests/localstack-requirements.txt tests/localstack-constraints.txt
 	test -x $(EMULATOR)/bin/python || $(PYTHON) -m venv $(EMULATOR)
 	$(EMULATOR)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $< --constraint tests/localstack-constraints.txt
@@ -62,7 +62,7 @@ lint: $(STAMP) ## Run ruff, its formatter in check mode, and cfn-lint
 	$(BIN)/cfn-lint --regions us-east-1 -- infra/*.yaml
 
 .PHONY: format
-format: $(STAMP) ## Let ruff format the code and mend what it can
+format: $(STAMP) ## Let ruff format the code and fix what it can
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
@@ -77,6 +77,16 @@ unit: $(STAMP) ## Run the tests without I/O
 .PHONY: acceptance
 acceptance: $(STAMP) ## Run the tests with real processes, signals, queues, databases and a browser
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/acceptance $(PYTEST_ARGS)
+
+.PHONY: precommit
+precommit: $(STAMP) ## Run what git runs before a commit (to let git do it: .venv/bin/pre-commit install)
+	$(BIN)/pre-commit run --all-files
+
+.PHONY: dist
+dist: $(STAMP) ## Build the sdist and, from it, the wheel; check both as the package index does (needs the network)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 .PHONY: clean
 clean: ## Remove the virtual environment and everything that was built

@@ -69,7 +69,7 @@ def be_init() -> int:
 
 
 def start() -> int:
-    """Create what is missing, and work until told to stop."""
+    """Create what is missing, and work until a signal comes."""
     file = os.environ.get("DAGSTER_TASKIQ_CONFIG")
     config_file = Path(file) if file else None
     log_level = _one_of("DAGSTER_TASKIQ_LOG_LEVEL", "INFO", LOG_LEVELS, str.upper)

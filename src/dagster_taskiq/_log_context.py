@@ -13,7 +13,7 @@ _about: ContextVar[Mapping[str, str]] = ContextVar("dagster_taskiq_log_context",
 
 @contextmanager
 def log_context(**facts: str | None) -> Iterator[None]:
-    """Lines that are logged inside, also by tasks and threads that are started there, say this; None is left out."""
+    """Add these facts to every line logged inside, also by tasks and threads started there; None is left out."""
     token = _about.set({**_about.get(), **{name: value for name, value in facts.items() if value is not None}})
     try:
         yield
@@ -22,19 +22,19 @@ def log_context(**facts: str | None) -> Iterator[None]:
 
 
 def current() -> dict[str, str]:
-    """What lines that are logged here say; to be passed as `extra` where it is logged from elsewhere."""
+    """The facts of lines that are logged here; pass them as `extra` when another task logs for this one."""
     return dict(_about.get())
 
 
 class AddContext(logging.Filter):
-    """Adds it to each record that does not say otherwise."""
+    """Adds the context to each record that does not have its own value."""
 
     def __init__(self, *, without: tuple[str, ...] = ()) -> None:
         super().__init__()
         self._without = without
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether to log it: yes."""
+        """Add the context; the record is always logged."""
         for name, value in _about.get().items():
             if name not in self._without and not hasattr(record, name):
                 setattr(record, name, value)

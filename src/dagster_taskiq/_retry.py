@@ -1,10 +1,11 @@
-"""Try again what failed and may work later: say so once, wait ever longer, say when it works again. A leaf.
+"""Try again what failed and may work later: log it once, wait longer each time, log when it works again. A leaf.
 
-The pauses are tenacity's "full jitter": drawn between nothing and a bound that doubles, so that the many workers that
-lose a service together do not return to it together.
+The pauses are tenacity's "full jitter": random, between zero and a limit that doubles each time. So workers that lose
+a service at the same time do not all return to it at the same time.
 """
 
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeVar
 
@@ -18,7 +19,7 @@ _T = TypeVar("_T")
 _FIRST_PAUSE_S: Final = 0.2
 LONGEST_PAUSE_S: Final = 10.0
 DATABASE_RETRY_S: Final = 300.0
-"""For a database that is away: a failover of RDS takes one to two minutes."""
+"""For a database that does not answer: a failover of RDS takes one to two minutes."""
 
 
 async def retry_async(
@@ -30,17 +31,17 @@ async def retry_async(
     longest_pause_s: float = LONGEST_PAUSE_S,
     until: Callable[[], bool] = lambda: False,
 ) -> _T:
-    """What `call` returns in the end; "cannot `doing`" is what the log says of its failures.
+    """Return what `call` returns in the end; the log calls its failures "cannot `doing`".
 
-    Raises what it raised last when it has tried for `for_s` seconds, if that is given, or when `until` says so; and at
-    once whatever is not `on`.
+    Raises the last error of `call` after `for_s` seconds, if that is given, or when `until` returns True. An error
+    that is not `on` is raised at once.
     """
     retrying = AsyncRetrying(**_policy(doing, on, for_s, longest_pause_s, until))
 
-    async def once() -> _T:  # tenacity only awaits what is a coroutine function by its looks
+    async def once() -> _T:  # tenacity awaits only what looks like a coroutine function
         return await call()
 
-    return _told(doing, await retrying(once), retrying)
+    return _log_recovery(doing, await retrying(once), retrying)
 
 
 def retry_blocking(
@@ -52,7 +53,7 @@ def retry_blocking(
 ) -> _T:
     """As `retry_async`, where there is no event loop."""
     retrying = Retrying(**_policy(doing, on, for_s, LONGEST_PAUSE_S, lambda: False))
-    return _told(doing, retrying(call), retrying)
+    return _log_recovery(doing, retrying(call), retrying)
 
 
 def _policy(
@@ -62,7 +63,7 @@ def _policy(
     longest_pause_s: float,
     until: Callable[[], bool],
 ) -> dict[str, Any]:
-    def say(state: RetryCallState) -> None:
+    def log_first_failure(state: RetryCallState) -> None:
         if state.attempt_number == 1 and state.outcome is not None:
             logger.warning("cannot %s, trying again: %s", doing, state.outcome.exception())
 
@@ -71,13 +72,21 @@ def _policy(
         "retry": retry_if_exception_type(on),
         "wait": wait_random_exponential(multiplier=_FIRST_PAUSE_S, max=longest_pause_s),
         "stop": lambda state: until() or too_long(state),
-        "before_sleep": say,
+        "before_sleep": log_first_failure,
         "reraise": True,
     }
 
 
-def _told(doing: str, answer: _T, retrying: AsyncRetrying | Retrying) -> _T:
+def _log_recovery(doing: str, answer: _T, retrying: AsyncRetrying | Retrying) -> _T:
     tries = retrying.statistics.get("attempt_number", 1)
     if tries > 1:
         logger.warning("can %s again after %d tries", doing, tries - 1)
+    return answer
+
+
+def poll_until(look: Callable[[], _T], *, within_s: float, every_s: float) -> _T:
+    """The first true answer of `look`, or its last one when `within_s` seconds are over. Blocks."""
+    until = time.monotonic() + within_s
+    while not (answer := look()) and time.monotonic() < until:
+        time.sleep(every_s)
     return answer

@@ -1,4 +1,4 @@
-"""Run something to its end whatever happens to the task that waits for it. A leaf; knows asyncio only."""
+"""Run something to its end, also when the task that waits for it is cancelled. A leaf; knows only asyncio."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -8,10 +8,10 @@ _T = TypeVar("_T")
 
 
 async def shielded(body: Coroutine[Any, Any, _T], *, name: str, on_cancel: Callable[[], None] | None = None) -> _T:
-    """Await `body` in a task of its own; cancelling the caller, however often, does not tear it.
+    """Await `body` in a task of its own; cancelling the caller, however often, does not interrupt it.
 
-    The cancellation is raised afterwards. With `on_cancel` it is told to that callable instead, at once and each
-    time, and counts as carried out when `body` returns: it is not raised again.
+    The cancellation is raised afterwards. With `on_cancel` that callable is called instead, at once and for each
+    cancellation. The cancellation then counts as done when `body` returns: it is not raised again.
     """
     task = asyncio.create_task(body, name=name)
     cancelled: asyncio.CancelledError | None = None

@@ -1,4 +1,4 @@
-"""Remember things for a while and never too many of them. Knows time, not what is remembered."""
+"""Remember a limited number of things for a limited time. Knows time, not what is remembered."""
 
 import time
 from collections import OrderedDict
@@ -9,7 +9,7 @@ V = TypeVar("V")
 
 
 class TTLCache(Generic[V]):
-    """A bounded mapping whose entries are forgotten after `ttl_s`; when it is full, the oldest one goes."""
+    """A bounded mapping that forgets its entries after `ttl_s` seconds; when it is full, it drops the oldest one."""
 
     def __init__(
         self, *, at_most: int = 10_000, ttl_s: float = float("inf"), clock: Callable[[], float] = time.monotonic
@@ -20,7 +20,7 @@ class TTLCache(Generic[V]):
         self._entries: OrderedDict[str, tuple[float, V]] = OrderedDict()
 
     def add(self, key: str, value: V) -> bool:
-        """Keep it from now on; False when it was known already (its time then starts anew)."""
+        """Keep it from now on; False when it was there already (its time then starts again)."""
         new = self.get(key) is None
         self._entries.pop(key, None)
         self._entries[key] = (self._clock(), value)
@@ -29,7 +29,7 @@ class TTLCache(Generic[V]):
         return new
 
     def get(self, key: str) -> V | None:
-        """What was remembered under the key, or None when nothing was or too long ago."""
+        """The value of the key, or None when there is none, or it is too old."""
         entry = self._entries.get(key)
         if entry is None:
             return None

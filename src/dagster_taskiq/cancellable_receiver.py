@@ -52,7 +52,7 @@ class ReceiverHooks:
     on_delivered: Callable[[Cancellation], None] | None = None
     """Called when a task that runs here is cancelled, by whatever channel; once."""
     describe: Callable[[TaskiqMessage], Mapping[str, str]] | None = None
-    """What lines of the log about a task shall say beside its id."""
+    """What lines of the log about a task have in `extra`, beside its id."""
 
 
 class CancellableReceiver(Receiver):
@@ -286,7 +286,7 @@ class CancellableReceiver(Receiver):
             if self.hooks.still_ours is not None and await self.hooks.still_ours(task.task_id):
                 logger.warning("lease lost, but the work is still ours", extra=task.about)
                 return
-        except Exception:  # who cannot say that it is ours, must not go on as if it were
+        except Exception:  # what is not known to be ours must not go on as if it were
             logger.exception("could not find out whether work is still ours", extra=task.about)
         task.cancel(Cancellation(CancelKind.LEASE_LOST, reason="lease lost", channel=CancelChannel.LEASE))
 

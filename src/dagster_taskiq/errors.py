@@ -1,13 +1,13 @@
-"""Every exception that leaves this package. Knows nothing of what raises them.
+"""Every exception that leaves this package. Knows nothing about what raises them.
 
-Messages are one line, say what is wrong and what to do next: the command line prints them as they are.
+A message is one line that says what is wrong and what to do next, because the command line prints it as it is.
 """
 
 from collections.abc import Sequence
 
 
 class DagsterTaskiqError(Exception):
-    """Root of the errors of this package; its text is meant for the person who reads it."""
+    """Base class of the errors of this package; the text is written for people."""
 
 
 class SettingsError(DagsterTaskiqError):
@@ -23,7 +23,7 @@ class QueueMissing(QueueError):
 
 
 class QueueUnreachable(QueueError):
-    """The endpoint did not answer, refused, or throttled: worth trying again."""
+    """The endpoint did not answer, refused, or throttled: it may work later."""
 
 
 class AccessDenied(QueueError):
@@ -31,11 +31,11 @@ class AccessDenied(QueueError):
 
 
 class LeaseLost(QueueError):
-    """The message is no longer ours: its receipt expired, or it was deleted or received by somebody else."""
+    """The message is no longer ours: its receipt expired, or it was deleted, or another receiver has it."""
 
 
 class MessageUnreadable(DagsterTaskiqError):
-    """A queue message that is not what its queue carries. Never fatal: it is logged once and left to expire."""
+    """A message that does not belong on its queue. Never fatal: it is logged once, and stays until it expires."""
 
 
 class MessageTooLarge(DagsterTaskiqError):
@@ -47,17 +47,17 @@ class PayloadUnavailable(DagsterTaskiqError):
 
 
 class ChildStartFailed(DagsterTaskiqError):
-    """The process in which Dagster works could not be started."""
+    """The process in which Dagster should work could not be started."""
 
 
 class StateError(DagsterTaskiqError):
-    """What was to be kept in `token.state` is not JSON, or too large. Raised by the assignment; nothing is stored."""
+    """The new value in `token.state` is not JSON, or too large. Raised by the assignment; nothing is stored."""
 
 
 class CleanupFailed(DagsterTaskiqError):
     """Cleanup handlers have used up all their attempts. `reasons`: one line for each, with its last error.
 
-    Raised by `clean_up_run`; the error of the result of a taskiq task whose handlers failed.
+    Raised by `clean_up_run`, and the error in the result of a taskiq task whose handlers failed.
     """
 
     def __init__(self, reasons: Sequence[str]) -> None:
@@ -66,11 +66,11 @@ class CleanupFailed(DagsterTaskiqError):
 
 
 class RunNotFound(DagsterTaskiqError):
-    """There is no run of that id in this Dagster instance."""
+    """There is no run with that id in this Dagster instance."""
 
 
 class TaskCancelled(DagsterTaskiqError):
-    """The error of the result of a cancelled task. `reason` is what the canceller said, or None."""
+    """The error in the result of a cancelled task. `reason` was given with the cancellation, or is None."""
 
     def __init__(self, reason: str | None = None) -> None:
         self.reason = reason

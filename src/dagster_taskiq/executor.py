@@ -37,6 +37,7 @@ from dagster_taskiq.dagster_compat.execution import (
 from dagster_taskiq.errors import DagsterTaskiqError, MessageTooLarge, QueueUnreachable
 from dagster_taskiq.launcher import CONFIG_FIELDS, TaskiqRunLauncher
 from dagster_taskiq.messages import EXECUTE_STEP, StepMessage, pack
+from dagster_taskiq.queue_names import queue_name
 from dagster_taskiq.settings import TOP_LEVEL_KEYS, Settings
 from dagster_taskiq.sqs.s3_payloads import PayloadBucket
 from dagster_taskiq.storage import engine_events
@@ -128,25 +129,25 @@ class SQSStepHandler(TaskiqStepHandler):
     def launch_steps(self, contexts: Sequence[StepHandlerContext]) -> Sequence[str]:
         """Announce and send the steps; the keys of those that could not be sent because SQS does not answer.
 
-        Raises a `DagsterTaskiqError` for what another try does not mend.
+        Raises a `DagsterTaskiqError` when another try would not help.
         """
-        orders = self._orders(contexts)
-        queue = self._settings.steps_queue_url.rpartition("/")[2]
-        for context, order in zip(contexts, orders, strict=True):
-            note = engine_events.step_submitted(order.task_id, queue)
-            DagsterEvent.step_worker_starting(context.get_step_context(order.step_key), note.message, note.facts)
+        messages = self._messages(contexts)
+        queue = queue_name(self._settings.steps_queue_url)
+        for context, message in zip(contexts, messages, strict=True):
+            event = engine_events.step_submitted(message.task_id, queue)
+            DagsterEvent.step_worker_starting(context.get_step_context(message.step_key), event.message, event.facts)
         try:
-            refused = self.send(orders, contexts[0].dagster_run.job_name)
+            refused = self.send(messages, contexts[0].dagster_run.job_name)
         except (QueueUnreachable, TimeoutError) as error:
             logger.warning("steps not sent, trying again: %s", str(error) or "no answer")
-            return [order.step_key for order in orders]
+            return [message.step_key for message in messages]
         for why in sorted(set(refused.values())):
             logger.warning("steps not sent, trying again: SQS refused them: %s", why)
-        return [order.step_key for order in orders if order.task_id in refused]
+        return [message.step_key for message in messages if message.task_id in refused]
 
-    def _orders(self, contexts: Sequence[StepHandlerContext]) -> list[StepMessage]:
+    def _messages(self, contexts: Sequence[StepHandlerContext]) -> list[StepMessage]:
         packed: dict[int, str] = {}  # by identity: the steps of a batch share their state
-        orders = []
+        messages = []
         for context in contexts:
             arguments = context.execute_step_args
             state, (step_key,) = arguments.known_state, arguments.step_keys_to_execute or ()
@@ -154,7 +155,7 @@ class SQSStepHandler(TaskiqStepHandler):
                 raise ValueError(f"step {step_key}: neither the known state nor the retry mode may be missing")
             if id(state) not in packed:
                 packed[id(state)] = pack(describe_state(state))
-            orders.append(
+            messages.append(
                 StepMessage(
                     run_id=arguments.run_id,
                     step_key=step_key,
@@ -164,44 +165,45 @@ class SQSStepHandler(TaskiqStepHandler):
                     state=packed[id(state)],
                 )
             )
-        return orders
+        return messages
 
-    def send(self, orders: Sequence[StepMessage], job_name: str) -> dict[str, str]:
-        """Send orders; the task ids of those that SQS refused, with the reason.
+    def send(self, messages: Sequence[StepMessage], job_name: str) -> dict[str, str]:
+        """Send messages; the task ids of those that SQS refused, with the reason.
 
         Raises `MessageTooLarge` for a state that fits into no message when there is no payload bucket,
         `PayloadUnavailable` when that cannot be written, a `QueueError` or `TimeoutError`.
         """
         group = job_name if self._settings.is_fair_queue else None
-        return self._producer.submit(lambda broker: self._send(broker, orders, group)).result(_REQUEST_TIMEOUT_S)
+        return self._producer.submit(lambda broker: self._send(broker, messages, group)).result(_REQUEST_TIMEOUT_S)
 
     async def _send(
-        self, broker: CancellableSQSBroker, orders: Sequence[StepMessage], group: str | None
+        self, broker: CancellableSQSBroker, messages: Sequence[StepMessage], group: str | None
     ) -> dict[str, str]:
-        arguments = [await self._arguments(order) for order in orders]
+        arguments = [await self._arguments(message) for message in messages]
         return await broker.kick_all(
             [
-                work_message(broker, EXECUTE_STEP, order.task_id, group, given)
-                for order, given in zip(orders, arguments, strict=True)
+                work_message(broker, EXECUTE_STEP, message.task_id, group, given)
+                for message, given in zip(messages, arguments, strict=True)
             ]
         )
 
-    async def _arguments(self, order: StepMessage) -> dict[str, Any]:
-        if len(order.state or "") > _MOST_STATE:
-            await self._keep_apart(order)
-            return {**order.to_kwargs(), "state": None}
-        return order.to_kwargs()
+    async def _arguments(self, message: StepMessage) -> dict[str, Any]:
+        if len(message.state or "") > _MOST_STATE:
+            await self._keep_apart(message)
+            return {**message.to_kwargs(), "state": None}
+        return message.to_kwargs()
 
-    async def _keep_apart(self, order: StepMessage) -> None:
+    async def _keep_apart(self, message: StepMessage) -> None:
         if self._settings.payload_bucket is None:
             raise MessageTooLarge(
-                f"step {order.step_key}: what its process has to know of the other steps is {len(order.state or ''):,}"
-                " characters, compressed, and does not fit into a message of SQS; set payload_bucket to the name of an"
+                f"step {message.step_key}: what its process has to know of the other steps is"
+                f" {len(message.state or ''):,} characters, compressed, and does not fit into a message of SQS;"
+                " set payload_bucket to the name of an"
                 " S3 bucket, or let fewer dynamic outputs come together in one run"
             )
         payloads = PayloadBucket(self._settings.payload_bucket, self._settings.region_name)
         try:
-            await payloads.put(order.task_id, order.state or "")
+            await payloads.put(message.task_id, message.state or "")
         finally:
             await payloads.close()
 
@@ -244,22 +246,22 @@ class SQSStepHandler(TaskiqStepHandler):
 
     def check_step_health(self, step_handler_context: StepHandlerContext) -> CheckStepHealthResult:
         """Unhealthy when the worker that has the step is dead. Waiting in its queue, and "cannot tell", is healthy."""
-        (order,) = self._orders([step_handler_context])
+        (message,) = self._messages([step_handler_context])
         instance = step_handler_context.instance
         try:
             heartbeats = self._judging(instance)
             worker_id = Claims(instance, heartbeats).first_claimant(
-                order.run_id, StepRef(order.step_key, order.task_id)
+                message.run_id, StepRef(message.step_key, message.task_id)
             )
             alive = worker_id is None or worker_id in heartbeats.alive({worker_id})
         except Exception:
-            logger.exception("cannot tell whether a step is healthy", extra={"run_id": order.run_id})
+            logger.exception("cannot tell whether a step is healthy", extra={"run_id": message.run_id})
             return CheckStepHealthResult.healthy()
         if alive:
             return CheckStepHealthResult.healthy()
-        return CheckStepHealthResult.unhealthy(f"worker {worker_id}, which had step {order.step_key}, is gone")
+        return CheckStepHealthResult.unhealthy(f"worker {worker_id}, which had step {message.step_key}, is gone")
 
     def terminate_step(self, step_handler_context: StepHandlerContext) -> Iterator[DagsterEvent]:
         """Ask for one step to be stopped; may be called again, and never raises."""
-        self.terminate_tasks([order.task_id for order in self._orders([step_handler_context])])
+        self.terminate_tasks([message.task_id for message in self._messages([step_handler_context])])
         yield from ()

@@ -133,8 +133,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
                 raise
             logger.warning("run not launched, and not needed any more: %s", error, extra={"run_id": run.run_id})
             return
-        queue = self.settings.queue_url.rstrip("/").rpartition("/")[2]
-        self._note(run, engine_events.submitted(task_id, queue))
+        self._append(run, engine_events.submitted(task_id, queue_name(self.settings.queue_url)))
 
     def _send(self, run: DagsterRun, task_name: str, task_id: str) -> None:
         group = run.job_name if self.settings.is_fair_queue else None
@@ -162,7 +161,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         return self.cancel(run_id, requested_by=engine_events.UNKNOWN_AUTHOR)
 
     def cancel(self, run_id: str, *, reason: str | None = None, requested_by: str) -> bool:
-        """As `terminate`, and the run's log says who asked, and why.
+        """As `terminate`, and the run's log names who asked, and why.
 
         So do its tags `dagster-taskiq/cancelled_by` and `cancel_reason`, for who does not get the message.
         """
@@ -170,23 +169,23 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         if run is None or run.status in FINISHED_STATUSES:
             return False
         if not self.settings.enable_cancellation:
-            self._note(run, engine_events.cancellation_disabled())
+            self._append(run, engine_events.cancellation_disabled())
             return False
         task_id = run.tags.get(TASK_ID_TAG)
         if task_id is None:
-            self._note(run, engine_events.no_task_id())
+            self._append(run, engine_events.no_task_id())
             self._instance.report_run_canceled(run, "Nothing that this launcher started can be working on the run.")
             return False
         reason = reason[:MAX_TEXT_LENGTH] if reason else run.tags.get(CANCEL_REASON_TAG)
         author = requested_by[:MAX_TEXT_LENGTH] if requested_by != engine_events.UNKNOWN_AUTHOR else None
-        said = {CANCEL_REASON_TAG: reason, CANCELLED_BY_TAG: author}
-        if new := {tag: value for tag, value in said.items() if value and run.tags.get(tag) != value}:
+        given = {CANCEL_REASON_TAG: reason, CANCELLED_BY_TAG: author}
+        if new := {tag: value for tag, value in given.items() if value and run.tags.get(tag) != value}:
             self._instance.add_run_tags(run.run_id, new)
         return self._terminate(run, task_id, reason, requested_by)
 
     def _terminate(self, run: DagsterRun, task_id: str, reason: str | None, requested_by: str) -> bool:
         waiting = run.status in _BEFORE_START
-        # The doorbell first, for the worker that hears it does not need the status; but a queue that does not answer
+        # The message first: the worker that receives it does not need the status; but a queue that does not answer
         # must not keep the status from being written. Only a run that may not have a worker yet is looked at first,
         # so that no message is left behind.
         asked_by = {"reason": reason, "requested_by": requested_by}
@@ -201,15 +200,17 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         if waiting and self._owner(run.run_id) is None:
             # Status written, then the claims read: a worker that claims from now on reads CANCELING.
             if reason or requested_by != engine_events.UNKNOWN_AUTHOR:
-                self._note(run, engine_events.requested(task_id, reason, requested_by))
+                self._append(run, engine_events.requested(task_id, reason, requested_by))
             self._instance.report_run_canceled(run, "Canceled before a worker had picked it up.")
             return True
         try:
             (request or self._request_cancel(task_id, **asked_by)).result(_REQUEST_TIMEOUT_S)
         except (DagsterTaskiqError, TimeoutError, RuntimeError) as error:
-            self._note(run, engine_events.request_failed(str(error) or repr(error), self.settings.status_poll_seconds))
+            self._append(
+                run, engine_events.request_failed(str(error) or repr(error), self.settings.status_poll_seconds)
+            )
         else:
-            self._note(run, engine_events.requested(task_id, reason, requested_by))
+            self._append(run, engine_events.requested(task_id, reason, requested_by))
         self._metrics.count(REQUESTED)
         return True
 
@@ -224,7 +225,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
     def check_run_worker_health(self, run: DagsterRun) -> CheckRunHealthResult:
         """NOT_FOUND when the worker that had the run is dead. "Cannot tell" is RUNNING: anything else would fail it.
 
-        Waits for some seconds, once per worker, when a heartbeat is old: only a second look tells that it is dead.
+        Waits for some seconds, once per worker, when a heartbeat is old: only a second look shows that it is dead.
         """
         if run.status in FINISHED_STATUSES:
             succeeded = run.status is DagsterRunStatus.SUCCESS
@@ -274,9 +275,9 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
     def _owner(self, run_id: str) -> Owner | None:
         return self._claims().owner(run_id)
 
-    def _note(self, run: DagsterRun, note: engine_events.EngineEvent) -> None:
+    def _append(self, run: DagsterRun, event: engine_events.EngineEvent) -> None:
         try:
-            append_event(self._instance, run, note)
+            append_event(self._instance, run, event)
         except Exception:
             logger.exception("engine event could not be written", extra={"run_id": run.run_id})
 

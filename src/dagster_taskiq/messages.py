@@ -1,6 +1,6 @@
 """Cancel requests and work payloads to and from JSON. Knows the wire, not who sends or receives.
 
-Whatever arrives is untrusted: it is bounded and checked field by field, and it can only *name* existing work.
+All input is untrusted: its size is limited, each field is checked, and it can only *name* existing work.
 """
 
 import base64
@@ -22,7 +22,7 @@ _TASK_ID = re.compile(r"[\x21-\x7e]{1,256}")
 _RUN_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 _STEP_TASK_ID = re.compile(r"([0-9A-Za-z_-]{1,64})\.[0-9a-f]{16}\.[0-9]{1,5}")
 _END_OF_TIME_S: Final = 253_402_300_000
-"""In the year 9999, the last that can be written as a date."""
+"""In the year 9999, the last one that can be written as a date."""
 _MAX_STEP_KEY: Final = 4096
 _MAX_ATTEMPT: Final = 99_999
 _MAX_UNPACKED: Final = 256 * 1024 * 1024
@@ -38,7 +38,7 @@ class CancelRequest:
     requested_at: float | None = None
 
     def to_json(self) -> str:
-        """The message body. Raises `MessageUnreadable` when the task id could not be read back."""
+        """The message body. Raises `MessageUnreadable` for a task id that `from_json` would refuse."""
         if not is_task_id(self.task_id):
             raise MessageUnreadable(f"not a task id (1 to 256 printable ASCII characters, no spaces): {self.task_id!r}")
         body: dict[str, Any] = {"version": CANCEL_MESSAGE_VERSION, "task_id": self.task_id}
@@ -54,7 +54,7 @@ class CancelRequest:
     def from_json(cls, body: str) -> "CancelRequest":
         """Read a message body; only `task_id` is required, unknown fields are ignored.
 
-        Raises `MessageUnreadable` with the reason, for anything else and for a version that is not ours.
+        Raises `MessageUnreadable` with the reason for anything else, also for an unknown version.
         """
         if len(body) > _MAX_CANCEL_BODY:
             raise MessageUnreadable(f"cancel message of {len(body)} characters; at most {_MAX_CANCEL_BODY}")
@@ -78,7 +78,7 @@ RetryKind = Literal["deferred", "disabled"]
 
 @dataclass(frozen=True, slots=True)
 class StepMessage:
-    """What a message on the steps queue says: which step of which run, and what its process has to know."""
+    """The content of a message on the steps queue: which step of which run, and what its process has to know."""
 
     run_id: str
     step_key: str
@@ -87,13 +87,13 @@ class StepMessage:
     retries: RetryKind
     """Whether a step that fails may ask its run for a retry."""
     reexecution: bool = False
-    """Whether the run builds on the outputs of an earlier run; which ones is written in the run's plan."""
+    """Whether the run uses outputs of an earlier run; the run's plan has the list of them."""
     state: str | None = None
-    """`pack`ed: what the run's steps have done so far. None: it is in the payload bucket, under the task id."""
+    """What the run's steps have done so far, `pack`ed. None: it is in the payload bucket, under the task id."""
 
     @property
     def task_id(self) -> str:
-        """Derived, so that nobody has to store it."""
+        """Derived from the other fields, so it is not stored anywhere."""
         return step_task_id(self.run_id, self.step_key, self.attempt)
 
     def to_kwargs(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def step_task_id(run_id: str, step_key: str, attempt: int) -> str:
 
 
 def run_of_step_task(task_id: str) -> str | None:
-    """The run that a step's task id belongs to; None when it is no step's."""
+    """The run that a step's task id belongs to; None when it is not the task id of a step."""
     match = _STEP_TASK_ID.fullmatch(task_id)
     return match[1] if match else None
 
@@ -143,7 +143,7 @@ def pack(data: object) -> str:
 
 
 def unpack(text: str) -> Any:
-    """What `pack` was given. Raises `MessageUnreadable`, also for a small text that unpacks to far too much."""
+    """The reverse of `pack`. Raises `MessageUnreadable`, also for a small text that unpacks to too much data."""
     try:
         inflater = zlib.decompressobj()
         data = inflater.decompress(base64.b64decode(text, validate=True), _MAX_UNPACKED)
@@ -160,7 +160,7 @@ def is_task_id(value: object) -> TypeGuard[str]:
 
 
 def is_run_id(value: object) -> TypeGuard[str]:
-    """Whether the value may be a Dagster run id (a UUID by default; users may choose others of its alphabet)."""
+    """Whether the value may be a Dagster run id (a UUID by default; users may choose others with these characters)."""
     return isinstance(value, str) and _RUN_ID.fullmatch(value) is not None
 
 
@@ -174,7 +174,7 @@ def _text(data: Mapping[str, Any], key: str) -> str | None:
 
 
 def _moment(value: object) -> float | None:
-    """Seconds since the epoch from an ISO 8601 text or a number; None for a moment that cannot be read."""
+    """Seconds since the epoch, from an ISO 8601 text or a number; None when it cannot be read."""
     seconds: float | None = None
     try:
         if isinstance(value, str):

@@ -1,6 +1,6 @@
 """What is counted and measured, and where it goes: CloudWatch's embedded metric format on stdout, OpenTelemetry.
 
-Knows the two libraries; not when anything happens. Nothing in here blocks, or raises.
+Knows the two libraries; not when anything happens. Nothing in here blocks or raises.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ NAMESPACE: Final = "dagster-taskiq"
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One thing that is measured. `name` as CloudWatch has it; OpenTelemetry's is `dagster_taskiq.` and `otel`."""
+    """One thing that is measured. `name` is for CloudWatch; OpenTelemetry has `dagster_taskiq.` + `otel`."""
 
     name: str
     otel: str
@@ -29,24 +29,24 @@ class Metric:
 
     @property
     def unit(self) -> str:
-        """CloudWatch's."""
+        """The unit in CloudWatch."""
         return "Seconds" if self.kind == "histogram" else "Count"
 
 
 REQUESTED: Final = Metric("CancellationsRequested", "cancellations.requested", "counter", "by the launcher")
 DELIVERED: Final = Metric(
-    "CancellationsDelivered", "cancellations.delivered", "counter", "to a worker, by the channel that was the first"
+    "CancellationsDelivered", "cancellations.delivered", "counter", "to a worker, by the first channel"
 )
 FINISHED: Final = Metric("CancellationsFinished", "cancellations.finished", "counter", "by the status of the run")
-TO_DELIVERED: Final = Metric("SecondsToDelivered", "cancellations.delivery", "histogram", "requested to delivered")
-TO_STOPPED: Final = Metric("SecondsToStopped", "cancellations.stop", "histogram", "delivered to process tree gone")
-TO_FINAL: Final = Metric("SecondsToFinal", "cancellations.duration", "histogram", "delivered to the final status")
+TO_DELIVERED: Final = Metric("SecondsToDelivered", "cancellations.delivery", "histogram", "from requested to delivered")
+TO_STOPPED: Final = Metric("SecondsToStopped", "cancellations.stop", "histogram", "from delivered to process tree gone")
+TO_FINAL: Final = Metric("SecondsToFinal", "cancellations.duration", "histogram", "from delivered to the final status")
 FORCED_KILLS: Final = Metric("ForcedKills", "forced_kills", "counter", "process trees that outlasted their grace")
 CLEANUPS: Final = Metric("Cleanups", "cleanups", "counter", "cleanups that have ended, by outcome")
 CLEANUP_ATTEMPTS: Final = Metric("CleanupAttempts", "cleanup.attempts", "counter", "of handlers, by outcome")
 LEASES_LOST: Final = Metric("LeasesLost", "leases.lost", "counter", "messages that were no longer ours")
-RUNNING: Final = Metric("WorkRunning", "work.running", "gauge", "runs and steps at work, in each worker")
-WAITED: Final = Metric("SecondsWaited", "work.waited", "histogram", "sent to begun")
+RUNNING: Final = Metric("WorkRunning", "work.running", "gauge", "runs and steps that are running, in each worker")
+WAITED: Final = Metric("SecondsWaited", "work.waited", "histogram", "from sent to started")
 ALL: Final = (
     REQUESTED,
     DELIVERED,
@@ -74,14 +74,14 @@ class Sink(Protocol):
     """Where measurements go."""
 
     def put(self, values: Mapping[Metric, float], attributes: Mapping[str, str]) -> None:
-        """Several that belong together."""
+        """Write several values that belong together."""
 
 
 class Metrics:
-    """What the rest of the package talks to. Without sinks it does nothing."""
+    """What the rest of the package uses. Without sinks it does nothing."""
 
     def __init__(self, sinks: Sequence[Sink], queue: str) -> None:
-        """`queue`: the name of the work queue, which tells fleets apart."""
+        """`queue`: the name of the work queue, which distinguishes fleets."""
         self._sinks = sinks
         self._queue = queue
 
@@ -97,11 +97,11 @@ class Metrics:
 
     @property
     def wanted(self) -> bool:
-        """Whether anybody takes them."""
+        """Whether there is a sink."""
         return bool(self._sinks)
 
     def put(self, values: Mapping[Metric, float], **attributes: str) -> None:
-        """Values that belong together, with what tells them apart from others of the same name."""
+        """Write values that belong together, with the attributes that distinguish them from others of the same name."""
         for sink in self._sinks:
             try:
                 sink.put(values, {"Queue": self._queue, **attributes})
@@ -109,14 +109,14 @@ class Metrics:
                 logger.exception("metrics could not be written")
 
     def count(self, metric: Metric, **attributes: str) -> None:
-        """One more."""
+        """Count one more."""
         self.put({metric: 1}, **attributes)
 
 
 class EmbeddedMetrics:
     """CloudWatch's embedded metric format: one line of JSON on stdout, from which CloudWatch Logs makes metrics.
 
-    By queue, and by queue and each attribute: CloudWatch adds nothing up by itself.
+    Each value is written by queue, and by queue and each attribute, because CloudWatch does not add them up.
     """
 
     def put(self, values: Mapping[Metric, float], attributes: Mapping[str, str]) -> None:
@@ -135,7 +135,7 @@ class EmbeddedMetrics:
 
 
 class OpenTelemetryMetrics:
-    """Instruments of OpenTelemetry's global meter provider, which whoever runs the process has configured."""
+    """Instruments of OpenTelemetry's global meter provider, which is configured outside of this package."""
 
     def __init__(self) -> None:
         from opentelemetry.metrics import get_meter
@@ -151,15 +151,15 @@ class OpenTelemetryMetrics:
 
     def put(self, values: Mapping[Metric, float], attributes: Mapping[str, str]) -> None:
         """See `Sink`."""
-        told = {name.lower(): value for name, value in attributes.items()}
+        labels = {name.lower(): value for name, value in attributes.items()}
         for metric, value in values.items():
             instrument = self._instruments[metric]
             if metric.kind == "counter":
-                instrument.add(value, told)
+                instrument.add(value, labels)
             elif metric.kind == "histogram":
-                instrument.record(value, told)
+                instrument.record(value, labels)
             else:
-                instrument.set(value, told)
+                instrument.set(value, labels)
 
 
 METADATA_VARIABLE: Final = "ECS_CONTAINER_METADATA_URI_V4"

@@ -1,4 +1,4 @@
-"""The names of the queues that belong together: work, steps, cancels. Knows texts only."""
+"""The names of the queues that belong together: work, steps, cancels. Knows only texts."""
 
 from typing import Final
 
@@ -11,12 +11,12 @@ def queue_name(queue_url: str) -> str:
 
 
 def is_fifo(queue_url: str) -> bool:
-    """Whether the queue is a FIFO queue: AWS lets exactly those end in `.fifo`."""
+    """Whether the queue is a FIFO queue: on AWS, those and no others have names that end in `.fifo`."""
     return queue_url.rstrip("/").endswith(_FIFO)
 
 
 def sibling_queue(queue_url: str, suffix: str) -> str:
-    """The URL of the queue that belongs to a work queue: the suffix before `.fifo`, if it ends so."""
+    """The URL of the queue that belongs to a work queue: the suffix comes before `.fifo`, if there is one."""
     url = queue_url.rstrip("/")
     return f"{url.removesuffix(_FIFO)}{suffix}{_FIFO}" if url.endswith(_FIFO) else f"{url}{suffix}"
 

@@ -1,4 +1,4 @@
-"""Cancel a run with a reason, and clean up after one by hand: what the command line offers, for programs.
+"""Cancel a run with a reason, and run its cleanup handlers by hand: for programs, as the command line does it.
 
 Knows Dagster's runs and the launcher; not SQS, not processes.
 """
@@ -26,7 +26,7 @@ from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG
 
-_TELL_WITHIN_S: Final = 2.0
+_IDENTITY_WITHIN_S: Final = 2.0
 
 
 def this_user() -> str:
@@ -39,7 +39,7 @@ def this_user() -> str:
 
 
 def describe_user(instance: DagsterInstance) -> str:
-    """As `this_user`; where that is root, or has no name, as in a container, the IAM identity if AWS tells it.
+    """As `this_user`. When that is root, or has no name, as in a container: the IAM identity, if AWS answers.
 
     One request to AWS, of two seconds at most, and none to an emulator.
     """
@@ -48,7 +48,7 @@ def describe_user(instance: DagsterInstance) -> str:
     if not user.startswith(("root@", "unknown@")) or settings.endpoint_url is not None:
         return user
     try:
-        return asyncio.run(asyncio.wait_for(identity(settings.region_name), _TELL_WITHIN_S))
+        return asyncio.run(asyncio.wait_for(identity(settings.region_name), _IDENTITY_WITHIN_S))
     except (DagsterTaskiqError, TimeoutError):
         return user
 
@@ -56,14 +56,14 @@ def describe_user(instance: DagsterInstance) -> str:
 def cancel_run(
     run_id: str, *, reason: str | None = None, requested_by: str | None = None, instance: DagsterInstance | None = None
 ) -> bool:
-    """Have a run stopped, as Terminate in Dagster's UI does it, and say why and who asked.
+    """Stop a run, as Terminate in Dagster's UI does it, with a reason and an author.
 
-    Both are told in the run's event log, to its op and its cleanup handlers, and are its tags
+    Both are in the run's event log, in its op's token, in the context of its cleanup handlers, and in its tags
     `dagster-taskiq/cancel_reason` and `dagster-taskiq/cancelled_by`.
     `requested_by`: default `this_user()`. `instance`: default that of `$DAGSTER_HOME`.
 
-    Returns at once; True when something was done that stops it, False when it is finished already, or cannot be
-    stopped. Raises `RunNotFound`, and `DagsterTaskiqError` when the instance has another run launcher.
+    Returns at once. True: the run is being stopped. False: it is finished already, or cannot be stopped. Raises
+    `RunNotFound`, and `DagsterTaskiqError` when the instance has another run launcher.
     """
     with ExitStack() as stack:
         instance = instance or stack.enter_context(DagsterInstance.get())
@@ -71,9 +71,9 @@ def cancel_run(
         by = (requested_by or this_user())[:MAX_TEXT_LENGTH]
         if run.status is not DagsterRunStatus.QUEUED:
             return launcher.cancel(run_id, reason=reason, requested_by=by)
-        # Only the run coordinator can take it from its queue; if it was quicker, that calls the launcher.
-        said = {CANCEL_REASON_TAG: reason[:MAX_TEXT_LENGTH]} if reason else {}
-        instance.add_run_tags(run_id, {**said, CANCELLED_BY_TAG: by})
+        # Only the run coordinator can take it from its queue. If the run was launched meanwhile, it calls the launcher.
+        tags = {CANCEL_REASON_TAG: reason[:MAX_TEXT_LENGTH]} if reason else {}
+        instance.add_run_tags(run_id, {**tags, CANCELLED_BY_TAG: by})
         append_event(instance, run, engine_events.requested("none yet", reason, by))
         return instance.run_coordinator.cancel_run(run_id)
 
@@ -84,14 +84,14 @@ def clean_up_run(
     instance: DagsterInstance | None = None,
     tell: Callable[[Mapping[str, Any]], None] = lambda _: None,
 ) -> bool:
-    """Run the cleanup handlers of a cancelled run in this process: those that have failed, or never run.
+    """Run the cleanup handlers of a cancelled run in this process: those that have failed, or have not run.
 
-    For after the cause of the failure was mended. Each has all its attempts once more; who has succeeded is not
-    called again. When all have succeeded, a run that was a FAILURE because of them becomes CANCELED. The run's code
-    must be importable here, as on a worker; main thread only. `tell` is told of each attempt when it begins.
+    Use it after you have fixed the cause of the failure. Each handler has all its attempts again; one that has
+    succeeded is not called again. When all have succeeded, a run that was a FAILURE because of them becomes CANCELED.
+    The run's code must be importable here, as on a worker; main thread only. `tell` is called when an attempt begins.
 
-    Returns False when there is nothing to be done. Raises `RunNotFound`, `CleanupFailed`, and `DagsterTaskiqError` as
-    long as a worker has the run. Interrupted by SIGINT or SIGTERM it raises `KeyboardInterrupt`.
+    Returns False when there is nothing to do. Raises `RunNotFound`, `CleanupFailed`, and `DagsterTaskiqError` as long
+    as a worker has the run. On SIGINT or SIGTERM it raises `KeyboardInterrupt`.
     """
     with ExitStack() as stack:
         instance = instance or stack.enter_context(DagsterInstance.get())

@@ -1,14 +1,14 @@
 """Every setting, read once, checked once, frozen. The only module that reads the environment for settings.
 
-Configuration over environment over default. Knows neither Dagster nor SQS: `launcher`, `executor` and `cli` hand
-it a plain mapping.
+Configuration wins over environment, environment over default. Knows neither Dagster nor SQS: `launcher`, `executor`
+and `cli` pass a plain mapping.
 """
 
 import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
@@ -25,44 +25,27 @@ DEFAULT_DRAIN_S: Final = 15
 _STOP_MARGIN_S: Final = 3.0
 StartMethod = Literal["forkserver", "spawn"]
 MetricsTo = Literal["auto", "emf", "otel", "off"]
-_CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
-    "start_method": ("forkserver", "spawn"),
-    "metrics": ("auto", "emf", "otel", "off"),
-}
+_RULE: Final = "rule"
+"""In the metadata of a field: by what `checked` checks its value."""
+# Bucket names: https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html
+_BUCKET: Final = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
 
 
 @dataclass(frozen=True, slots=True)
 class _Range:
+    """The numbers that a setting may have; whole ones only, if its field is an `int`."""
+
     low: float
     high: float
     unit: str
 
 
-# SQS: wait time 0-20 s, batches of 1-10, visibility up to 12 h (AWS API reference, ReceiveMessage).
-_RANGES: Final[Mapping[str, _Range]] = {
-    "wait_time_seconds": _Range(0, 20, "seconds"),
-    "max_number_of_messages": _Range(1, 10, "messages"),
-    "visibility_timeout_seconds": _Range(4, 43_200, "seconds"),
-    "cancel_ttl": _Range(10, 86_400, "seconds"),
-    "grace_seconds": _Range(0, 3_600, "seconds"),
-    "status_poll_seconds": _Range(0.2, 300, "seconds"),
-    "drain_seconds": _Range(0, 86_400, "seconds"),
-    "stop_timeout_seconds": _Range(2, 86_400, "seconds"),
-    "max_concurrent_runs": _Range(0, 1_000, "runs"),
-    "max_concurrent_steps": _Range(0, 1_000, "steps"),
-}
-_WHOLE: Final = {
-    "wait_time_seconds",
-    "max_number_of_messages",
-    "visibility_timeout_seconds",
-    "max_concurrent_runs",
-    "max_concurrent_steps",
-}
-# Bucket names: https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html
-_NAMES: Final[Mapping[str, tuple[str, str]]] = {
-    "region_name": (r"[a-z0-9-]{2,40}", "an AWS region such as 'us-east-1'"),
-    "payload_bucket": (r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", "an S3 bucket"),
-}
+@dataclass(frozen=True, slots=True)
+class _Name:
+    """The texts that a setting may have."""
+
+    pattern: str
+    what: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,39 +54,40 @@ class Settings:
 
     queue_url: str
     """URL of the work queue; those of the steps queue and the cancel queue are derived from it."""
-    region_name: str
+    region_name: str = field(metadata={_RULE: _Name(r"[a-z0-9-]{2,40}", "an AWS region such as 'us-east-1'")})
     endpoint_url: str | None = None
     """Another SQS endpoint than AWS's own (an emulator, a VPC endpoint)."""
 
     enable_cancellation: bool = True
     is_fair_queue: bool = False
-    """On a standard queue: send the job's name as message group, so that one backfill cannot starve other jobs."""
-    wait_time_seconds: int = 20
-    """Long polling: how long one receive may wait."""
-    max_number_of_messages: int = 1
+    """On a standard queue: send the job's name as message group, so that one backfill cannot delay all other jobs."""
+    # SQS: wait time 0-20 s, batches of 1-10, visibility up to 12 h (AWS API reference, ReceiveMessage).
+    wait_time_seconds: int = field(default=20, metadata={_RULE: _Range(0, 20, "seconds")})
+    """Long polling: how long one receive may wait for a message."""
+    max_number_of_messages: int = field(default=1, metadata={_RULE: _Range(1, 10, "messages")})
     """Work messages per receive. More than one only helps when tasks are short."""
-    visibility_timeout_seconds: int = 30
-    """How long a message stays hidden without renewal: after a worker's death, the delay until the next one gets it."""
-    cancel_ttl: float = 120
-    """Seconds after which a cancel message that nobody claims is deleted."""
-    grace_seconds: float = 30
+    visibility_timeout_seconds: int = field(default=30, metadata={_RULE: _Range(4, 43_200, "seconds")})
+    """How long a message stays hidden without renewal: after a worker has died, the delay until another one gets it."""
+    cancel_ttl: float = field(default=120, metadata={_RULE: _Range(10, 86_400, "seconds")})
+    """Seconds after which a cancel message that no worker claims is deleted."""
+    grace_seconds: float = field(default=30, metadata={_RULE: _Range(0, 3_600, "seconds")})
     """Seconds between the interrupt and the kill."""
-    status_poll_seconds: float = 5
-    """How often the run status in the database is looked at, the second channel of a cancellation."""
-    drain_seconds: float = DEFAULT_DRAIN_S
-    """At shutdown: how long running work may go on before it is interrupted."""
-    stop_timeout_seconds: float = 30
-    """The `stopTimeout` of the worker's container: when it ends, ECS kills everything."""
-    max_concurrent_runs: int = 4
+    status_poll_seconds: float = field(default=5, metadata={_RULE: _Range(0.2, 300, "seconds")})
+    """How often the run status in the database is read, the second channel of a cancellation."""
+    drain_seconds: float = field(default=DEFAULT_DRAIN_S, metadata={_RULE: _Range(0, 86_400, "seconds")})
+    """At shutdown: how long running work may continue before it is interrupted."""
+    stop_timeout_seconds: float = field(default=30, metadata={_RULE: _Range(2, 86_400, "seconds")})
+    """The `stopTimeout` of the worker's container: after it, ECS kills everything."""
+    max_concurrent_runs: int = field(default=4, metadata={_RULE: _Range(0, 1_000, "runs")})
     """Runs that one worker works on at a time; 0: this worker takes no runs."""
-    max_concurrent_steps: int = 4
-    """Steps of `taskiq_executor` that one worker works on at a time, beside its runs; 0: this worker takes no steps."""
-    payload_bucket: str | None = None
-    """S3 bucket for what is too large for a message of SQS: the known state of a step after thousands of outputs."""
-    start_method: StartMethod = "forkserver"
-    """How the child is started: forked from a warm process, or a fresh interpreter."""
-    metrics: MetricsTo = "auto"
-    """Where measurements go: CloudWatch's embedded format on stdout, OpenTelemetry; `auto`: what is there."""
+    max_concurrent_steps: int = field(default=4, metadata={_RULE: _Range(0, 1_000, "steps")})
+    """Steps of `taskiq_executor` that one worker works on at a time, besides its runs; 0: it takes no steps."""
+    payload_bucket: str | None = field(default=None, metadata={_RULE: _Name(_BUCKET, "an S3 bucket")})
+    """S3 bucket for what is too large for a message of SQS: what a step knows after thousands of outputs."""
+    start_method: StartMethod = field(default="forkserver", metadata={_RULE: ("forkserver", "spawn")})
+    """How the child is started: forked from a warm process, or as a fresh interpreter."""
+    metrics: MetricsTo = field(default="auto", metadata={_RULE: ("auto", "emf", "otel", "off")})
+    """Where metrics go: CloudWatch's embedded format on stdout, OpenTelemetry; `auto`: what is available."""
     preload_modules: tuple[str, ...] = ()
     """Modules that the warm process imports before it forks."""
 
@@ -118,9 +102,9 @@ class Settings:
         return cancel_queue_url(self.queue_url)
 
     def steps_patience_s(self, grace_s: float) -> float:
-        """How long a run that is being stopped waits for its steps: their grace, and until the last of them knows.
+        """How long a run that is being stopped waits for its steps: their grace, and the time until all of them know.
 
-        A step whose cancel message is lost hears of it by the status watch.
+        A step whose cancel message is lost gets the cancellation from the status poller.
         """
         return grace_s + self.status_poll_seconds + _STOP_MARGIN_S
 
@@ -133,24 +117,24 @@ class Settings:
     def dead_after_s(self) -> float:
         """Half the visibility timeout without a heartbeat: so a worker counts as dead before its messages come again.
 
-        (They become visible at the earliest three quarters of the visibility timeout after its death.)
+        (They become visible three quarters of the visibility timeout after its death, at the earliest.)
         """
         return self.visibility_timeout_seconds / 2
 
     @property
     def hung_after_s(self) -> float:
-        """A quarter of the visibility timeout: if the worker's event loop stands still so long, its children stop.
+        """A quarter of the visibility timeout: if the worker's event loop stops for so long, its children stop.
 
-        With `dead_after_s` for their grace they are gone when its messages come again, at the earliest, and so before
-        another worker takes over.
+        Their grace is `dead_after_s`, so they are gone before its messages can come again, and before another worker
+        takes over.
         """
         return self.visibility_timeout_seconds / 4
 
     @property
     def death_confirmed_after_s(self) -> float:
-        """Two heartbeats: as long an old heartbeat must stay the same while it is looked at, before its worker is dead.
+        """Two heartbeat intervals: a heartbeat must be old and unchanged for so long before its worker is dead.
 
-        When the database comes back after an outage, every worker has written by then.
+        After an outage of the database, every worker has written again by then.
         """
         return 2 * self.heartbeat_every_s
 
@@ -158,14 +142,14 @@ class Settings:
     def step_lost_after_s(self) -> float:
         """The visibility timeout without a heartbeat: then a step of that worker is lost, and may be tried again.
 
-        Later than `dead_after_s`: a child that lost its worker is gone by then, at the latest `dead_after_s` after the
-        worker's death, so that no step ever runs twice at a time.
+        This is later than `dead_after_s`: a child that lost its worker is gone by then, so no step ever runs twice at
+        the same time.
         """
         return self.visibility_timeout_seconds
 
     @property
     def shutdown_grace_s(self) -> float:
-        """What a shutdown leaves between interrupt and kill: all must be over before the container is killed."""
+        """The grace during a shutdown: everything must have ended before the container is killed."""
         return max(0.0, min(self.grace_seconds, self.stop_timeout_seconds - self.drain_seconds - 2))
 
     @classmethod
@@ -189,8 +173,8 @@ class Settings:
         return cls(**{key: checked(key, value) for key, value in values.items()})
 
     def overridden_by(self, config: Mapping[str, Any], **overrides: object) -> "Settings":
-        """These settings, but for what a configuration of the same form says. Raises `SettingsError`."""
-        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        """These settings, changed by a configuration of the same form. Raises `SettingsError`."""
+        own = {one.name: getattr(self, one.name) for one in fields(self)}
         base: dict[str, Any] = {key: own.pop(key) for key in TOP_LEVEL_KEYS if key in own}
         source = config.get("config_source") or {}
         if not isinstance(source, Mapping):
@@ -201,7 +185,7 @@ class Settings:
         return Settings.from_config({**base, **given, "config_source": own})
 
     def __post_init__(self) -> None:
-        """Check what concerns more than one setting. Raises `SettingsError` that names both."""
+        """Check settings against each other. Raises `SettingsError` that names both."""
         if self.drain_seconds >= self.stop_timeout_seconds:
             raise SettingsError(
                 f"drain_seconds ({self.drain_seconds:g}) must be less than stop_timeout_seconds"
@@ -221,8 +205,8 @@ class Settings:
     def check_against_cancel_timeout(self, cancel_timeout_seconds: float) -> None:
         """Compare with the `cancel_timeout_seconds` of Dagster's run monitoring. Raises `SettingsError`.
 
-        After that time Dagster marks the run CANCELED whether or not its process still lives, so the whole
-        ladder has to fit into it.
+        After that time Dagster marks the run CANCELED, also when its process is still running. So interrupt, grace and
+        kill have to fit into it.
         """
         if 0 < cancel_timeout_seconds <= self.grace_seconds + self.status_poll_seconds:
             raise SettingsError(
@@ -233,13 +217,15 @@ class Settings:
 
 
 SOURCE_KEYS: Final = tuple(
-    field.name for field in fields(Settings) if field.name not in {"queue_url", "region_name", "endpoint_url"}
+    one.name for one in fields(Settings) if one.name not in {"queue_url", "region_name", "endpoint_url"}
 )
 """The keys of `config_source`."""
+_RULES: Final[Mapping[str, object]] = {one.name: one.metadata.get(_RULE) for one in fields(Settings)}
+_WHOLE: Final = {one.name for one in fields(Settings) if one.type is int}
 
 
 def _resolved(key: str, value: Any, environ: Mapping[str, str]) -> Any:
-    """The value, or what `{env: NAME}` stands for, as everywhere in Dagster's configuration."""
+    """The value, or that of the variable in `{env: NAME}`, as everywhere in Dagster's configuration."""
     if not (isinstance(value, Mapping) and set(value) == {"env"}):
         return value
     name = str(value["env"])
@@ -284,19 +270,20 @@ def _from_environment(values: dict[str, Any], config: Mapping[str, Any], environ
 
 
 def checked(key: str, value: Any) -> Any:
-    """The value of one setting in its type. Raises `SettingsError` when it cannot be that, or is out of range."""
-    if key in _RANGES:
-        return _number(key, value, _RANGES[key])
+    """The value of one setting in its type. Raises `SettingsError` when it has another type, or is out of range."""
+    rule = _RULES.get(key)
+    if isinstance(rule, _Range):
+        return _number(key, value, rule, whole=key in _WHOLE)
+    if isinstance(rule, _Name):
+        return _name(key, value, rule)
+    if isinstance(rule, tuple):
+        if value not in rule:
+            raise SettingsError(f"{key} must be {' or '.join(map(repr, rule))}, not {value!r}")
+        return value
     if key in {"enable_cancellation", "is_fair_queue"}:
         return _boolean(key, value)
     if key in {"queue_url", "endpoint_url"}:
         return _url(key, value)
-    if key in _NAMES:
-        return _name(key, value)
-    if key in _CHOICES:
-        if value not in _CHOICES[key]:
-            raise SettingsError(f"{key} must be {' or '.join(map(repr, _CHOICES[key]))}, not {value!r}")
-        return value
     if key == "preload_modules":
         if isinstance(value, str) or not all(isinstance(name, str) for name in value):
             raise SettingsError("preload_modules must be a list of module names")
@@ -304,23 +291,22 @@ def checked(key: str, value: Any) -> Any:
     raise SettingsError(f"unknown setting {key!r}")
 
 
-def _name(key: str, value: Any) -> str | None:
-    pattern, what = _NAMES[key]
+def _name(key: str, value: Any, rule: _Name) -> str | None:
     if value is None and key == "payload_bucket":
         return None
-    if not isinstance(value, str) or not re.fullmatch(pattern, value):
-        raise SettingsError(f"{key} must be the name of {what}, not {value!r}")
+    if not isinstance(value, str) or not re.fullmatch(rule.pattern, value):
+        raise SettingsError(f"{key} must be the name of {rule.what}, not {value!r}")
     return value
 
 
-def _number(key: str, value: Any, allowed: _Range) -> float:
+def _number(key: str, value: Any, allowed: _Range, *, whole: bool) -> float:
     number = _as_number(value)
-    if number is None or (key in _WHOLE and not number.is_integer()):
-        kind = "a whole number" if key in _WHOLE else "a number"
+    if number is None or (whole and not number.is_integer()):
+        kind = "a whole number" if whole else "a number"
         raise SettingsError(f"{key} must be {kind} of {allowed.unit}, not {value!r}")
     if not allowed.low <= number <= allowed.high:
         raise SettingsError(f"{key} must be between {allowed.low:g} and {allowed.high:g} {allowed.unit}, not {value}")
-    return int(number) if key in _WHOLE else number
+    return int(number) if whole else number
 
 
 def _as_number(value: Any) -> float | None:

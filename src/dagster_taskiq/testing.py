@@ -1,4 +1,4 @@
-"""For tests of ops and tasks that use `cancellation_token()`: a token that the test holds in its hands."""
+"""For tests of ops and tasks that use `cancellation_token()`: a token that the test controls."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -12,7 +12,7 @@ from dagster_taskiq.cancellation.token import CancellationToken
 
 
 class FakeToken(CancellationToken):
-    """As `CancellationToken`; is cancelled when the test says so. `checks`: how often the code has looked."""
+    """A `CancellationToken` that the test cancels. `checks`: how often the code has asked."""
 
     __slots__ = ("_cancel_after", "_fake", "checks")
 
@@ -85,10 +85,10 @@ def fake_token(*, cancel_after: int | None = None, state: Mapping[str, Any] | No
     .. code-block:: python
 
         with fake_token(cancel_after=2) as token, pytest.raises(OpCancelled):
-            upload(build_op_context())  # is cancelled when it looks for the third time
+            upload(build_op_context())  # is cancelled when it checks for the third time
         assert token.state["upload_id"]
 
-    `state`: what an earlier attempt has kept. It is not stored anywhere.
+    `state`: the state of an earlier attempt. It is not stored anywhere.
     """
     token = FakeToken(cancel_after, state or {})
     with token_of_test(token):

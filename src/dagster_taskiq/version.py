@@ -1,3 +1,3 @@
-"""The version of this package. Knows nothing else, so that anything may read it."""
+"""The version of this package. Knows nothing else, so that every module may import it."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

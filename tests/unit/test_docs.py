@@ -14,7 +14,8 @@ from dagster_taskiq.settings import SOURCE_KEYS, Settings
 from dagster_taskiq.storage.engine_events import CANCELLATION_REQUESTED, TASK_ID_MISSING
 from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, GRACE_SECONDS_TAG, TASK_ID_TAG
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(dagster_taskiq.__file__).parents[2]
+PACKAGE = Path(dagster_taskiq.__file__).parent
 README = (ROOT / "README.md").read_text()
 CANCELLATION = (ROOT / "CANCELLATION.md").read_text()
 DEFAULTS = {field.name: field.default for field in fields(Settings)}
@@ -60,13 +61,63 @@ def issubclass_of_exception(name: str) -> bool:
         "README.md",
         "CANCELLATION.md",
         "CONTRIBUTING.md",
+        "CHANGELOG.md",
         "examples/README.md",
         "docs/cleanup.md",
         "docs/deploy-on-ecs.md",
+        "docs/glossary.md",
+        "docs/releasing.md",
         "docs/security.md",
+        "docs/decisions/README.md",
     ],
 )
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     path = ROOT / page
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
         assert (path.parent / target).exists(), f"{page}: {target}"
+
+
+def column(page: str, index: int) -> list[str]:
+    """What the tables of a page have in one column, without their headings."""
+    lines = (ROOT / page).read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    headings = {number for number, row in enumerate(rows[1:]) if row[0].startswith("---")}
+    return [row[index] for number, row in enumerate(rows) if number not in headings and not row[0].startswith("---")]
+
+
+def test_the_table_of_rooms_has_every_room() -> None:
+    rooms = {
+        f"{path.name}/" if path.is_dir() else path.name
+        for path in PACKAGE.iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    table = {cell.strip("`") for cell in column("CONTRIBUTING.md", 0)}
+    assert table == rooms
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "CANCELLATION.md", "docs/glossary.md"])
+def test_the_pages_name_modules_that_are_there(page: str) -> None:
+    modules = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")}
+    elsewhere = {"worker_entrypoint.py"}
+    named = re.findall(r"`(?:src/dagster_taskiq/)?([a-z_]+(?:/[a-z_]+)*\.py)`", (ROOT / page).read_text())
+    assert [name for name in named if name not in modules | elsewhere and not name.startswith("tests/")] == []
+
+
+def test_the_glossary_is_in_order() -> None:
+    words = [word.lower() for word in column("docs/glossary.md", 0)]
+    assert words == sorted(words)
+
+
+def test_the_changelog_has_the_version() -> None:
+    versions = re.findall(r"^## \[(.+?)\](?: - \d{4}-\d\d-\d\d)?$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == "Unreleased"
+    is_release = "dev" not in dagster_taskiq.__version__
+    assert (dagster_taskiq.__version__ in versions) is is_release
+
+
+@pytest.mark.parametrize(
+    "page", sorted(ROOT.glob("docs/**/*.md")) + sorted(ROOT.glob("*.md")), ids=lambda page: page.name
+)
+def test_the_pages_name_tests_that_are_there(page: Path) -> None:
+    named = re.findall(r"`(tests/[a-z_/]+(?:\.py)?)`", page.read_text())
+    assert [name for name in named if not (ROOT / name).exists()] == []

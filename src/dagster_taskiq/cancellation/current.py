@@ -1,4 +1,4 @@
-"""Whose cancellation is it, here? The one place where a process, a task or a test says so, and where others look.
+"""Whose cancellation is it, here? The one place where a process, a task or a test registers, and where others look.
 
 Knows tokens; neither Dagster nor taskiq.
 """

@@ -30,7 +30,7 @@ class CancelChannel(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Cancellation:
-    """One request to stop one piece of work, as it is told to the child before any signal.
+    """One request to stop one piece of work, as the child learns of it before any signal.
 
     Times are seconds since the epoch. `attempt` counts the deliveries of the cancel message, this one included.
     `deadline`: when the process of the work is killed, as far as its own process knows.

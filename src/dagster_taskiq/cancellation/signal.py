@@ -17,11 +17,11 @@ logger = logging.getLogger(__name__)
 class CancelSignal:
     """Set by whoever receives a cancellation, read by the work and by those who supervise it; from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, on_shield: Callable[[str], None] = lambda _: None) -> None:
+        """`on_shield` is called with the name of the shield that a cancellation finds closed."""
         self.cancellation: Cancellation | None = None
         """The strongest so far; None: the work is not cancelled."""
-        self.on_shield: Callable[[str], None] = lambda _: None
-        """Called with the name of the shield that a cancellation finds closed."""
+        self._on_shield = on_shield
         self._happened = threading.Event()
         self._lock = threading.RLock()
         self._waiters: dict[object, Callable[[], object]] = {}
@@ -61,7 +61,7 @@ class CancelSignal:
         for wake in waiters:
             _call(wake)
         if shield is not None:
-            self.on_shield(shield)
+            self._on_shield(shield)
         if callbacks and in_background:
             threading.Thread(target=_call_all, args=(callbacks,), name="cancellation callbacks", daemon=True).start()
         else:
@@ -107,7 +107,7 @@ class CancelSignal:
             self._shields.append(name)
         try:
             if self.is_set:
-                self.on_shield(name)
+                self._on_shield(name)
             yield outermost
         finally:
             with self._lock:

@@ -11,7 +11,7 @@ MAX_STATE: Final = 32_768
 
 
 class State(MutableMapping[str, Any]):
-    """What an op, or a task, has noted down for its cleanup handler, and for its own next attempt.
+    """What an op, or a task, keeps for its cleanup handler, and for its own next attempt.
 
     Each change is stored before it returns, so change several keys with one `update`. What is read is a copy: to
     change a list in it, assign the list anew. Raises `StateError` for what is not JSON, or too large.

@@ -1,6 +1,6 @@
 """The token: is this work cancelled, why, by whom, and how long has it left? Answered without I/O.
 
-Knows threads; neither Dagster nor taskiq nor processes: what surrounds the work says what an interrupt is there.
+Knows threads; neither Dagster nor taskiq nor processes: a backend knows what an interrupt is there.
 """
 
 import logging
@@ -62,7 +62,7 @@ class CancellationToken:
 
     @property
     def reason(self) -> str | None:
-        """What the person said who asked for it, if anything."""
+        """The reason that was given, if any."""
         return cancellation.reason if (cancellation := self._signal.cancellation) is not None else None
 
     @property

@@ -1,1 +1,1 @@
-"""Inside the child process, where Dagster works: what it is told, what it may write, what its ops can ask."""
+"""Inside the child process, where Dagster works: what it receives, what it may write, what its ops can ask."""

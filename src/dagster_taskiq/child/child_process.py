@@ -1,4 +1,4 @@
-"""A process in which ops run, and which is told of their cancellation.
+"""A process in which ops run, and which learns of their cancellation.
 
 It is a child of a worker, or a process of Dagster's multiprocess executor below one, which joins the child when it is
 first asked for a token. Knows the control channel and Dagster's interrupts; not which work is done.
@@ -6,7 +6,6 @@ first asked for a token. Knows the control channel and Dagster's interrupts; not
 
 import os
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -14,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 from dagster import DagsterInstance
 
+from dagster_taskiq._retry import poll_until
 from dagster_taskiq.cancellation.current import NO_WORKER, CancellableProcess, current_process, enter_process
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.cancellation.state import State
@@ -43,7 +43,6 @@ class ChildProcess:
         self._step_key: str | None = None
         self._listener: ControlListener | None = None
         self._admits = False
-        control.signal.on_shield = lambda name: control.send(shield=name)
         watch_interrupts(self.record_interrupt, lambda: control.signal.is_set)
         enter_process(self)
 
@@ -94,9 +93,7 @@ class ChildProcess:
         if self.interrupted or threading.current_thread() is not threading.main_thread():
             return
         with capture_interrupts():
-            until = time.monotonic() + _ON_ITS_WAY_S
-            while not check_captured_interrupt() and time.monotonic() < until:
-                time.sleep(0.001)
+            poll_until(check_captured_interrupt, within_s=_ON_ITS_WAY_S, every_s=0.001)
 
     @contextmanager
     def holding_interrupts(self) -> Iterator[None]:
@@ -150,7 +147,7 @@ _states: Final[WeakKeyDictionary[Any, State]] = WeakKeyDictionary()
 
 
 def join_worker() -> CancellableProcess:
-    """Where this is a process that Dagster has started below a child of a worker: listen to what the child is told."""
+    """Where this is a process that Dagster has started below a child of a worker: listen to what the child receives."""
     address = os.environ.get(ADDRESS_VARIABLE)
     if current_process() is NO_WORKER and address is not None and (control := join(address)) is not None:
         return ChildProcess(control)

@@ -25,11 +25,11 @@ _GUESTS_PATIENCE_S: Final = 0.5
 class ControlChannel:
     """Sends messages, and receives intents into `signal`. Never blocks for long."""
 
-    def __init__(self, channel: socket.socket, signal: CancelSignal | None = None) -> None:
+    def __init__(self, channel: socket.socket, *, is_guest: bool = False) -> None:
+        """`is_guest`: the intents come by way of another process, and so perhaps a moment after the interrupt."""
         self.channel = channel
-        self.signal = signal or CancelSignal()
-        self.is_guest = False
-        """Whether the intents come by way of another process, and so perhaps a moment after the interrupt."""
+        self.signal = CancelSignal(on_shield=lambda name: self.send(shield=name))
+        self._is_guest = is_guest
         self.intents: list[dict[str, Any]] = []
         """All that were received, in order."""
         self._unfinished = b""
@@ -80,7 +80,7 @@ class ControlChannel:
         """For a guest, and for a moment: whoever passed the interrupt on has the intent already."""
         until = time.monotonic() + _GUESTS_PATIENCE_S
         self.listen()
-        while self.is_guest and not self.signal.is_set and time.monotonic() < until:
+        while self._is_guest and not self.signal.is_set and time.monotonic() < until:
             select.select([self.channel], [], [], _GUESTS_PATIENCE_S / 50)
             self.listen()
 
@@ -102,6 +102,4 @@ def join(address: str) -> ControlChannel | None:
     except OSError:
         channel.close()
         return None
-    control = ControlChannel(channel)
-    control.is_guest = True
-    return control
+    return ControlChannel(channel, is_guest=True)

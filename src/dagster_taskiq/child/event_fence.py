@@ -1,6 +1,6 @@
-"""The fence: which events this process may write, now that it was told to stop. Knows Dagster's events; not processes.
+"""The fence: which events this process may write, once it has to stop. Knows Dagster's events; not processes.
 
-Once a run's process was told to stop, it writes no terminal run event itself: it hands it to the supervisor.
+Once a run's process has to stop, it writes no terminal run event itself: it hands it to the supervisor.
 """
 
 import sys
@@ -85,7 +85,7 @@ class EventFence:
 
 
 class RunFence(EventFence):
-    """Of a run's process: once that was told to stop, its terminal event goes to the supervisor instead."""
+    """Of a run's process: once that has to stop, its terminal event goes to the supervisor instead."""
 
     def __init__(self, instance: DagsterInstance, run_id: str, process: ChildProcess) -> None:
         super().__init__(instance, run_id, process.control)
@@ -122,7 +122,7 @@ class RunFence(EventFence):
     def _ask_for_patience(self, event: Any) -> None:
         metadata = _metadata(event)
         if PATIENCE_KEY in metadata:
-            # The executor says that it waits for its steps to stop, wherever they run.
+            # The executor announces that it waits for its steps to stop, wherever they run.
             self._control.send(patience_s=float(metadata[PATIENCE_KEY].value) + _EXIT_S)
 
     def _announce_handlers(self) -> None:

@@ -1,6 +1,6 @@
 """What runs inside the child: handlers first, then the fence, then Dagster. Knows Dagster; not asyncio, not SQS.
 
-The *fence*: once this process was told to stop, in whatever way, it writes no terminal run event itself. It hands
+The *fence*: once this process has to stop, for whatever reason, it writes no terminal run event itself. It hands
 its verdict to the supervisor, which writes the final state when the whole process tree is gone. A step's process
 writes how its step ended, unless its worker is gone: then the run decides what becomes of the step.
 """
@@ -42,7 +42,7 @@ def warm_up(instance_ref: str) -> None:
     read_migration_scripts_once()
     with DagsterInstance.from_ref(deserialize_value(instance_ref, InstanceRef)) as instance:
         instance.get_run_by_id("warm-up")
-        with suppress(Exception):  # a storage that has never seen this run may say so
+        with suppress(Exception):  # a storage that has never seen this run may raise
             instance.all_logs("warm-up")
 
 

@@ -1,6 +1,6 @@
 """`cancellation_token()` in an op: what an interrupt is there, and where its state is kept.
 
-Knows Dagster's ops and their interrupts; not how a process is told of a cancellation.
+Knows Dagster's ops and their interrupts; not how a process learns of a cancellation.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ class OpCancelled(DagsterExecutionInterruptedError):
     """Raised by `raise_if_cancelled`, and at the end of a shield, in an op. For Dagster an interrupt like any other.
 
     As `asyncio.CancelledError` it is no `Exception`, so that no `except Exception` takes it for an error. `reason` is
-    what the canceller said, or None.
+    what the canceller gave, or None.
     """
 
     def __init__(self, reason: str | None = None) -> None:

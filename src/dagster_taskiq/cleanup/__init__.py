@@ -1,1 +1,1 @@
-"""Cleanup handlers, run after the work has stopped: what is outstanding, running it, and what the log says of it."""
+"""Cleanup handlers, run after the work has stopped: which are due, running them, and what the log says about it."""

@@ -1,6 +1,6 @@
-"""What is left to be cleaned up after a run that was cancelled: which handlers, of what, with how many attempts.
+"""Which cleanup handlers are due after a run was cancelled, for which step, and with how many attempts so far.
 
-Knows the run's event log, the job's definition and the handlers in it; does not call any.
+Knows the run's event log, the job's definition and its handlers; does not call any of them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -40,14 +40,14 @@ class PendingHandler:
     policy: RetryPolicyLike | None
     op_config: Any
     steps: tuple[str, ...]
-    """Whose states it sees."""
+    """The steps whose states it can read."""
     whole: bool
-    """A graph's, or the job's."""
+    """Whether it is the handler of a graph or of the job."""
     failed: list[str]
 
     @property
     def key(self) -> tuple[str | None, str]:
-        """By which the event log knows it."""
+        """What identifies it in the event log."""
         return self.step_key, self.handler.name
 
     @property
@@ -63,13 +63,13 @@ class PendingHandler:
 
 @dataclass(slots=True)
 class CleanupHistory:
-    """What the event log says."""
+    """What the event log says about the run, its steps, and earlier cleanups."""
 
     started: bool = False
     stopping: bool = False
     requested: bool = False
     steps: dict[str, tuple[Any, str]] = field(default_factory=dict)
-    """Step key to node handle and how it stands: "cut short", "over", "failed"."""
+    """Step key to node handle and how it is: "cut short", "over", "failed"."""
     done: set[tuple[str | None, str]] = field(default_factory=set)
     attempts: dict[tuple[str | None, str], list[str]] = field(default_factory=dict)
     """By step key and handler: how each attempt failed."""
@@ -79,11 +79,11 @@ class CleanupHistory:
     interrupted_at: float = float("inf")
 
     def handle_event(self, event: DagsterEvent, at: float) -> None:
-        """Take in the next event, of that time."""
+        """Process the next event. `at`: its time."""
         kind = event.event_type
-        note = parse_event(event)
-        if note is not None:
-            self._handle_engine_event(note[0], note[1], at)
+        parsed = parse_event(event)
+        if parsed is not None:
+            self._handle_engine_event(parsed[0], parsed[1], at)
         elif kind is DagsterEventType.RUN_START:
             self.started = True
         elif kind in _STOPPING:
@@ -99,7 +99,7 @@ class CleanupHistory:
             self.reason = facts.get(REASON_KEY) or self.reason
             self.requested_by = facts.get(BY_KEY) or self.requested_by
             self.requested = True
-        elif stage is Stage.INTERRUPTING and self.requested:  # and not because a worker stopped
+        elif stage is Stage.INTERRUPTING and self.requested:  # not when a worker stopped
             self.interrupted_at = min(self.interrupted_at, at)
         elif stage is Stage.CLEANUP_BEGAN:
             self.beginnings += 1
@@ -112,7 +112,7 @@ class CleanupHistory:
                 self.done.add(key)
 
     def outstanding(self, job: Any, run: DagsterRun) -> Iterator[PendingHandler]:
-        """Ops first, the last that was started before the others; then what is around them; then the job."""
+        """Handlers of ops first, in reverse order of their start; then those of their graphs; then those of the job."""
         nodes = dict(nodes_of(job))
         cut_short = {key: handle for key, (handle, how) in self.steps.items() if how == "cut short"}
         for step_key in reversed(list(cut_short)):
@@ -121,17 +121,17 @@ class CleanupHistory:
             default = node.retry_policy or getattr(node.definition, "retry_policy", None) or job.op_retry_policy
             for handler in handlers_of(node.definition):
                 config = op_config(job, run, handle)
-                yield from self._duty(step_key, handler, default, config, (step_key,), whole=False)
+                yield from self._pending(step_key, handler, default, config, (step_key,), whole=False)
         around = {str(parent): None for handle in cut_short.values() for parent in parents_of(handle)}
         for path in around:
             inside = tuple(key for key, (handle, _) in self.steps.items() if str(handle).startswith(f"{path}."))
             for handler in handlers_of(nodes[path].definition):
-                yield from self._duty(path, handler, nodes[path].retry_policy, None, inside, whole=True)
+                yield from self._pending(path, handler, nodes[path].retry_policy, None, inside, whole=True)
         if self.started:
             for handler in handlers_of(job):
-                yield from self._duty(None, handler, job.op_retry_policy, None, tuple(self.steps), whole=True)
+                yield from self._pending(None, handler, job.op_retry_policy, None, tuple(self.steps), whole=True)
 
-    def _duty(
+    def _pending(
         self,
         step_key: str | None,
         handler: Handler,
@@ -147,7 +147,7 @@ class CleanupHistory:
 
 
 def read_history(instance: DagsterInstance, run: DagsterRun) -> CleanupHistory:
-    """From the event log. Patient with the database, and raises when that stays away."""
+    """Read the history from the event log. Waits for the database, and raises when it does not come back."""
     history = CleanupHistory(reason=run.tags.get(CANCEL_REASON_TAG), requested_by=run.tags.get(CANCELLED_BY_TAG))
     for entry in retry_storage(lambda: instance.all_logs(run.run_id, of_type=_WANTED), "read the event log"):
         event = event_of(entry)
@@ -157,7 +157,7 @@ def read_history(instance: DagsterInstance, run: DagsterRun) -> CleanupHistory:
 
 
 def handler_names(job: Any) -> list[str]:
-    """Of a job and all that is in it: "abort_upload of upload"."""
+    """The handlers of a job and of everything in it: "abort_upload of upload"."""
     own = [handler.name for handler in handlers_of(job)]
     inner = [
         f"{handler.name} of {handle}" for handle, node in nodes_of(job) for handler in handlers_of(node.definition)

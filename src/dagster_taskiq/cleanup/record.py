@@ -1,4 +1,4 @@
-"""What a run's event log says of its cleanup handlers: are some outstanding, which have failed?"""
+"""What a run's event log says about its cleanup handlers: are some of them due, and which have failed?"""
 
 from dataclasses import dataclass
 from typing import Final
@@ -11,10 +11,10 @@ from dagster_taskiq.storage.event_log import read_engine_events
 
 @dataclass(frozen=True, slots=True)
 class CleanupRecord:
-    """What a run's log says of its cleanup handlers."""
+    """What a run's event log says about its cleanup handlers."""
 
     due: bool = False
-    """Whether there are some that, should the run have been cancelled, have not been seen through."""
+    """Whether there are handlers that have to run, if the run was cancelled."""
     failures: tuple[str, ...] = ()
     """One line for each handler that had no attempt left."""
 
@@ -23,7 +23,7 @@ NO_CLEANUP: Final = CleanupRecord()
 
 
 def cleanup_record(instance: DagsterInstance, run_id: str) -> CleanupRecord:
-    """Read it."""
+    """Read the record of a run."""
     record = NO_CLEANUP
     for stage, facts in read_engine_events(instance, run_id):
         if stage is Stage.CLEANUP_HANDLERS:

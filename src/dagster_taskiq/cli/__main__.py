@@ -1,4 +1,4 @@
-"""`python -m dagster_taskiq.cli`, for whoever has the interpreter but not the script."""
+"""`python -m dagster_taskiq.cli`, when there is an interpreter but no script."""
 
 from dagster_taskiq.cli import main
 

@@ -1,4 +1,4 @@
-"""Where a command's settings come from: `-y FILE`, else the instance's run launcher, else the environment alone."""
+"""Where a command's settings come from: `-y FILE`, else the instance's run launcher, else only the environment."""
 
 import os
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from dagster_taskiq.settings import QUEUE_URL_VARIABLE, SOURCE_KEYS, Settings
 
 _RUN_CONFIG_KEYS: Final = {"execution", "ops", "resources", "loggers", "inputs"}
 _EXECUTOR_KEYS: Final = {"max_concurrent", "tag_concurrency_limits", "retries", "step_dependency_config"}
-"""Keys of the executor that are no business of the worker's."""
+"""Keys of the executor that the worker does not use."""
 
 
 def configured(config_file: Path | None, **overrides: Any) -> Settings:
@@ -28,7 +28,7 @@ def configured(config_file: Path | None, **overrides: Any) -> Settings:
 
 
 def _from_instance() -> Settings | None:
-    """What `run_launcher` in `$DAGSTER_HOME/dagster.yaml` says; None when the environment names the queue instead."""
+    """Settings of `run_launcher` in `$DAGSTER_HOME/dagster.yaml`; None when the environment names the queue instead."""
     if not os.environ.get("DAGSTER_HOME"):
         if os.environ.get(QUEUE_URL_VARIABLE):
             return None
@@ -56,7 +56,7 @@ def _from_instance() -> Settings | None:
 
 
 def _from_file(path: Path) -> Mapping[str, Any]:
-    """The configuration in a YAML file: an executor's run configuration, or the bare keys."""
+    """The configuration in a YAML file: an executor's run configuration, or only its keys."""
     try:
         document = yaml.safe_load(path.read_text("utf-8"))
     except FileNotFoundError as error:
@@ -87,7 +87,7 @@ def _mapping(path: Path, where: str, value: object) -> Mapping[str, Any]:
 
 
 def _resolved(value: Any) -> Any:
-    """Dagster's `{env: NAME}`, replaced by what the environment says."""
+    """Replace Dagster's `{env: NAME}` by the value of the variable."""
     if not isinstance(value, Mapping):
         return value
     if value.keys() == {"env"}:

@@ -14,9 +14,9 @@ INTERRUPTED = 130
 def demo() -> None:
     """Launch two real runs over an embedded SQS, terminate them, and show what happened and when.
 
-    The first indexes every Python source file of this machine and has something to roll back; the second ignores its
-    interrupt and has to be killed. Exit code 0 only if both ended CANCELED with no process left. Needs the extra
-    [local]; nothing leaves loopback.
+    The first one indexes every Python source file of this machine and rolls back. The second one ignores its interrupt
+    and has to be killed. Exit code 0 only if both ended CANCELED with no process left. Needs the extra [local];
+    all connections are on loopback.
 
     \b
     Example:
@@ -24,15 +24,15 @@ def demo() -> None:
     """
     from dagster_taskiq.cli.logs import log_to_stderr
     from dagster_taskiq.local.demo import run_demo
-    from dagster_taskiq.local.process_manager import ToldToStop
+    from dagster_taskiq.local.process_manager import StopRequested
 
     log_to_stderr("ERROR")
     try:
         kept = run_demo(lambda line: click.echo(f"· {line}"), show)
-    except ToldToStop:
+    except StopRequested:
         raise SystemExit(INTERRUPTED) from None
     if kept:
-        click.echo("Both runs ended CANCELED, and no process of theirs is left.")
+        click.echo("Both runs ended CANCELED, and none of their processes is left.")
     else:
         raise click.ClickException("not everything was as promised; see above")
 

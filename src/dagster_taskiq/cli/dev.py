@@ -25,7 +25,7 @@ import click
 def dev(file: Path | None, module: str | None, port: int | None, home: Path | None, *, no_worker: bool) -> None:
     """Run Dagster's UI, its daemon, a worker and an embedded SQS on this machine; one Ctrl-C stops them all.
 
-    Without -f and -m: the example jobs. Needs the extra [local]. Nothing leaves loopback.
+    Without -f and -m: the example jobs. Needs the extra [local]. All connections are on loopback.
 
     \b
     Example:
@@ -37,12 +37,12 @@ def dev(file: Path | None, module: str | None, port: int | None, home: Path | No
     from dagster_taskiq.local.dev import EXAMPLES, serve
 
     code = ["-f", str(file)] if file else ["-m", module or EXAMPLES]
-    serve(code, home=home, port=port, with_worker=not no_worker, say=say)
+    serve(code, home=home, port=port, with_worker=not no_worker, print_line=print_line)
 
 
 _COLOURS = {"dev": "green", "worker": "cyan", "dagster": "blue", "aws": "yellow"}
 
 
-def say(who: str, line: str) -> None:
+def print_line(who: str, line: str) -> None:
     """Print one line of one process."""
     click.echo(f"{click.style(f'{who:>7} |', fg=_COLOURS.get(who))} {line}")

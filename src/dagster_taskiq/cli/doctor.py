@@ -1,4 +1,4 @@
-"""`dagster-taskiq doctor`: what is wrong here, and what mends it."""
+"""`dagster-taskiq doctor`: what is wrong here, and how to fix it."""
 
 import json
 from pathlib import Path
@@ -18,11 +18,11 @@ _COLOURS: Final = {"ok": "green", "warning": "yellow", "error": "red"}
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="For programs: one JSON array.")
 def doctor(config_file: Path | None, *, as_json: bool) -> None:
-    """Look for what is wrong: configuration, credentials, queues, permissions, workers, monitoring, clocks.
+    """Check what is wrong: configuration, credentials, queues, permissions, workers, monitoring, clocks.
 
-    Says of each check how it stands, why, and what mends it. Changes nothing, and takes no message from a queue. Run
-    it where the webserver runs and where a worker runs: their credentials differ. Exit code 1 when something is an
-    error; a warning is none.
+    Shows the result of each check, the reason, and how to fix it. Changes nothing, and takes no message from a queue.
+    Run it where the webserver runs and where a worker runs: their credentials differ. Exit code 1 when there is an
+    error; warnings do not count.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""Which exceptions a person can do something about, and in which words: one line each."""
+"""Which exceptions a person can fix, and what the command line prints for them: one line each."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ _NO_HOME = "DAGSTER_HOME is not set"
 
 
 def explain(error: BaseException) -> str | None:
-    """One line that says what is wrong and what to do; None for what nobody foresaw."""
+    """One line that says what is wrong and what to do; None for an unexpected error."""
     if isinstance(error, BaseExceptionGroup):
         parts = [explain(part) for part in error.exceptions]
         known = [part for part in parts if part is not None]
@@ -20,7 +20,7 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, DagsterTaskiqError):
         return _one_line(str(error))
     if isinstance(error, DagsterInvalidConfigError):
-        # What Dagster expected is its whole schema, hundreds of keys.
+        # Dagster's list of what it expected is its whole schema, hundreds of keys.
         return _one_line("; ".join(problem.message.split(' Expected: "{')[0] for problem in error.errors))
     if _NO_HOME in str(error):
         return (
@@ -37,7 +37,7 @@ def explain(error: BaseException) -> str | None:
 
 
 def _with_causes(error: BaseException) -> str:
-    """The texts of an error and of what it was raised from, outermost first, each once."""
+    """The texts of an error and of its causes, outermost first, each once."""
     texts = dict.fromkeys(str(link) or type(link).__name__ for link in _links(error))
     return ": ".join(texts)
 

@@ -22,9 +22,9 @@ class WithExtra(logging.Formatter):
 
 
 def log_to_stderr(level: str, form: LogFormat = "auto") -> None:
-    """Our own loggers at the given level; libraries at INFO at the lowest, those that talk a lot at WARNING.
+    """Our own loggers at the given level; libraries at INFO or higher, those that log a lot at WARNING or higher.
 
-    `form`: `auto` is JSON in a container of ECS, whose log driver keeps lines, and text anywhere else.
+    `form`: `auto` is JSON in a container of ECS, whose log driver stores lines, and text everywhere else.
     """
     from dagster_taskiq.metrics import on_ecs
 

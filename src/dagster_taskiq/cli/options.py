@@ -20,7 +20,7 @@ def config_option(command: Command) -> Command:
         "config_file",
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="YAML with the executor's run configuration (execution: config: ...) or its bare keys."
+        help="YAML with the executor's run configuration (execution: config: ...) or only its keys."
         " Without it: run_launcher in $DAGSTER_HOME/dagster.yaml.",
     )(command)
 

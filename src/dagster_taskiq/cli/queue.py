@@ -1,4 +1,4 @@
-"""`dagster-taskiq queue`: create the queues, look at them."""
+"""`dagster-taskiq queue`: create the queues, show their status."""
 
 import json
 from collections.abc import Awaitable, Callable
@@ -32,9 +32,9 @@ def queue() -> None:
 @queue.command()
 @config_option
 def create(config_file: Path | None) -> None:
-    """Create those of the three queues that are missing: work, steps, cancels. Existing ones are left as they are.
+    """Create those of the three queues that are missing: work, steps, cancels. Existing ones are not changed.
 
-    In production let infra/queues.yaml create them: it adds permissions and allows TLS only.
+    In production, create them with infra/queues.yaml: it adds permissions and allows only TLS.
 
     \b
     Example:
@@ -68,7 +68,7 @@ def create_missing(settings: "Settings") -> tuple[str, ...]:
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="For programs: one JSON array.")
 def status(config_file: Path | None, *, as_json: bool) -> None:
-    """Show how much waits in each queue, and what is wrong with it. Exit code 1 when a queue is missing.
+    """Show how many messages wait in each queue, and what is wrong with it. Exit code 1 when a queue is missing.
 
     \b
     Example:
@@ -122,7 +122,7 @@ def _duration(seconds: int) -> str:
 
 
 def _ask(settings: "Settings", question: Callable[[Any], Awaitable[T]]) -> T:
-    """Put one question to SQS with a client that lives as long as the answer takes."""
+    """Send one request to SQS, with a client of its own."""
     import asyncio
 
     from dagster_taskiq.sqs.client import Connection

@@ -17,16 +17,14 @@ def run() -> None:
     """
 
 
-@run.command("cancel", short_help="Stop runs, and say why.")
+@run.command("cancel", short_help="Stop runs, with a reason.")
 @click.argument("run_ids", nargs=-1, required=True, metavar="RUN_ID...")
+@click.option("-r", "--reason", help="Why: for the run's event log, its tag dagster-taskiq/cancel_reason, and its ops.")
 @click.option(
-    "-r", "--reason", help="Why: in the run's event log, its tag dagster-taskiq/cancel_reason, and told to its ops."
-)
-@click.option(
-    "--requested-by", help="Who asks. Default: the user of this system; for root, in a container, the IAM identity."
+    "--requested-by", help="Who cancels. Default: the user of this system; for root, in a container, the IAM identity."
 )
 def cancel(run_ids: tuple[str, ...], reason: str | None, requested_by: str | None) -> None:
-    """Stop runs, as Terminate in Dagster's UI does, and say why and who asked.
+    """Stop runs, as Terminate in Dagster's UI does, with a reason and an author.
 
     \b
     Example:
@@ -47,22 +45,22 @@ def cancel(run_ids: tuple[str, ...], reason: str | None, requested_by: str | Non
     sys.exit(0 if all(asked.values()) else 1)
 
 
-@run.command("cleanup", short_help="Run the cleanup handlers of a cancelled run once more.")
+@run.command("cleanup", short_help="Run the cleanup handlers of a cancelled run again.")
 @click.argument("run_id")
 def cleanup(run_id: str) -> None:
-    """Run the cleanup handlers (on_cancel) of a cancelled run that have failed, or were never run.
+    """Run the cleanup handlers (on_cancel) of a cancelled run that have failed, or have not run.
 
     \b
-    Example, after the cause of "cleanup failed" was mended:
+    Example, after the cause of "cleanup failed" was fixed:
       dagster-taskiq run cleanup 3e4a...
     The run's code must be importable here, as on a worker. When all succeed, the run becomes CANCELED.
     """
     from dagster_taskiq.runs import clean_up_run
 
-    def tell(what: Mapping[str, Any]) -> None:
+    def print_attempt(what: Mapping[str, Any]) -> None:
         if "handler" in what:
             of = f" of {what['of']}" if what["of"] else ""
             click.echo(f"{what['handler']}{of}, attempt {what['attempt']}, {what['timeout_s']:g} s at most")
 
-    done = clean_up_run(run_id, tell=tell)
+    done = clean_up_run(run_id, tell=print_attempt)
     click.echo(f"{run_id}: {'cleaned up' if done else 'nothing to clean up'}")

@@ -1,4 +1,4 @@
-"""`dagster-taskiq worker`: start a worker in the foreground, list those that there are."""
+"""`dagster-taskiq worker`: start a worker in the foreground, list all workers, ask for their health."""
 
 import json
 import time
@@ -21,7 +21,7 @@ _PIPE_WIDTH: Final = 500
 
 @click.group()
 def worker() -> None:
-    """Start workers, see what they are at.
+    """Start workers, and see what they are working on.
 
     \b
     Example:
@@ -35,8 +35,8 @@ def worker() -> None:
 @click.option("-n", "--name", metavar="NAME", help="Name of the worker in logs and events. Default: a new one.")
 @click.option("--max-runs", type=int, metavar="N", help="Runs at a time; the setting max_concurrent_runs.")
 @click.option("--max-steps", type=int, metavar="N", help="Steps at a time; the setting max_concurrent_steps.")
-@click.option("--runs-only", is_flag=True, help="Take no steps: for a fleet of its own that serves runs.")
-@click.option("--steps-only", is_flag=True, help="Take no runs: for a fleet of its own that serves steps.")
+@click.option("--runs-only", is_flag=True, help="Take no steps: for a separate fleet for runs.")
+@click.option("--steps-only", is_flag=True, help="Take no runs: for a separate fleet for steps.")
 @log_level_option
 @log_format_option
 def start(
@@ -50,10 +50,10 @@ def start(
     runs_only: bool,
     steps_only: bool,
 ) -> None:
-    """Work on runs and steps until told to stop (SIGTERM or Ctrl-C).
+    """Work on runs and steps until SIGTERM or Ctrl-C.
 
-    Runs and steps have slots of their own, so that runs that wait for their steps never take the steps' place.
-    Prints one line with the word `ready` once it hears all its queues. The Dagster instance is the one in
+    Runs and steps have separate slots, so a run that waits for its steps never takes a slot that a step needs.
+    Prints one line with the word `ready` when it listens to all its queues. The Dagster instance is the one in
     $DAGSTER_HOME. A second SIGTERM skips the drain.
 
     \b
@@ -85,24 +85,25 @@ def run(
 
     log_to_stderr(log_level, log_format)
     settings = configured(config_file, **(overrides or {}))
+    from dagster_taskiq.queue_names import queue_name
     from dagster_taskiq.worker.service import run_worker
 
     def announce(worker_id: str) -> None:
         served = [settings.queue_url] if settings.max_concurrent_runs else []
         served += [settings.steps_queue_url] if settings.max_concurrent_steps else []
-        names = " and ".join(url.rstrip("/").rpartition("/")[2] for url in served)
-        click.echo(f"worker {worker_id} is ready: it hears {names}")
+        names = " and ".join(map(queue_name, served))
+        click.echo(f"worker {worker_id} is ready: it listens to {names}")
 
     return run_worker(settings, name=name, on_ready=announce)
 
 
 @worker.command()
-@click.option("--pid", type=int, help="Only this one. Default: every worker in this container.")
+@click.option("--pid", type=int, help="Only this worker. Default: every worker in this container.")
 def health(pid: int | None) -> None:
     """Ask the worker of this container whether it is alive; for its health check. Exit code 1: none answers.
 
-    It answers as long as its event loop turns. Neither the database nor SQS is asked: when those are away, replacing
-    workers mends nothing.
+    It answers as long as its event loop runs. Neither the database nor SQS is asked: when one of them does not answer,
+    a new worker does not help.
 
     \b
     Example:
@@ -125,10 +126,10 @@ def health(pid: int | None) -> None:
 
 @worker.command("list")
 @config_option
-@click.option("--all", "everybody", is_flag=True, help="Also those of the last week that are dead or gone.")
+@click.option("--all", "everybody", is_flag=True, help="Also workers of the last week that are dead or gone.")
 @click.option("--json", "as_json", is_flag=True, help="For programs: one JSON array.")
 def list_workers(config_file: Path | None, *, everybody: bool, as_json: bool) -> None:
-    """Show which workers are alive, and what each is at, since when. Asks Dagster's database only.
+    """Show which workers are alive, and what each one is working on, since when. Asks only Dagster's database.
 
     Every worker writes a heartbeat there. `silent`: its heartbeat is late, and nothing has been decided about its
     work yet. Exit code 1 when no worker is alive.
@@ -164,8 +165,8 @@ def _show(workers: "Sequence[WorkerInfo]") -> None:
 
     now = time.time()
     table = Table(box=box.SIMPLE)
-    for heading in ("worker", "state", "heard", "up", "runs", "steps", "at work on", "status", "for"):
-        table.add_column(heading, no_wrap=heading != "at work on")
+    for heading in ("worker", "state", "heartbeat", "up", "runs", "steps", "working on", "status", "for"):
+        table.add_column(heading, no_wrap=heading != "working on")
     for worker in workers:
         at_runs = sum(work.step_key is None for work in worker.work)
         row = [
@@ -184,12 +185,12 @@ def _show(workers: "Sequence[WorkerInfo]") -> None:
                 name = f"{work.job or '(deleted)'} {work.run_id[:8]}{step}"
                 table.add_row(*row, name, work.status or "", _age(now - work.since))
             row = [""] * len(row)
-    # In a pipe there is no width to keep to: each line is one worker or piece of work, whole.
+    # A pipe has no width: each line is one whole worker or piece of work.
     Console(width=None if Console().is_terminal else _PIPE_WIDTH).print(table)
 
 
 def _age(seconds: float) -> str:
-    """`7400` as `2 h`: the largest unit of which there are two or more, or else seconds."""
+    """`7400` as `2 h`: in the largest unit with a value of 2 or more, else in seconds."""
     seconds = max(0.0, seconds)
     for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= 2 * length:

@@ -1,6 +1,6 @@
 """What is wrong with credentials, queues, permissions, clock and bucket? The part of `doctor` that asks AWS.
 
-Knows what a queue of this package has to be like, and `aws_probe`, which asks; not Dagster.
+Knows how a queue of this package has to be configured; asks AWS with `sqs.probe`. Does not know Dagster.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ _ROLES: Final[Mapping[str, Mapping[str, Sequence[str]]]] = {
 _MANY_CANCELS: Final = 20
 _SKEW_S: Final = 5.0
 _FATAL_SKEW_S: Final = 300.0
-"""AWS refuses signatures that are five minutes off."""
+"""AWS refuses signatures that are five minutes too old or too new."""
 _FEW_RECEIVES: Final = 10
 _DAY_S: Final = 86_400
 _LONG_S: Final = 345_600
@@ -36,7 +36,7 @@ _LONG_KEPT_S: Final = 3_600
 
 
 async def look_at_aws(settings: Settings, queues: dict[str, QueueFacts]) -> AsyncIterator[Finding]:
-    """Credentials, queues, clock, permissions, bucket. What is known of the queues is put into `queues`, by role."""
+    """Credentials, queues, clock, permissions, bucket. Adds the facts about each queue to `queues`, by role."""
     credentials = await _credentials(settings)
     yield credentials
     if credentials.verdict == "error":
@@ -66,13 +66,13 @@ async def _credentials(settings: Settings) -> Finding:
     if not await has_credentials():
         return Finding(check, "error", "there are none", repair)
     if settings.endpoint_url is not None:
-        return ok(check, f"there are some; whose, {settings.endpoint_url} is not asked")
+        return ok(check, f"found; {settings.endpoint_url} is not asked for their owner")
     try:
         return ok(check, await identity(settings.region_name))
     except AccessDenied as error:
-        return Finding(check, "error", line(error), f"{repair}; those that there are have expired, or are wrong")
+        return Finding(check, "error", line(error), f"{repair}; the current ones have expired, or are wrong")
     except (DagsterTaskiqError, TimeoutError) as error:
-        return Finding(check, "warning", f"AWS STS does not say whose they are: {line(error)}", "check the network")
+        return Finding(check, "warning", f"AWS STS does not answer whose they are: {line(error)}", "check the network")
 
 
 def _queue(role: str, url: str, facts: QueueFacts, settings: Settings) -> Iterator[Finding]:
@@ -81,7 +81,7 @@ def _queue(role: str, url: str, facts: QueueFacts, settings: Settings) -> Iterat
         yield Finding(check, "error", f"{name} does not exist in {settings.region_name}", "dagster-taskiq queue create")
     elif isinstance(facts.error, AccessDenied):
         what = "attach LauncherPolicy or WorkerPolicy of infra/queues.yaml to this role (sqs:GetQueueAttributes)"
-        yield Finding(check, "warning", f"{name} may not be looked at: {facts.error}", what)
+        yield Finding(check, "warning", f"no permission to read the attributes of {name}: {facts.error}", what)
     elif facts.error is not None:
         yield Finding(check, "error", str(facts.error), "check the network, endpoint_url, and the queue's address")
     else:
@@ -108,16 +108,16 @@ def _of_work(check: str, url: str, has: Mapping[str, str], settings: Settings) -
     name, wanted = queue_name(url), settings.visibility_timeout_seconds
     visibility, retention = int(has.get("VisibilityTimeout", wanted)), int(has.get("MessageRetentionPeriod", _LONG_S))
     if visibility != wanted:
-        # Harmless: the worker says what it wants with each receive. But whoever reads it will be misled.
+        # Harmless: the worker sends its own value with each receive. But the attribute misleads its readers.
         reason = f"{name}: its VisibilityTimeout is {visibility} s, and visibility_timeout_seconds is {wanted}"
         yield Finding(check, "warning", reason, _change(url, "VisibilityTimeout", wanted))
     if retention < _DAY_S:
-        reason = f"{name} drops runs that wait for {retention} s, and they never start"
+        reason = f"{name} drops runs that wait for {retention} s, so they never start"
         yield Finding(check, "error", reason, _change(url, "MessageRetentionPeriod", WORK_RETENTION_S))
     if has.get("RedrivePolicy"):
         most = int(json.loads(has["RedrivePolicy"]).get("maxReceiveCount", _FEW_RECEIVES))
         if most <= _FEW_RECEIVES:
-            reason = f"{name}: {most} receives move a run to the dead-letter queue, and each deployment is one"
+            reason = f"{name}: {most} receives move a run to the dead-letter queue, and each deployment adds one"
             yield Finding(check, "warning", reason, _change(url, "RedrivePolicy", ""))
 
 
@@ -126,24 +126,24 @@ def _of_cancels(check: str, url: str, has: Mapping[str, str], _: Settings) -> It
     visibility = int(has.get("VisibilityTimeout", CANCEL_VISIBILITY_S))
     retention = int(has.get("MessageRetentionPeriod", CANCEL_RETENTION_S))
     if has.get("RedrivePolicy"):
-        reason = f"{name} has a RedrivePolicy; it swallows cancel messages that are handed on"
+        reason = f"{name} has a RedrivePolicy; it takes cancel messages that workers hand on"
         yield Finding(check, "error", reason, _change(url, "RedrivePolicy", ""))
     if visibility > _LONG_HIDDEN_S:
-        reason = f"{name}: VisibilityTimeout {visibility} s; for so long a killed worker's last poll hides a cancel"
+        reason = f"{name}: VisibilityTimeout {visibility} s; a killed worker's last poll hides a cancel for so long"
         yield Finding(check, "warning", reason, _change(url, "VisibilityTimeout", CANCEL_VISIBILITY_S))
     if retention > _LONG_KEPT_S:
         reason = f"{name}: MessageRetentionPeriod {retention} s; old cancels only cost"
         yield Finding(check, "warning", reason, _change(url, "MessageRetentionPeriod", CANCEL_RETENTION_S))
     depth = int(has.get("ApproximateNumberOfMessages", 0)) + int(has.get("ApproximateNumberOfMessagesNotVisible", 0))
     if depth > _MANY_CANCELS:
-        reason = f"{name}: {depth} cancels that nobody takes; a worker deletes what is older than cancel_ttl"
+        reason = f"{name}: {depth} cancels that no worker takes; a worker deletes those older than cancel_ttl"
         yield Finding(check, "warning", reason, "dagster-taskiq worker list, and start a worker if none is alive")
 
 
 def _clock(queues: Mapping[str, QueueFacts]) -> Finding:
     ahead = [facts.clock_ahead_s for facts in queues.values() if facts.clock_ahead_s is not None]
     if not ahead:
-        return ok("clock", "AWS did not say what time it is")
+        return ok("clock", "AWS did not send its time")
     skew = min(ahead, key=abs)
     if abs(skew) < _SKEW_S:
         return ok("clock", f"{abs(skew):.0f} s from AWS's")

@@ -1,6 +1,6 @@
-"""What is wrong here, and what mends it? Checks with a verdict, a reason and a repair, for `dagster-taskiq doctor`.
+"""What is wrong here, and how to fix it: checks with a verdict, a reason and a repair, for `dagster-taskiq doctor`.
 
-Knows the configuration and Dagster's instance; what AWS says is for `doctor_aws`. Changes nothing anywhere.
+Knows the configuration and Dagster's instance; `aws_checks` asks AWS. Changes nothing.
 """
 
 import asyncio
@@ -33,9 +33,9 @@ _TESTED_DAGSTER: Final = (1, 13)
 
 
 async def examine(settings: Settings | None = None) -> AsyncIterator[Finding]:
-    """All checks, in the order in which things depend on each other; what cannot be asked any more is left out.
+    """All checks, in the order in which they depend on each other; checks that are not possible are left out.
 
-    `settings`: from elsewhere than the instance's run launcher. Never raises for what is wrong.
+    `settings`: when they do not come from the instance's run launcher. Never raises for what is wrong.
     """
     yield _versions()
     home = _home()
@@ -67,12 +67,12 @@ async def examine(settings: Settings | None = None) -> AsyncIterator[Finding]:
 
 def _versions() -> Finding:
     dagster, ours = version("dagster"), version("dagster-taskiq")
-    said = f"dagster-taskiq {ours}, dagster {dagster}, taskiq {version('taskiq')}, Python {platform.python_version()}"
+    here = f"dagster-taskiq {ours}, dagster {dagster}, taskiq {version('taskiq')}, Python {platform.python_version()}"
     if sys.platform != "linux":
-        return Finding("versions", "error", f"{said} on {sys.platform}", "run workers on Linux; launchers run anywhere")
+        return Finding("versions", "error", f"{here} on {sys.platform}", "run workers on Linux; launchers run anywhere")
     if tuple(map(int, dagster.split(".")[:2])) != _TESTED_DAGSTER:
-        return Finding("versions", "warning", f"{said}; not tested", "pip install 'dagster>=1.13,<1.14'")
-    return ok("versions", said)
+        return Finding("versions", "warning", f"{here}; not tested", "pip install 'dagster>=1.13,<1.14'")
+    return ok("versions", here)
 
 
 def _home() -> Finding:
@@ -96,23 +96,23 @@ def _home() -> Finding:
 def _instance() -> tuple[DagsterInstance | None, Finding]:
     try:
         instance = DagsterInstance.get()
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer
+    except Exception as error:  # noqa: BLE001 - any error is the answer
         settings_error = _settings_error(error)
-        if settings_error is not None:  # with run monitoring Dagster looks at the launcher at once
+        if settings_error is not None:  # with run monitoring Dagster loads the launcher at once
             return None, Finding("run launcher", "error", line(settings_error), _CORRECT_CONFIG)
         repair = "correct dagster.yaml as the reason says"
         return None, Finding("instance", "error", f"Dagster cannot load it: {line(error)}", repair)
     try:
         instance.get_runs(limit=1)
     except Exception as error:  # noqa: BLE001 - as above
-        repair = "correct 'storage' in dagster.yaml, and see that the database is up: dagster instance info"
+        repair = "correct 'storage' in dagster.yaml, and check that the database is running: dagster instance info"
         return None, Finding("storage", "error", f"Dagster's database does not answer: {line(error)}", repair)
     storage = type(instance.run_storage).__name__
     if "sqlite" in storage.lower():
         return instance, Finding(
             "storage",
             "warning",
-            "SQLite: right for one machine; workers on others would see another database",
+            "SQLite: right for one machine; workers on other machines would see another database",
             "set 'storage: postgres:' in dagster.yaml (pip install dagster-postgres)",
         )
     return instance, ok("storage", f"{storage} answers")
@@ -132,7 +132,7 @@ def _settings(instance: DagsterInstance) -> tuple[Settings | None, Finding]:
 
 
 def _settings_error(error: BaseException | None) -> SettingsError | None:
-    """What our launcher said when Dagster tried to load it."""
+    """The error of our launcher when Dagster tried to load it."""
     while error is not None and not isinstance(error, SettingsError):
         error = error.__cause__ or error.__context__
     return error
@@ -154,7 +154,7 @@ def _of_settings(settings: Settings) -> Iterator[Finding]:
         yield ok("region", settings.region_name)
 
 
-# What Dagster's database says
+# What is in Dagster's database
 
 
 def _dagster(instance: DagsterInstance, settings: Settings, queues: Mapping[str, QueueFacts]) -> Iterator[Finding]:
@@ -167,7 +167,7 @@ def _dagster(instance: DagsterInstance, settings: Settings, queues: Mapping[str,
 def _monitoring(instance: DagsterInstance, settings: Settings) -> Iterator[Finding]:
     check = "run monitoring"
     if not instance.run_monitoring_enabled:
-        reason = "it is off: a run whose worker dies is found when its message comes again, and then fails"
+        reason = "it is off: a run whose worker dies is noticed when its message comes again, and then fails"
         yield Finding(check, "warning", reason, "set 'run_monitoring: {enabled: true, max_resume_run_attempts: 3}'")
         return
     wrong = False
@@ -180,7 +180,7 @@ def _monitoring(instance: DagsterInstance, settings: Settings) -> Iterator[Findi
     start = instance.run_monitoring_start_timeout_seconds
     if 0 < start < _SHORT_START_S:
         wrong = True
-        reason = f"start_timeout_seconds is {start}: a run that waits longer for a worker is failed by Dagster"
+        reason = f"start_timeout_seconds is {start}: Dagster fails a run that waits longer for a worker"
         yield Finding(check, "warning", reason, "set 'run_monitoring: {start_timeout_seconds: 3600}'")
     if not wrong:
         yield ok(check, f"on; {instance.run_monitoring_max_resume_run_attempts} attempts to resume")

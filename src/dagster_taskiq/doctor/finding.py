@@ -1,4 +1,4 @@
-"""The answer of one check of `doctor`. Knows nothing of what is checked."""
+"""The result of one check of `doctor`. Knows nothing about what is checked."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +8,7 @@ Verdict = Literal["ok", "warning", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The answer of one check. `repair` is a command or a change that mends it; empty when there is nothing to mend."""
+    """The result of one check. `repair` is a command or a change that fixes it; empty when nothing is wrong."""
 
     check: str
     verdict: Verdict
@@ -17,7 +17,7 @@ class Finding:
 
 
 def ok(check: str, reason: str) -> Finding:
-    """Nothing to be done."""
+    """A finding that all is well."""
     return Finding(check, "ok", reason)
 
 

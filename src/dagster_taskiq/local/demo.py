@@ -1,6 +1,6 @@
-"""The product in one pass: two real runs over an embedded SQS, terminated in the middle; what happened, and when.
+"""The demo: two real runs over an embedded SQS, terminated in the middle; what happened, and when.
 
-Knows Dagster's event log and the process table: what it says about a run, it has read there.
+Knows Dagster's event log and the process table, and reads there what it prints.
 """
 
 import os
@@ -46,14 +46,14 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One run, what has to be in its log before it is terminated, and what in the end."""
+    """One run, what must be in its log before it is terminated, and what must be there in the end."""
 
     title: str
     job: "JobDefinition"
     under_way: str
     grace_s: float
     must_show: tuple[str, ...]
-    """Texts or stages without which the promise is not kept."""
+    """Texts or stages that must be in the log exactly once."""
 
 
 SCENES: Final = (
@@ -76,7 +76,7 @@ SCENES: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one run."""
+    """The result of one run."""
 
     scene: Scene
     run_id: str
@@ -85,24 +85,24 @@ class Outcome:
 
 
 class Demo:
-    """Plays the scenes, one after the other."""
+    """Runs the scenes, one after the other."""
 
     def __init__(self, ground: Playground, instance: DagsterInstance, wait: Callable[[float], None]) -> None:
         self._ground = ground
         self._instance = instance
         self._wait = wait
 
-    def play(self, scene: Scene, say: Callable[[str], None]) -> Outcome:
-        """Launch, wait until the work is under way, terminate, wait for the end; then look at what is left."""
+    def play(self, scene: Scene, print_line: Callable[[str], None]) -> Outcome:
+        """Launch, wait until the op has begun, terminate, wait for the end; then check what is left."""
         idle = self._ground.processes().keys()
         run_id = self._launch(scene)
-        say(f"launched run {run_id} of {scene.job.name}")
+        print_line(f"launched run {run_id} of {scene.job.name}")
         line = self._until_under_way(scene, run_id)
         busy = self._ground.processes().keys() - idle
-        say(f"the op says: {line}  ({len(busy)} processes at work)")
+        print_line(f"the op says: {line}  ({len(busy)} processes running)")
         terminated_at = time.time()
         accepted = self._instance.run_launcher.terminate(run_id)
-        say("terminate(run_id) called" if accepted else "terminate(run_id) was refused")
+        print_line("terminate(run_id) called" if accepted else "terminate(run_id) was refused")
         status = self._until_final(run_id, within_s=scene.grace_s + 30)
         left = self._what_is_left(idle, within_s=1)
         called = Moment(0, "terminate", f"terminate({run_id!r}) called")
@@ -115,7 +115,7 @@ class Demo:
             tags={GRACE_SECONDS_TAG: f"{scene.grace_s:g}"},
             job_code_origin=reconstructable(scene.job).get_python_origin(),
         )
-        no_workspace: Any = None  # the run record is all that is needed: no workspace, no code server
+        no_workspace: Any = None  # the run record is enough: no workspace, no code server
         self._instance.launch_run(run.run_id, no_workspace)
         return run.run_id
 
@@ -129,7 +129,7 @@ class Demo:
             if status in FINAL:
                 raise DemoFailed(f"run {run_id} was {status.value} before it could be terminated")
             self._wait(_TICK_S)
-        raise DemoFailed(f"run {run_id} did not get under way within 30 s; it is {self._status(run_id).value}")
+        raise DemoFailed(f"run {run_id} did not begin its work within 30 s; it is {self._status(run_id).value}")
 
     def _until_final(self, run_id: str, within_s: float) -> DagsterRunStatus:
         end = time.monotonic() + within_s
@@ -144,7 +144,7 @@ class Demo:
         return run.status
 
     def _what_is_left(self, idle: Collection[int], within_s: float) -> Mapping[int, str]:
-        """Processes that were not there before the run; its shim, which outlives it by a moment, gets that moment."""
+        """Processes that were not there before the run. Its shim ends a moment later, so this waits for a moment."""
         end = time.monotonic() + within_s
         while True:
             left = {pid: command for pid, command in self._ground.processes().items() if pid not in idle}
@@ -154,12 +154,12 @@ class Demo:
 
     def _moments(self, run_id: str, zero: float) -> list[Moment]:
         entries = self._instance.all_logs(run_id)
-        told = [(entry, described) for entry in entries if (described := _describe(entry))]
-        return [Moment((entry.timestamp - zero) * 1000, what, text) for entry, (what, text) in told]
+        found = [(entry, described) for entry in entries if (described := _describe(entry))]
+        return [Moment((entry.timestamp - zero) * 1000, what, text) for entry, (what, text) in found]
 
 
 def _describe(entry: EventLogEntry) -> tuple[str, str] | None:
-    """What an entry of the event log is called in the timeline, and its text; None for what does not belong there."""
+    """The name of an event log entry in the timeline, and its text; None for an entry that is not shown."""
     event = entry.dagster_event
     if event is None:
         kept = entry.user_message.startswith(("finally:", "ignored:"))
@@ -190,24 +190,24 @@ def complaints(
     return found
 
 
-def run_demo(say: Callable[[str], None], show: Callable[[Outcome], None], *, within_s: float = 120) -> bool:
-    """Play all scenes; whether all was as promised. Raises `DagsterTaskiqError`, or `ToldToStop`."""
-    # Snappy, and a grace period that is the scene's own.
+def run_demo(print_line: Callable[[str], None], show: Callable[[Outcome], None], *, within_s: float = 120) -> bool:
+    """Run all scenes; True if all was as promised. Raises `DagsterTaskiqError`, or `StopRequested`."""
+    # Fast. The grace period is that of the scene.
     config = {"wait_time_seconds": 2, "visibility_timeout_seconds": 10, "status_poll_seconds": 2, "drain_seconds": 0}
     began = time.monotonic()
     with (
         stop_requests() as request,
         playground(None, request, lambda *_: None, quiet=True, **config) as (ground, manager),
     ):
-        say("starting an embedded AWS endpoint on loopback, and a worker")
+        print_line("starting an embedded AWS endpoint on loopback, and a worker")
         ground.start_aws()
         ground.wait_for_worker(ground.start_worker())
-        # The launcher runs in this process: it is the first to need the emulator's credentials here.
+        # The launcher runs in this process, so the emulator's credentials are needed here, too.
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             del os.environ[name]
         os.environ.update(ground.credentials)
         with DagsterInstance.from_config(str(ground.home)) as instance:
-            say(f"worker ready after {time.monotonic() - began:.1f} s")
+            print_line(f"worker ready after {time.monotonic() - began:.1f} s")
             outcomes = []
 
             def wait(seconds: float) -> None:
@@ -215,14 +215,14 @@ def run_demo(say: Callable[[str], None], show: Callable[[Outcome], None], *, wit
                 _stay_within(request, seconds, began + within_s)
 
             for scene in SCENES:
-                say(scene.title)
-                outcomes.append(Demo(ground, instance, wait).play(scene, say))
+                print_line(scene.title)
+                outcomes.append(Demo(ground, instance, wait).play(scene, print_line))
                 show(outcomes[-1])
-        say(f"stopping the worker and the endpoint; {time.monotonic() - began:.0f} s in all")
+        print_line(f"stopping the worker and the endpoint; {time.monotonic() - began:.0f} s in all")
         return not any(outcome.complaints for outcome in outcomes)
 
 
 def _stay_within(request: StopRequest, seconds: float, deadline: float) -> None:
     if time.monotonic() > deadline:
-        raise DemoFailed("the demo took too long; something does not move")
+        raise DemoFailed("the demo took too long; something hangs")
     request.wait(seconds)

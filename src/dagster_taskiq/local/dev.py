@@ -1,7 +1,7 @@
 """Everything on one machine: an embedded AWS endpoint, queues, a worker, Dagster's UI; started and stopped together.
 
-Knows processes, ports and `dagster.yaml`; not what runs on them. The emulator's credentials exist only in the
-environment of the children.
+Knows processes, ports and `dagster.yaml`; not which jobs run. The emulator's credentials are only in the environment
+of the children.
 """
 
 import os
@@ -24,7 +24,7 @@ from dagster_taskiq.local.process_manager import (
     ProcessManager,
     StartFailed,
     StopRequest,
-    ToldToStop,
+    StopRequested,
     answers,
     free_port,
     stop_requests,
@@ -57,12 +57,12 @@ class Playground:
 
     @property
     def credentials(self) -> dict[str, str]:
-        """What the emulator accepts as credentials; of no use anywhere else."""
+        """Credentials for the emulator; not valid anywhere else."""
         return {"AWS_ACCESS_KEY_ID": "emulator", "AWS_SECRET_ACCESS_KEY": "emulator"}
 
     @property
     def environment(self) -> dict[str, str]:
-        """For the children: this process's environment, but with nothing that leads to another AWS or Dagster."""
+        """For the children: this process's environment, without anything that leads to another AWS or Dagster."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "DAGSTER_"))}
         no_proxy = ",".join(filter(None, [os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), LOOPBACK]))
         return (
@@ -102,14 +102,14 @@ class Playground:
             text=True,
             timeout=30,
             check=False,
-            start_new_session=True,  # as all of them: a Ctrl-C is for us alone
+            start_new_session=True,  # like all of them: only this process gets a Ctrl-C
         )
         if done.returncode != 0:
             raise StartFailed(f"the queues could not be created: {done.stderr.strip()}")
 
     def _create_instance(self) -> None:
         self._write_configuration()
-        # SQLite's tables, before several processes try to be the first: one of them would fail.
+        # Create SQLite's tables now: if several processes tried it at the same time, one of them would fail.
         with DagsterInstance.from_config(str(self.home)):
             pass
 
@@ -136,7 +136,7 @@ class Playground:
         return self._manager.start("worker", command, self.environment, patience_s=15, quiet=self._quiet)
 
     def wait_for_worker(self, worker: ManagedProcess) -> None:
-        """Wait until the worker says that it is ready."""
+        """Wait until the worker prints that it is ready."""
 
         def ready() -> bool:
             return any(line.startswith("worker ") and " ready" in line for line in list(worker.last_lines))
@@ -149,13 +149,13 @@ class Playground:
             raise StartFailed(f"dagster-webserver is missing; {_LOCAL_EXTRA}")
         port = port or free_port()
         command = [sys.executable, "-m", "dagster", "dev", "-h", LOOPBACK, "-p", str(port), *code]
-        # SIGINT: on a SIGTERM `dagster dev` ends at once and leaves its webserver and daemon to themselves.
+        # SIGINT: on a SIGTERM `dagster dev` ends at once and does not stop its webserver and daemon.
         self._manager.start("dagster", command, self.environment, stop_signal=signal.SIGINT, patience_s=20)
         self._manager.wait_until(lambda: answers(port, "/server_info"), within_s=120, what="Dagster's webserver")
         return f"http://{LOOPBACK}:{port}"
 
     def kill_what_is_left(self) -> None:
-        """End whatever still runs with our DAGSTER_HOME: what left the session of the process that started it."""
+        """Kill every process that still runs with our DAGSTER_HOME: some leave the session of their parent."""
         for pid in self.processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -166,7 +166,7 @@ class Playground:
         found = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != os.getpid():
-                with suppress(OSError):  # it ended meanwhile, or is somebody else's
+                with suppress(OSError):  # it ended meanwhile, or belongs to another user
                     if mark in (entry / "environ").read_bytes().split(b"\0"):
                         found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:80]
         return found
@@ -174,13 +174,18 @@ class Playground:
 
 @contextmanager
 def playground(
-    home: Path | None, request: StopRequest, say: Callable[[str, str], None], *, quiet: bool = False, **config: Any
+    home: Path | None,
+    request: StopRequest,
+    print_line: Callable[[str, str], None],
+    *,
+    quiet: bool = False,
+    **config: Any,
 ) -> Iterator[tuple[Playground, ProcessManager]]:
-    """A playground in the given folder, which is kept, or in a temporary one; all its processes end with the block."""
+    """A playground in the given folder, which is kept, or in a temporary one. All its processes end with the block."""
     with tempfile.TemporaryDirectory(prefix="dagster-taskiq-", ignore_cleanup_errors=True) as temporary:
         folder = home.absolute() if home else Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        manager = ProcessManager(request, say)
+        manager = ProcessManager(request, print_line)
         ground = Playground(folder, manager, quiet=quiet, **config)
         try:
             yield ground, manager
@@ -190,10 +195,15 @@ def playground(
 
 
 def serve(
-    code: Sequence[str], *, home: Path | None, port: int | None, with_worker: bool, say: Callable[[str, str], None]
+    code: Sequence[str],
+    *,
+    home: Path | None,
+    port: int | None,
+    with_worker: bool,
+    print_line: Callable[[str, str], None],
 ) -> None:
-    """`dagster-taskiq dev`: run everything until told to stop. Raises `StartFailed` when a process ends before."""
-    # Snappy: a lost worker's messages come back after 10 s, and a Ctrl-C does not wait for running jobs.
+    """`dagster-taskiq dev`: run everything until a signal comes. Raises `StartFailed` when a process ends before."""
+    # Fast: a lost worker's messages come back after 10 s, and a Ctrl-C does not wait for running jobs.
     config: dict[str, Any] = {
         "wait_time_seconds": 2,
         "visibility_timeout_seconds": 10,
@@ -203,20 +213,20 @@ def serve(
     }
     with (
         stop_requests() as request,
-        suppress(ToldToStop),
-        playground(home, request, say, **config) as (ground, manager),
+        suppress(StopRequested),
+        playground(home, request, print_line, **config) as (ground, manager),
     ):
-        say("dev", "starting the embedded AWS endpoint")
+        print_line("dev", "starting the embedded AWS endpoint")
         ground.start_aws()
         worker = ground.start_worker() if with_worker else None
-        say("dev", "starting Dagster's webserver and daemon")
+        print_line("dev", "starting Dagster's webserver and daemon")
         address = ground.start_ui(code, port)
         if worker is not None:
             ground.wait_for_worker(worker)
         credentials = " ".join(f"{name}={value}" for name, value in ground.credentials.items())
-        say("dev", f"another worker: DAGSTER_HOME={ground.home} {credentials} dagster-taskiq worker start")
-        say("dev", f"Dagster's UI: {address}   (Ctrl-C stops everything)")
+        print_line("dev", f"another worker: DAGSTER_HOME={ground.home} {credentials} dagster-taskiq worker start")
+        print_line("dev", f"Dagster's UI: {address}   (Ctrl-C stops everything)")
         try:
             manager.stay()
         finally:
-            say("dev", "stopping everything")
+            print_line("dev", "stopping everything")

@@ -19,29 +19,29 @@ _TICK_S: Final = 0.05
 
 
 class StartFailed(DagsterTaskiqError):
-    """Something of the embedded environment did not start, or ended when it should not."""
+    """A process of the local environment did not start, or ended too early."""
 
 
-class ToldToStop(Exception):
+class StopRequested(Exception):
     """SIGINT, SIGTERM or SIGHUP arrived."""
 
 
 class StopRequest:
-    """Whether somebody asked for the end, and whether they asked twice."""
+    """Whether a signal to stop has arrived, and how many."""
 
     def __init__(self) -> None:
-        # A plain number: a signal handler that took a lock (Event, Condition) could wait for its own thread.
+        # A plain number: a signal handler that takes a lock (Event, Condition) could wait for its own thread.
         self.times = 0
 
     def wait(self, seconds: float) -> None:
-        """Sleep. Raises `ToldToStop` as soon as somebody asked for the end."""
+        """Sleep. Raises `StopRequested` as soon as a signal has arrived."""
         end = time.monotonic() + seconds
         while not self.times:
             left = end - time.monotonic()
             if left <= 0:
                 return
             time.sleep(min(left, _TICK_S))
-        raise ToldToStop
+        raise StopRequested
 
 
 @contextmanager
@@ -49,10 +49,10 @@ def stop_requests() -> Iterator[StopRequest]:
     """Turn SIGINT, SIGTERM and SIGHUP into a `StopRequest`, as long as the block lasts."""
     request = StopRequest()
 
-    def note(*_: object) -> None:
+    def record(*_: object) -> None:
         request.times += 1
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield request
     finally:
@@ -68,7 +68,7 @@ class ManagedProcess:
     process: subprocess.Popen[str]
     stop_signal: signal.Signals
     patience_s: float
-    pump: threading.Thread
+    reader: threading.Thread
     last_lines: list[str] = field(default_factory=list)
 
     @property
@@ -81,9 +81,9 @@ class ManagedProcess:
 class ProcessManager:
     """Processes that start one after the other, run together, and end together, the last one started first."""
 
-    def __init__(self, request: StopRequest, say: Callable[[str, str], None]) -> None:
+    def __init__(self, request: StopRequest, print_line: Callable[[str, str], None]) -> None:
         self._request = request
-        self._say = say
+        self._print_line = print_line
         self._managed: list[ManagedProcess] = []
 
     def start(
@@ -96,7 +96,7 @@ class ProcessManager:
         patience_s: float = 5,
         quiet: bool = False,
     ) -> ManagedProcess:
-        """Start a process whose lines are passed on (unless `quiet`) and whose last ones are remembered."""
+        """Start a process. Its lines are printed (unless `quiet`), and the last ones are kept."""
         process = subprocess.Popen(  # noqa: S603 - our own interpreter and our own arguments
             command,
             env=dict(environment),
@@ -108,32 +108,35 @@ class ProcessManager:
             start_new_session=True,
         )
         lines: list[str] = []
-        pump = threading.Thread(
-            target=self._pump, args=(name, process.stdout, lines), kwargs={"quiet": quiet}, name=f"output of {name}"
+        reader = threading.Thread(
+            target=self._read_output,
+            args=(name, process.stdout, lines),
+            kwargs={"quiet": quiet},
+            name=f"output of {name}",
         )
-        pump.daemon = True
-        managed = ManagedProcess(name, process, stop_signal, patience_s, pump, lines)
+        reader.daemon = True
+        managed = ManagedProcess(name, process, stop_signal, patience_s, reader, lines)
         self._managed.append(managed)
-        pump.start()
+        reader.start()
         return managed
 
-    def _pump(self, name: str, output: IO[str] | None, lines: list[str], *, quiet: bool) -> None:
+    def _read_output(self, name: str, output: IO[str] | None, lines: list[str], *, quiet: bool) -> None:
         for line in output or ():
             lines.append(line.rstrip())
             del lines[:-20]
             if not quiet:
-                self._say(name, line.rstrip())
+                self._print_line(name, line.rstrip())
 
     def check(self) -> None:
-        """Raises `StartFailed` when a managed has ended."""
+        """Raises `StartFailed` when one of the processes has ended."""
         for managed in self._managed:
             if managed.process.poll() is not None:
-                managed.pump.join(1)
-                last = next((line for line in reversed(managed.last_lines) if line.strip()), "it said nothing")
+                managed.reader.join(1)
+                last = next((line for line in reversed(managed.last_lines) if line.strip()), "it printed nothing")
                 raise StartFailed(f"the {managed.name} process ended ({managed.end}): {last.strip()}")
 
     def wait_until(self, reached: Callable[[], bool], *, within_s: float, what: str) -> None:
-        """Wait for something the manager brings about. Raises `StartFailed`, or `ToldToStop`."""
+        """Wait until the processes have reached something. Raises `StartFailed`, or `StopRequested`."""
         end = time.monotonic() + within_s
         while not reached():
             self.check()
@@ -142,13 +145,13 @@ class ProcessManager:
             self._request.wait(_TICK_S)
 
     def stay(self) -> None:
-        """Stay until told to stop. Raises `ToldToStop`, or `StartFailed` when a managed ends before."""
+        """Wait for the signal to stop. Raises `StopRequested`, or `StartFailed` when a process ends before."""
         while True:
             self.check()
             self._request.wait(0.2)
 
     def stop(self) -> None:
-        """End all: each is asked, given its time, then killed with what it started. Asked twice, we do not wait."""
+        """End all: each gets its signal and its time, then it is killed with its group. A second signal skips that."""
         asked_before = self._request.times
         for managed in reversed(self._managed):
             if managed.process.poll() is None:
@@ -158,15 +161,15 @@ class ProcessManager:
                 if self._request.times > max(1, asked_before):
                     break
                 time.sleep(_TICK_S)
-            with suppress(ProcessLookupError):  # its group may be gone, or still hold what it left behind
+            with suppress(ProcessLookupError):  # its group may be gone, or have processes that it left behind
                 os.killpg(managed.process.pid, signal.SIGKILL)
             managed.process.wait()
-            managed.pump.join(1)
+            managed.reader.join(1)
         self._managed.clear()
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nobody listens on."""
+    """A free TCP port on loopback."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""A child process as the worker sees it: tell it something, interrupt it, kill it, wait until its whole tree is gone.
+"""A child process as the worker sees it: send it something, interrupt it, kill it, wait until its whole tree is gone.
 
 The other side of `shim`. Knows processes and asyncio; not how children are started, or what a child is for.
 """
@@ -42,7 +42,7 @@ class ChildSpec:
 
 @dataclass(slots=True)
 class Child:
-    """One started child. `exited` and `gone` are set by what the shim says; `messages` are the child's own lines."""
+    """One started child. `exited` and `gone` are set by the shim's messages; `messages` are the child's own."""
 
     pid: int
     spec: ChildSpec
@@ -52,7 +52,7 @@ class Child:
     """Set when the whole tree is gone: the processes (name and pid) that had to be killed."""
     messages: list[dict[str, Any]] = field(default_factory=list)
     finished: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when the child says that its work is over and only its exit remains."""
+    """Set when the child reports that its work is over and only its exit remains."""
     patience_s: float = 0.0
     """What the child asks for instead of the grace, because it waits for others (a run for its steps)."""
     abandoned: bool = False
@@ -62,7 +62,7 @@ class Child:
     _readers: tuple[asyncio.Task[None], ...] = ()
 
     def send(self, message: dict[str, Any]) -> None:
-        """Write one line to the child itself. Never raises: a child that is gone hears nothing."""
+        """Write one line to the child itself. Never raises: a child that is gone receives nothing."""
         if self._channel is not None:
             self._channel.send(message)
 

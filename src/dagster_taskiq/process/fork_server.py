@@ -1,4 +1,4 @@
-"""A child process as the worker sees it: start, tell, interrupt, kill, wait until its whole tree is gone.
+"""Starts children: the warm process from which they are forked, as the worker sees it.
 
 The other side of `shim`. Knows processes, signals and asyncio; not what a child is for.
 """
@@ -54,7 +54,7 @@ class ForkServer:
     async def _start(self) -> None:
         self._discard()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        code = "from dagster_taskiq.process.shim import serve_from_argv; serve_from_argv()"
+        code = "from dagster_taskiq.process.fork_server_main import serve_from_argv; serve_from_argv()"
         with theirs:
             self._process = subprocess.Popen(  # noqa: S603, ASYNC220 - our own interpreter; a fork takes a millisecond
                 [sys.executable, "-c", code, str(theirs.fileno()), json.dumps(self._setup)],

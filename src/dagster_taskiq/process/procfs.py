@@ -1,4 +1,4 @@
-"""What Linux tells of processes in /proc. A leaf; the standard library only, because the shims use it."""
+"""What Linux shows of processes in /proc. A leaf; the standard library only, because the shims use it."""
 
 import os
 from pathlib import Path

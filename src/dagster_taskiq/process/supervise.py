@@ -28,7 +28,7 @@ class Processes(Protocol):
 
 
 class Observer(Protocol):
-    """Told of each stage when it happens; must not block and must not raise."""
+    """Called at each stage when it happens; must not block and must not raise."""
 
     def interrupting(self, pid: int, grace_s: float) -> None:
         """The SIGTERM is on its way."""
@@ -44,7 +44,7 @@ class ChildEnd:
     pid: int
     exit_code: int
     messages: tuple[dict[str, Any], ...]
-    """What the child said on its channel, in order."""
+    """The child's own messages, in order."""
     interrupted_at: float | None
     kill_at: float | None
     """When the SIGKILL was sent; None when the child went by itself."""

@@ -1,4 +1,4 @@
-"""Queues as an operator sees them: create them, look at them; and who we are. Knows attributes, not messages."""
+"""Queues for operators: create them, read their status; and our own identity. Knows attributes, not messages."""
 
 import asyncio
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ WORK_RETENTION_S: Final = 1_209_600
 
 @dataclass(frozen=True, slots=True)
 class QueueStatus:
-    """One queue as it is now. Counts are SQS's approximations; `warnings` are sentences for a person."""
+    """One queue as it is now. Counts are approximations by SQS; `warnings` are sentences for people."""
 
     role: str
     url: str
@@ -59,7 +59,7 @@ def queue_urls(queue_url: str) -> Mapping[str, str]:
 async def create_queues(
     client: "SQSClient", queue_url: str, *, visibility_timeout_s: int = 30, steps: bool = True
 ) -> tuple[str, ...]:
-    """Create those of the queues that do not exist; existing ones are left as they are. Returns the names created."""
+    """Create the queues that do not exist; existing ones are not changed. Returns the names of the new ones."""
     created = []
     for role, url in queue_urls(queue_url).items():
         if role == "steps" and not steps:
@@ -81,7 +81,7 @@ def _attributes(role: str, visibility_timeout_s: int, *, fifo: bool) -> dict[Any
         "MessageRetentionPeriod": str(WORK_RETENTION_S),
     }
     if role == "cancels":
-        # No redrive policy: every hand-back counts as a receive, so a dead-letter queue would swallow live cancels.
+        # No redrive policy: every hand-back counts as a receive, so a dead-letter queue would take live cancels.
         attributes |= {"VisibilityTimeout": str(CANCEL_VISIBILITY_S), "MessageRetentionPeriod": str(CANCEL_RETENTION_S)}
     if fifo:
         attributes |= {
@@ -93,7 +93,7 @@ def _attributes(role: str, visibility_timeout_s: int, *, fifo: bool) -> dict[Any
 
 
 async def queue_status(client: "SQSClient", queue_url: str) -> tuple[QueueStatus, ...]:
-    """What work, steps and cancel queue are like. A queue that does not exist is part of the answer, not an error."""
+    """The status of work, steps and cancel queue. A queue that does not exist is part of the answer, not an error."""
     return tuple([await _status(client, role, url) for role, url in queue_urls(queue_url).items()])
 
 
@@ -124,10 +124,10 @@ def _warnings(status: QueueStatus) -> tuple[str, ...]:
     if status.fifo != is_fifo(status.url):
         found.append(f"{status.name}: FIFO queues, and no others, have names that end in .fifo; sending will fail")
     if status.role == "cancels" and status.has_redrive:
-        found.append(f"{status.name}: remove its RedrivePolicy; it swallows cancel messages that are handed on")
+        found.append(f"{status.name}: remove its RedrivePolicy; it takes cancel messages that workers hand on")
     if status.role == "cancels" and status.visibility_timeout_s > 30:
         found.append(
-            f"{status.name}: lower its VisibilityTimeout to {CANCEL_VISIBILITY_S} s; a lost poll hides cancels"
+            f"{status.name}: lower its VisibilityTimeout to {CANCEL_VISIBILITY_S} s; a lost poll hides cancels so long"
         )
     if status.role == "cancels" and status.retention_s > 3_600:
         found.append(

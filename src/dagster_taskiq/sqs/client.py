@@ -1,7 +1,4 @@
-"""SQS itself: clients, queue names, limits, queues, and what its errors mean. The only module that knows botocore.
-
-Knows nothing of taskiq, of what messages contain, or of who sends and receives.
-"""
+"""Clients of SQS. Knows connections and limits; not queues, messages or taskiq."""
 
 import asyncio
 from contextlib import AsyncExitStack
@@ -18,7 +15,7 @@ MAX_BATCH: Final = 10
 
 
 class Connection:
-    """One warm client, opened at first use; it belongs to the event loop that is running then."""
+    """One warm client, opened when it is first used. It belongs to the event loop that is running then."""
 
     def __init__(self, region: str | None, endpoint_url: str | None) -> None:
         self.loop = asyncio.get_running_loop()
@@ -33,10 +30,10 @@ class Connection:
         async with self._opening:
             if self._client is None:
                 config = Config(
-                    # Polls, renewals and cancels share one pool: with the default of 10, polls starve renewals.
+                    # Polls, renewals and cancels share one pool: with the default of 10, renewals would wait for polls.
                     max_pool_connections=50,
                     connect_timeout=3,
-                    read_timeout=30,  # must outlast the longest long poll, 20 s
+                    read_timeout=30,  # must be longer than the longest long poll, 20 s
                     retries={"mode": "standard", "total_max_attempts": 3},
                 )
                 session = aioboto3.Session()
@@ -59,7 +56,7 @@ WARM_UP: Final = "dagster_taskiq.sqs.client:warm_up"
 
 
 def warm_up() -> None:
-    """Import and load what making a client takes, without a request and without looking for credentials."""
+    """Import and load what a new client needs, without a request and without looking for credentials."""
 
     async def make() -> None:
         known = {"aws_access_key_id": "warm-up", "aws_secret_access_key": "warm-up", "region_name": "us-east-1"}

@@ -1,4 +1,4 @@
-"""What botocore and its transport raise, in our words and with the next step. Knows error codes, not requests."""
+"""Errors of botocore and its transport in our words, with the next step. Knows error codes, not requests."""
 
 import re
 from collections.abc import Iterator
@@ -56,9 +56,9 @@ _TOO_LARGE: Final = {"BatchRequestTooLong"}
 
 @contextmanager
 def translated(queue_url: str, region: str | None = None, *, receipt: bool = False) -> Iterator[None]:
-    """What botocore and its transport raise inside leaves as one of our errors, with the next step in its text.
+    """Turn errors of botocore and its transport into ours, with the next step in the text.
 
-    `receipt`: the request names a receipt handle, so that a refusal of its parameters means a lost lease.
+    `receipt`: the request has a receipt handle, so refused parameters mean a lost lease.
     """
     try:
         yield
@@ -110,7 +110,7 @@ def _from_client(error: BotoCoreError, url: str, region: str | None) -> QueueErr
 
 
 def is_missing_permission(error: AccessDenied) -> bool:
-    """Whether the credentials are fine and only lack this permission."""
+    """Whether the credentials are valid and only this permission is missing."""
     cause = error.__cause__
     return isinstance(cause, ClientError) and str(cause.response["Error"].get("Code")).startswith("AccessDenied")
 

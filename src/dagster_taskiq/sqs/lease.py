@@ -1,4 +1,4 @@
-"""Keep one received message invisible, and settle it once. Knows time and three calls; not SQS, not what it means."""
+"""Keep one received message invisible, and settle it once. Knows time and three calls; not SQS, not its meaning."""
 
 import asyncio
 import time
@@ -13,39 +13,39 @@ from dagster_taskiq.sqs.settlement import Settlement
 logger = getLogger(__name__)
 
 MAX_LEASE_S: Final = 43_200
-"""SQS keeps a message invisible for twelve hours per receive; renewals do not extend that."""
+"""SQS keeps a message invisible for twelve hours per receive at most; renewals do not extend that."""
 RENEWALS: Final = 4
-"""How often the visibility is renewed before it would run out. Derived from it, so that it cannot be set wrong."""
+"""The visibility is renewed this many times before it would run out. Derived, so that it cannot be set wrong."""
 _MARGIN_S: Final = 5
 _SHORT_S: Final = 1.0
 _DELETE_TRIES: Final = 5
 
 
 class LeaseCalls(Protocol):
-    """What a lease does to its message. Each may raise `LeaseLost`, or another `QueueError` that may pass."""
+    """What a lease does with its message. Each call may raise `LeaseLost`, or a `QueueError` that may be temporary."""
 
     async def renew(self, timeout_s: int) -> None:
-        """Invisible for `timeout_s` from now."""
+        """Hide it for `timeout_s` seconds from now."""
 
     async def delete(self) -> None:
-        """Nobody shall receive it again."""
+        """Delete it, so that it is never received again."""
 
     async def hand_back(self, delay_s: int) -> None:
-        """Visible to everybody after `delay_s`."""
+        """Make it visible to everybody after `delay_s` seconds."""
 
 
 class Settle(Protocol):
-    """How to be rid of the message: a lease's `settle`."""
+    """Decide what happens to the message: a lease's `settle`."""
 
     async def __call__(self, settlement: Settlement, delay_s: int = 0) -> None:
-        """Only the first call counts."""
+        """Settle it; only the first call counts."""
 
 
 class Lease:
     """One received message: renewed from receipt (`start`) until it is settled or lost.
 
     Lost means: the queue says so, or the visibility has run out by our own clock. A lost lease never touches the
-    message again, because a stale receipt may free or delete what somebody else has received since.
+    message again, because an old receipt may release or delete a message that another receiver has now.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Lease:
         self._renew_every_s = visibility_timeout_s / RENEWALS if renew_every_s is None else renew_every_s
         self._name = name
         self.about: Mapping[str, str | None] = {}
-        """What lines of the log about it shall say, once it is known what the message is."""
+        """Facts for log lines about it, when it is known what the message is."""
         self._on_lost = on_lost
         self._clock = clock
         self._received_at = clock()
@@ -85,20 +85,20 @@ class Lease:
         return self._settled
 
     def start(self) -> "Lease":
-        """Begin to renew. Renew from receipt, not from start of work: the clock also runs while the message waits."""
+        """Begin to renew, at receipt and not at the start of work: the timeout also runs while the message waits."""
         self._renewal = asyncio.create_task(self._keep(), name=f"renew lease of {self._name}")
         return self
 
     def when_lost(self, callback: Callable[[], None]) -> None:
-        """Call it once when the lease is lost; at once when it is lost already."""
+        """Call `callback` once, when the lease is lost; at once when it is lost already."""
         self._on_lost = callback
         if self._lost:
             callback()
 
     async def settle(self, settlement: Settlement, delay_s: int = 0) -> None:
-        """Be rid of the message; only the first call counts, and none after a loss. Never raises a `QueueError`.
+        """Settle the message; only the first call counts, and none after a loss. Never raises a `QueueError`.
 
-        Goes on to its end when the calling task is cancelled meanwhile.
+        Continues to its end when the calling task is cancelled meanwhile.
         """
         if self._settled:
             return
@@ -117,13 +117,13 @@ class Lease:
             except LeaseLost:
                 logger.info("message was gone when it was handed back", extra={"lease": self._name, **self.about})
             except QueueError as error:
-                logger.warning("message could not be handed back; it returns by itself: %s", error)
+                logger.warning("message could not be handed back; it becomes visible later by itself: %s", error)
 
     async def _stop_renewal(self) -> None:
         self._stop.set()
         if self._renewal is None:
             return
-        # Let a renewal under way arrive: overtaken by the hand-back, it would hide the message again.
+        # Wait for a renewal that was sent: if it arrived after the hand-back, it would hide the message again.
         await asyncio.wait({self._renewal}, timeout=3)
         self._renewal.cancel()
         await asyncio.wait({self._renewal})
@@ -137,7 +137,7 @@ class Lease:
                 logger.warning("finished message was gone when it was deleted: %s", error)
             except QueueError as error:
                 if not tries_left or self._clock() + pause_s >= self._hidden_until:
-                    logger.error("finished message could not be deleted; it will be received again: %s", error)  # noqa: TRY400  the text says it all
+                    logger.error("finished message could not be deleted; it will be received again: %s", error)  # noqa: TRY400  the text is enough
                     return
                 await asyncio.sleep(pause_s)
                 pause_s *= 2
@@ -153,15 +153,15 @@ class Lease:
                     raise LeaseLost(f"{self._name}: its invisibility ran out")  # noqa: TRY301  one place for a loss
         except LeaseLost as error:
             self._lose(error)
-        except Exception as error:  # a renewal that broke leaves the message to others: that is a loss
-            logger.exception("lease renewal broke", extra={"lease": self._name, **self.about})
+        except Exception as error:  # without renewals others will get the message: the lease is lost
+            logger.exception("lease renewal failed", extra={"lease": self._name, **self.about})
             self._lose(error)
 
     async def _renew(self) -> bool:
         now = self._clock()
         timeout_s = min(self._visibility_timeout_s, self._received_at + MAX_LEASE_S - _MARGIN_S - now)
         if timeout_s < 1 <= self._visibility_timeout_s:
-            return True  # at the ceiling there is nothing to renew; what is left runs out
+            return True  # at the limit of SQS there is nothing to renew; the rest of the time runs out
         try:
             async with asyncio.timeout(max(0.0, self._hidden_until - now)):
                 await self._calls.renew(int(timeout_s))

@@ -1,8 +1,8 @@
-"""What AWS says to questions that change nothing: for `doctor`. Knows botocore; not what the answers mean.
+"""Requests to AWS that change nothing: for `doctor`. Knows botocore; not what the answers mean.
 
-SQS has no dry run. But it refuses a message that is too large, and a handle that is none: so a refusal for that reason
-changes nothing, and where a policy forbids the call, the answer is AccessDenied instead. (A body with a character that
-SQS does not allow would be smaller; emulators take it, and then it is in the queue.)
+SQS has no dry run. But it refuses a message that is too large, and a handle that is not valid. Such a request changes
+nothing, and when a policy forbids the call, the answer is AccessDenied instead. (A body with a character that SQS does
+not allow would be smaller, but emulators accept it, and then it is in the queue.)
 """
 
 import asyncio
@@ -17,6 +17,7 @@ import aioboto3
 from botocore.exceptions import BotoCoreError, ClientError
 
 from dagster_taskiq.errors import AccessDenied, DagsterTaskiqError, QueueMissing
+from dagster_taskiq.queue_names import is_fifo
 from dagster_taskiq.sqs.errors import MAX_MESSAGE_BYTES, is_missing_permission, translated
 
 _TOO_LARGE: Final = "x" * (MAX_MESSAGE_BYTES + 1)
@@ -26,9 +27,9 @@ Probe = Callable[[Any, str], Awaitable[Any]]
 
 
 async def _send(client: Any, url: str) -> None:
-    fifo = {"MessageGroupId": "doctor", "MessageDeduplicationId": "doctor"} if url.endswith(".fifo") else {}
+    fifo = {"MessageGroupId": "doctor", "MessageDeduplicationId": "doctor"} if is_fifo(url) else {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # of aiohttp, that a body is large
+        warnings.simplefilter("ignore", ResourceWarning)  # aiohttp warns about the large body
         await client.send_message(QueueUrl=url, MessageBody=_TOO_LARGE, **fifo)
 
 
@@ -59,7 +60,7 @@ PROBES: Final[Mapping[str, Probe]] = {
 
 @dataclass(frozen=True, slots=True)
 class QueueFacts:
-    """One queue: its attributes, or why they are not known."""
+    """One queue: its attributes, or the reason why they are not known."""
 
     attributes: Mapping[str, str] = field(default_factory=dict)
     error: DagsterTaskiqError | None = None
@@ -91,7 +92,7 @@ async def look_at_queue(client: Any, url: str) -> QueueFacts:
 
 
 async def may(client: Any, url: str, action: str) -> bool:
-    """Whether the credentials allow an action on a queue; True when it cannot be told."""
+    """Whether the credentials allow an action on a queue; True when that is not known."""
     try:
         with translated(url, client.meta.region_name):
             async with asyncio.timeout(_WITHIN_S):
@@ -104,7 +105,7 @@ async def may(client: Any, url: str, action: str) -> bool:
 
 
 async def has_credentials() -> bool:
-    """Whether there are any, wherever AWS's libraries look for them."""
+    """Whether there are any credentials, in any place where AWS's libraries look for them."""
     try:
         return await aioboto3.Session().get_credentials() is not None
     except BotoCoreError:
@@ -112,7 +113,7 @@ async def has_credentials() -> bool:
 
 
 async def bucket_error(bucket: str, region_name: str) -> str | None:
-    """Why a bucket cannot be used; None: it can be reached."""
+    """Why a bucket cannot be used; None: it can be used."""
     try:
         async with asyncio.timeout(_WITHIN_S), aioboto3.Session().client("s3", region_name=region_name) as s3:
             await s3.head_bucket(Bucket=bucket)

@@ -1,4 +1,4 @@
-"""The requests to one SQS queue, in our words and with our errors. Knows receipts and batches, not what bodies mean."""
+"""The requests to one SQS queue, with our errors. Knows receipts and batches, not what messages mean."""
 
 import asyncio
 import hashlib
@@ -27,7 +27,7 @@ _T = TypeVar("_T")
 
 
 class SQSQueue:
-    """One queue, by its URL; `client` gives the warm client of the running event loop."""
+    """One queue, by its URL; `client` returns the warm client of the running event loop."""
 
     def __init__(self, url: str, client: Callable[[], Awaitable["SQSClient"]]) -> None:
         self.url = url
@@ -42,7 +42,7 @@ class SQSQueue:
             await client.send_message(QueueUrl=self.url, MessageBody=body, **grouping)
 
     async def send_batch(self, bodies: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[int, str]:
-        """Send up to ten; the numbers of those that SQS refused, with the reason. Raises a `QueueError`."""
+        """Send up to ten; returns the numbers of those that SQS refused, with the reason. Raises a `QueueError`."""
         entries: list[Any] = [
             {"Id": str(number), "MessageBody": body, **grouping} for number, (body, grouping) in enumerate(bodies)
         ]
@@ -52,7 +52,7 @@ class SQSQueue:
         return {int(one["Id"]): one.get("Message") or one["Code"] for one in answer.get("Failed", [])}
 
     async def receive(self, *, at_most: int, wait_s: int, visibility_s: int) -> "list[MessageTypeDef]":
-        """One long poll. When it is cancelled, what it still brings within two seconds is handed back."""
+        """One long poll. When it is cancelled, messages that still come within two seconds are handed back."""
         client = await self._client()
         with translated(self.url, client.meta.region_name):
             request = client.receive_message(
@@ -70,7 +70,7 @@ class SQSQueue:
                 raise
 
     async def _last(self, receive: "asyncio.Future[Any]", within_s: float) -> None:
-        # An aborted long poll can swallow a message for a visibility timeout: let it end if it does so soon.
+        # An aborted long poll can hide a message for a visibility timeout: give it a moment to end.
         await asyncio.wait({receive}, timeout=within_s)
         if not receive.done():
             receive.cancel()
@@ -79,7 +79,7 @@ class SQSQueue:
             await self.hand_back([raw["ReceiptHandle"] for raw in receive.result().get("Messages", [])])
 
     async def change_visibility(self, receipt_handle: str, timeout_s: int) -> None:
-        """Hide one received message for that long from now. Raises `LeaseLost` or another `QueueError`."""
+        """Hide one received message for `timeout_s` seconds from now. Raises `LeaseLost` or another `QueueError`."""
         client = await self._client()
         with translated(self.url, client.meta.region_name, receipt=True):
             await client.change_message_visibility(
@@ -93,7 +93,7 @@ class SQSQueue:
             await client.delete_message(QueueUrl=self.url, ReceiptHandle=receipt_handle)
 
     async def delete_all(self, receipt_handles: Sequence[str]) -> None:
-        """Delete many. A failure is logged: they come again, and can be deleted then."""
+        """Delete many. A failure is logged: they are received again, and can be deleted then."""
         for batch in batches(receipt_handles):
             entries: list[Any] = [{"Id": str(n), "ReceiptHandle": handle} for n, handle in enumerate(batch)]
             try:
@@ -106,7 +106,7 @@ class SQSQueue:
                 _log_refused("deleted", answer.get("Failed", []))
 
     async def hand_back(self, receipt_handles: Sequence[str]) -> None:
-        """Make many visible at once. A failure is logged: they come back by themselves."""
+        """Make many visible at once. A failure is logged: they become visible later by themselves."""
         for batch in batches(receipt_handles):
             entries: list[Any] = [
                 {"Id": str(n), "ReceiptHandle": handle, "VisibilityTimeout": 0} for n, handle in enumerate(batch)
@@ -121,34 +121,34 @@ class SQSQueue:
                 _log_refused("handed back", answer.get("Failed", []))
 
     async def check(self) -> None:
-        """Ask for the queue. Raises `QueueMissing`, `QueueUnreachable` or `AccessDenied` with a line that says so."""
+        """Check that the queue is there. Raises `QueueMissing`, `QueueUnreachable` or `AccessDenied`."""
         client = await self._client()
         with translated(self.url, client.meta.region_name):
             await client.get_queue_attributes(QueueUrl=self.url, AttributeNames=["QueueArn"])
 
     def log_unreadable(self, message_id: str, error: Exception) -> None:
-        """Say once for each message that it is left to expire."""
+        """Log once for each message that it stays until it expires."""
         if self._unreadable.add(message_id, True):
             logger.warning("%s: unreadable message %s is left to expire: %s", self.url, message_id, error)
 
 
 class Receipt:
-    """One received message, as its lease sees it."""
+    """One received message: the three calls that its lease needs."""
 
     def __init__(self, queue: SQSQueue, receipt_handle: str) -> None:
         self._queue = queue
         self._handle = receipt_handle
 
     async def renew(self, timeout_s: int) -> None:
-        """Hide it for that long from now."""
+        """Hide it for `timeout_s` seconds from now."""
         await self._queue.change_visibility(self._handle, timeout_s)
 
     async def delete(self) -> None:
-        """Nobody shall receive it again."""
+        """Delete it, so that it is never received again."""
         await self._queue.delete(self._handle)
 
     async def hand_back(self, delay_s: int) -> None:
-        """Visible after that time."""
+        """Make it visible after `delay_s` seconds."""
         await self._queue.change_visibility(self._handle, delay_s)
 
 
@@ -159,7 +159,7 @@ def history(raw: "MessageTypeDef") -> tuple[int, float]:
 
 
 def grouping(is_fifo: bool, group: object, once: str | None = None) -> dict[str, str]:
-    """The group and deduplication ids of a message; `once` is a fresh id unless given."""
+    """The group and deduplication ids of a message; `once` is a new id unless given."""
     if is_fifo:
         once = uuid.uuid4().hex if once is None else group_id(once)
         return {"MessageGroupId": group_id(str(group or once)), "MessageDeduplicationId": once}
@@ -167,7 +167,7 @@ def grouping(is_fifo: bool, group: object, once: str | None = None) -> dict[str,
 
 
 def group_id(text: str) -> str:
-    """The text as a message group or deduplication id: at most 128 printable ASCII characters, distinct if it was."""
+    """The text as a message group or deduplication id: at most 128 printable ASCII characters, one id for each text."""
     if _GROUP_ID.fullmatch(text):
         return text
     digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
@@ -175,10 +175,10 @@ def group_id(text: str) -> str:
 
 
 def batches(items: Sequence[_T]) -> list[Sequence[_T]]:
-    """The items in portions that SQS takes."""
+    """The items in batches of the size that SQS accepts."""
     return [items[start : start + MAX_BATCH] for start in range(0, len(items), MAX_BATCH)]
 
 
 def _log_refused(verb: str, refused: Sequence[Mapping[str, Any]]) -> None:
     for one in refused:
-        logger.info("message not %s (%s): somebody else may have it", verb, one.get("Code"))
+        logger.info("message not %s (%s): another receiver may have it", verb, one.get("Code"))

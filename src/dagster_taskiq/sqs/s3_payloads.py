@@ -1,6 +1,6 @@
-"""Payloads too large for a message of SQS, in an S3 bucket under their task id. Knows botocore; not what they say.
+"""Payloads too large for a message of SQS, in an S3 bucket by their task id. Knows botocore; not their content.
 
-The messages never name an object, so whoever can write to a queue cannot make a worker read another one.
+Messages never name an object, so with access to a queue one cannot make a worker read another object.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ MAX_PAYLOAD_BYTES: Final = 64 * 1024 * 1024
 
 
 class PayloadBucket:
-    """The objects of one bucket. For another endpoint than AWS's own, set the variable `AWS_ENDPOINT_URL_S3`."""
+    """The objects of one bucket. For another endpoint than that of AWS, set the variable `AWS_ENDPOINT_URL_S3`."""
 
     def __init__(self, bucket: str, region_name: str) -> None:
         self.bucket = bucket
@@ -27,7 +27,7 @@ class PayloadBucket:
         self._client: Any = None
 
     async def put(self, task_id: str, payload: str) -> None:
-        """Keep the payload of a task. Raises `PayloadUnavailable`."""
+        """Store the payload of a task. Raises `PayloadUnavailable`."""
         await self._request("put_object", task_id, Body=payload.encode())
 
     async def get(self, task_id: str) -> str:
@@ -40,7 +40,7 @@ class PayloadBucket:
         return data.decode("ascii", errors="replace")
 
     async def delete(self, task_id: str) -> None:
-        """Forget it. Raises `PayloadUnavailable`."""
+        """Delete the payload of a task. Raises `PayloadUnavailable`."""
         await self._request("delete_object", task_id)
 
     async def close(self) -> None:
@@ -60,5 +60,5 @@ class PayloadBucket:
         except (ClientError, BotoCoreError, OSError) as error:
             cause = " ".join(str(error).split())
             raise PayloadUnavailable(
-                f"s3://{self.bucket}/{key}: {cause}; look at payload_bucket and at the permissions on it"
+                f"s3://{self.bucket}/{key}: {cause}; check payload_bucket and the permissions on it"
             ) from error

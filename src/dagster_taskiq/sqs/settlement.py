@@ -1,4 +1,4 @@
-"""What becomes of a received message: one table. Knows neither SQS nor what the work was."""
+"""What happens to a received message: one table. Knows neither SQS nor what the work was."""
 
 import enum
 from collections.abc import Mapping
@@ -9,18 +9,18 @@ from dagster_taskiq.cancellation.model import CancelKind
 
 
 class Settlement(enum.Enum):
-    """The three ways to be rid of a leased message."""
+    """The three ways to settle a leased message."""
 
     DELETE = "delete"
-    """The work is over; nobody shall receive it again."""
+    """The work has ended; the message is never received again."""
     HAND_BACK = "hand back"
-    """Visible again (at once, or after a delay) for somebody else."""
+    """Visible again, at once or after a delay, for another worker."""
     LEAVE = "leave"
-    """No longer ours to decide; whatever the queue does with it is right."""
+    """The message is no longer ours; the queue decides."""
 
 
 class Settled(NamedTuple):
-    """What is to become of a message. `delay_s`: of a hand-back, until others can receive it."""
+    """What has to happen to a message. `delay_s`: seconds until others can receive a message that is handed back."""
 
     settlement: Settlement
     delay_s: int = 0

@@ -4,8 +4,8 @@ Knows Dagster's event log and the workers' heartbeats; not SQS, not processes. A
 
 Two receivers of one message both append their claim before they read the log, so at least one of them sees the other.
 Their order in the log alone does not decide: PostgreSQL gives ids before it commits, so an earlier claim can become
-visible after a later one has been read, and acted upon. Therefore nobody starts beside a rival: the later one gives
-way to the earlier one, and the earlier one waits until it has (`rival`).
+visible after a later one has been read and acted upon. Therefore no worker starts while there is a rival: the later one
+gives way to the earlier one, and the earlier one waits for that (`rival`).
 """
 
 from dataclasses import dataclass, field
@@ -32,7 +32,7 @@ class Owner:
     in_doubt: bool = False
     """Its heartbeat is old, but it is too early to call it dead."""
     beside: tuple[str, ...] = field(default=(), compare=False)
-    """Others that have claimed it, too, and not released it."""
+    """Other workers that have also claimed it and not released it."""
 
 
 def _beside(claimants: dict[str, None], owner: str) -> tuple[str, ...]:
@@ -40,27 +40,27 @@ def _beside(claimants: dict[str, None], owner: str) -> tuple[str, ...]:
 
 
 class Claims:
-    """Read and write claims; whether a claimant is alive is for `heartbeats` to say."""
+    """Reads and writes claims. `heartbeats` decides whether a claimant is alive."""
 
     def __init__(self, instance: DagsterInstance, heartbeats: Heartbeats) -> None:
         self.instance = instance
         self.heartbeats = heartbeats
 
     def claim(self, run: DagsterRun, worker_id: str, task_id: str, where: str, step_key: str | None = None) -> None:
-        """Append the claim. Whether it counts is for `owner` or `first_claimant`, and `rival`, to say afterwards."""
+        """Append the claim. Afterwards `owner` or `first_claimant`, and `rival`, show whether it counts."""
         append_event(self.instance, run, picked_up(worker_id, task_id, where), step_key)
 
     def release(self, run: DagsterRun, worker_id: str, task_id: str, why: str, step_key: str | None = None) -> None:
-        """Give the claim up, so that another worker's counts although this one is alive."""
+        """Give up the claim, so that another worker's claim counts although this worker is alive."""
         append_event(self.instance, run, released(worker_id, task_id, why), step_key)
 
     def is_waiting(self, run_id: str) -> bool:
-        """Whether the run was submitted (launched, or resumed) and nobody has claimed that task."""
+        """Whether the run was submitted (launched, or resumed) and no worker has claimed that task."""
         submitted, claimed = None, set()
         for stage, facts in read_engine_events(self.instance, run_id):
             if stage is Stage.SUBMITTED:
                 submitted = facts.get(TASK_ID_KEY)
-            elif stage is Stage.PICKED_UP:  # the worker may be quicker than the launcher's note
+            elif stage is Stage.PICKED_UP:  # the worker may be faster than the launcher's event
                 claimed.add(facts.get(TASK_ID_KEY))
         return submitted is not None and submitted not in claimed
 
@@ -69,7 +69,7 @@ class Claims:
         return next(iter(self._claimants(run_id, step)), None)
 
     def owner(self, run_id: str, me: str | None = None) -> Owner | None:
-        """The first claimant that is alive; if none is, the last one; None when nobody has claimed the run.
+        """The first claimant that is alive; if none is, the last one; None when no worker has claimed the run.
 
         `me` is alive by definition.
         """
@@ -87,18 +87,18 @@ class Claims:
         return Owner([*claimants][-1], alive=False)
 
     def rival(self, run_id: str, me: str, step: StepRef | None = None) -> str | None:
-        """Another worker that has claimed the same and not given way.
+        """Another worker that has claimed the same work and not given way.
 
-        One that is dead is none, except for a step: it may have executed it.
+        A dead worker is not a rival, except for a step: it may have executed the step.
         """
         others = [worker_id for worker_id in self._claimants(run_id, step) if worker_id != me]
         counting = self.heartbeats.alive(others) if step is None else others
         return next((worker_id for worker_id in others if worker_id in counting), None)
 
     def release_dead_claims(self, run: DagsterRun, me: str, task_id: str) -> None:
-        """Release what dead workers have claimed, in their name, now that this one has taken over.
+        """Release the claims of dead workers, in their name, after this worker has taken over.
 
-        One of them may only have hung. When it comes to, it finds that its claim is gone.
+        One of them may only hang. When it continues, it finds that its claim is gone.
         """
         others = [worker_id for worker_id in self._claimants(run.run_id) if worker_id != me]
         alive = self.heartbeats.alive(others)

@@ -32,7 +32,7 @@ CANCELLATION_REQUESTED: Final = "Requested Taskiq task cancellation."
 
 
 class Stage(enum.StrEnum):
-    """What an event tells, for programs; in the event's metadata under `dagster-taskiq/stage`."""
+    """What an event reports, for programs; in the event's metadata under `dagster-taskiq/stage`."""
 
     SUBMITTED = "submitted"
     PICKED_UP = "picked_up"
@@ -58,7 +58,7 @@ class Stage(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class EngineEvent:
-    """One engine event to be. `at` is in seconds since the epoch; None: when it is written."""
+    """One engine event, before it is written. `at` is in seconds since the epoch; None: the time of writing."""
 
     stage: Stage
     message: str
@@ -82,14 +82,14 @@ def picked_up(worker_id: str, task_id: str, where: str) -> EngineEvent:
 
 
 def released(worker_id: str, task_id: str, why: str) -> EngineEvent:
-    """The worker gives its claim up."""
+    """The worker gives up its claim."""
     return EngineEvent(
         Stage.RELEASED, f"released by worker {worker_id}: {why}", {WORKER_KEY: worker_id, TASK_ID_KEY: task_id}
     )
 
 
 def requested(task_id: str, reason: str | None, requested_by: str) -> EngineEvent:
-    """The cancel message is on its way."""
+    """The cancel message was sent."""
     facts: dict[str, str | int | float] = {TASK_ID_KEY: task_id, BY_KEY: requested_by}
     if reason:
         facts[REASON_KEY] = reason
@@ -97,12 +97,12 @@ def requested(task_id: str, reason: str | None, requested_by: str) -> EngineEven
 
 
 def cleanup_handlers(names: Sequence[str]) -> EngineEvent:
-    """What will have to be done should the run be cancelled."""
+    """What has to be done if the run is cancelled."""
     return EngineEvent(Stage.CLEANUP_HANDLERS, f"cleanup handlers, should the run be cancelled: {_listed(names)}")
 
 
 def cleanup_began(worker_id: str, names: Sequence[str]) -> EngineEvent:
-    """The work has stopped; what was cut short is being cleared up."""
+    """The work has stopped; the handlers of what was cut short are running."""
     return EngineEvent(
         Stage.CLEANUP_BEGAN, f"cleaning up on worker {worker_id}: {_listed(names)}", {WORKER_KEY: worker_id}
     )
@@ -113,7 +113,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def cleanup(handler: str, attempt: int, seconds: float, error: str | None, then: str = "") -> EngineEvent:
-    """One attempt of one handler. `then`: what follows when it has failed."""
+    """One attempt of one handler. `then`: what happens next when it has failed."""
     facts: dict[str, str | int | float] = {HANDLER_KEY: handler, ATTEMPT_KEY: attempt, "seconds": round(seconds, 3)}
     how = f"(attempt {attempt}, {seconds:.1f} s{f'; {then}' if then else ''})"
     if error is None:
@@ -123,13 +123,13 @@ def cleanup(handler: str, attempt: int, seconds: float, error: str | None, then:
     )
 
 
-def with_facts(note: EngineEvent, facts: Mapping[str, str | int | float]) -> EngineEvent:
-    """The same, and these facts."""
-    return replace(note, facts={**note.facts, **facts})
+def with_facts(event: EngineEvent, facts: Mapping[str, str | int | float]) -> EngineEvent:
+    """The same event with additional facts."""
+    return replace(event, facts={**event.facts, **facts})
 
 
 def cleanup_ended(reasons: Sequence[str]) -> EngineEvent:
-    """All handlers have ended. `reasons`: of those that failed."""
+    """All handlers have ended. `reasons`: one for each that failed."""
     if not reasons:
         return EngineEvent(Stage.CLEANUP_ENDED, "cleanup finished")
     facts = {FAILED_KEY: "\n".join(reasons)}
@@ -137,12 +137,12 @@ def cleanup_ended(reasons: Sequence[str]) -> EngineEvent:
 
 
 def cleanup_failed(reasons: Sequence[str]) -> str:
-    """Why the run is a failure and not canceled."""
+    """Why the run is FAILURE and not CANCELED."""
     return f"cleanup failed: {'; '.join(reasons)}"
 
 
 def request_failed(error: str, status_poll_s: float) -> EngineEvent:
-    """The cancel message could not be sent; the other channel does the work."""
+    """The cancel message could not be sent; the second channel has to carry the cancellation."""
     return EngineEvent(
         Stage.NOT_REQUESTED,
         "The cancel message could not be sent; the worker will see the run's status in the database within"
@@ -152,12 +152,12 @@ def request_failed(error: str, status_poll_s: float) -> EngineEvent:
 
 
 def no_task_id() -> EngineEvent:
-    """Nothing of ours can be running this."""
+    """No worker of ours can have this run."""
     return EngineEvent(Stage.NOT_REQUESTED, TASK_ID_MISSING)
 
 
 def cancellation_disabled() -> EngineEvent:
-    """The configuration says that there is no cancellation."""
+    """Cancellation is switched off by the configuration."""
     return EngineEvent(
         Stage.NOT_REQUESTED,
         "Cancellation is disabled (enable_cancellation: false); the run goes on. Enable it in the run launcher's"
@@ -166,7 +166,7 @@ def cancellation_disabled() -> EngineEvent:
 
 
 def reached(worker_id: str, cancellation: Cancellation) -> EngineEvent:
-    """The worker that runs it has heard of it."""
+    """The cancellation has reached the worker that has the run."""
     after = ""
     if cancellation.requested_at is not None:
         after = f" after {max(0, round((cancellation.received_at - cancellation.requested_at) * 1000))} ms"
@@ -185,14 +185,14 @@ def reached(worker_id: str, cancellation: Cancellation) -> EngineEvent:
 
 
 def interrupting(pid: int, grace_s: float, at: float) -> EngineEvent:
-    """SIGTERM."""
+    """The leader gets SIGTERM."""
     return EngineEvent(
         Stage.INTERRUPTING, f"interrupting pid {pid}: SIGTERM, then {grace_s:g} s of grace", {"pid": pid}, at
     )
 
 
 def killed(pid: int, waited_s: float, shield: str | None, at: float) -> EngineEvent:
-    """SIGKILL. `shield`: in which it was."""
+    """The process tree gets SIGKILL. `shield`: the name of the one in which the op was."""
     inside = f" (inside the shield {shield!r})" if shield is not None else ""
     facts: dict[str, str | int | float] = {"pid": pid}
     if shield is not None:
@@ -210,7 +210,7 @@ def tree_gone(
 ) -> EngineEvent:
     """Proof of stop. `after_s`: since the interrupt, if there was one.
 
-    `ended` is for steps only: whether the step has said how it ended; if not, `step_lost` follows.
+    `ended` is for steps only: whether the step has reported how it ended; if not, `step_lost` follows.
     """
     after = f" after {after_s:.3f} s" if after_s is not None else ""
     what = f"; had to kill {', '.join(killed_processes)}" if killed_processes else ""
@@ -223,7 +223,7 @@ def tree_gone(
 
 
 def left_behind(killed_processes: tuple[str, ...]) -> EngineEvent:
-    """The run ended and left processes that did not."""
+    """The run ended, and some of its processes did not."""
     return EngineEvent(
         Stage.LEFT_BEHIND, f"the run left processes behind, which were killed: {', '.join(killed_processes)}"
     )
@@ -236,7 +236,7 @@ def finished_all_the_same() -> EngineEvent:
     )
 
 
-def mended(what: str) -> EngineEvent:
+def restored(what: str) -> EngineEvent:
     """A late writer had overwritten the final state."""
     return EngineEvent(Stage.MENDED, f"{what}: restoring the final state")
 
@@ -249,7 +249,7 @@ def step_submitted(task_id: str, queue: str) -> EngineEvent:
 
 
 def forwarding(steps: Sequence[str], patience_s: float) -> EngineEvent:
-    """The run is being stopped, and its executor passes it on to the steps that are at work."""
+    """The run is being stopped, and its executor forwards that to the running steps."""
     which = f" ({_listed(steps)})" if steps else ""
     return EngineEvent(
         Stage.FORWARDING,
@@ -259,12 +259,12 @@ def forwarding(steps: Sequence[str], patience_s: float) -> EngineEvent:
 
 
 def steps_stopped(steps: int, after_s: float) -> EngineEvent:
-    """All steps that were at work have stopped."""
+    """All running steps have stopped."""
     return EngineEvent(Stage.STEPS_STOPPED, f"{steps} steps stopped after {after_s:.3f} s", {"steps": steps})
 
 
 def steps_not_stopped(steps: Sequence[str], waited_s: float) -> EngineEvent:
-    """The bound was hit."""
+    """Some steps had not stopped within the limit."""
     return EngineEvent(
         Stage.STEPS_STOPPED,
         f"{len(steps)} steps had not stopped after {waited_s:.1f} s and are no longer waited for; their workers stop"
@@ -275,7 +275,7 @@ def steps_not_stopped(steps: Sequence[str], waited_s: float) -> EngineEvent:
 
 
 def waiting_for_steps(steps: Sequence[str]) -> EngineEvent:
-    """All steps have ended, but not yet all of their processes."""
+    """All steps have ended, but not all of their processes."""
     return EngineEvent(
         Stage.WAITING_FOR_STEPS,
         f"waiting for {len(steps)} steps to run their hooks and to give back their resources: {_listed(steps)}",
@@ -284,6 +284,6 @@ def waiting_for_steps(steps: Sequence[str]) -> EngineEvent:
 
 
 def step_lost(worker_id: str, task_id: str, why: str, *, retry: bool) -> EngineEvent:
-    """The step's process is gone and has not said how the step ended; its run decides what follows."""
+    """The step's process is gone and has not reported how the step ended; its run decides what follows."""
     facts: dict[str, str | int | float] = {WORKER_KEY: worker_id, TASK_ID_KEY: task_id, WHY_KEY: why, RETRY_KEY: retry}
     return EngineEvent(Stage.STEP_LOST, f"step lost on worker {worker_id}: {why}", facts)

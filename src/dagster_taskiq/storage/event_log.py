@@ -1,4 +1,4 @@
-"""What is new in a run's event log? Knows Dagster's event log, and nothing else. Calls block on the database."""
+"""Reading and writing a run's event log. Knows only Dagster's event log. Calls block on the database."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ _EVERY_KIND: Final = set(DagsterEventType)
 
 
 class RunLog:
-    """The run's event log, from where it was last read.
+    """The run's event log, from the place where it was last read.
 
-    On PostgreSQL ids are given before events are committed, so one with a smaller id can appear after one with a
-    larger id has been read. Therefore it is read again now and then from a little earlier.
+    PostgreSQL gives ids before it commits events, so an event with a smaller id can appear after one with a larger id
+    has been read. Therefore the last part of the log is read again from time to time.
     """
 
     def __init__(self, instance: DagsterInstance, run_id: str) -> None:
@@ -37,7 +37,7 @@ class RunLog:
         self._seen_before: set[int] = set()
 
     def new_events(self) -> Iterator[DagsterEvent]:
-        """What has been written since."""
+        """The events written since the last call."""
         while True:
             page = retry_storage(
                 lambda: self._instance.get_records_for_run(
@@ -51,7 +51,7 @@ class RunLog:
                 return
 
     def look_again(self) -> None:
-        """Have the next `new_events` begin where the log had been read at the last call of this."""
+        """Make the next `new_events` begin where the log had been read to at the last call of `look_again`."""
         self._cursor, self._checkpoint = self._checkpoint, self._cursor
         self._seen_before, self._seen = self._seen, set()
 
@@ -75,22 +75,22 @@ class StepRef:
     task_id: str
 
 
-def append_event(instance: DagsterInstance, run: DagsterRun, note: EngineEvent, step_key: str | None = None) -> None:
+def append_event(instance: DagsterInstance, run: DagsterRun, event: EngineEvent, step_key: str | None = None) -> None:
     """Append one engine event to the run's log, with the time at which it happened."""
-    error = error_info(note.error) if note.error else None
-    data = EngineEventData(metadata={STAGE_KEY: note.stage.value, **note.facts}, error=error)
-    event = DagsterEvent(
+    error = error_info(event.error) if event.error else None
+    data = EngineEventData(metadata={STAGE_KEY: event.stage.value, **event.facts}, error=error)
+    dagster_event = DagsterEvent(
         event_type_value=DagsterEventType.ENGINE_EVENT.value,
         job_name=run.job_name,
-        message=note.message,
+        message=event.message,
         event_specific_data=data,
         step_key=step_key,
     )
-    instance.report_dagster_event(event, run.run_id, timestamp=note.at)
+    instance.report_dagster_event(dagster_event, run.run_id, timestamp=event.at)
 
 
 def parse_event(event: DagsterEvent) -> tuple[Stage, dict[str, Any]] | None:
-    """Stage and metadata, if the event is one of this package's."""
+    """Stage and metadata, if the event is one of this package."""
     metadata = getattr(event.event_specific_data, "metadata", None) if event.is_engine_event else None
     if not metadata or STAGE_KEY not in metadata or metadata[STAGE_KEY].value not in _STAGES:
         return None
@@ -101,15 +101,15 @@ def parse_event(event: DagsterEvent) -> tuple[Stage, dict[str, Any]] | None:
 def read_engine_events(
     instance: DagsterInstance, run_id: str, step: StepRef | None = None
 ) -> Iterator[tuple[Stage, dict[str, Any]]]:
-    """Stage and metadata of this package's engine events in the run's log, in order: the run's own, or one step's."""
+    """Stage and metadata of this package's engine events in a run's log, in order: those of the run, or of one step."""
     if step is not None:
         for event in events_of_step(instance, run_id, step.step_key, [DagsterEventType.ENGINE_EVENT]):
-            note = parse_event(event)
-            if note is not None and note[1].get(TASK_ID_KEY) == step.task_id:
-                yield note
+            parsed = parse_event(event)
+            if parsed is not None and parsed[1].get(TASK_ID_KEY) == step.task_id:
+                yield parsed
         return
     for entry in instance.all_logs(run_id, of_type=DagsterEventType.ENGINE_EVENT):
         event_ = event_of(entry)
-        note = parse_event(event_) if event_ is not None and event_.step_key is None else None
-        if note is not None:
-            yield note
+        parsed = parse_event(event_) if event_ is not None and event_.step_key is None else None
+        if parsed is not None:
+            yield parsed

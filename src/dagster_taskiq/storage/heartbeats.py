@@ -1,4 +1,4 @@
-"""Which workers are alive? A heartbeat is a value in Dagster's key-value storage, written by its worker only.
+"""Which workers are alive? A heartbeat is a value in Dagster's key-value storage, written only by its worker.
 
 Knows that storage and time; not runs, not SQS, not processes. All calls block on the database.
 """
@@ -21,7 +21,7 @@ _FORGOTTEN_AFTER_S: Final = 7 * 24 * 3_600
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """The last one of a worker. `at` is by that worker's clock, in seconds since the epoch."""
+    """The last heartbeat of a worker. `at` is by that worker's clock, in seconds since the epoch."""
 
     worker_id: str
     at: float
@@ -30,12 +30,12 @@ class Heartbeat:
 
 
 class Heartbeats:
-    """Reads and writes heartbeats, and judges them.
+    """Reads and writes heartbeats, and decides which workers are dead.
 
-    An old heartbeat alone does not make a dead worker: when the database comes back after an outage all of them are
-    old, and the clocks of two machines may differ. So dead is who said that it is gone, or whose heartbeat is older
-    than `dead_after_s` *and* still the same `confirm_s` after it was first seen to be so, by this process's own clock.
-    A look that failed in between counts for nothing, and the waiting begins anew. Therefore keep the object.
+    An old heartbeat alone does not mean that a worker is dead: after an outage of the database all of them are old, and
+    the clocks of two machines may differ. A worker is dead when it has reported its end, or when its heartbeat is older
+    than `dead_after_s` *and* still the same `confirm_s` after that was first seen, by this process's own clock. When a
+    look in between failed, the waiting starts again. Therefore keep the object.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class Heartbeats:
 
     @classmethod
     def of_runs(cls, instance: DagsterInstance, settings: Settings) -> "Heartbeats":
-        """Judged so that a dead worker's run is taken over when its message comes again."""
+        """For runs: a dead worker's run is taken over when its message comes again."""
         return cls(instance, settings.dead_after_s, settings.death_confirmed_after_s)
 
     @classmethod
     def of_steps(cls, instance: DagsterInstance, settings: Settings) -> "Heartbeats":
-        """Judged later, so that a dead worker's children are gone before a step is tried again."""
+        """For steps: later, so that a dead worker's children are gone before a step is tried again."""
         return cls(instance, settings.step_lost_after_s, settings.death_confirmed_after_s)
 
     @property
@@ -71,11 +71,11 @@ class Heartbeats:
         return self._confirm_s
 
     def beat(self, worker_id: str, facts: Mapping[str, Any] | None = None) -> None:
-        """Say that the worker is alive, and what else is to be known of it."""
+        """Write that the worker is alive, and other facts about it."""
         self._write(worker_id, {"at": self._clock(), **(facts or {})})
 
     def gone(self, worker_id: str) -> None:
-        """Say that the worker has ended, so that nobody waits for its heartbeat to grow old."""
+        """Write that the worker has ended, so that nobody has to wait until its heartbeat is old."""
         self._write(worker_id, {"at": self._clock(), "gone": True})
 
     def alive(self, worker_ids: Iterable[str]) -> set[str]:
@@ -84,7 +84,7 @@ class Heartbeats:
         return alive | in_doubt
 
     def look(self, worker_ids: Iterable[str]) -> tuple[set[str], set[str]]:
-        """Those that are alive, and those in doubt, for whom another look after `confirm_s` may tell."""
+        """Those that are alive, and those in doubt: look at these again after `confirm_s`."""
         wanted = set(worker_ids)
         if not wanted:
             return set(), set()
@@ -100,11 +100,11 @@ class Heartbeats:
         }
 
     def last(self) -> list[Heartbeat]:
-        """The last heartbeat of every worker, also of those that are gone, for as long as it is remembered."""
+        """The last heartbeat of every worker, also of those that are gone, as long as it is stored."""
         return [_heartbeat(key, value) for key, value in values_under(self._instance, _PREFIX).items()]
 
     def forget_the_long_dead(self) -> None:
-        """Delete the heartbeats of workers that have not been heard of for a week."""
+        """Delete the heartbeats of workers that have written none for a week."""
         oldest = self._clock() - _FORGOTTEN_AFTER_S
         delete_values(self._instance, [_PREFIX + last.worker_id for last in self.last() if last.at < oldest])
 
@@ -113,13 +113,13 @@ class Heartbeats:
         with self._lock:
             if last is not None and last.gone:
                 return "dead"
-            # One from the future is as little to be trusted as one from the past.
+            # A heartbeat from the future is as wrong as one from the past.
             if last is not None and abs(self._clock() - last.at) < self._dead_after_s:
                 self._suspects.pop(worker_id, None)
                 return "alive"
             now = self._monotonic()
             before, since = self._suspects.get(worker_id, (value, now))
-            if before != value:  # whatever its clock says, it has written
+            if before != value:  # its clock may be wrong, but it has written
                 self._suspects[worker_id] = (value, now)
                 return "alive"
             self._suspects[worker_id] = (value, since)

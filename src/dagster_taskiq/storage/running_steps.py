@@ -17,15 +17,15 @@ class _Attempt:
     claimants: dict[str, None] = field(default_factory=dict)
     """Workers that have claimed it and not released it, in the order of their claims."""
     over_on: set[str] = field(default_factory=set)
-    """Workers that are done with it."""
+    """Workers that have finished it."""
 
 
 class RunningSteps:
-    """Which attempts of a run's steps are at work on which worker, as its event log tells it.
+    """Which attempts of a run's steps are running on which worker, by the run's event log.
 
-    An attempt is at work until its worker says that its processes are gone. The step's last event comes before that:
-    hooks, and resources that are given back, come after it. In whichever order the log is read, the outcome is the
-    same, for PostgreSQL may show an earlier event after a later one.
+    An attempt is running until its worker reports that its processes are gone. The step's last event comes before
+    that: then hooks run, and resources are released. The result does not depend on the order in which the log is read,
+    because PostgreSQL may show an earlier event after a later one.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class RunningSteps:
 
     @property
     def workers(self) -> dict[str, str]:
-        """Task id to worker: the first claimant, for a later one gives way."""
+        """Task id to worker: the first claimant, because a later one gives way."""
         return {task_id: next(iter(attempt.claimants)) for task_id, attempt in self._open.items()}
 
     @property
@@ -44,10 +44,10 @@ class RunningSteps:
 
     def handle_event(self, event: DagsterEvent) -> None:
         """Take in the next event of the log."""
-        note = parse_event(event) if event.step_key is not None else None
-        if note is None or event.step_key is None:
+        parsed = parse_event(event) if event.step_key is not None else None
+        if parsed is None or event.step_key is None:
             return
-        stage, facts = note
+        stage, facts = parsed
         worker_id, task_id = str(facts.get(WORKER_KEY)), str(facts.get(TASK_ID_KEY))
         attempt = self._attempts.setdefault(task_id, _Attempt(event.step_key))
         if stage is Stage.PICKED_UP:
@@ -65,14 +65,14 @@ class RunningSteps:
             self._open[task_id] = attempt
 
     def close(self, task_id: str) -> None:
-        """It is no longer at work: its worker is dead."""
+        """It is no longer running: its worker is dead."""
         attempt = self._open.pop(task_id, None)
         if attempt is not None:
             attempt.over_on.update(attempt.claimants)
 
 
 def running_steps(instance: DagsterInstance, run_id: str) -> RunningSteps:
-    """The steps of a run that are at work, as far as its log knows: the worker of one may have died since."""
+    """The running steps of a run, by its log: a worker of one of them may have died since."""
     found = RunningSteps()
     for entry in instance.all_logs(run_id, of_type=DagsterEventType.ENGINE_EVENT):
         event = event_of(entry)
@@ -82,25 +82,25 @@ def running_steps(instance: DagsterInstance, run_id: str) -> RunningSteps:
 
 
 class StopOfSteps:
-    """Steps that are being stopped: who is still to be told, and whether it has taken too long. Does neither itself."""
+    """Steps that are being stopped: which still need a cancel, and whether it takes too long. Sends nothing itself."""
 
     def __init__(self, patience_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         """`patience_s`: seconds that the steps may take, from now."""
         self.patience_s = patience_s
         self.cancelled: set[str] = set()
-        """Task ids of those that were told."""
+        """Task ids of the steps that were cancelled."""
         self._clock = clock
         self._began = clock()
 
     def not_yet_cancelled(self, task_ids: Iterable[str]) -> list[str]:
-        """Those that are to be told now; also a step that was claimed only after the others were told."""
+        """Those that have to be cancelled now, also a step that was claimed after the others were cancelled."""
         late = [task_id for task_id in task_ids if task_id not in self.cancelled]
         self.cancelled.update(late)
         return late
 
     @property
     def waited_s(self) -> float:
-        """Seconds since it began."""
+        """Seconds since the stop began."""
         return self._clock() - self._began
 
     @property

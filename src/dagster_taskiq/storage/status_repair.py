@@ -1,18 +1,18 @@
-"""Which state of a run is the true one where somebody wrote too late, and how it is given back.
+"""Which status of a run is the true one when somebody wrote another one too late, and how it is restored.
 
 Knows the events that set the status of a run; not who writes them, or how a run ends. The reasons are in
-docs/decisions/003: Dagster's transitions are unguarded, so whoever has written looks at the log afterwards.
+docs/decisions/003: Dagster does not check its transitions, so each writer looks at the log afterwards.
 All calls block on the database.
 """
 
-import time
 from collections.abc import Sequence
 from typing import Final
 
 from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus
 
+from dagster_taskiq._retry import poll_until
 from dagster_taskiq.dagster_compat.storage import event_of
-from dagster_taskiq.storage.engine_events import mended
+from dagster_taskiq.storage.engine_events import restored
 from dagster_taskiq.storage.event_log import append_event
 
 _STATUS_AFTER: Final = {
@@ -37,29 +37,29 @@ def terminal_events(instance: DagsterInstance, run_id: str) -> list[DagsterEvent
 
 
 def true_status(history: Sequence[DagsterEventType]) -> DagsterRunStatus:
-    """CANCELED if there ever was one, whatever came after it; otherwise what the first terminal event says."""
+    """CANCELED if the run ever was, whatever came after it; otherwise that of the first terminal event."""
     return _STATUS_AFTER[_true_event(history)]
 
 
 def restore(instance: DagsterInstance, run: DagsterRun, history: Sequence[DagsterEventType]) -> DagsterRunStatus:
-    """Write the true one of these terminal events again; returns the status that the run has by it.
+    """Write the true one of these terminal events again, and return the status that it gives to the run.
 
-    Not where it is the last word of the log and its status follows within a second: Dagster writes the event first
-    and then the status, and its writer may be between the two.
+    It is not written again when it is the last event of the log and its status follows within a second: Dagster writes
+    the event first and then the status, and its writer may be between the two.
     """
     true, status = _true_event(history), true_status(history)
     if _events(instance, run.run_id, _SETS_A_STATUS)[-1:] == [true] and _has_or_gets(instance, run.run_id, status):
         return status
-    append_event(instance, run, mended(f"the run is {status.value}, and a late event made it {run.status.value}"))
+    append_event(instance, run, restored(f"the run is {status.value}, and a late event made it {run.status.value}"))
     event = DagsterEvent(true.value, run.job_name, message=f"The run stays {status.value}.")
     instance.report_dagster_event(event, run.run_id)
     return status
 
 
 def repair_late_canceling(instance: DagsterInstance, run_id: str) -> DagsterRunStatus | None:
-    """After a RUN_CANCELING was written: was the run over by then? If so, restore its state and say which it is.
+    """After a RUN_CANCELING was written: had the run ended before it? If so, restore its status and return it.
 
-    Between reading a run's status and writing CANCELING it may have ended, and then nobody would ever finish it.
+    A run may end between reading its status and writing CANCELING. Then nobody would ever finish it.
     """
     history = terminal_events(instance, run_id)
     run = instance.get_run_by_id(run_id) if history else None
@@ -79,9 +79,9 @@ def _events(instance: DagsterInstance, run_id: str, of: set[DagsterEventType]) -
 
 def _has_or_gets(instance: DagsterInstance, run_id: str, status: DagsterRunStatus) -> bool:
     """Whether the run has that status within a second; a run that is deleted meanwhile needs none."""
-    until = time.monotonic() + _STATUS_PATIENCE_S
-    while (run := instance.get_run_by_id(run_id)) is not None and run.status is not status:
-        if time.monotonic() > until:
-            return False
-        time.sleep(_LOOK_EVERY_S)
-    return True
+
+    def has() -> bool:
+        run = instance.get_run_by_id(run_id)
+        return run is None or run.status is status
+
+    return poll_until(has, within_s=_STATUS_PATIENCE_S, every_s=_LOOK_EVERY_S)

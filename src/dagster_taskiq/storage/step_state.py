@@ -1,4 +1,4 @@
-"""Where the state of ops is kept: Dagster's key-value storage. Knows that; not who reads or writes it."""
+"""The state of ops, in Dagster's key-value storage. Knows that storage; not who reads or writes the state."""
 
 import hashlib
 import time
@@ -13,13 +13,13 @@ from dagster_taskiq.dagster_compat.storage import delete_values, put_value, valu
 
 _PREFIX: Final = "dagster-taskiq/state/"
 _KEPT_AFTER_THE_END_S: Final = 7 * 86_400
-"""So long a cleanup can be tried again by hand; and an op that failed for good has left its state until then."""
+"""For this time a cleanup can be run again by hand, and the state of an op that has failed is kept."""
 
 
 def state_of(
     instance: DagsterInstance, run_id: str, step_key: str, saved: Callable[[], object] = lambda: None
 ) -> State:
-    """The state of one step, whichever of its attempts has written it. `saved` is called after each change."""
+    """The state of one step, written by any of its attempts. `saved` is called after each change."""
     key = _key(run_id, step_key)
 
     def load() -> str | None:
@@ -33,18 +33,18 @@ def state_of(
 
 
 def forget_states(instance: DagsterInstance, run_id: str, step_key: str | None = None) -> None:
-    """Delete those of a run, or that of one step."""
+    """Delete the states of a run, or the state of one step."""
 
     def forget() -> None:
         keys = [_key(run_id, step_key)] if step_key is not None else [*values_under(instance, _of_run(run_id))]
         delete_values(instance, keys)
 
-    # Raised inside an op that has just succeeded, an outage would have it fail.
+    # An outage that is raised inside an op that has just succeeded would make it fail.
     retry_storage(forget, "delete states")
 
 
 def forget_old_states(instance: DagsterInstance, now: Callable[[], float] = time.time) -> None:
-    """Delete those of runs that are over for a week, or deleted."""
+    """Delete the states of runs that ended more than a week ago, or were deleted."""
     keys: dict[str, list[str]] = {}
     for key in values_under(instance, _PREFIX):
         keys.setdefault(key.removeprefix(_PREFIX).partition("/")[0], []).append(key)

@@ -1,4 +1,4 @@
-"""The run tags of this package: their names, and what the value of one means."""
+"""The run tags of this package: their names, and how to read them."""
 
 import logging
 from collections.abc import Mapping
@@ -16,10 +16,10 @@ GRACE_SECONDS_TAG: Final = "dagster-taskiq/grace_seconds"
 """May be set by users on a job or run: seconds between the interrupt and the kill, instead of the setting."""
 
 CANCEL_REASON_TAG: Final = "dagster-taskiq/cancel_reason"
-"""Set when somebody cancels a run and says why."""
+"""Set when somebody cancels a run with a reason."""
 
 CANCELLED_BY_TAG: Final = "dagster-taskiq/cancelled_by"
-"""Set when somebody cancels a run and says who that is."""
+"""Set when somebody cancels a run with an author."""
 
 
 def grace_from_tag(value: str) -> float:
@@ -28,7 +28,7 @@ def grace_from_tag(value: str) -> float:
 
 
 def grace_of(tags: Mapping[str, str], default_s: float) -> float:
-    """A run's own grace, if it is tagged with a sensible one."""
+    """A run's own grace, if it has a tag with a valid one."""
     if GRACE_SECONDS_TAG not in tags:
         return default_s
     try:

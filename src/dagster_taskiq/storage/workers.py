@@ -1,4 +1,4 @@
-"""Who is there, and what is each at? The answer of `dagster-taskiq worker list`, from heartbeats alone.
+"""Which workers are there, and what does each one work on? The answer of `worker list`, only from heartbeats.
 
 Knows heartbeats and Dagster's runs; not SQS, not processes. All calls block on the database.
 """
@@ -21,7 +21,7 @@ GONE: Final = "gone"
 
 @dataclass(frozen=True, slots=True)
 class WorkInfo:
-    """One run, or one step, that a worker is at, since when (seconds since the epoch)."""
+    """One run, or one step, that a worker is working on. `since`: in seconds since the epoch."""
 
     run_id: str
     job: str | None
@@ -33,14 +33,15 @@ class WorkInfo:
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """One worker, as it last said of itself. Times are by its own clock, in seconds since the epoch."""
+    """One worker, by its last heartbeat. Times are by its own clock, in seconds since the epoch."""
 
     worker_id: str
     state: str
-    """`alive`; `silent`: too early to call it dead; `dead`; `gone`: it has ended, and said so."""
+    """`alive`; `silent`: too early to call it dead; `dead`; `gone`: it has reported its end."""
     where: str
     since: float | None
     heard: float
+    """Time of its last heartbeat."""
     runs: int | None
     """Slots for runs."""
     steps: int | None
@@ -51,8 +52,8 @@ class WorkerInfo:
 def list_workers(instance: DagsterInstance, settings: Settings, *, everybody: bool = False) -> list[WorkerInfo]:
     """The workers that are alive or silent, the oldest first; with `everybody` those of the last week.
 
-    One look cannot tell a dead worker from one whose heartbeat is late, so `dead` is who has been silent for longer
-    than it takes to confirm a death.
+    One look cannot distinguish a dead worker from one whose heartbeat is late. So a worker is `dead` when it has been
+    silent for longer than it takes to confirm a death.
     """
     now = time.time()
     heartbeats = Heartbeats.of_runs(instance, settings)
@@ -63,7 +64,7 @@ def list_workers(instance: DagsterInstance, settings: Settings, *, everybody: bo
         if everybody or state in (ALIVE, SILENT):
             found.append((last, state))
     runs = _runs(instance, [last for last, _ in found])
-    return [_presence(last, state, runs) for last, state in found]
+    return [_worker_info(last, state, runs) for last, state in found]
 
 
 def _state(last: Heartbeat, now: float, silent_after_s: float, dead_after_s: float) -> str:
@@ -74,7 +75,7 @@ def _state(last: Heartbeat, now: float, silent_after_s: float, dead_after_s: flo
 
 
 def _runs(instance: DagsterInstance, beats: Sequence[Heartbeat]) -> dict[str, tuple[str, str]]:
-    """Job and status of every run that is worked on."""
+    """Job and status of every run that a worker is working on."""
     run_ids = {entry[0] for last in beats for entry in last.facts.get("work", ())}
     if not run_ids:
         return {}
@@ -83,7 +84,7 @@ def _runs(instance: DagsterInstance, beats: Sequence[Heartbeat]) -> dict[str, tu
     }
 
 
-def _presence(last: Heartbeat, state: str, runs: dict[str, tuple[str, str]]) -> WorkerInfo:
+def _worker_info(last: Heartbeat, state: str, runs: dict[str, tuple[str, str]]) -> WorkerInfo:
     facts: dict[str, Any] = dict(last.facts)
     slots = facts.get("slots", (None, None))
     work = []

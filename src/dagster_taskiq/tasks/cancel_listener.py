@@ -51,7 +51,7 @@ class Tasks(Protocol):
 class CancelListener:
     """SQS gives a cancel to any worker: the owner takes it, everybody else hands it on.
 
-    `is_over` tells of a task id whether its work is known to be finished, wherever it ran.
+    `is_over` answers for a task id whether its work is known to be finished, wherever it ran.
     """
 
     def __init__(

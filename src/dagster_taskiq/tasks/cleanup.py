@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TaskCleanupContext:
-    """What the cleanup handler of a taskiq task is told."""
+    """What the cleanup handler of a taskiq task is given."""
 
     task_id: str
     task_name: str
@@ -26,7 +26,7 @@ class TaskCleanupContext:
     state: State
     """What the task has kept in `token.state`; in the memory of this worker."""
     reason: str | None
-    """What the canceller said, or None."""
+    """The reason that the canceller gave, or None."""
     requested_by: str | None
     """Who asked for it, or None if that is not known."""
     attempt: int

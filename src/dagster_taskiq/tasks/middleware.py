@@ -28,7 +28,7 @@ class CancellationEvent:
     task_name: str | None = None
     """Known from `delivered` on, if the task had begun by then."""
     error: BaseException | None = None
-    """At `finished`: what the result of the task says; None: it had finished its work all the same."""
+    """At `finished`: the error in the task's result; None: it had finished its work all the same."""
     at: float = field(default_factory=time.time)
 
 

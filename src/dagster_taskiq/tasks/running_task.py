@@ -43,7 +43,7 @@ class Phase(enum.Enum):
 
     RECEIVED = "its function has not begun"
     BEGUN = "its function runs"
-    RETURNED = "its function has ended, and taskiq has not said how"
+    RETURNED = "its function has ended, and taskiq has not reported how"
     SUCCEEDED = "its function has returned a result"
     FAILED = "its function has raised an error, or never begun"
 
@@ -73,7 +73,7 @@ class RunningTask:
         self.sent_at = sent_at
         self.receive_count = receive_count
         self.about = {"task_id": task_id, **_log_context.current()}
-        """What lines of the log about it shall say, from wherever they come."""
+        """What every line of the log about it has in `extra`."""
         self.signal = CancelSignal()
         self.phase = Phase.RECEIVED
         self.outcome: Settled | None = None
@@ -154,7 +154,7 @@ class RunningTask:
             self._interrupt()
 
     def attach(self, message: TaskiqMessage) -> None:
-        """The message that middlewares will look at, as it is after they had their say."""
+        """The message that middlewares will look at, as it is after they have changed it."""
         self._message = message
         if self.signal.is_set:
             self._forbid_retry()
@@ -168,7 +168,7 @@ class RunningTask:
         self.phase = Phase.SUCCEEDED if succeeded else Phase.FAILED
 
     def visible_result(self, result: TaskiqResult[Any]) -> TaskiqResult[Any]:
-        """The result as others shall see it: a cancelled task says so; one that is not over has none."""
+        """The result as others see it: a cancelled task has `TaskCancelled`, one that is not over has none."""
         if self.cancellation is not None and isinstance(result.error, asyncio.CancelledError):
             result.error = TaskCancelled(self.cancellation.reason)
         if self.verdict().settlement is not Settlement.DELETE and not self.acknowledges_itself:
@@ -252,7 +252,7 @@ class RunningTask:
 
     def _interrupt(self) -> None:
         if self._coroutine is None or self._awaits_signal:
-            return  # what has not started yet: `dropped` says what then
+            return  # what has not started yet: then `dropped` decides
         if self._is_sync:
             text = "task %s is a sync function and ends when it looks at its cancellation"
             logger.info(text, self.task_id, extra=self.about)

@@ -10,7 +10,7 @@ _REMEMBERED_S = 3_600
 
 
 class RunningTasks(Mapping[str, RunningTask]):
-    """Several receivers of one worker share this: a cancel does not say from which queue its task came."""
+    """Several receivers of one worker share this: a cancel does not name the queue of its task."""
 
     def __init__(self) -> None:
         self._tasks: dict[str, RunningTask] = {}

@@ -1,7 +1,7 @@
 """May this message be started? One table, and what has to be read and written to look it up.
 
 The order is what makes two racing sides see each other: the worker appends its claim, then reads the run; the
-launcher writes the run's status, then reads the claims. Of two racing workers `claims` tells. Knows Dagster's runs
+launcher writes the run's status, then reads the claims. Of two racing workers `claims` decides. Knows Dagster's runs
 and claims; not SQS, not processes.
 """
 
@@ -13,6 +13,7 @@ from typing import Final, Literal
 
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
 
+from dagster_taskiq._retry import poll_until
 from dagster_taskiq.cleanup.record import cleanup_record
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
 from dagster_taskiq.storage.claims import Claims, Owner
@@ -129,12 +130,16 @@ def resolve_contention(claims: Claims, candidate: Candidate, step: StepRef | Non
 
     Called by who has the first claim. Whoever saw it gives way to it; who does not, did not see it, and has begun.
     """
-    until = time.monotonic() + _CONTEST_S
-    while (rival := claims.rival(candidate.run_id, candidate.worker_id, step)) is not None:
-        if time.monotonic() > until:
-            return Decision(Action.HAND_BACK, f"worker {rival} has claimed it, too, and does not give way")
-        time.sleep(_LOOK_EVERY_S)
-    return None
+    rival: str | None = None
+
+    def gave_way() -> bool:
+        nonlocal rival
+        rival = claims.rival(candidate.run_id, candidate.worker_id, step)
+        return rival is None
+
+    if poll_until(gave_way, within_s=_CONTEST_S, every_s=_LOOK_EVERY_S):
+        return None
+    return Decision(Action.HAND_BACK, f"worker {rival} has claimed it, too, and does not give way")
 
 
 def _dead_owner(claims: Claims, candidate: Candidate, run: DagsterRun) -> str | None:
@@ -179,7 +184,7 @@ def admit_step(instance: DagsterInstance, claims: Claims, step: StepRef, candida
 
     START leaves the claim with this worker; called again after it failed half-way, it goes on with that claim. An
     attempt that anybody else has claimed is never started again, also when that worker is dead: what becomes of it is
-    for the run's executor to say, which looks after its workers.
+    the decision of the run's executor, which watches its workers.
     """
     run = instance.get_run_by_id(candidate.run_id)
     why = _reason_to_drop_step(run)

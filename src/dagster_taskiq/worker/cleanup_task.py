@@ -27,7 +27,7 @@ _MOST_CRASHES: Final = 3
 
 
 class _Log:
-    """See `supervise.Observer`. The event log of the run tells of the handlers, not of their process."""
+    """See `supervise.Observer`. The event log of the run is about the handlers, not of their process."""
 
     def interrupting(self, pid: int, grace_s: float) -> None:
         logger.info("the worker stops; interrupting a cleanup", extra={"pid": pid, "grace_s": grace_s})

@@ -1,6 +1,6 @@
-"""The ECS agent beside a container: who we are, and the protection from scale-in while there is work.
+"""The ECS agent of this container: which task this is, and protection from scale-in while there is work.
 
-Knows the agent's two endpoints; not what the work is. Nothing stops because the agent does not answer.
+Knows the agent's two endpoints; not what the work is. If the agent does not answer, the work continues.
 https://docs.aws.amazon.com/AmazonECS/latest/developerguide/task-scale-in-protection-endpoint.html
 https://docs.aws.amazon.com/AmazonECS/latest/developerguide/task-metadata-endpoint-v4.html
 """
@@ -24,18 +24,18 @@ logger = logging.getLogger(__name__)
 
 AGENT_VARIABLE: Final = "ECS_AGENT_URI"
 PROTECTED_FOR_MIN: Final = 60
-"""After that ECS takes the protection away by itself, from a worker that hangs; it is renewed twice before."""
+"""After it ECS ends the protection by itself, when a worker hangs; otherwise it is renewed after half of it."""
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=5)
 _LINGER_S: Final = 10.0
 _LOOK_EVERY_S: Final = 0.5
 _FIRST_PAUSE_S: Final = 1.0
 _LONGEST_PAUSE_S: Final = 60.0
 _NO_SERVICE: Final = "TASK_NOT_VALID"
-"""The task belongs to no service, so nobody scales it in."""
+"""The task does not belong to a service, so it is never scaled in."""
 
 
 class AgentRefused(DagsterTaskiqError):
-    """The agent did not do it. `code` is the reason that it gave, or the error's name."""
+    """The agent refused or did not answer. `code` is its reason, or the name of the error."""
 
     def __init__(self, code: str, text: str) -> None:
         self.code = code
@@ -58,12 +58,12 @@ class Task:
 
     @property
     def name(self) -> str:
-        """For a worker: "loaders-9c1f27aa", of family and task."""
+        """The name of a worker, made of family and task: "loaders-9c1f27aa"."""
         return f"{self.family}-{self.task_id[:8]}"
 
     @property
     def where(self) -> str:
-        """For the events of runs."""
+        """The place of the worker, for the events of runs."""
         cluster = self.cluster.rpartition("/")[2]
         return f"ecs task {self.task_id} in cluster {cluster}"
 
@@ -77,16 +77,16 @@ class Agent:
 
     @classmethod
     def here(cls, environ: Mapping[str, str] = os.environ) -> "Agent":
-        """As the agent has told this container by its environment."""
+        """The agent that the environment of this container names."""
         return cls(agent_uri=environ.get(AGENT_VARIABLE), metadata_uri=environ.get(METADATA_VARIABLE))
 
     @property
     def can_protect(self) -> bool:
-        """Whether there is an endpoint for it."""
+        """Whether the agent has an endpoint for protection."""
         return self._agent_uri is not None
 
     async def task(self) -> Task | None:
-        """Who we are; None outside of ECS, and when the agent does not tell."""
+        """The task of this container; None outside of ECS, and when the agent does not answer."""
         if self._metadata_uri is None:
             return None
         try:
@@ -98,11 +98,11 @@ class Agent:
                 availability_zone=str(found.get("AvailabilityZone", "")),
             )
         except (AgentRefused, KeyError) as error:
-            logger.warning("the ECS agent does not tell which task this is: %s", error)
+            logger.warning("the ECS agent does not answer which task this is: %s", error)
             return None
 
     async def protect(self, minutes: int = PROTECTED_FOR_MIN) -> None:
-        """Keep ECS from scaling this task in, for so long. Raises `AgentRefused`."""
+        """Keep ECS from scaling this task in, for so many minutes. Raises `AgentRefused`."""
         await self._set({"ProtectionEnabled": True, "ExpiresInMinutes": minutes})
 
     async def unprotect(self) -> None:
@@ -134,9 +134,9 @@ class Agent:
 
 
 class Protection:
-    """Keeps the task protected from scale-in as long as there is work, and for a moment after.
+    """Protects the task from scale-in as long as there is work, and for a moment after it.
 
-    Does not help against the end of a Spot instance, or a deployment that was forced.
+    It does not help when a Spot instance ends, or when a deployment is forced.
     """
 
     def __init__(self, agent: Agent, is_busy: Callable[[], bool]) -> None:
@@ -144,13 +144,13 @@ class Protection:
         self._is_busy = is_busy
         self._until = 0.0
         self._asked = False
-        """Whether it may be on: also when the answer never came."""
+        """Whether it may be on, also when no answer came."""
         self._busy_at = 0.0
         self._failures = 0
         self._is_of_no_service = False
 
     async def run(self) -> NoReturn:
-        """Until cancelled; then the protection is let go."""
+        """Run until cancelled; then end the protection."""
         try:
             while True:
                 rest_s = await self.look()
@@ -160,7 +160,7 @@ class Protection:
                 await asyncio.shield(asyncio.ensure_future(self._change(wanted=False)))
 
     async def look(self) -> float:
-        """Do what is due; for how many seconds to rest."""
+        """Change the protection if needed; return the seconds until the next look."""
         now = time.monotonic()
         if self._is_of_no_service:
             return _LONGEST_PAUSE_S
@@ -181,7 +181,7 @@ class Protection:
             self._failures += 1
             if self._failures == 1:
                 what = "not protected from scale-in" if wanted else "still protected from scale-in"
-                logger.warning("%s; work goes on, and it is tried again: %s", what, error)
+                logger.warning("%s; work continues, and it is tried again: %s", what, error)
             self._is_of_no_service = error.code == _NO_SERVICE
             self._asked = self._asked and not self._is_of_no_service
             return False

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class EventWriter:
-    """What happens to a run, or with `step` to one of its steps, as its event log shall tell it."""
+    """What happens to a run, or with `step` to one of its steps, as it is to stand in the event log."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class EventWriter:
         self._write(engine_events.killed(pid, waited_s, shield, time()))
 
     def record_end(self, end: ChildEnd | None, *, reported: bool = False) -> None:
-        """What the log shall tell when all is over: of a cancellation, and of a step always.
+        """What the log is to hold when all is over: of a cancellation, and of a step always.
 
         `reported`: whether the step's own process has written how the step ended.
         """

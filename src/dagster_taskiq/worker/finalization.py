@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from dagster import DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus
 
+from dagster_taskiq._retry import poll_until
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.cleanup.record import NO_CLEANUP, CleanupRecord, cleanup_record
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES, MAX_RETRIES_TAG
@@ -22,7 +23,7 @@ from dagster_taskiq.process.supervise import ChildEnd
 from dagster_taskiq.sqs.settlement import Settlement
 from dagster_taskiq.storage.engine_events import cleanup_failed, finished_all_the_same, left_behind
 from dagster_taskiq.storage.event_log import append_event
-from dagster_taskiq.storage.running_steps import RunningSteps, running_steps
+from dagster_taskiq.storage.running_steps import running_steps
 from dagster_taskiq.storage.status_repair import restore, terminal_events, true_status
 
 _NOT_BEGUN: Final = {DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING}
@@ -53,7 +54,7 @@ class RunOutcome:
     status: DagsterRunStatus | None
     history: Sequence[DagsterEventType] = ()
     kind: CancelKind | None = None
-    said: DagsterEventType | None = None
+    held: DagsterEventType | None = None
     """The terminal event that the child held back."""
     took_hold: bool = False
     """Whether an interrupt was raised inside the child."""
@@ -72,18 +73,18 @@ def decide(ending: RunOutcome) -> FinalAction:
         return FinalAction.NOTHING
     if ending.kind is CancelKind.LEASE_LOST:
         return FinalAction.NOTHING
-    succeeded = ending.said is DagsterEventType.RUN_SUCCESS
+    succeeded = ending.held is DagsterEventType.RUN_SUCCESS
     if ending.status is DagsterRunStatus.CANCELING or ending.kind is CancelKind.REQUESTED:
         return FinalAction.SUCCESS if succeeded and not ending.took_hold else FinalAction.CANCELED
     if succeeded:
         return FinalAction.HELD
     if ending.kind is CancelKind.SHUTDOWN and ending.status in _NOT_BEGUN:
         return FinalAction.RESUMABLE  # not a line of the job has run
-    if ending.will_resume and (ending.kind is CancelKind.SHUTDOWN or (ending.said is None and ending.clean_exit)):
+    if ending.will_resume and (ending.kind is CancelKind.SHUTDOWN or (ending.held is None and ending.clean_exit)):
         return FinalAction.RESUMABLE
     if ending.kind is CancelKind.SHUTDOWN:
         return FinalAction.FAILURE
-    return FinalAction.HELD if ending.said is not None else FinalAction.FAILURE
+    return FinalAction.HELD if ending.held is not None else FinalAction.FAILURE
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +98,8 @@ class Conclusion:
     entry: str
     """The event log entry that the child held back."""
     failure: str
-    steps: RunningSteps | None = None
-    """Steps of the run that are still at work, where it is not to be final before they have stopped."""
+    has_steps: bool = False
+    """Whether steps of the run are still running, and it is not to be final before they have stopped."""
     cleanup: CleanupRecord = NO_CLEANUP
     """Whether there are cleanup handlers to be run before, and which have failed."""
 
@@ -109,29 +110,28 @@ def examine(
     """Look at the run, now that its tree is gone, and decide. `end` is None when no child was started."""
     run = _once_it_is_canceling(instance, run_id, cancellation)
     kind = cancellation.kind if cancellation is not None else None
-    said = _last(end, "verdict")
+    held = _last(end, "verdict")
     history = terminal_events(instance, run_id) if run is not None else ()
     action = decide(
         RunOutcome(
             status=run.status if run is not None else None,
             history=history,
             kind=kind,
-            said=DagsterEventType(said["verdict"]) if said else None,
-            took_hold=bool(said.get("took_hold")),
+            held=DagsterEventType(held["verdict"]) if held else None,
+            took_hold=bool(held.get("took_hold")),
             will_resume=run is not None and kind is not CancelKind.REQUESTED and instance.run_will_resume(run_id),
             clean_exit=end is not None and end.exit_code == 0,
         )
     )
-    steps = running_steps(instance, run_id) if action in _AFTER_ITS_STEPS else None
     settlement = Settlement.LEAVE if kind is CancelKind.LEASE_LOST else Settlement.DELETE
     return Conclusion(
         run=run,
         action=action,
         settlement=Settlement.HAND_BACK if action is FinalAction.RESUMABLE else settlement,
         history=history,
-        entry=str(said.get("entry", "")),
+        entry=str(held.get("entry", "")),
         failure=_failure_message(end, cancellation, worker_id),
-        steps=steps if steps is not None and steps.workers else None,
+        has_steps=action in _AFTER_ITS_STEPS and bool(running_steps(instance, run_id).workers),
         cleanup=cleanup_record(instance, run_id) if _is_cancelled(action, kind, run, history) else CleanupRecord(),
     )
 
@@ -149,28 +149,26 @@ def _is_cancelled(
 def _once_it_is_canceling(
     instance: DagsterInstance, run_id: str, cancellation: Cancellation | None
 ) -> DagsterRun | None:
-    """The run; if somebody asked for its end, when its status says so too, or a moment later.
+    """The run; if somebody asked for its end, once its status shows that too, or a moment later.
 
     The launcher sends the cancel message before it writes CANCELING, and on a busy database the worker may be the
-    quicker one: without this, CANCELING would come after CANCELED, and have to be mended. Who says by whom it was
-    requested is a launcher, above all; whoever else writes into the cancel queue may never write a status.
+    quicker one: without this, CANCELING would come after CANCELED, and have to be repaired. A message
+    with an author comes from a launcher, above all; whoever else writes into the cancel queue may write no status.
     """
     by_launcher = cancellation is not None and cancellation.requested_by is not None
     patience_s = _LAUNCHERS_STATUS_PATIENCE_S if by_launcher else _STATUS_PATIENCE_S
-    tries = 1 + int(patience_s / _LOOK_EVERY_S)
-    while True:
+    if cancellation is None or cancellation.kind is not CancelKind.REQUESTED:
+        return instance.get_run_by_id(run_id)
+    run: DagsterRun | None = None
+
+    def look() -> bool:
+        nonlocal run
         run = instance.get_run_by_id(run_id)
-        tries -= 1
-        if (
-            run is None
-            or run.status is not DagsterRunStatus.STARTED
-            or cancellation is None
-            or cancellation.kind is not CancelKind.REQUESTED
-            or tries == 0
-            or time.time() > cancellation.received_at + patience_s
-        ):
-            return run
-        time.sleep(_LOOK_EVERY_S)
+        return run is None or run.status is not DagsterRunStatus.STARTED
+
+    left_s = cancellation.received_at + patience_s - time.time()
+    poll_until(look, within_s=min(patience_s, left_s), every_s=_LOOK_EVERY_S)
+    return run
 
 
 def fail(instance: DagsterInstance, run_id: str, why: str) -> bool:
@@ -229,7 +227,7 @@ def _failure_message(end: ChildEnd | None, cancellation: Cancellation | None, wo
 
 
 def how_it_ended(end: ChildEnd, whose: str) -> str:
-    """How a child ended that did not get to say so, in words; `whose`: "the run's process"."""
+    """How a child ended that could not report it itself, in words; `whose`: "the run's process"."""
     error = _last(end, "error").get("error")
     if end.kill_at is not None:
         return f"{whose} {end.pid} did not end when it was interrupted, and was killed"

@@ -65,7 +65,7 @@ class _Finalization:
         # Meanwhile look how it has to end.
         conclusion, _ = await asyncio.gather(self._examine(), writer.written() if writer else asyncio.sleep(0))
         await self._blocking(lambda: self._keep_reason(conclusion.run), "keep why a run was cancelled")
-        if conclusion.steps is not None:
+        if conclusion.has_steps:
             shutting_down = self._cancellation is not None and self._cancellation.kind is CancelKind.SHUTDOWN
             await stop_steps(self._context, self._run, patient=not shutting_down)
             conclusion = await self._examine()
@@ -133,7 +133,7 @@ class _Finalization:
 async def stop_steps(context: WorkerContext, run: DagsterRun, *, patient: bool = True) -> None:
     """Before a run is final, its steps have stopped, wherever they run; within the time that they may take.
 
-    Not `patient`: they are only told.
+    Not `patient`: they are only cancelled.
     """
 
     async def left() -> tuple[dict[str, str], list[str]]:

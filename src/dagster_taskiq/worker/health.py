@@ -1,6 +1,6 @@
-"""Is the worker of this container alive? It answers on an abstract socket, as long as its event loop turns.
+"""Is the worker of this container alive? It answers on an abstract socket, as long as its event loop runs.
 
-Asks neither database nor SQS: when those are away, killing workers mends nothing.
+Asks neither database nor SQS: when one of them does not answer, a new worker does not help.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ _ANSWER_WITHIN_S: Final = 3.0
 
 @asynccontextmanager
 async def answering(describe: Callable[[], Mapping[str, Any]]) -> AsyncIterator[None]:
-    """As long as this lasts, whoever connects is told how this worker is."""
+    """As long as this lasts, every connection gets the status of this worker."""
 
     async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError):
@@ -26,7 +26,7 @@ async def answering(describe: Callable[[], Mapping[str, Any]]) -> AsyncIterator[
             await writer.drain()
         writer.close()
 
-    # An abstract address needs no file system that can be written to.
+    # An abstract address needs no writable file system.
     server = await asyncio.start_unix_server(answer, path=f"\0{_prefix()}{os.getpid()}")
     try:
         yield
@@ -35,7 +35,7 @@ async def answering(describe: Callable[[], Mapping[str, Any]]) -> AsyncIterator[
 
 
 def workers_here(pid: int | None = None) -> dict[int, dict[str, Any] | None]:
-    """Pid to what each worker in this container says, or only that one; None: it does not answer."""
+    """The status of each worker in this container by pid, or only of that one; None: it does not answer."""
     lines = Path("/proc/net/unix").read_text().splitlines()
     prefix = _prefix()
     names = {line.rpartition("@")[2] for line in lines if f"@{prefix}" in line}
@@ -44,7 +44,7 @@ def workers_here(pid: int | None = None) -> dict[int, dict[str, Any] | None]:
 
 
 def _prefix() -> str:
-    # The containers of one ECS task share their network, and so these names, but not their pids.
+    # The containers of one ECS task share their network, and with it these names, but not their pids.
     return f"{_PREFIX}{Path('/proc/self/ns/pid').stat().st_ino}-"
 
 

@@ -1,4 +1,4 @@
-"""The worker's heartbeat: says in Dagster's database that it lives, and what it is working on.
+"""The worker's heartbeat: writes into Dagster's database that it is alive, and what it is working on.
 
 Knows heartbeats and time; not how anybody judges them.
 """
@@ -57,7 +57,7 @@ class Heart:
             raise TimeoutError(f"the database has not answered within {within_s:g} s") from None
 
     async def stop(self) -> None:
-        """Say that the worker has ended, so that nobody waits for its heartbeat to grow old."""
+        """Write that the worker has ended, so that nobody waits for its heartbeat to grow old."""
         try:
             await asyncio.to_thread(self._heartbeats.gone, self._context.worker_id)
         finally:

@@ -62,7 +62,7 @@ async def run_child(
         return await supervise(context.processes, spec, signal, observer, work.grace_s)
     except ChildStartFailed as error:
         # Not the fault of the work: another worker, or this one later, may have better luck.
-        logger.error("%s", error, extra={"task_id": work.task_id})  # noqa: TRY400 - our own text says it all
+        logger.error("%s", error, extra={"task_id": work.task_id})  # noqa: TRY400 - the text is our own and complete
         return NotStarted(str(error), context.settings.visibility_timeout_seconds)
 
 

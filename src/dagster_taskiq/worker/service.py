@@ -63,7 +63,7 @@ def run_worker(
     """Run a worker on the instance of `$DAGSTER_HOME` until it is told to stop; blocks; returns the exit code.
 
     `name` begins the worker's id. `on_ready` is called with that id once the worker listens to all its queues. Installs
-    handlers for SIGTERM and SIGINT. `agent`: that of ECS, in a container of it; default: what the environment says.
+    handlers for SIGTERM and SIGINT. `agent`: that of ECS, in a container of it; default: what the environment names.
     Raises `DagsterTaskiqError` when it cannot start.
     """
     read_migration_scripts_once()

@@ -22,7 +22,7 @@ _WHY: Final[Mapping[DagsterRunStatus, str]] = {
 
 
 class StatusPoller:
-    """`watched` says which task works on which run (task id to run id); `cancel` is called for those to be stopped."""
+    """`watched` maps task ids to the runs that they work on; `cancel` is called for those to be stopped."""
 
     def __init__(
         self,

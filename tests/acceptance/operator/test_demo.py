@@ -25,7 +25,7 @@ def test_both_runs_end_canceled_with_nothing_left(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
-    assert "Both runs ended CANCELED, and no process of theirs is left." in done.stdout
+    assert "Both runs ended CANCELED, and none of their processes is left." in done.stdout
     first, second = done.stdout.split("ignores its interrupt")
     told = ["reached", "interrupting", "finally: rolled back", "finally: database closed", "tree gone", "CANCELED"]
     assert in_order(told, first), first

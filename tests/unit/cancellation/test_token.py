@@ -126,9 +126,8 @@ def test_who_waits_is_woken() -> None:
 
 
 def test_a_shield_is_told_of_whenever_it_meets_a_cancellation() -> None:
-    signal = CancelSignal()
     told: list[str] = []
-    signal.on_shield = told.append
+    signal = CancelSignal(on_shield=told.append)
     with signal.shield("open") as outermost:
         assert outermost
         with signal.shield("inner") as outermost:

@@ -11,12 +11,12 @@ from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun,
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dagster_taskiq import _retry
 from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.engine_events import STAGE_KEY, TASK_ID_KEY, WORKER_KEY, EngineEvent, Stage
 from dagster_taskiq.storage.event_log import StepRef
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.tags import TASK_ID_TAG
-from dagster_taskiq.worker import admission
 from dagster_taskiq.worker.admission import Action, Candidate, Decision, admit_run, admit_step
 
 TASK, STEP = "task", StepRef("step", "task")
@@ -140,7 +140,7 @@ def contest(
         def sleep(seconds: float) -> None:
             me.clock.sleep(seconds)
 
-    monkeypatch.setattr(admission, "time", Time)
+    monkeypatch.setattr(_retry, "time", Time)
     threads = [threading.Thread(target=receive, args=(name,), daemon=True) for name in WORKERS]
     for thread in threads:
         thread.start()

@@ -53,7 +53,7 @@ async def test_elsewhere_there_is_none() -> None:
 async def test_an_agent_that_does_not_answer_is_survived(caplog: pytest.LogCaptureFixture) -> None:
     away = Agent(agent_uri="http://127.0.0.1:9", metadata_uri="http://127.0.0.1:9")
     assert await away.task() is None
-    assert "does not tell which task this is" in caplog.text
+    assert "does not answer which task this is" in caplog.text
     with pytest.raises(AgentRefused):
         await away.protect()
 

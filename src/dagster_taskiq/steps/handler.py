@@ -1,0 +1,39 @@
+"""What the execution loop asks of whoever carries out steps. Knows Dagster's `StepHandler`."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from dagster import DagsterInstance, DagsterRun
+
+from dagster_taskiq.dagster_compat.execution import StepHandler, StepHandlerContext
+
+
+class TaskiqStepHandler(StepHandler):
+    """What the loop asks of whoever carries out steps: as Dagster's `StepHandler`, but for many steps at a time."""
+
+    @abstractmethod
+    def open(self) -> None:
+        """Begin to get ready for `launch_steps`, without waiting for it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of what `open` and the others took."""
+
+    @abstractmethod
+    def launch_steps(self, contexts: Sequence[StepHandlerContext]) -> Sequence[str]:
+        """Send the steps. Returns the keys of those that could not be sent now, and should be tried again.
+
+        Raises what makes the run fail.
+        """
+
+    @abstractmethod
+    def terminate_tasks(self, task_ids: Sequence[str]) -> None:
+        """Ask for the steps to be stopped; never raises, may be called again."""
+
+    @abstractmethod
+    def workers_alive(self, instance: DagsterInstance, worker_ids: set[str]) -> set[str]:
+        """Those that live, or may have living children."""
+
+    @abstractmethod
+    def patience_s(self, run: DagsterRun) -> float:
+        """How long to wait for steps that were cancelled."""
