@@ -34,6 +34,11 @@ def serve_from_argv() -> None:
     live_and_leave(work)  # only a child comes here
 
 
+def serve_forked(server: socket.socket, *, preload: list[str], warm_up: dict[str, list[Any]]) -> None:
+    """As `serve_from_argv`, in a process that was forked from the worker (`forked.fork_into`). Never returns."""
+    live_and_leave(serve(server, preload=preload, warm_up=warm_up))
+
+
 def serve(server: socket.socket, *, preload: list[str], warm_up: dict[str, list[Any]]) -> Callable[[], int]:
     """Fork a shim and a child per request, until the worker closes its end. Returns only in a child."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -44,13 +49,13 @@ def serve(server: socket.socket, *, preload: list[str], warm_up: dict[str, list[
         for target, arguments in warm_up.items():
             load_target(target)(*arguments)
     except Exception as error:  # noqa: BLE001 - whatever an import raises, the worker is told and stops
-        server.send(json.dumps({"error": f"{type(error).__name__}: {error}"[:2000]}).encode())
+        _tell(server, error=f"{type(error).__name__}: {error}"[:2000])
         os._exit(1)
     # What is there now is shared by all children: keep the collector from touching (and so copying) it.
     gc.collect()
     gc.freeze()
     signal.signal(signal.SIGCHLD, lambda *_: _reap_all())
-    server.send(json.dumps({"ready": os.getpid(), "threads": len(os.listdir("/proc/self/task"))}).encode())  # noqa: PTH208
+    _tell(server, ready=os.getpid(), threads=len(os.listdir("/proc/self/task")))  # noqa: PTH208
     while True:
         request, fds = _receive(server)
         if not request:
@@ -62,6 +67,11 @@ def serve(server: socket.socket, *, preload: list[str], warm_up: dict[str, list[
         signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
         for fd in fds:
             os.close(fd)
+
+
+def _tell(server: socket.socket, **message: Any) -> None:
+    with suppress(OSError):  # a worker that is gone meanwhile; the next request would be the end of file
+        server.send(json.dumps(message).encode())
 
 
 def _reap_all() -> None:

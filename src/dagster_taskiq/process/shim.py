@@ -28,6 +28,7 @@ from time import monotonic
 from typing import Any, Final
 
 from dagster_taskiq.process import procfs
+from dagster_taskiq.process.json_lines import Splitter, line_of
 
 PR_SET_PDEATHSIG: Final = 1
 PR_SET_NAME: Final = 15
@@ -179,7 +180,7 @@ class _Shim:
         self._killing = False
         self._kill_at: float | None = None
         self._killed: dict[int, str] = {}
-        self._buffer = b""
+        self._told = Splitter()
         self._selector = selectors.DefaultSelector()
 
     def run(self) -> None:
@@ -228,12 +229,10 @@ class _Shim:
             self._worker_is_gone()
             return
         self._silent_looks = 0
-        *lines, self._buffer = (self._buffer + data).split(b"\n")
-        for line in lines:
-            command = json.loads(line)["do"]
-            if command == "interrupt":
+        for message in self._told.feed(data):
+            if message["do"] == "interrupt":
                 self._interrupt()
-            elif command == "kill":
+            elif message["do"] == "kill":
                 self._killing = True
 
     def _worker_is_gone(self) -> None:
@@ -294,7 +293,7 @@ class _Shim:
 
     def _send(self, **message: Any) -> None:
         with suppress(OSError):  # the worker is gone; the duty stays
-            self._control.send(json.dumps(message).encode() + b"\n")
+            self._control.send(line_of(message))
 
 
 def load_target(target: str) -> Callable[..., Any]:
