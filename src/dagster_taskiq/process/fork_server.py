@@ -11,12 +11,11 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any, Final
 
 from dagster_taskiq.errors import ChildStartFailed
 from dagster_taskiq.process.child_handle import STOP_TIMEOUT_S, Child, ChildSpec, connect
-from dagster_taskiq.process.fork_server_main import serve_forked
+from dagster_taskiq.process.fork_server_main import serve
 from dagster_taskiq.process.forked import Forked, fork_into, why_not
 
 logger = logging.getLogger(__name__)
@@ -44,8 +43,9 @@ class ForkServer:
             "warm_up": {} if fresh else dict(warm_up or {}),
         }
         self._process: subprocess.Popen[bytes] | Forked | None = None
-        self._is_warm = False
         self._socket: socket.socket | None = None
+        self._is_set_up = False
+        self._is_warm = False
         self._lock = asyncio.Lock()
 
     @property
@@ -54,7 +54,7 @@ class ForkServer:
         return self._process.pid if self._process is not None and self._process.poll() is None else None
 
     def fork_early(self) -> None:
-        """Fork the server from this process, with all that is imported; it warms up while this process goes on.
+        """Fork the server from this process, with all that is imported. It waits until it is told to `warm_up`.
 
         Only a process with one thread and no socket is forked; otherwise, and for fresh children, `start` executes it.
         """
@@ -63,34 +63,45 @@ class ForkServer:
         if (reason := why_not()) is not None:
             logger.warning("the fork server is executed, which takes longer than a fork: %s", reason)
             return
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._process = fork_into(partial(serve_forked, **self._setup), theirs)
-        ours.setblocking(False)
-        self._socket = ours
+        with self._connect() as theirs:
+            self._process = fork_into(serve, theirs)
+
+    def warm_up(self) -> None:
+        """Have a server that was forked early import and open what children need, while this process goes on.
+
+        Not before this process has opened it: what opens a database for the first time also creates its tables.
+        """
+        if self._process is not None and self._socket is not None and not self._is_set_up:
+            self._is_set_up = True
+            with suppress(OSError):  # it is gone: `start` says so
+                self._socket.send(json.dumps(self._setup).encode())
 
     async def start(self) -> None:
         """Start the server unless it runs, and wait until it is warm. Raises `ChildStartFailed`."""
         async with self._lock:
-            if self.pid is None and (self._is_warm or self._socket is None):
+            if self._process is None or (self._is_warm and self.pid is None):
+                self.discard()
                 self._execute()
+            self.warm_up()
             if not self._is_warm:
                 await self._until_warm()
 
     def _execute(self) -> None:
-        self.discard()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         code = "from dagster_taskiq.process.fork_server_main import serve_from_argv; serve_from_argv()"
-        with theirs:
-            self._process = subprocess.Popen(  # noqa: S603 - our own interpreter; a fork takes a millisecond
-                [sys.executable, "-c", code, str(theirs.fileno()), json.dumps(self._setup)],
+        with self._connect() as theirs:
+            self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
+                [sys.executable, "-c", code, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 # Ctrl-C in a terminal goes to the worker's group alone: it decides what becomes of its children.
                 start_new_session=True,
             )
-        ours.setblocking(False)
-        self._socket = ours
+
+    def _connect(self) -> socket.socket:
+        """A new connection; returns the server's end of it."""
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.setblocking(False)
+        return theirs
 
     async def _until_warm(self) -> None:
         if self._socket is None:
@@ -160,7 +171,8 @@ class ForkServer:
             if self._process.poll() is None:
                 self._process.kill()
                 self._process.wait(STOP_TIMEOUT_S)
-        self._process, self._socket, self._is_warm = None, None, False
+        self._process, self._socket = None, None
+        self._is_set_up = self._is_warm = False
 
     async def stop(self) -> None:
         """End the server. Children in their shims' care are not touched."""

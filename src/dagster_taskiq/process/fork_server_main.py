@@ -13,12 +13,13 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 from dagster_taskiq.process.shim import (
     FDS,
     INTERRUPTS,
     MAX_REQUEST,
+    MAX_SETUP,
     PR_SET_CHILD_SUBREAPER,
     live_and_leave,
     load_target,
@@ -28,25 +29,25 @@ from dagster_taskiq.process.shim import (
 
 
 def serve_from_argv() -> None:
-    """Entry of the fork server's process: `argv[1]` is its socket, `argv[2]` what to import and warm up, as JSON."""
-    server = socket.socket(fileno=int(sys.argv[1]))
-    work = serve(server, **json.loads(sys.argv[2]))
-    live_and_leave(work)  # only a child comes here
+    """Entry of the fork server's process when it is executed: `argv[1]` is its socket."""
+    serve(socket.socket(fileno=int(sys.argv[1])))
 
 
-def serve_forked(server: socket.socket, *, preload: list[str], warm_up: dict[str, list[Any]]) -> None:
-    """As `serve_from_argv`, in a process that was forked from the worker (`forked.fork_into`). Never returns."""
-    live_and_leave(serve(server, preload=preload, warm_up=warm_up))
+def serve(server: socket.socket) -> NoReturn:
+    """Set up as the first message says, then fork a shim and a child per request, until the worker closes its end."""
+    live_and_leave(_serve(server))  # only a child comes here
 
 
-def serve(server: socket.socket, *, preload: list[str], warm_up: dict[str, list[Any]]) -> Callable[[], int]:
-    """Fork a shim and a child per request, until the worker closes its end. Returns only in a child."""
+def _serve(server: socket.socket) -> Callable[[], int]:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
+    setup = json.loads(server.recv(MAX_SETUP) or b"null")
+    if setup is None:
+        os._exit(0)
     try:
-        for module in preload:
+        for module in setup["preload"]:
             importlib.import_module(module)
-        for target, arguments in warm_up.items():
+        for target, arguments in setup["warm_up"].items():
             load_target(target)(*arguments)
     except Exception as error:  # noqa: BLE001 - whatever an import raises, the worker is told and stops
         _tell(server, error=f"{type(error).__name__}: {error}"[:2000])

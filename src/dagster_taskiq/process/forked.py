@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 _TITLE: Final = b"dagster-taskiq fork server"
 _ARGUMENTS_BEGIN: Final = 48 - 3
@@ -77,8 +77,8 @@ def why_not() -> str | None:
     return None
 
 
-def fork_into(main: Callable[[socket.socket], None], end: socket.socket) -> Forked:
-    """Fork, and call `main` in the fork with its end of a socket pair; it must not return. Raises `OSError`.
+def fork_into(main: Callable[[socket.socket], NoReturn], end: socket.socket) -> Forked:
+    """Fork, and call `main` in the fork with its end of a socket pair. Raises `OSError`.
 
     No descriptor but that end, stdout and stderr is left to it, and stdin is empty.
     """

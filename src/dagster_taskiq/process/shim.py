@@ -25,7 +25,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from dagster_taskiq.process import procfs
 from dagster_taskiq.process.json_lines import Splitter, line_of
@@ -43,6 +43,7 @@ MARK_VARIABLE: Final = "DAGSTER_TASKIQ_TASK"
 """In the environment of every child: by it a process is recognised that lost its shim."""
 NAME_PREFIX: Final = "dagster-"
 MAX_REQUEST: Final = 1 << 16
+MAX_SETUP: Final = 1 << 20
 _LENGTH_BYTES: Final = 8
 FDS: Final = 2
 SILENT_LOOKS: Final = 4
@@ -141,7 +142,7 @@ def _receive_exactly(channel: socket.socket, length: int) -> bytes:
     return bytes(data)
 
 
-def live_and_leave(work: Callable[[], int]) -> None:
+def live_and_leave(work: Callable[[], int]) -> NoReturn:
     """Do the work and end as an interpreter does: threads joined, exit handlers run, buffers flushed.
 
     But without dismantling the interpreter module by module, which takes a cancelled run another 60 ms (measured).

@@ -72,6 +72,7 @@ def run_worker(
     server = _forked_server(settings)
     try:
         with DagsterInstance.get() as instance:
+            server.warm_up()
             if instance.run_monitoring_enabled:
                 settings.check_against_cancel_timeout(instance.run_monitoring_cancel_timeout_seconds)
             asyncio.run(_run(instance, settings, name, on_ready, agent or Agent.here(), server))
