@@ -5,7 +5,7 @@ Works under any run launcher; with `TaskiqRunLauncher` it takes its settings fro
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from dagster import (
     DagsterEvent,
@@ -19,7 +19,6 @@ from dagster import (
 )
 from dagster import executor as executor_decorator
 
-from dagster_taskiq.cancellable_broker import CancellableSQSBroker
 from dagster_taskiq.cancellation.current import current_process
 from dagster_taskiq.core_execution_loop import TaskiqExecutor, TaskiqStepHandler
 from dagster_taskiq.dagster_compat.execution import (
@@ -46,6 +45,9 @@ from dagster_taskiq.storage.event_log import StepRef
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.tags import grace_of
 from dagster_taskiq.tasks.producer import Producer, work_message
+
+if TYPE_CHECKING:
+    from dagster_taskiq.cancellable_broker import CancellableSQSBroker
 
 logger = logging.getLogger(__name__)
 
@@ -107,11 +109,13 @@ class SQSStepHandler(TaskiqStepHandler):
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._producer = Producer(
-            lambda: CancellableSQSBroker.from_settings(settings, settings.steps_queue_url),
-            name="dagster-taskiq executor",
-        )
+        self._producer = Producer(self._make_broker, name="dagster-taskiq executor")
         self._heartbeats: Heartbeats | None = None
+
+    def _make_broker(self) -> "CancellableSQSBroker":
+        from dagster_taskiq.cancellable_broker import CancellableSQSBroker
+
+        return CancellableSQSBroker.from_settings(self._settings, self._settings.steps_queue_url)
 
     @property
     def name(self) -> str:
@@ -177,7 +181,7 @@ class SQSStepHandler(TaskiqStepHandler):
         return self._producer.submit(lambda broker: self._send(broker, messages, group)).result(_REQUEST_TIMEOUT_S)
 
     async def _send(
-        self, broker: CancellableSQSBroker, messages: Sequence[StepMessage], group: str | None
+        self, broker: "CancellableSQSBroker", messages: Sequence[StepMessage], group: str | None
     ) -> dict[str, str]:
         arguments = [await self._arguments(message) for message in messages]
         return await broker.kick_all(

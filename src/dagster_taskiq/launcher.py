@@ -5,12 +5,11 @@ import time
 import uuid
 from collections.abc import Mapping
 from concurrent.futures import Future, wait
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from dagster import Any as Any_
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, Field, Permissive
 
-from dagster_taskiq.cancellable_broker import CancellableSQSBroker
 from dagster_taskiq.dagster_compat.api import (
     FINISHED_STATUSES,
     CheckRunHealthResult,
@@ -33,6 +32,9 @@ from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.status_repair import repair_late_canceling
 from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, TASK_ID_TAG
 from dagster_taskiq.tasks.producer import Producer, work_message
+
+if TYPE_CHECKING:
+    from dagster_taskiq.cancellable_broker import CancellableSQSBroker
 
 logger = logging.getLogger(__name__)
 
@@ -80,10 +82,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         self.settings = Settings.from_config(
             {key: value for key, value in given.items() if value is not None} | unknown
         )
-        self._producer = Producer(
-            lambda: CancellableSQSBroker.from_settings(self.settings, self.settings.queue_url),
-            name="dagster-taskiq launcher",
-        )
+        self._producer = Producer(self._make_broker, name="dagster-taskiq launcher")
         self._known_claims: Claims | None = None
         self._metrics = Metrics.chosen(self.settings.metrics, queue_name(self.settings.queue_url), on_ecs=on_ecs())
         super().__init__()  # type: ignore[no-untyped-call]
@@ -134,6 +133,11 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             logger.warning("run not launched, and not needed any more: %s", error, extra={"run_id": run.run_id})
             return
         self._append(run, engine_events.submitted(task_id, queue_name(self.settings.queue_url)))
+
+    def _make_broker(self) -> "CancellableSQSBroker":
+        from dagster_taskiq.cancellable_broker import CancellableSQSBroker
+
+        return CancellableSQSBroker.from_settings(self.settings, self.settings.queue_url)
 
     def _send(self, run: DagsterRun, task_name: str, task_id: str) -> None:
         group = run.job_name if self.settings.is_fair_queue else None

@@ -147,7 +147,7 @@ def warm_processes() -> Iterator[Warm]:
 def start_command(
     arguments: Sequence[str], environ: Mapping[str, str], stdout: int, stderr: int | None = None
 ) -> Process:
-    """Start `dagster-taskiq …` in a session of its own; forked, where something is warm. `stderr`: default `stdout`."""
+    """Start `dagster-taskiq …` in a session of its own; forked, if something is warm. `stderr`: default `stdout`."""
     if _servers:
         return _servers[-1].start(arguments, environ, stdout, stderr)
     return start_program([*CLI, *arguments], environ, stdout, stderr)

@@ -12,7 +12,18 @@ PACKAGE = "dagster_taskiq"
 SOURCE = Path(dagster_taskiq.__file__).parent
 MOST_LINES = 400
 
-FLOOR = {"errors", "version", "queue_names", "messages", "settings", "_retry", "_shield", "_ttl_cache", "_log_context"}
+FLOOR = {
+    "errors",
+    "version",
+    "queue_names",
+    "messages",
+    "settings",
+    "_retry",
+    "_shield",
+    "_ttl_cache",
+    "_log_context",
+    "_gc",
+}
 """What every room may import; among themselves they must not form a circle."""
 DOMAIN = {"storage", "dagster_compat", "cancellation"}
 
@@ -29,7 +40,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "cleanup": FLOOR | DOMAIN,
     "steps": FLOOR | DOMAIN,
     "core_execution_loop": FLOOR | DOMAIN | {"steps"},
-    "child": FLOOR | DOMAIN | {"cleanup"},
+    "child": FLOOR | DOMAIN | {"cleanup", "process.json_lines"},
     "op_api": FLOOR | {"cancellation", "dagster_compat", "child"},
     "testing": FLOOR | {"cancellation", "child"},
     "worker": FLOOR
@@ -63,6 +74,7 @@ FENCES: Mapping[str, set[str]] = {
 
 MAY_READ_ENVIRONMENT = {
     "settings",
+    "dagster_compat.instance",
     "metrics",
     "process.shim",
     "child.child_process",
@@ -71,7 +83,13 @@ MAY_READ_ENVIRONMENT = {
     "local",
     "cli",
 }
-STANDARD_LIBRARY_ONLY = ("process.shim", "process.procfs", "process.fork_server_main")
+STANDARD_LIBRARY_ONLY = (
+    "process.shim",
+    "process.procfs",
+    "process.json_lines",
+    "process.fork_server_main",
+    "process.forked",
+)
 
 
 def module_of(path: Path) -> str:

@@ -4,7 +4,6 @@ Knows sockets; neither Dagster nor what the work is. A process that the child st
 Dagster's in its turn, can join (`ControlListener.admit`, `join`): it receives the intents that the child receives.
 """
 
-import json
 import select
 import socket
 import threading
@@ -14,11 +13,11 @@ from typing import Any, Final
 
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.cancellation.signal import CancelSignal
+from dagster_taskiq.process.json_lines import Splitter, line_of
 
 ADDRESS_VARIABLE: Final = "DAGSTER_TASKIQ_INTENTS"
 """In the environment of what a child starts: where the child's intents can be received."""
 _WORKER_GONE: Final = Cancellation(CancelKind.SHUTDOWN, "the worker is gone")
-MAX_LINE: Final = 65_536
 _GUESTS_PATIENCE_S: Final = 0.5
 
 
@@ -32,7 +31,7 @@ class ControlChannel:
         self._is_guest = is_guest
         self.intents: list[dict[str, Any]] = []
         """All that were received, in order."""
-        self._unfinished = b""
+        self._lines = Splitter()
         self._closed = False
         # A signal handler may come here in the middle of it: then what it does in between is all there is to do.
         self._lock = threading.RLock()
@@ -42,7 +41,7 @@ class ControlChannel:
         """Send the worker one line. Does nothing when the worker is gone."""
         # The listener's thread sends, too, and half a line in the middle of another one would make both unreadable.
         with self._sending, suppress(OSError):  # no worker listens any more
-            self.channel.sendall(json.dumps(message).encode() + b"\n")
+            self.channel.sendall(line_of(message))
 
     def must_stop(self) -> bool:
         """Whether an intent has come, or the worker is gone. A shutdown of the worker is no reason to stop for good."""
@@ -69,10 +68,8 @@ class ControlChannel:
                 except OSError:
                     data = b""
                 self._closed = not data
-                *lines, self._unfinished = (self._unfinished + data).split(b"\n")
-                self._unfinished = self._unfinished[:MAX_LINE]
-                for line in lines:
-                    self._receive(line)
+                for intent in self._lines.feed(data):
+                    self._receive(intent)
             if self._closed:
                 self.signal.record(_WORKER_GONE)
 
@@ -84,9 +81,8 @@ class ControlChannel:
             select.select([self.channel], [], [], _GUESTS_PATIENCE_S / 50)
             self.listen()
 
-    def _receive(self, line: bytes) -> None:
-        with suppress(ValueError, KeyError, TypeError):
-            intent = json.loads(line)
+    def _receive(self, intent: Any) -> None:
+        with suppress(KeyError, TypeError):  # what is no intent
             cancellation = Cancellation(
                 CancelKind[intent["intent"]], intent.get("reason"), intent.get("by"), deadline=intent.get("deadline")
             )

@@ -1,15 +1,17 @@
 """A thread that waits for intents, and passes them on to processes that have joined. Knows sockets and threads."""
 
-import json
 import os
 import selectors
 import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
-from dagster_taskiq.child.control_channel import MAX_LINE, ControlChannel
+from dagster_taskiq.child.control_channel import ControlChannel
+from dagster_taskiq.process.json_lines import Splitter, line_of
+
+_CHUNK: Final = 1 << 16
 
 
 class ControlListener:
@@ -22,7 +24,7 @@ class ControlListener:
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._door: socket.socket | None = None
-        self._guests: list[socket.socket] = []
+        self._guests: dict[socket.socket, Splitter] = {}
         self._sent = 0
         self._selector.register(control.channel, selectors.EVENT_READ)
         self._selector.register(self._wake_read, selectors.EVENT_READ)
@@ -67,7 +69,7 @@ class ControlListener:
         elif what is self._door and self._door is not None:
             with suppress(OSError):
                 guest, _ = self._door.accept()
-                self._guests.append(guest)
+                self._guests[guest] = Splitter()
                 self._selector.register(guest, selectors.EVENT_READ)
                 self._send_to(guest, self._control.intents)
         elif what in self._guests:
@@ -75,21 +77,19 @@ class ControlListener:
 
     def _receive_from(self, guest: socket.socket) -> None:
         try:
-            data = guest.recv(MAX_LINE, socket.MSG_DONTWAIT)
+            data = guest.recv(_CHUNK, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
         except OSError:
             data = b""
         if not data:
             self._selector.unregister(guest)
-            self._guests.remove(guest)
+            del self._guests[guest]
             guest.close()
             return
-        for line in data.split(b"\n"):
-            with suppress(ValueError):
-                message = json.loads(line)
-                if self._relay is not None and isinstance(message, dict):
-                    self._relay(message)
+        for message in self._guests[guest].feed(data):
+            if self._relay is not None and isinstance(message, dict):
+                self._relay(message)
 
     def _notify_guests(self) -> None:
         new, self._sent = self._control.intents[self._sent :], len(self._control.intents)
@@ -99,4 +99,4 @@ class ControlListener:
     @staticmethod
     def _send_to(guest: socket.socket, intents: list[dict[str, Any]]) -> None:
         with suppress(OSError):
-            guest.sendall(b"".join(json.dumps(intent).encode() + b"\n" for intent in intents))
+            guest.sendall(b"".join(map(line_of, intents)))

@@ -29,7 +29,13 @@ WARM_UP: Final = "dagster_taskiq.child.main:warm_up"
 RUN_TARGET: Final = "dagster_taskiq.child.main:run"
 STEP_TARGET: Final = "dagster_taskiq.child.main:step"
 CLEANUP_TARGET: Final = "dagster_taskiq.child.main:cleanup"
-PRELOAD: Final = ("dagster_taskiq.child.main", "dagster_taskiq.executor")
+PRELOAD: Final = (
+    "dagster_taskiq.child.main",
+    "dagster_taskiq.executor",
+    # Imported where they are used, which in a child is always, or nearly.
+    "dagster_taskiq.cancellable_broker",
+    "dagster._cli.api",
+)
 _INTERRUPTS: Final = {signal.SIGTERM, signal.SIGINT}
 _BODIES: Final = {"execute_run": execute_run, "resume_run": resume_run}
 

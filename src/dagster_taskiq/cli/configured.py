@@ -35,24 +35,26 @@ def _from_instance() -> Settings | None:
         raise SettingsError(
             f"no settings: set DAGSTER_HOME (the folder of dagster.yaml), or give -y FILE, or set {QUEUE_URL_VARIABLE}"
         )
-    from dagster import DagsterInstance
     from dagster_shared.check import CheckError
 
-    with DagsterInstance.get() as instance:
-        try:
-            launcher = instance.run_launcher
-        except CheckError as error:
-            cause = f"{error}: {error.__context__}" if error.__context__ else str(error)
-            raise SettingsError(f"run_launcher in $DAGSTER_HOME/dagster.yaml cannot be loaded: {cause}") from error
-        settings = getattr(launcher, "settings", None)
-        if isinstance(settings, Settings):
-            return settings
-        if os.environ.get(QUEUE_URL_VARIABLE):
-            return None
-        raise SettingsError(
-            f"run_launcher in $DAGSTER_HOME/dagster.yaml is {type(launcher).__name__}: make it module"
-            " dagster_taskiq.launcher, class TaskiqRunLauncher, or give -y FILE"
-        )
+    from dagster_taskiq.dagster_compat.instance import read_instance_ref
+
+    # Without opening the instance: the database is for those commands that need it.
+    reference = read_instance_ref()
+    try:
+        launcher = reference.run_launcher
+    except CheckError as error:
+        cause = f"{error}: {error.__context__}" if error.__context__ else str(error)
+        raise SettingsError(f"run_launcher in $DAGSTER_HOME/dagster.yaml cannot be loaded: {cause}") from error
+    settings = getattr(launcher, "settings", None)
+    if isinstance(settings, Settings):
+        return settings
+    if os.environ.get(QUEUE_URL_VARIABLE):
+        return None
+    raise SettingsError(
+        f"run_launcher in $DAGSTER_HOME/dagster.yaml is {type(launcher).__name__}: make it module"
+        " dagster_taskiq.launcher, class TaskiqRunLauncher, or give -y FILE"
+    )
 
 
 def _from_file(path: Path) -> Mapping[str, Any]:

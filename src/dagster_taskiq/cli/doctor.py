@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from dagster_taskiq.cli.options import config_option
+from dagster_taskiq.cli.options import config_option, soon_over
 
 if TYPE_CHECKING:
     from dagster_taskiq.doctor.finding import Finding
@@ -17,6 +17,7 @@ _COLOURS: Final = {"ok": "green", "warning": "yellow", "error": "red"}
 @click.command()
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="For programs: one JSON array.")
+@soon_over
 def doctor(config_file: Path | None, *, as_json: bool) -> None:
     """Check what is wrong: configuration, credentials, queues, permissions, workers, monitoring, clocks.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from dagster_taskiq.cli.options import config_option
+from dagster_taskiq.cli.options import config_option, soon_over
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,6 +31,7 @@ def queue() -> None:
 
 @queue.command()
 @config_option
+@soon_over
 def create(config_file: Path | None) -> None:
     """Create those of the three queues that are missing: work, steps, cancels. Existing ones are not changed.
 
@@ -67,6 +68,7 @@ def create_missing(settings: "Settings") -> tuple[str, ...]:
 @queue.command()
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="For programs: one JSON array.")
+@soon_over
 def status(config_file: Path | None, *, as_json: bool) -> None:
     """Show how many messages wait in each queue, and what is wrong with it. Exit code 1 when a queue is missing.
 

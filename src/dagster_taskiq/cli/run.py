@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from dagster_taskiq.cli.options import soon_over
+
 
 @click.group()
 def run() -> None:
@@ -23,6 +25,7 @@ def run() -> None:
 @click.option(
     "--requested-by", help="Who cancels. Default: the user of this system; for root, in a container, the IAM identity."
 )
+@soon_over
 def cancel(run_ids: tuple[str, ...], reason: str | None, requested_by: str | None) -> None:
     """Stop runs, as Terminate in Dagster's UI does, with a reason and an author.
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from dagster_taskiq.cli.options import config_option, log_format_option, log_level_option
+from dagster_taskiq._gc import collection_paused
+from dagster_taskiq.cli.options import config_option, log_format_option, log_level_option, soon_over
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -84,9 +85,10 @@ def run(
     from dagster_taskiq.cli.logs import log_to_stderr
 
     log_to_stderr(log_level, log_format)
-    settings = configured(config_file, **(overrides or {}))
-    from dagster_taskiq.queue_names import queue_name
-    from dagster_taskiq.worker.service import run_worker
+    with collection_paused():
+        settings = configured(config_file, **(overrides or {}))
+        from dagster_taskiq.queue_names import queue_name
+        from dagster_taskiq.worker.service import run_worker
 
     def announce(worker_id: str) -> None:
         served = [settings.queue_url] if settings.max_concurrent_runs else []
@@ -128,6 +130,7 @@ def health(pid: int | None) -> None:
 @config_option
 @click.option("--all", "everybody", is_flag=True, help="Also workers of the last week that are dead or gone.")
 @click.option("--json", "as_json", is_flag=True, help="For programs: one JSON array.")
+@soon_over
 def list_workers(config_file: Path | None, *, everybody: bool, as_json: bool) -> None:
     """Show which workers are alive, and what each one is working on, since when. Asks only Dagster's database.
 

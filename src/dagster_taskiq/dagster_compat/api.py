@@ -1,5 +1,7 @@
 """Dagster's private types that several rooms need: launchers, references, serialisation."""
 
+from typing import Final
+
 from dagster._core.errors import DagsterInvalidConfigError
 from dagster._core.events import EngineEventData
 from dagster._core.instance import InstanceRef
@@ -12,8 +14,11 @@ from dagster._core.launcher import (
 )
 from dagster._core.storage.dagster_run import FINISHED_STATUSES
 from dagster._core.storage.tags import MAX_RETRIES_TAG
-from dagster._daemon.monitoring import RESUME_RUN_LOG_MESSAGE
 from dagster._serdes import ConfigurableClass, ConfigurableClassData, deserialize_value, serialize_value
+
+RESUME_RUN_LOG_MESSAGE: Final = "Launching a new run worker to resume run"
+"""That of `dagster._daemon.monitoring`, by which Dagster counts how often a run was resumed. Not imported: it would
+bring the daemon with it. A test says when Dagster's own is another one."""
 
 __all__ = [
     "FINISHED_STATUSES",

@@ -10,7 +10,6 @@ from dagster import (
     DagsterInstance,
     DagsterRun,
 )
-from dagster._cli.api import _execute_run_command_body, _execute_step_command_body, _resume_run_command_body
 from dagster._core.definitions.executor_definition import multiple_process_executor_requirements
 from dagster._core.events import JobFailureData, RunFailureReason
 from dagster._core.events.log import EventLogEntry
@@ -76,11 +75,15 @@ _IGNORE: Final[Callable[[DagsterEvent], Any]] = lambda _: None  # noqa: E731
 
 def execute_run(run_id: str, instance: DagsterInstance) -> int:
     """What `dagster api execute_run` does, in this process; returns its exit code."""
+    from dagster._cli.api import _execute_run_command_body
+
     return _execute_run_command_body(run_id, instance, _IGNORE, set_exit_code_on_failure=True)
 
 
 def resume_run(run_id: str, instance: DagsterInstance) -> int:
     """What `dagster api resume_run` does, in this process; returns its exit code."""
+    from dagster._cli.api import _resume_run_command_body
+
     return _resume_run_command_body(run_id, instance, _IGNORE, set_exit_code_on_failure=True)
 
 
@@ -88,6 +91,8 @@ def execute_step(
     run: DagsterRun, instance: DagsterInstance, step_key: str, known_state: KnownExecutionState, retry_mode: RetryMode
 ) -> Iterator[DagsterEvent]:
     """What `dagster api execute_step` does, in this process, as far as it is iterated."""
+    from dagster._cli.api import _execute_step_command_body
+
     if run.job_code_origin is None:
         raise ValueError(f"run {run.run_id} does not say where its code is")
     arguments = ExecuteStepArgs(

@@ -1,26 +1,26 @@
-"""What Dagster's storage can do and its interface does not offer: single keys, single steps, outages."""
+"""What Dagster's storage can do and its interface does not offer: single keys, single steps, outages.
+
+SQLAlchemy, alembic and Dagster's storages, a second of imports, are imported where they are used: they are there
+when the instance is open, and who never opens it does without.
+"""
 
 import sys
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from alembic.config import Config
-from alembic.script import ScriptDirectory
 from dagster import (
     DagsterEvent,
     DagsterEventType,
     DagsterInstance,
 )
 from dagster._core.events.log import EventLogEntry
-from dagster._core.storage.event_log import SqlEventLogStorage, SqlEventLogStorageTable
-from dagster._core.storage.runs import SqliteRunStorage, SqlRunStorage
-from dagster._core.storage.runs.schema import KeyValueStoreTable
-from dagster._core.storage.sqlalchemy_compat import db_select
-from sqlalchemy.dialects import sqlite
-from sqlalchemy.exc import InterfaceError, OperationalError
 
 from dagster_taskiq.dagster_compat.api import deserialize_value
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
 
 __all__ = [
     "delete_values",
@@ -46,6 +46,9 @@ def events_of_step(
 
     Dagster's own interface only reads those of the whole run, which for a run of a thousand steps would be a million.
     """
+    from dagster._core.storage.event_log import SqlEventLogStorage, SqlEventLogStorageTable
+    from dagster._core.storage.sqlalchemy_compat import db_select
+
     storage = instance.event_log_storage
     kinds = set(of_type)
     if not isinstance(storage, SqlEventLogStorage):
@@ -70,6 +73,10 @@ def values_under(instance: DagsterInstance, prefix: str) -> dict[str, str]:
 
     Empty for a storage that is not SQL.
     """
+    from dagster._core.storage.runs import SqlRunStorage
+    from dagster._core.storage.runs.schema import KeyValueStoreTable
+    from dagster._core.storage.sqlalchemy_compat import db_select
+
     storage = instance.run_storage
     if not isinstance(storage, SqlRunStorage):
         return {}
@@ -84,6 +91,10 @@ def put_value(instance: DagsterInstance, key: str, value: str) -> None:
 
     There Dagster's own way is an insert that fails and an update.
     """
+    from dagster._core.storage.runs import SqliteRunStorage
+    from dagster._core.storage.runs.schema import KeyValueStoreTable
+    from sqlalchemy.dialects import sqlite
+
     storage = instance.run_storage
     if isinstance(storage, SqliteRunStorage):
         insert = sqlite.insert(KeyValueStoreTable).values(key=key, value=value)
@@ -95,6 +106,9 @@ def put_value(instance: DagsterInstance, key: str, value: str) -> None:
 
 def delete_values(instance: DagsterInstance, keys: Iterable[str]) -> None:
     """Delete keys of Dagster's key-value storage, which itself only adds to them."""
+    from dagster._core.storage.runs import SqlRunStorage
+    from dagster._core.storage.runs.schema import KeyValueStoreTable
+
     storage, gone = instance.run_storage, list(keys)
     if gone and isinstance(storage, SqlRunStorage):
         with storage.connect() as connection:
@@ -107,12 +121,14 @@ def read_migration_scripts_once() -> None:
     For every SQLite file that Dagster opens, and it has one for each run, alembic loads some ninety Python files, two
     or three times; that was half of a short run (measured). The scripts do not change while a process lives.
     """
+    from alembic.script import ScriptDirectory
+
     read = ScriptDirectory.from_config
     if getattr(read, "keeps", False):
         return
     kept = lru_cache(maxsize=8)(read)
 
-    def from_config(config: Config) -> ScriptDirectory:
+    def from_config(config: "Config") -> "ScriptDirectory":
         # Dagster makes one configuration for each of its storages and keeps it, so it can be the key. Users'
         # migrations are read as ever: they may change while an op runs.
         ours = (config.get_main_option("script_location") or "").startswith("dagster")
@@ -135,6 +151,8 @@ def event_of(entry: EventLogEntry) -> DagsterEvent | None:
 
 def outages() -> tuple[type[Exception], ...]:
     """What Dagster's storage raises when its database cannot be reached, or is too busy; it may work again later."""
+    from sqlalchemy.exc import InterfaceError, OperationalError
+
     errors: list[type[Exception]] = [OperationalError, InterfaceError]
     for module, name in (
         ("dagster_postgres.utils", "DagsterPostgresException"),

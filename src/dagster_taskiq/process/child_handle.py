@@ -4,7 +4,6 @@ The other side of `shim`. Knows processes and asyncio; not how children are star
 """
 
 import asyncio
-import json
 import logging
 import os
 import signal
@@ -16,12 +15,12 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from dagster_taskiq.process import procfs, shim
+from dagster_taskiq.process.json_lines import AsyncLines
 
 logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S: Final = 5
 _NEVER_S: Final = 3600.0
-_CHUNK: Final = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +56,8 @@ class Child:
     """What the child asks for instead of the grace, because it waits for others (a run for its steps)."""
     abandoned: bool = False
     """Whether its shim has interrupted it because the worker hung."""
-    _control: "_Lines | None" = None
-    _channel: "_Lines | None" = None
+    _control: AsyncLines | None = None
+    _channel: AsyncLines | None = None
     _readers: tuple[asyncio.Task[None], ...] = ()
 
     def send(self, message: dict[str, Any]) -> None:
@@ -100,66 +99,9 @@ class Child:
                 lines.close()
 
 
-class _Lines:
-    """Our end of a socket pair on which JSON lines travel.
-
-    Not asyncio's streams: when the other side ends without having read all that we said, which is the rule here, they
-    throw away what it had said before.
-    """
-
-    def __init__(self, end: socket.socket) -> None:
-        end.setblocking(False)
-        self._end = end
-        self._unsent = bytearray()
-        self._loop = asyncio.get_running_loop()
-
-    def send(self, message: dict[str, Any]) -> None:
-        """Send it, now if the other side takes it; never raises: who is gone hears nothing."""
-        self.send_bytes(json.dumps(message).encode() + b"\n")
-
-    def send_bytes(self, data: bytes) -> None:
-        """As `say`, for anything."""
-        self._unsent += data
-        self._flush()
-
-    def _flush(self) -> None:
-        if self._end.fileno() < 0:
-            return
-        try:
-            del self._unsent[: self._end.send(self._unsent)]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._unsent.clear()
-        if self._unsent:
-            self._loop.add_writer(self._end, self._flush)
-        else:
-            self._loop.remove_writer(self._end)
-
-    async def messages(self) -> AsyncIterator[dict[str, Any]]:
-        """What the other side says, until it ends."""
-        unfinished = b""
-        while True:
-            try:
-                data = await self._loop.sock_recv(self._end, _CHUNK)
-            except OSError:
-                return
-            if not data:
-                return
-            *lines, unfinished = (unfinished + data).split(b"\n")
-            for line in lines:
-                with suppress(ValueError):
-                    yield json.loads(line)
-
-    def close(self) -> None:
-        """Nothing more to say or to hear."""
-        self._loop.remove_writer(self._end)
-        self._end.close()
-
-
 async def connect(spec: ChildSpec, control: socket.socket, channel: socket.socket) -> Child:
     """The child that the fork server was asked for, once it is there. Raises `EOFError` when there is none."""
-    to_shim, to_child = _Lines(control), _Lines(channel)
+    to_shim, to_child = AsyncLines(control), AsyncLines(channel)
     from_shim = to_shim.messages()
     hello = await anext(from_shim, None)
     if hello is None:
@@ -178,12 +120,12 @@ async def connect(spec: ChildSpec, control: socket.socket, channel: socket.socke
     return child
 
 
-async def _read_child(child: Child, lines: _Lines) -> None:
+async def _read_child(child: Child, lines: AsyncLines) -> None:
     async for message in lines.messages():
         child.handle_message(message)
 
 
-async def _read_shim(child: Child, messages: AsyncIterator[dict[str, Any]], read_child: asyncio.Task[None]) -> None:
+async def _read_shim(child: Child, messages: AsyncIterator[Any], read_child: asyncio.Task[None]) -> None:
     killed: tuple[str, ...] | None = None
     async for message in messages:
         if "exited" in message:

@@ -1,6 +1,6 @@
-"""Starts children: the warm process from which they are forked, as the worker sees it.
+"""The warm process from which children are forked, as the worker sees it: start it, have it fork, end it.
 
-The other side of `shim`. Knows processes, signals and asyncio; not what a child is for.
+The other side of `fork_server_main`. Knows processes and asyncio; not what a child is for.
 """
 
 import asyncio
@@ -15,6 +15,8 @@ from typing import Any, Final
 
 from dagster_taskiq.errors import ChildStartFailed
 from dagster_taskiq.process.child_handle import STOP_TIMEOUT_S, Child, ChildSpec, connect
+from dagster_taskiq.process.fork_server_main import serve
+from dagster_taskiq.process.forked import Forked, fork_into, why_not
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +24,11 @@ _START_TIMEOUT_S: Final = 120
 
 
 class ForkServer:
-    """The warm process from which children are forked. Started at first use, started anew should it have died."""
+    """The warm process from which children are forked. Started at first use, started anew should it have died.
+
+    It is executed, and then imports everything once more; unless `fork_early` was called before there was anything
+    that must not be shared.
+    """
 
     def __init__(
         self, *, fresh: bool = False, preload: Sequence[str] = (), warm_up: Mapping[str, Sequence[Any]] | None = None
@@ -32,12 +38,14 @@ class ForkServer:
         `fresh`: children are fresh interpreters, so there is nothing to import or warm up beforehand.
         """
         self._fresh = fresh
-        self._setup = {
+        self._setup: dict[str, Any] = {
             "preload": [] if fresh else list(preload),
             "warm_up": {} if fresh else dict(warm_up or {}),
         }
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | Forked | None = None
         self._socket: socket.socket | None = None
+        self._is_set_up = False
+        self._is_warm = False
         self._lock = asyncio.Lock()
 
     @property
@@ -45,44 +53,78 @@ class ForkServer:
         """The server's pid while it runs."""
         return self._process.pid if self._process is not None and self._process.poll() is None else None
 
+    def fork_early(self) -> None:
+        """Fork the server from this process, with all that is imported. It waits until it is told to `warm_up`.
+
+        Only a process with one thread and no socket is forked; otherwise, and for fresh children, `start` executes it.
+        """
+        if self._fresh:
+            return
+        if (reason := why_not()) is not None:
+            logger.warning("the fork server is executed, which takes longer than a fork: %s", reason)
+            return
+        with self._connect() as theirs:
+            self._process = fork_into(serve, theirs)
+
+    def warm_up(self) -> None:
+        """Have a server that was forked early import and open what children need, while this process goes on.
+
+        Not before this process has opened it: what opens a database for the first time also creates its tables.
+        """
+        if self._process is not None and self._socket is not None and not self._is_set_up:
+            self._is_set_up = True
+            with suppress(OSError):  # it is gone: `start` says so
+                self._socket.send(json.dumps(self._setup).encode())
+
     async def start(self) -> None:
         """Start the server unless it runs, and wait until it is warm. Raises `ChildStartFailed`."""
         async with self._lock:
-            if self.pid is None:
-                await self._start()
+            if self._process is None or (self._is_warm and self.pid is None):
+                self.discard()
+                self._execute()
+            self.warm_up()
+            if not self._is_warm:
+                await self._until_warm()
 
-    async def _start(self) -> None:
-        self._discard()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    def _execute(self) -> None:
         code = "from dagster_taskiq.process.fork_server_main import serve_from_argv; serve_from_argv()"
-        with theirs:
-            self._process = subprocess.Popen(  # noqa: S603, ASYNC220 - our own interpreter; a fork takes a millisecond
-                [sys.executable, "-c", code, str(theirs.fileno()), json.dumps(self._setup)],
+        with self._connect() as theirs:
+            self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
+                [sys.executable, "-c", code, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 # Ctrl-C in a terminal goes to the worker's group alone: it decides what becomes of its children.
                 start_new_session=True,
             )
-        ours.setblocking(False)
-        self._socket = ours
+
+    def _connect(self) -> socket.socket:
+        """A new connection; returns the server's end of it."""
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.setblocking(False)
+        return theirs
+
+    async def _until_warm(self) -> None:
+        if self._socket is None:
+            raise ChildStartFailed("the fork server was stopped")
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
-                reply = json.loads(await asyncio.get_running_loop().sock_recv(ours, 65536) or b"{}")
+                reply = json.loads(await asyncio.get_running_loop().sock_recv(self._socket, 65536) or b"{}")
         except (TimeoutError, OSError) as error:
-            self._discard()
+            self.discard()
             raise ChildStartFailed(f"the fork server did not come up within {_START_TIMEOUT_S} s") from error
         if "ready" not in reply:
-            self._discard()
+            self.discard()
             raise ChildStartFailed(
                 f"the fork server could not be warmed up ({reply.get('error', 'it ended')});"
                 " correct preload_modules, or set start_method: spawn"
             )
         if not self._fresh and reply["threads"] > 1:
-            self._discard()
+            self.discard()
             raise ChildStartFailed(
                 f"importing preload_modules started {reply['threads'] - 1} threads, which do not survive a fork;"
                 " take that module off the list, or set start_method: spawn"
             )
+        self._is_warm = True
 
     async def fork(self, spec: ChildSpec) -> Child:
         """Start one child. Raises `ChildStartFailed`, in which case there is no process."""
@@ -93,7 +135,7 @@ class ForkServer:
             except (OSError, EOFError) as error:
                 # The server died (out of memory, an operator's kill). What it forked goes on, in its shims' care.
                 logger.warning("the fork server is gone; starting another", extra={"attempt": attempt})
-                self._discard()
+                self.discard()
                 cause = error
         raise ChildStartFailed(f"no child could be forked: {cause!r}") from cause
 
@@ -119,7 +161,8 @@ class ForkServer:
                 raise
         return await connect(spec, control, channel)
 
-    def _discard(self) -> None:
+    def discard(self) -> None:
+        """End the server, as `stop`, from outside an event loop. Takes half a second at most, unless it hangs."""
         if self._socket is not None:
             self._socket.close()
         if self._process is not None:
@@ -129,8 +172,9 @@ class ForkServer:
                 self._process.kill()
                 self._process.wait(STOP_TIMEOUT_S)
         self._process, self._socket = None, None
+        self._is_set_up = self._is_warm = False
 
     async def stop(self) -> None:
         """End the server. Children in their shims' care are not touched."""
         async with self._lock:
-            await asyncio.to_thread(self._discard)
+            await asyncio.to_thread(self.discard)

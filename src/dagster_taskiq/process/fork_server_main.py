@@ -13,12 +13,13 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 from dagster_taskiq.process.shim import (
     FDS,
     INTERRUPTS,
     MAX_REQUEST,
+    MAX_SETUP,
     PR_SET_CHILD_SUBREAPER,
     live_and_leave,
     load_target,
@@ -28,29 +29,34 @@ from dagster_taskiq.process.shim import (
 
 
 def serve_from_argv() -> None:
-    """Entry of the fork server's process: `argv[1]` is its socket, `argv[2]` what to import and warm up, as JSON."""
-    server = socket.socket(fileno=int(sys.argv[1]))
-    work = serve(server, **json.loads(sys.argv[2]))
-    live_and_leave(work)  # only a child comes here
+    """Entry of the fork server's process when it is executed: `argv[1]` is its socket."""
+    serve(socket.socket(fileno=int(sys.argv[1])))
 
 
-def serve(server: socket.socket, *, preload: list[str], warm_up: dict[str, list[Any]]) -> Callable[[], int]:
-    """Fork a shim and a child per request, until the worker closes its end. Returns only in a child."""
+def serve(server: socket.socket) -> NoReturn:
+    """Set up as the first message says, then fork a shim and a child per request, until the worker closes its end."""
+    live_and_leave(_serve(server))  # only a child comes here
+
+
+def _serve(server: socket.socket) -> Callable[[], int]:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
+    setup = json.loads(server.recv(MAX_SETUP) or b"null")
+    if setup is None:
+        os._exit(0)
     try:
-        for module in preload:
+        for module in setup["preload"]:
             importlib.import_module(module)
-        for target, arguments in warm_up.items():
+        for target, arguments in setup["warm_up"].items():
             load_target(target)(*arguments)
     except Exception as error:  # noqa: BLE001 - whatever an import raises, the worker is told and stops
-        server.send(json.dumps({"error": f"{type(error).__name__}: {error}"[:2000]}).encode())
+        _tell(server, error=f"{type(error).__name__}: {error}"[:2000])
         os._exit(1)
     # What is there now is shared by all children: keep the collector from touching (and so copying) it.
     gc.collect()
     gc.freeze()
     signal.signal(signal.SIGCHLD, lambda *_: _reap_all())
-    server.send(json.dumps({"ready": os.getpid(), "threads": len(os.listdir("/proc/self/task"))}).encode())  # noqa: PTH208
+    _tell(server, ready=os.getpid(), threads=len(os.listdir("/proc/self/task")))  # noqa: PTH208
     while True:
         request, fds = _receive(server)
         if not request:
@@ -62,6 +68,11 @@ def serve(server: socket.socket, *, preload: list[str], warm_up: dict[str, list[
         signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
         for fd in fds:
             os.close(fd)
+
+
+def _tell(server: socket.socket, **message: Any) -> None:
+    with suppress(OSError):  # a worker that is gone meanwhile; the next request would be the end of file
+        server.send(json.dumps(message).encode())
 
 
 def _reap_all() -> None:

@@ -5,19 +5,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-import aioboto3
-
 from dagster_taskiq.errors import QueueMissing
+from dagster_taskiq.queue_names import cancel_queue_url, is_fifo, queue_name, steps_queue_url
 from dagster_taskiq.sqs.errors import translated
+from dagster_taskiq.sqs.probe import _WITHIN_S
 
 if TYPE_CHECKING:
     from types_aiobotocore_sqs import SQSClient
-from dagster_taskiq.queue_names import cancel_queue_url, is_fifo, queue_name, steps_queue_url
-from dagster_taskiq.sqs.probe import _WITHIN_S
 
 
 async def identity(region_name: str) -> str:
     """The ARN of the credentials. Raises `AccessDenied` or another `QueueError` with the reason."""
+    import aioboto3
+
     with translated("AWS STS", region_name):
         async with asyncio.timeout(_WITHIN_S), aioboto3.Session().client("sts", region_name=region_name) as sts:
             return str((await sts.get_caller_identity())["Arn"])

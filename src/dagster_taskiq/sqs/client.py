@@ -4,12 +4,10 @@ import asyncio
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Final
 
-import aioboto3
-from botocore.config import Config
+from dagster_taskiq.sqs.errors import translated
 
 if TYPE_CHECKING:
     from types_aiobotocore_sqs import SQSClient
-from dagster_taskiq.sqs.errors import translated
 
 MAX_BATCH: Final = 10
 
@@ -29,6 +27,9 @@ class Connection:
         """The client. Raises a `QueueError` when there is no region."""
         async with self._opening:
             if self._client is None:
+                import aioboto3
+                from botocore.config import Config
+
                 config = Config(
                     # Polls, renewals and cancels share one pool: with the default of 10, renewals would wait for polls.
                     max_pool_connections=50,
@@ -57,6 +58,7 @@ WARM_UP: Final = "dagster_taskiq.sqs.client:warm_up"
 
 def warm_up() -> None:
     """Import and load what a new client needs, without a request and without looking for credentials."""
+    import aioboto3
 
     async def make() -> None:
         known = {"aws_access_key_id": "warm-up", "aws_secret_access_key": "warm-up", "region_name": "us-east-1"}

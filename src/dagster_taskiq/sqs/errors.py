@@ -5,18 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-import aiohttp
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    CredentialRetrievalError,
-    NoCredentialsError,
-    NoRegionError,
-    ParamValidationError,
-    PartialCredentialsError,
-    TokenRetrievalError,
-)
-
 from dagster_taskiq.errors import (
     AccessDenied,
     DagsterTaskiqError,
@@ -28,8 +16,7 @@ from dagster_taskiq.errors import (
 )
 
 if TYPE_CHECKING:
-    pass
-
+    from botocore.exceptions import BotoCoreError, ClientError
 
 MAX_MESSAGE_BYTES: Final = 1_048_576
 # Error codes without their prefixes ("AWS.SimpleQueueService.", "com.amazonaws.sqs#").
@@ -62,15 +49,27 @@ def translated(queue_url: str, region: str | None = None, *, receipt: bool = Fal
     """
     try:
         yield
-    except ClientError as error:
-        raise _from_answer(error, queue_url, region, receipt=receipt) from error
-    except BotoCoreError as error:
-        raise _from_client(error, queue_url, region) from error
-    except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
-        raise QueueUnreachable(f"{queue_url}: no answer from SQS ({_line(error)}); check the network") from error
+    except Exception as error:
+        ours = _in_our_words(error, queue_url, region, receipt=receipt)
+        if ours is None:
+            raise
+        raise ours from error
 
 
-def _from_answer(error: ClientError, url: str, region: str | None, *, receipt: bool) -> DagsterTaskiqError:
+def _in_our_words(error: Exception, url: str, region: str | None, *, receipt: bool) -> DagsterTaskiqError | None:
+    import aiohttp
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    if isinstance(error, ClientError):
+        return _from_answer(error, url, region, receipt=receipt)
+    if isinstance(error, BotoCoreError):
+        return _from_client(error, url, region)
+    if isinstance(error, aiohttp.ClientError | OSError):  # TimeoutError is an OSError
+        return QueueUnreachable(f"{url}: no answer from SQS ({_line(error)}); check the network")
+    return None
+
+
+def _from_answer(error: "ClientError", url: str, region: str | None, *, receipt: bool) -> DagsterTaskiqError:
     answer = error.response.get("Error", {})
     code = re.split(r"[#]|SimpleQueueService\.", str(answer.get("Code", "")))[-1]
     text = " ".join(str(answer.get("Message", "")).split())
@@ -95,7 +94,16 @@ def _from_answer(error: ClientError, url: str, region: str | None, *, receipt: b
     return QueueError(f"{url}: SQS refused {error.operation_name} ({code}: {text})")
 
 
-def _from_client(error: BotoCoreError, url: str, region: str | None) -> QueueError:
+def _from_client(error: "BotoCoreError", url: str, region: str | None) -> QueueError:
+    from botocore.exceptions import (
+        CredentialRetrievalError,
+        NoCredentialsError,
+        NoRegionError,
+        ParamValidationError,
+        PartialCredentialsError,
+        TokenRetrievalError,
+    )
+
     if isinstance(error, NoCredentialsError | PartialCredentialsError | CredentialRetrievalError | TokenRetrievalError):
         return AccessDenied(
             f"{url}: no usable AWS credentials ({_line(error)});"
@@ -111,6 +119,8 @@ def _from_client(error: BotoCoreError, url: str, region: str | None) -> QueueErr
 
 def is_missing_permission(error: AccessDenied) -> bool:
     """Whether the credentials are valid and only this permission is missing."""
+    from botocore.exceptions import ClientError
+
     cause = error.__cause__
     return isinstance(cause, ClientError) and str(cause.response["Error"].get("Code")).startswith("AccessDenied")
 

@@ -13,9 +13,6 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
-import aioboto3
-from botocore.exceptions import BotoCoreError, ClientError
-
 from dagster_taskiq.errors import AccessDenied, DagsterTaskiqError, QueueMissing
 from dagster_taskiq.queue_names import is_fifo
 from dagster_taskiq.sqs.errors import MAX_MESSAGE_BYTES, is_missing_permission, translated
@@ -106,6 +103,9 @@ async def may(client: Any, url: str, action: str) -> bool:
 
 async def has_credentials() -> bool:
     """Whether there are any credentials, in any place where AWS's libraries look for them."""
+    import aioboto3
+    from botocore.exceptions import BotoCoreError
+
     try:
         return await aioboto3.Session().get_credentials() is not None
     except BotoCoreError:
@@ -114,6 +114,9 @@ async def has_credentials() -> bool:
 
 async def bucket_error(bucket: str, region_name: str) -> str | None:
     """Why a bucket cannot be used; None: it can be used."""
+    import aioboto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
     try:
         async with asyncio.timeout(_WITHIN_S), aioboto3.Session().client("s3", region_name=region_name) as s3:
             await s3.head_bucket(Bucket=bucket)

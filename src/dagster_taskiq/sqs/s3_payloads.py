@@ -7,9 +7,6 @@ import asyncio
 from contextlib import AsyncExitStack
 from typing import Any, Final
 
-import aioboto3
-from botocore.exceptions import BotoCoreError, ClientError
-
 from dagster_taskiq.errors import PayloadUnavailable
 
 _PREFIX: Final = "dagster-taskiq/payloads/"
@@ -50,6 +47,9 @@ class PayloadBucket:
             await self._stack.aclose()
 
     async def _request(self, operation: str, task_id: str, **arguments: Any) -> Any:
+        import aioboto3
+        from botocore.exceptions import BotoCoreError, ClientError
+
         key = f"{_PREFIX}{task_id}"
         try:
             async with self._opening:

@@ -1,19 +1,21 @@
 """Send work and cancels from threads that know no asyncio: one portal with one warm client.
 
 Used by the launcher, whose methods are called from threads of the webserver and the daemon, and by the executor.
+Imports taskiq when there is something to send: many who load the launcher never send anything.
 """
 
 import threading
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from anyio.from_thread import BlockingPortal, start_blocking_portal
-from taskiq import AsyncBroker, BrokerMessage, TaskiqMessage
+if TYPE_CHECKING:
+    from anyio.from_thread import BlockingPortal
+    from taskiq import AsyncBroker, BrokerMessage
 
 _T = TypeVar("_T")
-_Broker = TypeVar("_Broker", bound=AsyncBroker)
+_Broker = TypeVar("_Broker", bound="AsyncBroker")
 
 
 class Producer(Generic[_Broker]):
@@ -41,7 +43,9 @@ class Producer(Generic[_Broker]):
             self._open = None
             self._resources.close()
 
-    def _connect(self) -> tuple[BlockingPortal, _Broker]:
+    def _connect(self) -> "tuple[BlockingPortal, _Broker]":
+        from anyio.from_thread import start_blocking_portal
+
         portal = self._resources.enter_context(start_blocking_portal(name=self._name))
         broker = self._make_broker()
         self._resources.callback(portal.call, broker.shutdown)
@@ -49,9 +53,11 @@ class Producer(Generic[_Broker]):
 
 
 def work_message(
-    broker: AsyncBroker, task_name: str, task_id: str, group: str | None, arguments: Mapping[str, Any]
-) -> BrokerMessage:
+    broker: "AsyncBroker", task_name: str, task_id: str, group: str | None, arguments: Mapping[str, Any]
+) -> "BrokerMessage":
     """One piece of work as a message. `group`: the message group on a fair queue."""
+    from taskiq import TaskiqMessage
+
     labels: dict[str, Any] = {"message_group": group} if group is not None else {}
     message = TaskiqMessage(task_id=task_id, task_name=task_name, labels=labels, args=[], kwargs=dict(arguments))
     return broker.formatter.dumps(message)

@@ -13,17 +13,20 @@ import socket
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from typing import Any, Final
 
 from dagster import DagsterInstance, RunsFilter
 from taskiq import TaskiqMessage
 
+from dagster_taskiq._gc import collection_paused
 from dagster_taskiq._log_context import log_context
 from dagster_taskiq.cancellable_broker import CancellableSQSBroker
 from dagster_taskiq.cancellable_receiver import CancellableReceiver, ReceiverHooks
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.child.main import PRELOAD, WARM_UP
-from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES, serialize_value
+from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES, InstanceRef, serialize_value
+from dagster_taskiq.dagster_compat.instance import import_what_opening_takes, read_instance_ref
 from dagster_taskiq.dagster_compat.storage import read_migration_scripts_once
 from dagster_taskiq.messages import run_of_step_task
 from dagster_taskiq.metrics import Metrics, on_ecs
@@ -66,12 +69,32 @@ def run_worker(
     handlers for SIGTERM and SIGINT. `agent`: that of ECS, in a container of it; default: what the environment names.
     Raises `DagsterTaskiqError` when it cannot start.
     """
-    read_migration_scripts_once()
-    with DagsterInstance.get() as instance:
-        if instance.run_monitoring_enabled:
-            settings.check_against_cancel_timeout(instance.run_monitoring_cancel_timeout_seconds)
-        asyncio.run(_run(instance, settings, name, on_ready, agent or Agent.here()))
+    server = _forked_server(settings)
+    try:
+        with DagsterInstance.get() as instance:
+            server.warm_up()
+            if instance.run_monitoring_enabled:
+                settings.check_against_cancel_timeout(instance.run_monitoring_cancel_timeout_seconds)
+            asyncio.run(_run(instance, settings, name, on_ready, agent or Agent.here(), server))
+    finally:
+        server.discard()
     return 0
+
+
+def _forked_server(settings: Settings) -> ForkServer:
+    """The fork server, forked from this process while it has neither connections nor threads.
+
+    What both of them need is imported before that, once.
+    """
+    with collection_paused():
+        reference = read_instance_ref()
+        for module in PRELOAD:
+            import_module(module)
+        import_what_opening_takes(reference)
+        read_migration_scripts_once()
+        server = fork_server(reference, settings)
+        server.fork_early()
+    return server
 
 
 class Worker:
@@ -85,14 +108,18 @@ class Worker:
         name: str | None = None,
         where: str | None = None,
         agent: Agent | None = None,
+        server: ForkServer | None = None,
     ) -> None:
-        """`where`: the worker's process, in words. `agent`: that of ECS, asked for protection from scale-in."""
+        """`where`: the worker's process, in words. `agent`: that of ECS, asked for protection from scale-in.
+
+        `server`: the fork server, if there is one already.
+        """
         self.worker_id = f"{name or socket.gethostname()}-{secrets.token_hex(4)}"
         self._instance = instance
         self._settings = settings
         self._where = f"{where}, pid {os.getpid()}" if where else f"pid {os.getpid()} on {socket.gethostname()}"
         self._agent = agent
-        self._fork_server = fork_server(instance, settings)
+        self._fork_server = server or fork_server(instance.get_ref(), settings)
         self._heartbeats = Heartbeats.of_runs(instance, settings)
         self._tasks = RunningTasks()
         self._ready = False
@@ -119,13 +146,11 @@ class Worker:
         bucket = self._settings.payload_bucket
         payloads = PayloadBucket(bucket, self._settings.region_name) if bucket else None
         try:
-            for broker in brokers:
-                await broker.check_queues()
+            checked = await asyncio.gather(*[broker.check_queues() for broker in brokers], return_exceptions=True)
+            if errors := [error for error in checked if error is not None]:
+                raise errors[0]
             await self._fork_server.start()
             await heart.beat()
-            with suppress(Exception):  # housekeeping; the next worker does it as well
-                await asyncio.to_thread(self._heartbeats.forget_the_long_dead)
-                await asyncio.to_thread(forget_old_states, self._instance)
             async with answering(lambda: self._describe(context)):
                 await self._work(brokers, context, heart, payloads, on_ready)
         finally:
@@ -243,6 +268,9 @@ class Worker:
         logger.info("worker is ready", extra={"worker_id": self.worker_id})
         if on_ready is not None:
             on_ready(self.worker_id)
+        with suppress(Exception):  # housekeeping; the next worker does it as well
+            await asyncio.to_thread(self._heartbeats.forget_the_long_dead)
+            await asyncio.to_thread(forget_old_states, self._instance)
 
     async def _stop_what_does_not_finish(
         self, receivers: Sequence[CancellableReceiver], context: WorkerContext
@@ -271,12 +299,13 @@ async def _run(
     name: str | None,
     on_ready: Callable[[str], None] | None,
     agent: Agent,
+    server: ForkServer,
 ) -> None:
     task = await agent.task()
     if task is None:
-        worker = Worker(instance, settings, name=name, agent=agent)
+        worker = Worker(instance, settings, name=name, agent=agent, server=server)
     else:
-        worker = Worker(instance, settings, name=name or task.name, where=task.where, agent=agent)
+        worker = Worker(instance, settings, name=name or task.name, where=task.where, agent=agent, server=server)
     with log_context(worker=worker.worker_id):
         await worker.run(on_ready, handle_signals=True)
 
@@ -292,10 +321,10 @@ async def _steps_stay_ours(_: str) -> bool:
     return True
 
 
-def fork_server(instance: DagsterInstance, settings: Settings) -> ForkServer:
+def fork_server(reference: InstanceRef, settings: Settings) -> ForkServer:
     """The process from which runs are forked: it has imported Dagster and opened the instance once."""
     return ForkServer(
         fresh=settings.start_method == "spawn",
         preload=(*PRELOAD, *settings.preload_modules),
-        warm_up={WARM_UP: [serialize_value(instance.get_ref())], SQS_WARM_UP: []},
+        warm_up={WARM_UP: [serialize_value(reference)], SQS_WARM_UP: []},
     )
