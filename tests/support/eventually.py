@@ -1,4 +1,4 @@
-"""Waiting for events inside an event loop: bounded, and log_context what was awaited when it does not come."""
+"""Waiting for events inside an event loop: bounded, and telling what was awaited when it does not come."""
 
 import asyncio
 from collections.abc import Callable

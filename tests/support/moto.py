@@ -26,6 +26,13 @@ CREDENTIALS = {
     "AWS_EC2_METADATA_DISABLED": "true",
 }
 
+SERVER = """
+import ctypes
+ctypes.CDLL(None).prctl(1, 15)  # PR_SET_PDEATHSIG: pytest may be killed
+from moto.server import main
+main()
+"""
+
 
 def free_port() -> int:
     """A port on loopback that nobody uses just now."""
@@ -40,7 +47,7 @@ def moto_server(start_within_s: float = 30) -> Iterator[str]:
     port = free_port()
     environ = {**os.environ, **CREDENTIALS}
     server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        [sys.executable, "-c", SERVER, "-H", "127.0.0.1", "-p", str(port)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -7,7 +7,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,8 @@ class Platform:
     endpoint_url: str
     instance: DagsterInstance
     jobs: Path = JOBS
+    _marks: dict[str, Path] = field(default_factory=dict)
+    """Where the ops of a run make their marks."""
 
     @property
     def launcher(self) -> TaskiqRunLauncher:
@@ -140,7 +142,9 @@ class Platform:
         return self.run(run_id).tags[TASK_ID_TAG]
 
     def marks(self, run_id: str) -> list[str]:
-        path = Path(self.run(run_id).tags["marks"])
+        if run_id not in self._marks:
+            self._marks[run_id] = Path(self.run(run_id).tags["marks"])
+        path = self._marks[run_id]
         return [line.rpartition(" ")[0] for line in path.read_text().splitlines()] if path.exists() else []
 
     def mark_counts(self, run_id: str) -> Counter[str]:

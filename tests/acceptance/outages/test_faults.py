@@ -7,13 +7,14 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from dagster import DagsterEventType, DagsterRunStatus
 from tests.acceptance.conftest import SNAPPY, open_platform, steps_platform
-from tests.support.platform import Platform, WorkerProcess
+from tests.support.platform import JOBS, REAL_WORKER, Platform, WorkerProcess
 from tests.support.proxy import SqsProxy, sqs_proxy
 from tests.support.tcp_proxy import TcpProxy, tcp_proxy
 from tests.support.waiting import wait_until
@@ -96,7 +97,7 @@ def behind_a_proxy(postgres: str) -> Iterator[tuple[TcpProxy, dict[str, Any]]]:
 
 
 @pytest.mark.postgres
-def test_while_the_database_is_away_runs_and_steps_go_on(endpoint: str, postgres: str) -> None:
+def test_while_the_database_is_away_runs_and_steps_go_on_and_a_message_stops_one(endpoint: str, postgres: str) -> None:
     with (
         behind_a_proxy(postgres) as (proxy, storage),
         steps_platform(endpoint, extra=storage) as platform,
@@ -105,10 +106,15 @@ def test_while_the_database_is_away_runs_and_steps_go_on(endpoint: str, postgres
     ):
         run_id = platform.launch("two_steps", seconds=OUTAGE_S * 0.6)
         stays = platform.launch("sleepy_steps")
+        goes = replace(platform, jobs=JOBS).launch("sleepy_job")
         platform.wait_started(run_id, 2)
         platform.wait_started(stays, 1)
+        platform.marked(goes, "started")
+        task_id, marks = platform.task_id(goes), Path(platform.run(goes).tags["marks"])
         processes = {pid: Path(f"/proc/{pid}") for pid in platform.processes(stays)}
         end = outage(proxy.away)
+        platform.cancel_by_message(task_id)
+        wait_until(lambda: "cleanup-end" in marks.read_text(), "a message alone stops a run", within=OUTAGE_S / 2)
         # The steps of the first run end meanwhile, and cannot say so before the database is back.
         last_until(end, lambda: all(path.exists() for path in processes.values()), lambda: (a.log(), b.log()))
         proxy.back()
@@ -117,6 +123,7 @@ def test_while_the_database_is_away_runs_and_steps_go_on(endpoint: str, postgres
             return platform.story(run_id), a.log()[-3000:], b.log()[-3000:]
 
         assert platform.finished(run_id, within=90) is DagsterRunStatus.SUCCESS, told()
+        assert platform.finished(goes, within=90) is DagsterRunStatus.CANCELED, platform.story(goes)
         counts = platform.mark_counts(run_id)
         assert counts["started"] == counts["slept"] == counts["cleanup-end"] == 2, told()
         assert_untouched(platform, stays, a)
@@ -141,8 +148,8 @@ def test_what_outlives_the_longest_lease_of_sqs_is_neither_stopped_nor_started_t
     seconds = CEILING_S + 2.0 * visibility_s
     with (
         steps_platform(endpoint, source={"visibility_timeout_seconds": visibility_s}) as platform,
-        platform.worker("-n", "a", env=env) as a,
-        platform.worker("-n", "b", env=env) as b,
+        platform.worker("-n", "a", env=env, program=REAL_WORKER) as a,
+        platform.worker("-n", "b", env=env, program=REAL_WORKER) as b,
     ):
         run_id = platform.launch("two_steps", seconds=seconds)
         platform.wait_started(run_id, 2)
