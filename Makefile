@@ -33,8 +33,12 @@ dev: $(STAMP) ## Dagster's UI, a worker and an embedded SQS, with the example jo
 	$(BIN)/dagster-taskiq dev
 
 .PHONY: test
-test: $(STAMP) ## Run all tests (PYTEST_ARGS='-k demo' narrows it down)
+test: $(STAMP) ## Run every test once (PYTEST_ARGS='-k demo' narrows it down)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+
+.PHONY: nightly
+nightly: $(STAMP) ## Run all tests and their repetitions: every combination, hundreds of moments, both emulators, a bad day
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "" $(PYTEST_ARGS)
 
 .PHONY: emulator
 emulator: $(EMULATOR)/.installed ## Install LocalStack, the second SQS emulator of tests/contract, next to .venv (a minute)
@@ -45,12 +49,12 @@ $(EMULATOR)/.installed: tests/localstack-requirements.txt tests/localstack-const
 
 .PHONY: contract
 contract: $(STAMP) ## Check what we assume of SQS (DAGSTER_TASKIQ_TEST_ENDPOINT=https://... checks that one, AWS too)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/contract $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "" tests/contract $(PYTEST_ARGS)
 
 .PHONY: chaos
 chaos: $(STAMP) ## Put a fleet through bad days (SEEDS="1 2 3 4" SECONDS=40; needs PostgreSQL; ten minutes at most)
 	DAGSTER_TASKIQ_TEST_REQUIRE_ALL=1 DAGSTER_TASKIQ_TEST_CHAOS_SEEDS="$(SEEDS)" DAGSTER_TASKIQ_TEST_CHAOS_SECONDS="$(SECONDS)" \
-		timeout --foreground 600 $(BIN)/python -m pytest -q -p no:randomly tests/acceptance/outages/test_chaos.py $(PYTEST_ARGS)
+		timeout --foreground 600 $(BIN)/python -m pytest -q -p no:randomly -m "" tests/acceptance/outages/test_chaos.py $(PYTEST_ARGS)
 
 .PHONY: check
 check: lint types unit ## What to run before every commit: linters, types, unit tests

@@ -1,37 +1,30 @@
-"""For all tests: the long ones first, so that two processes come to their end together; no test depends on speed."""
+"""For all tests. The long ones come first, so that all processes come to their end together."""
+
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
+
+from tests.support.moto import moto_server
 
 # A slow machine is no failure.
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("patient")
 
-LONG_FIRST = (
-    "test_chaos",
-    "localstack",
-    "test_every_moment",
-    "steps/test_workers",
-    "steps/test_terminate",
-    "test_parity",
-    "test_faults",
-    "test_hanging",
-    "test_redelivery",
-    "test_worker_list",
-    "test_browser",
-    "test_dev",
-    "test_matrix",
-    "test_waiting_in_the_queue",
-    "test_demo",
-    "acceptance",
-    "contract",
-)
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[str]:
+    """The URL of the emulator that all tests of this process share; each has queues of its own."""
+    with moto_server() as url:
+        yield url
 
 
-def length(item: pytest.Item) -> int:
-    return next((place for place, name in enumerate(LONG_FIRST) if name in item.nodeid), len(LONG_FIRST))
+def place(item: pytest.Item) -> tuple[bool, bool, bool]:
+    """Marked as long; in a group, whose tests cannot be spread; with processes of its own."""
+    marks = ("long", "xdist_group", "acceptance")
+    return tuple(item.get_closest_marker(mark) is None for mark in marks)  # type: ignore[return-value]
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=length)
+    items.sort(key=place)

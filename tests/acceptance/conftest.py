@@ -6,15 +6,16 @@ import tempfile
 import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from dagster import DagsterInstance
-from tests.support.moto import CREDENTIALS, create_queues, moto_server
+from tests.support.moto import CREDENTIALS, create_queues
 from tests.support.platform import STEP_JOBS, Platform, write_home
-from tests.support.warm import warm_processes
+from tests.support.waiting import wait_until
+from tests.support.warm import Warm, warm_processes
 
 POSTGRES_VARIABLE = "DAGSTER_TASKIQ_TEST_POSTGRES_URL"
 REQUIRE_ALL_VARIABLE = "DAGSTER_TASKIQ_TEST_REQUIRE_ALL"
@@ -49,16 +50,41 @@ def credentials() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def warm(credentials: None) -> Iterator[None]:
+def warm(credentials: None) -> Iterator[Warm]:
     """Workers are forked from one warm interpreter; what starts real ones says so."""
-    with warm_processes():
-        yield
+    with warm_processes() as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _no_process_is_left(warm: Warm) -> Iterator[None]:
+    """What a test starts, it ends. Workers that tests share are there before it."""
+    before = children_of(os.getpid(), warm.pid)
+    yield
+    wait_until(
+        lambda: not children_of(os.getpid(), warm.pid).keys() - before.keys(),
+        "every process that the test has started is gone",
+        within=10,
+        seen=lambda: children_of(os.getpid(), warm.pid),
+    )
+
+
+def children_of(*pids: int) -> dict[int, str]:
+    """Living children of any thread of these processes, with their command; not Python's own helper."""
+    found = {}
+    for listed in [one for pid in pids for one in Path(f"/proc/{pid}/task").glob("*/children")]:
+        with suppress(OSError):  # the thread is gone
+            for child in listed.read_text().split():
+                with suppress(OSError):
+                    command = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    if command and "resource_tracker" not in command:  # a zombie has no command
+                        found[int(child)] = command
+    return found
 
 
 @pytest.fixture(scope="session")
-def endpoint() -> Iterator[str]:
-    with moto_server() as url:
-        yield url
+def endpoint(moto: str) -> str:
+    return moto
 
 
 @contextmanager
@@ -87,9 +113,9 @@ def steps_platform(endpoint: str, **options: Any) -> Iterator[Platform]:
         yield platform
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def working_steps(endpoint: str) -> Iterator[Platform]:
-    """One of those, with two workers that serve both queues."""
+    """One of those, with two workers that serve both queues. Shared: what uses it leaves the workers alone."""
     with steps_platform(endpoint, source=UNHURRIED) as platform, platform.worker("-n", "a"), platform.worker("-n", "b"):
         yield platform
 
@@ -101,9 +127,9 @@ def platform(endpoint: str) -> Iterator[Platform]:
         yield platform
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def working(endpoint: str) -> Iterator[Platform]:
-    """A platform of its own with one worker."""
+    """One worker. Shared: what uses it leaves the worker alone, and waits for the end of its runs."""
     with open_platform(endpoint, source=UNHURRIED) as platform, platform.worker("-n", "w"):
         yield platform
 

@@ -13,12 +13,22 @@ from contextlib import suppress
 import pytest
 from tests.support import moto
 from tests.support.localstack import is_installed, localstack_server
-from tests.support.moto import CREDENTIALS, create_queues, moto_server, sqs_client
+from tests.support.moto import CREDENTIALS, create_queues, sqs_client
 
 ENDPOINT_VARIABLE = "DAGSTER_TASKIQ_TEST_ENDPOINT"
 REQUIRE_ALL_VARIABLE = "DAGSTER_TASKIQ_TEST_REQUIRE_ALL"
 GIVEN = os.environ.get(ENDPOINT_VARIABLE)
 EMULATORS = ["moto", pytest.param("localstack", marks=pytest.mark.xdist_group("localstack"))]
+ON_BOTH = "test_sqs"
+"""What is assumed of SQS, and so has to hold on both emulators at every commit; the rest needs LocalStack at night."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        of_test = getattr(item, "callspec", None)
+        if of_test is not None and of_test.params.get("kind") == "localstack" and item.path.stem != ON_BOTH:
+            item.add_marker(pytest.mark.nightly)
 
 
 @pytest.fixture
@@ -33,13 +43,12 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def endpoint(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def endpoint(kind: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if kind == "given":
         assert GIVEN is not None
         yield GIVEN
     elif kind == "moto":
-        with moto_server() as url:
-            yield url
+        yield request.getfixturevalue("moto")
     elif is_installed():
         with localstack_server(tmp_path_factory.mktemp("localstack")) as url:
             yield url

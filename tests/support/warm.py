@@ -76,9 +76,23 @@ class Warm:
     """The client of one server. Used by any thread."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._socket: socket.socket | None = None
+        """Start it, without waiting until it is warm."""
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.settimeout(START_WITHIN_S)
         self._lock = threading.Lock()
+        self._is_warm = False
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", warm_server.__name__, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # so that it buffers as into a pipe
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def start(
         self, arguments: Sequence[str], environ: Mapping[str, str], out: int, error: int | None = None
@@ -88,10 +102,10 @@ class Warm:
         status, status_end = os.pipe()
         try:
             with self._lock:
-                server = self._server()
+                self._wait_until_warm()
                 fds = [out, out if error is None else error, status_end]
-                socket.send_fds(server, [json.dumps(request).encode()], fds)
-                pid = json.loads(server.recv(64))["pid"]
+                socket.send_fds(self._socket, [json.dumps(request).encode()], fds)
+                pid = json.loads(self._socket.recv(64))["pid"]
         except BaseException:
             os.close(status)
             raise
@@ -99,43 +113,32 @@ class Warm:
             os.close(status_end)
         return WarmProcess(pid, arguments, status)
 
-    def _server(self) -> socket.socket:
-        if self._socket is None:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            with theirs:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", warm_server.__name__, str(theirs.fileno())],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,  # so that it buffers as into a pipe
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,
-                )
-            ours.settimeout(START_WITHIN_S)
-            said = json.loads(ours.recv(64) or b"{}")
-            assert said == {"threads": 1}, f"threads do not survive a fork: {said}"
-            self._socket = ours
-        return self._socket
+    def _wait_until_warm(self) -> None:
+        if not self._is_warm:
+            said = json.loads(self._socket.recv(64) or b"{}")
+            assert said == {"threads": 1}, f"it must be there, with no thread beside: {said}"
+            self._is_warm = True
 
     def stop(self) -> None:
         """End the server, and whatever it forked that still lives."""
-        with self._lock:
-            if self._socket is not None:
-                self._socket.close()
-            if self._process is not None:
-                self._process.wait(10)
-            self._socket = self._process = None
+        self._socket.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:  # it still imports
+            self._process.kill()
+            self._process.wait(10)
 
 
 _servers: list[Warm] = []
 
 
 @contextmanager
-def warm_processes() -> Iterator[None]:
-    """As long as this lasts, `start_command` forks; the server is started when it is first needed."""
+def warm_processes() -> Iterator[Warm]:
+    """As long as this lasts, `start_command` forks."""
     server = Warm()
     _servers.append(server)
     try:
-        yield
+        yield server
     finally:
         _servers.remove(server)
         server.stop()

@@ -4,20 +4,21 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
 from dagster import DagsterEventType, DagsterRunStatus
-from tests.acceptance.conftest import UNHURRIED, open_platform
 from tests.support.platform import FINISHED, Platform
 from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(300)]
 
-TIMES = int(os.environ.get("DAGSTER_TASKIQ_TEST_MOMENTS", "200"))
+MANY = int(os.environ.get("DAGSTER_TASKIQ_TEST_MOMENTS", "200"))
+FEW = 24
 PARTS = 4
+HOWS = ("terminate", "mark", "terminate", "mark+terminate", "terminate", "terminate+terminate")
+JOBS = ("quick_job", "retried_job")
 AT_ONCE = 4
 OP_SECONDS = 0.2
 
@@ -27,12 +28,6 @@ class Shot:
     delay: float
     how: str
     job: str
-
-
-@pytest.fixture(scope="module")
-def busy_platform(endpoint: str) -> Iterator[Platform]:
-    with open_platform(endpoint, source=UNHURRIED) as platform, platform.worker("-n", "w"):
-        yield platform
 
 
 def life_of_a_run(platform: Platform) -> float:
@@ -64,18 +59,27 @@ def check(platform: Platform, run_id: str, shot: Shot) -> DagsterRunStatus:
     return platform.status(run_id)
 
 
-@pytest.mark.parametrize("part", range(PARTS))
-def test_a_cancel_at_every_moment(busy_platform: Platform, part: int) -> None:
-    platform = busy_platform
+def shots_over(life: float, times: int, chance: random.Random) -> list[Shot]:
+    """Spread over the whole life, at random within each part of it; every way to cancel, at early and late moments."""
+    hows = [HOWS[number % len(HOWS)] for number in range(times)]
+    chance.shuffle(hows)
+    moments = [(number + chance.random()) / times * life for number in range(times)]
+    shots = [Shot(moment, how, chance.choice(JOBS)) for moment, how in zip(moments, hows, strict=True)]
+    chance.shuffle(shots)
+    return shots
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "times", [FEW, *(pytest.param(MANY // PARTS, marks=pytest.mark.nightly, id=f"part{part}") for part in range(PARTS))]
+)
+def test_a_cancel_at_every_moment(working: Platform, times: int) -> None:
+    platform = working
     seed = int(os.environ.get("DAGSTER_TASKIQ_TEST_SEED", str(random.SystemRandom().randrange(10**6))))
     print(f"seed {seed} (DAGSTER_TASKIQ_TEST_SEED)")
     chance = random.Random(seed)  # noqa: S311 - no secret
     life = life_of_a_run(platform)
-    hows = ["terminate"] * 6 + ["mark", "mark+terminate", "terminate+terminate"]
-    shots = [
-        Shot(chance.uniform(0, life), chance.choice(hows), chance.choice(["quick_job", "retried_job"]))
-        for _ in range(TIMES // PARTS)
-    ]
+    shots = shots_over(life, times, chance)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         runs = list(pool.map(lambda shot: fire(platform, shot), shots))
         outcomes = list(pool.map(lambda pair: check(platform, *pair), zip(runs, shots, strict=True)))

@@ -1,6 +1,11 @@
-"""The same promise on every queue and storage, with run monitoring on and off, and both ways to start a child."""
+"""The same promise on every queue and storage, with run monitoring on and off, and both ways to start a child.
 
+Every commit sees each pair of these once, every night all combinations.
+"""
+
+import itertools
 from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -34,27 +39,49 @@ def keeps_its_promise(platform: Platform) -> None:
         assert platform.finished(good, within=60) is DagsterRunStatus.SUCCESS
 
 
-@pytest.mark.parametrize("extra", [{}, MONITORING], ids=["unmonitored", "monitored"])
-@pytest.mark.parametrize("fifo", [False, True], ids=["standard", "fifo"])
-def test_on_sqlite(endpoint: str, fifo: bool, extra: dict[str, Any]) -> None:
-    with open_platform(endpoint, fifo=fifo, extra=extra, source=UNHURRIED) as platform:
-        keeps_its_promise(platform)
+FACTORS: Mapping[str, tuple[str, ...]] = {
+    "queue": ("standard", "fifo", "fair"),
+    "storage": ("sqlite", "postgres"),
+    "monitoring": ("monitored", "unmonitored"),
+    "start": ("forked", "spawned"),
+}
+PAIRWISE = (
+    ("standard", "sqlite", "monitored", "forked"),
+    ("standard", "postgres", "unmonitored", "spawned"),
+    ("fifo", "sqlite", "unmonitored", "spawned"),
+    ("fifo", "postgres", "monitored", "forked"),
+    ("fair", "sqlite", "monitored", "spawned"),
+    ("fair", "postgres", "unmonitored", "forked"),
+)
+"""Every value beside every value of every other factor; the whole product is for the night."""
 
 
-@pytest.mark.postgres
-@pytest.mark.parametrize("extra", [{}, MONITORING], ids=["unmonitored", "monitored"])
-@pytest.mark.parametrize("fifo", [False, True], ids=["standard", "fifo"])
-def test_on_postgres(endpoint: str, postgres: str, fifo: bool, extra: dict[str, Any]) -> None:
-    storage = {"storage": {"postgres": {"postgres_url": postgres}}}
-    with open_platform(endpoint, fifo=fifo, extra={**extra, **storage}, source=UNHURRIED) as platform:
-        keeps_its_promise(platform)
+def combinations() -> Iterator[Any]:
+    for row in itertools.product(*FACTORS.values()):
+        marks = [pytest.mark.postgres] if "postgres" in row else []
+        if row not in PAIRWISE:
+            marks.append(pytest.mark.nightly)
+        yield pytest.param(*row, marks=marks, id="-".join(row))
 
 
-def test_in_fresh_interpreters(endpoint: str) -> None:
-    with open_platform(endpoint, source={**UNHURRIED, "start_method": "spawn"}) as platform:
-        keeps_its_promise(platform)
+def pairs(rows: Iterable[tuple[str, ...]]) -> set[tuple[str, str]]:
+    return {pair for row in rows for pair in itertools.combinations(row, 2)}
 
 
-def test_jobs_as_message_groups_of_a_fair_queue(endpoint: str) -> None:
-    with open_platform(endpoint, source={**UNHURRIED, "is_fair_queue": True}) as platform:
+def test_every_pair_is_among_those_of_every_commit() -> None:
+    assert pairs(PAIRWISE) == pairs(itertools.product(*FACTORS.values()))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("queue", "storage", "monitoring", "start"), list(combinations()))
+def test_the_promise_is_kept(
+    endpoint: str, request: pytest.FixtureRequest, queue: str, storage: str, monitoring: str, start: str
+) -> None:
+    extra = dict(MONITORING) if monitoring == "monitored" else {}
+    if storage == "postgres":
+        extra["storage"] = {"postgres": {"postgres_url": request.getfixturevalue("postgres")}}
+    source = {**UNHURRIED, "is_fair_queue": queue == "fair"}
+    if start == "spawned":
+        source["start_method"] = "spawn"
+    with open_platform(endpoint, fifo=queue == "fifo", extra=extra, source=source) as platform:
         keeps_its_promise(platform)

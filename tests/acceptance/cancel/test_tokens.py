@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from dagster import DagsterEventType, DagsterRunStatus
@@ -23,11 +23,9 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)
 CANCELED = DagsterRunStatus.CANCELED
 
 
-@pytest.fixture(scope="module")
-def tokens(endpoint: str) -> Iterator[Platform]:
-    with open_platform(endpoint) as platform, platform.worker("-n", "w"):
-        platform.jobs = CLEANUP_JOBS
-        yield platform
+@pytest.fixture
+def tokens(working: Platform) -> Platform:
+    return replace(working, jobs=CLEANUP_JOBS)
 
 
 def cancelled(platform: Platform, job: str) -> str:

@@ -4,7 +4,8 @@ import getpass
 import os
 import signal
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,9 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)
 CANCELED, FAILURE, SUCCESS = DagsterRunStatus.CANCELED, DagsterRunStatus.FAILURE, DagsterRunStatus.SUCCESS
 
 
-@pytest.fixture(scope="module")
-def cleaning(endpoint: str) -> Iterator[Platform]:
-    with open_platform(endpoint) as platform, platform.worker("-n", "w"):
-        platform.jobs = CLEANUP_JOBS
-        yield platform
+@pytest.fixture
+def cleaning(working: Platform) -> Platform:
+    return replace(working, jobs=CLEANUP_JOBS)
 
 
 def terminated(

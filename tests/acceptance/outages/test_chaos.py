@@ -1,4 +1,4 @@
-"""The fleet on bad days. One short day by default; `make chaos` has more of them.
+"""The fleet on bad days. One short day every night; `make chaos` has more of them.
 
 `DAGSTER_TASKIQ_TEST_CHAOS_SEEDS` (numbers) and `DAGSTER_TASKIQ_TEST_CHAOS_SECONDS` say which days, and how long.
 """
@@ -17,6 +17,8 @@ SECONDS = float(os.environ.get("DAGSTER_TASKIQ_TEST_CHAOS_SECONDS", "40"))
 pytestmark = [
     pytest.mark.acceptance,
     pytest.mark.slow,
+    pytest.mark.long,
+    pytest.mark.nightly,
     pytest.mark.postgres,
     pytest.mark.timeout(SECONDS + 480),
 ]
