@@ -109,6 +109,10 @@ benchmark: $(STAMP) ## Measure launch and Terminate against Dagster's own launch
 benchmark-steps: $(STAMP) ## Measure steps under taskiq_executor against Dagster's own executors (some ten minutes)
 	$(BIN)/python -m benchmarks.steps 2>benchmark.log || { tail -n 20 benchmark.log; exit 1; }
 
+.PHONY: benchmark-start
+benchmark-start: $(STAMP) ## Measure how long a worker takes to start, and its CPU, against `import dagster` (three minutes)
+	$(BIN)/python -m benchmarks.worker_start 2>benchmark.log || { tail -n 20 benchmark.log; exit 1; }
+
 .PHONY: benchmark-token
 benchmark-token: $(STAMP) ## Measure what a look at the cancellation token costs (half a minute)
 	$(BIN)/python -m benchmarks.token

@@ -1,14 +1,17 @@
 """What children do in tests of the process layer. Each is called as a child's target: argument, channel."""
 
 import functools
+import gc
 import itertools
 import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 INTERRUPTS = {signal.SIGTERM, signal.SIGINT}
@@ -103,6 +106,28 @@ def storms(argument: dict[str, Any], channel: socket.socket) -> int:
             time.sleep(300)
             os._exit(0)
         time.sleep(0.002)
+    return 0
+
+
+def looks_around(argument: dict[str, Any], channel: socket.socket) -> int:
+    """Says what it and its shim have, and ends as interpreters do."""
+    files = {int(fd.name): str(fd.readlink()) for fd in Path(f"/proc/{os.getppid()}/fd").iterdir()}
+    say(
+        channel,
+        own_files=sorted(
+            name for fd, name in files.items() if fd > 2 and name != os.devnull and not name.startswith("pipe:")
+        ),
+        stdin=str(Path("/proc/self/fd/0").readlink()),
+        session=os.getsid(os.getppid()),
+        main=getattr(sys.modules["__main__"], "__file__", None),
+        arguments=sys.argv,
+        path=sys.path[0],
+        handlers=len(logging.root.handlers),
+        levels=[logging.root.level, logging.getLogger("tests").level],
+        sigterm=signal.getsignal(signal.SIGTERM) is signal.SIG_DFL,
+        collects=gc.isenabled(),
+        threads=len([*Path("/proc/self/task").iterdir()]),
+    )
     return 0
 
 
