@@ -116,15 +116,16 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def at_work(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with served(tmp_path_factory.mktemp("at-work")) as it:
-        yield it
-
-
-@pytest.fixture(scope="module")
 def without_worker(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with served(tmp_path_factory.mktemp("no-worker"), "--no-worker") as it:
         yield it
+
+
+@pytest.fixture
+def at_work(without_worker: Served) -> Iterator[Served]:
+    """The same, with a worker: Dagster's own processes take far longer to start than one of those."""
+    with without_worker.worker():
+        yield without_worker
 
 
 @contextmanager

@@ -88,6 +88,7 @@ def test_when_one_part_dies_it_says_which_and_stops_the_rest(tmp_path: Path) -> 
     wait_until(lambda: not processes_of(tmp_path), "everything is gone", seen=lambda: processes_of(tmp_path))
 
 
+@pytest.mark.nightly  # the browser's tests start it without a worker, too
 def test_ones_own_definitions_without_a_worker(tmp_path: Path) -> None:
     definitions = tmp_path / "mine.py"
     definitions.write_text("import dagster as dg\n@dg.asset\ndef mine(): ...\n")

@@ -265,12 +265,13 @@ def test_a_state_too_large_for_a_message_goes_over_s3(endpoint: str, monkeypatch
 
 @pytest.mark.xdist_group("crowds")
 @pytest.mark.timeout(480)
-def test_a_dynamic_fan_out_of_many(working_steps: Platform) -> None:
+@pytest.mark.parametrize("outputs", [100, pytest.param(1_000, marks=pytest.mark.nightly)])
+def test_a_dynamic_fan_out_of_many(working_steps: Platform, outputs: int) -> None:
     """The known state of the last step has them all."""
     platform = working_steps
-    run_id = platform.launch("many_outputs", count=1_000)
+    run_id = platform.launch("many_outputs", count=outputs)
     assert platform.finished(run_id, within=400) is DagsterRunStatus.SUCCESS, platform.story(run_id)[-5:]
-    assert platform.mark_counts(run_id)[f"collected-{sum(range(1_000))}"] == 1
+    assert platform.mark_counts(run_id)[f"collected-{sum(range(outputs))}"] == 1
 
 
 def execute(home: Path, job: str, marks: Path, **options: Any) -> "subprocess.Popen[str]":
