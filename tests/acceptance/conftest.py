@@ -17,6 +17,8 @@ from tests.support.platform import STEP_JOBS, Platform, write_home
 from tests.support.waiting import wait_until
 from tests.support.warm import Warm, warm_processes
 
+from dagster_taskiq.dagster_compat.storage import read_migration_scripts_once
+
 POSTGRES_VARIABLE = "DAGSTER_TASKIQ_TEST_POSTGRES_URL"
 REQUIRE_ALL_VARIABLE = "DAGSTER_TASKIQ_TEST_REQUIRE_ALL"
 DEFAULT_POSTGRES = "postgresql://postgres@127.0.0.1:5432/postgres"
@@ -52,6 +54,7 @@ def credentials() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def warm(credentials: None) -> Iterator[Warm]:
     """Workers are forked from one warm interpreter; what starts real ones says so."""
+    read_migration_scripts_once()
     with warm_processes() as server:
         yield server
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.support.moto import CREDENTIALS, free_port
+from tests.support.moto import CREDENTIALS, ENDS_WITH_US, free_port
 
 PYTHON = Path(__file__).parents[2] / ".venv-localstack" / "bin" / "python"
 
@@ -41,7 +41,7 @@ def localstack_server(home: Path, start_within_s: float = 60) -> Iterator[str]:
     }
     with log.open("wb") as out:
         server = subprocess.Popen(
-            [PYTHON, "-m", "localstack.runtime.main"],
+            [PYTHON, "-c", ENDS_WITH_US + "from localstack.runtime.main import main\nmain()"],
             cwd=home,
             stdin=subprocess.DEVNULL,
             stdout=out,

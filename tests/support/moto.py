@@ -26,12 +26,8 @@ CREDENTIALS = {
     "AWS_EC2_METADATA_DISABLED": "true",
 }
 
-SERVER = """
-import ctypes
-ctypes.CDLL(None).prctl(1, 15)  # PR_SET_PDEATHSIG: pytest may be killed
-from moto.server import main
-main()
-"""
+ENDS_WITH_US = "import ctypes\nctypes.CDLL(None).prctl(1, 9)\n"
+"""The beginning of a program that ends when the thread that has started it does (PR_SET_PDEATHSIG)."""
 
 
 def free_port() -> int:
@@ -47,7 +43,15 @@ def moto_server(start_within_s: float = 30) -> Iterator[str]:
     port = free_port()
     environ = {**os.environ, **CREDENTIALS}
     server = subprocess.Popen(
-        [sys.executable, "-c", SERVER, "-H", "127.0.0.1", "-p", str(port)],
+        [
+            sys.executable,
+            "-c",
+            ENDS_WITH_US + "from moto.server import main\nmain()",
+            "-H",
+            "127.0.0.1",
+            "-p",
+            str(port),
+        ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -114,11 +114,25 @@ def _end(reporting: dict[int, int]) -> None:
     os._exit(0)
 
 
+def warm_up() -> None:
+    """Once what every worker does anyway: a new instance, a run's event log, an SQS client. All is closed again."""
+    from dagster import DagsterInstance
+
+    from dagster_taskiq.dagster_compat.storage import read_migration_scripts_once
+    from dagster_taskiq.sqs.client import warm_up as make_a_client
+
+    read_migration_scripts_once()
+    with tempfile.TemporaryDirectory() as home, DagsterInstance.local_temp(home) as instance:
+        instance.all_logs("warm-up")
+    make_a_client()
+
+
 def main() -> None:
     server = socket.socket(fileno=int(sys.argv[1]))
     server.set_inheritable(False)
     for module in MODULES:
         importlib.import_module(module)
+    warm_up()
     gc.collect()
     gc.freeze()  # or else the first collection of every child copies all of this
     arguments = serve(server)

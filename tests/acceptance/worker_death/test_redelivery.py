@@ -94,16 +94,6 @@ def test_what_is_not_to_be_started_is_dropped(endpoint: str) -> None:
         assert [platform.story(run_id) for run_id in runs] == stories, "no trace in the log"
 
 
-def test_terminated_before_it_began_and_then_delivered(endpoint: str) -> None:
-    with open_platform(endpoint) as platform:
-        run_id = platform.launch("quick_job", seconds=0)
-        platform.instance.report_run_canceling(platform.run(run_id))
-        with platform.worker():
-            assert platform.finished(run_id) is DagsterRunStatus.CANCELED
-        assert platform.marks(run_id) == []
-        assert platform.waiting() == 0
-
-
 def test_a_message_that_comes_many_times_is_worked_on_once(endpoint: str) -> None:
     """Its copies go to the worker that is at work and to another one, while it is, and after it has ended."""
     with open_platform(endpoint) as platform:
@@ -123,29 +113,45 @@ def test_a_message_that_comes_many_times_is_worked_on_once(endpoint: str) -> Non
 def test_canceling_when_its_worker_died_is_finished_by_who_receives_it(endpoint: str) -> None:
     with open_platform(endpoint) as platform:
         with platform.worker("-n", "dies") as dies:
-            run_id = platform.launch("sleepy_job")
-            platform.marked(run_id, "started")
+            runs = polite, stubborn = platform.launch("sleepy_job"), platform.launch("carries_on_job", grace=3)
+            for run_id in runs:
+                platform.marked(run_id, "started")
             os.kill(dies.pid, signal.SIGSTOP)  # so that it hears of nothing
-            assert platform.launcher.terminate(run_id)
+            for run_id in runs:
+                assert platform.launcher.terminate(run_id)
             kill(dies)
-        assert platform.status(run_id) is DagsterRunStatus.CANCELING
+        # No child outlives its worker: interrupted, and killed when it does not obey.
+        wait_until(lambda: not platform.processes(polite) + platform.processes(stubborn), "the children are gone")
+        for run_id in runs:
+            assert platform.status(run_id) is DagsterRunStatus.CANCELING, "no more before the next worker looks"
         with platform.worker("-n", "heir"):
-            assert platform.finished(run_id, within=90) is DagsterRunStatus.CANCELED, platform.story(run_id)
-            wait_until(lambda: platform.waiting() == 0, "its message is deleted", within=60)
-        platform.assert_nothing_left(run_id)
-        assert platform.mark_counts(run_id)["started"] == 1
+            for run_id in runs:
+                assert platform.finished(run_id, within=90) is DagsterRunStatus.CANCELED, platform.story(run_id)
+            wait_until(lambda: platform.waiting() == 0, "their messages are deleted", within=60)
+        for run_id in runs:
+            platform.assert_nothing_left(run_id)
+            assert platform.mark_counts(run_id)["started"] == 1
 
 
-@pytest.mark.parametrize("attempts", [0, 1], ids=["failed", "resumed"])
-def test_killed_in_the_middle_of_the_drain(endpoint: str, attempts: int) -> None:
+@pytest.mark.parametrize(
+    ("draining", "attempts"),
+    [
+        pytest.param(False, 0, id="at_work-failed"),
+        pytest.param(True, 1, id="draining-resumed"),
+        pytest.param(False, 1, id="at_work-resumed", marks=pytest.mark.nightly),
+        pytest.param(True, 0, id="draining-failed", marks=pytest.mark.nightly),
+    ],
+)
+def test_a_run_whose_worker_was_killed_is_a_failure_or_resumed(endpoint: str, draining: bool, attempts: int) -> None:
     extra = monitored(attempts) if attempts else {}
     source = {"drain_seconds": 60, "stop_timeout_seconds": 80}
     with open_platform(endpoint, source=source, extra=extra) as platform:
         with platform.worker("-n", "dies") as dies:
             run_id = platform.launch("sleepy_job", seconds=6)
             platform.marked(run_id, "started")
-            dies.process.send_signal(signal.SIGTERM)
-            wait_until(lambda: "stopping" in dies.log(), "the worker drains", seen=dies.log)
+            if draining:
+                dies.process.send_signal(signal.SIGTERM)
+                wait_until(lambda: "stopping" in dies.log(), "the worker drains", seen=dies.log)
             kill(dies)
         wait_until(lambda: platform.processes(run_id) == [], "its children end with it")
         with platform.worker("-n", "heir"):
@@ -153,6 +159,9 @@ def test_killed_in_the_middle_of_the_drain(endpoint: str, attempts: int) -> None
             assert platform.finished(run_id, within=90) is expected, platform.story(run_id)
         assert platform.mark_counts(run_id)["slept"] == attempts
         assert platform.mark_counts(run_id)["started"] == 1 + attempts
+        assert platform.instance.count_resume_run_attempts(run_id) == attempts
+        named = any("worker dies-" in line and "is gone" in line for line in platform.story(run_id))
+        assert attempts or named, platform.story(run_id)
 
 
 @pytest.mark.parametrize("attempts", [0, 1], ids=["failed", "resumed"])
