@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.acceptance,
     pytest.mark.browser,
     pytest.mark.slow,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
     pytest.mark.xdist_group("browser"),
 ]
 

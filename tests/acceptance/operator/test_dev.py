@@ -16,7 +16,7 @@ from tests.support.waiting import wait_until
 
 from dagster_taskiq.local.process_manager import answers
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(480)]
 
 
 class Dev:
@@ -37,7 +37,7 @@ class Dev:
             assert found or self.process.poll() is None, self.say()
             return found[1] if found else None
 
-        return wait_until(look, pattern, within=90, seen=self.say) or ""
+        return wait_until(look, pattern, within=240, seen=self.say) or ""
 
 
 @contextmanager

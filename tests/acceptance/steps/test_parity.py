@@ -146,6 +146,16 @@ CASES = [
 ]
 
 
+EVERY_NIGHT = {
+    *("values_with_metadata", "nested_graphs", "dynamic_mapping_of_two_ops_in_chain", "empty_dynamic_output"),
+    *("dynamic_mapping_with_a_failure", "retry_policy_that_helps", "retry_policy_of_the_job", "nothing_dependencies"),
+    *("failure_that_allows_no_retries", "hooks_of_ops", "hook_that_fails", "re_execution_of_a_dynamic_mapping"),
+    *("asset_selection", "asset_without_a_value", "multi_asset", "asset_checks", "asset_with_retries"),
+    "observation_of_sources",
+}
+"""Cases that have a sibling above: of each kind, one is enough for a commit."""
+
+
 @dataclass
 class Performance:
     """One run of a case, and what it leaves: events, values, marks."""
@@ -313,7 +323,10 @@ def assert_alike(reference: Performance, tested: Performance, ends: DagsterRunSt
         assert performance.marks().count("set up") == performance.marks().count("torn down")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.job)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.job, marks=pytest.mark.nightly if case.job in EVERY_NIGHT else ()) for case in CASES],
+)
 def test_the_steps_go_alike(performances: dict[str, Pair], case: Case) -> None:
     reference, tested = performances[case.job]
     assert_alike(reference, tested, DagsterRunStatus.FAILURE if case.fails else DagsterRunStatus.SUCCESS)

@@ -35,7 +35,9 @@ def assert_canceled_after_its_steps(platform: Platform, run_id: str, *, within: 
 
 @pytest.mark.xdist_group("crowds")  # one at a time: each fills a machine
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("extra", [{}, MONITORING], ids=["unmonitored", "monitored"])
+@pytest.mark.parametrize(
+    "extra", [pytest.param({}, id="unmonitored", marks=pytest.mark.nightly), pytest.param(MONITORING, id="monitored")]
+)
 def test_forty_steps_on_four_workers_stop_and_what_is_queued_never_starts(endpoint: str, extra: dict[str, Any]) -> None:
     source = {**UNHURRIED, "max_concurrent_steps": 10}
     with steps_platform(endpoint, extra=extra, source=source) as platform, ExitStack() as stack:
