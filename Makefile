@@ -110,7 +110,7 @@ benchmark-steps: $(STAMP) ## Measure steps under taskiq_executor against Dagster
 	$(BIN)/python -m benchmarks.steps 2>benchmark.log || { tail -n 20 benchmark.log; exit 1; }
 
 .PHONY: benchmark-start
-benchmark-start: $(STAMP) ## Measure how long a worker takes to start, and its CPU, against `import dagster` (three minutes)
+benchmark-start: $(STAMP) ## Measure how long a worker takes to start, and its CPU, against `import dagster` (four minutes)
 	$(BIN)/python -m benchmarks.worker_start 2>benchmark.log || { tail -n 20 benchmark.log; exit 1; }
 
 .PHONY: benchmark-token

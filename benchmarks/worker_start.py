@@ -61,10 +61,15 @@ def program(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[float
 
 
 def once(measures: Measures, environ: Mapping[str, str], version: str) -> None:
-    measures[f"worker start to ready{version}"].append(worker_start(environ))
-    measures[f"import the worker{version}"].append(program(["-c", "import " + worker_module(environ)], environ))
+    note(measures, f"worker start to ready{version}", worker_start(environ))
+    note(measures, f"import the worker{version}", program(["-c", "import " + worker_module(environ)], environ))
     for name, arguments in COMMANDS.items():
-        measures[f"{name}{version}"].append(program(["-m", "dagster_taskiq.cli", *arguments], environ))
+        note(measures, f"{name}{version}", program(["-m", "dagster_taskiq.cli", *arguments], environ))
+
+
+def note(measures: Measures, name: str, took: tuple[float, float]) -> None:
+    measures[name].append(took)
+    print(f"{name}: {took[0]:.2f} s, {took[1]:.2f} CPU s", file=sys.stderr)
 
 
 def worker_module(environ: Mapping[str, str]) -> str:
@@ -84,7 +89,7 @@ def main(times: int, other: str | None) -> None:
         for round_ in range(times + 1):
             if round_ == 1:
                 measures.clear()  # the first one finds cold files, and creates the tables
-            measures["import dagster"].append(program(["-c", "import dagster"], environ))
+            note(measures, "import dagster", program(["-c", "import dagster"], environ))
             for version, its_environ in versions.items():
                 once(measures, its_environ, version)
     table = Table(title=f"p50 of {times}", title_justify="left")
