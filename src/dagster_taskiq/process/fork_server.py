@@ -79,7 +79,10 @@ class ForkServer:
     async def start(self) -> None:
         """Start the server unless it runs, and wait until it is warm. Raises `ChildStartFailed`."""
         async with self._lock:
-            if self._process is None or (self._is_warm and self.pid is None):
+            has_died = self._is_warm and self.pid is None
+            if has_died:
+                logger.warning("the fork server is gone; starting another")
+            if self._process is None or has_died:
                 self.discard()
                 self._execute()
             self.warm_up()
