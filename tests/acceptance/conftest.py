@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import time
 import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from dagster import DagsterInstance
 from tests.support.moto import CREDENTIALS, create_queues
@@ -61,15 +63,23 @@ def warm(credentials: None) -> Iterator[Warm]:
 
 @pytest.fixture(autouse=True)
 def _no_process_is_left(warm: Warm) -> Iterator[None]:
-    """What a test starts, it ends. Workers that tests share are there before it."""
-    before = children_of(os.getpid(), warm.pid)
+    """What a test starts, it ends. Workers that tests share are older than it."""
+    began = time.time()
     yield
-    wait_until(
-        lambda: not children_of(os.getpid(), warm.pid).keys() - before.keys(),
-        "every process that the test has started is gone",
-        within=10,
-        seen=lambda: children_of(os.getpid(), warm.pid),
-    )
+
+    def left() -> dict[int, str]:
+        children = children_of(os.getpid(), warm.pid)
+        return {pid: command for pid, command in children.items() if pid != warm.pid and age_at(pid, began) < 0}
+
+    wait_until(lambda: not left(), "every process that the test has started is gone", within=10, seen=left)
+
+
+def age_at(pid: int, moment: float) -> float:
+    """How old a process was at that moment, in seconds; negative when it was started later; 0 when it is gone."""
+    try:
+        return moment - psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        return 0.0
 
 
 def children_of(*pids: int) -> dict[int, str]:
