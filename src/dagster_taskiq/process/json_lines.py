@@ -50,7 +50,7 @@ class AsyncLines:
         self._loop = get_running_loop()
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send it, now if the other side takes it; never raises: who is gone hears nothing."""
+        """Send it, now if the other side takes it; never raises: who is gone has nothing to read."""
         self.send_bytes(line_of(message))
 
     def send_bytes(self, data: bytes) -> None:
