@@ -25,7 +25,10 @@ class TcpProxy:
         self._portal = portal
         self._target = target
         self._writers: set[asyncio.StreamWriter] = set()
+        self._holes: set[asyncio.StreamWriter] = set()
+        """Ends of connections through which nothing comes any more, ever."""
         self._is_away = False
+        self._swallows = False
         self._flows = asyncio.Event()
 
     def cut(self) -> None:
@@ -41,14 +44,29 @@ class TcpProxy:
         """Let nothing through, but keep the connections, until `back`: a network that swallows packets."""
         self._portal.call(self._flows.clear)
 
+    def swallow(self) -> None:
+        """Discard for ever what comes through the open connections; accept new ones and never answer, until `heal`.
+
+        So it is when a database fails over behind a load balancer, or a NAT forgets its connections: nobody is told.
+        """
+        self._portal.call(self._swallow)
+
+    def heal(self) -> None:
+        """New connections work again. Those of before stay silent."""
+        self._swallows = False
+
     def back(self) -> None:
         """As in the beginning."""
-        self._is_away = False
+        self._is_away = self._swallows = False
         self._portal.call(self._flows.set)
 
     def _cut(self) -> None:
         for writer in [*self._writers]:
             writer.transport.abort()
+
+    def _swallow(self) -> None:
+        self._swallows = True
+        self._holes |= self._writers
 
     async def serve(self) -> asyncio.Server:
         self._flows.set()
@@ -62,6 +80,9 @@ class TcpProxy:
             writer.transport.abort()
             return
         self.accepted += 1
+        if self._swallows:
+            await self._discard(reader, writer)
+            return
         try:
             far_reader, far_writer = await asyncio.open_connection(*self._target)
         except OSError:
@@ -75,16 +96,28 @@ class TcpProxy:
                 both.create_task(self._pump(far_reader, writer))
         finally:
             self._writers -= ours
+            self._holes -= ours
             for one in ours:
                 one.transport.abort()
+
+    async def _discard(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        try:
+            with contextlib.suppress(OSError):
+                while await reader.read(_CHUNK):
+                    pass
+        finally:
+            self._writers.discard(writer)
+            writer.transport.abort()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(_CHUNK):
                 await self._flows.wait()
-                writer.write(data)
-                await writer.drain()
-            if writer.can_write_eof():
+                if writer not in self._holes:
+                    writer.write(data)
+                    await writer.drain()
+            if writer not in self._holes and writer.can_write_eof():
                 writer.write_eof()
 
 
