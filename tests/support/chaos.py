@@ -14,7 +14,7 @@ import threading
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,10 +24,12 @@ from typing import Any
 import psutil
 from dagster import DagsterInstance, DagsterRunStatus
 
+from dagster_taskiq.queue_names import sibling_queue
 from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.tags import GRACE_SECONDS_TAG
-from tests.support.moto import create_queues
+from tests.support.monitoring import monitoring_daemon
+from tests.support.moto import create_queues, sqs_client
 from tests.support.platform import FINISHED, Platform, write_home
 from tests.support.proxy import Fault, Rule, SqsProxy, sqs_proxy
 from tests.support.tcp_proxy import TcpProxy, tcp_proxy
@@ -44,6 +46,12 @@ SETTINGS: Mapping[str, Any] = {
     "cancel_ttl": 15,
     "max_concurrent_runs": 3,
     "max_concurrent_steps": 4,
+}
+MONITORING: Mapping[str, Any] = {
+    "enabled": True,
+    "max_resume_run_attempts": 3,
+    "poll_interval_seconds": 2,
+    "start_timeout_seconds": 60,
 }
 JOB_NAMES = (
     "works_in_process",
@@ -69,6 +77,8 @@ MISCHIEF = {
     "kill fork server": 1,
     "cut database": 2,
     "database away": 2,
+    "black hole": 3,
+    "purge": 1,
     "sqs away": 1,
     "sqs fault": 6,
 }
@@ -89,6 +99,12 @@ EVERY_S = {"launch": 0.9, "mischief": 1.6}
 TERMINATED = 1 / 3
 FORCED = 0.15
 """Of the terminated: marked as canceled at once, as the UI's "force" does."""
+EVERYWHERE = 1 / 3
+"""Of the black holes: all workers are in it, not only one."""
+LONGEST_HOLE_S = 20.0
+LOST_AFTER_S = 75.0
+"""Who waits longer than this after a day on which a queue was purged waits for what is gone: a person terminates it."""
+DATABASE_VARIABLE = "DAGSTER_TASKIQ_TEST_CHAOS_DATABASE"
 TWICE = 0.25
 """Of the terminated: somebody clicks again."""
 
@@ -139,6 +155,7 @@ def plan_of(seed: int, seconds: float) -> list[Deed]:
             "for_s": chance.choice((chance.uniform(0.2, 2), chance.uniform(1, 5), chance.uniform(4, 14))),
             "fault": chance.choice(SQS_FAULTS),
             "queue": chance.choice((None, "", "-steps", "-cancels", "-cancels")),
+            "everywhere": chance.random() < EVERYWHERE,
             "share": round(chance.uniform(0.2, 0.7), 2),
         }
         deeds.append(Deed(at, what, about))
@@ -149,8 +166,10 @@ def plan_of(seed: int, seconds: float) -> list[Deed]:
 class Fleet:
     """Workers that are started again whenever they end, as an ECS service does."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, databases: Sequence[str]) -> None:
+        """`databases`: each worker's way to the database, as a URL."""
         self._home = home
+        self._databases = databases
         self._workers: list[subprocess.Popen[bytes] | None] = [None] * WORKERS
         self._lives = 0
         self._closing = threading.Event()
@@ -193,7 +212,7 @@ class Fleet:
         with (self._home / f"worker-{which}-{self._lives:03}.log").open("wb") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "dagster_taskiq.cli", "worker", "start", "-n", f"w{which}"],
-                env=os.environ | {"DAGSTER_HOME": str(self._home)},
+                env=os.environ | {"DAGSTER_HOME": str(self._home), DATABASE_VARIABLE: self._databases[which]},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -222,18 +241,24 @@ class BadDay:
     """Carries a plan out."""
 
     def __init__(
-        self, platform: Platform, fleet: Fleet, sqs: SqsProxy, database: TcpProxy, say: Callable[[str], None]
+        self,
+        platform: Platform,
+        fleet: Fleet,
+        sqs: SqsProxy,
+        databases: Sequence[TcpProxy],
+        say: Callable[[str], None],
     ) -> None:
         self._platform = platform
         self._fleet = fleet
         self._sqs = sqs
-        self._database = database
+        self._databases = databases
         self._say = say
         self._people = ThreadPoolExecutor(8, thread_name_prefix="people")
         self._later = ThreadPoolExecutor(16, thread_name_prefix="later")
         self._launched: dict[int, Launched] = {}
         self._known = {number: threading.Event() for number in range(10_000)}
         self._over = threading.Event()
+        self._given_up: set[str] = set()
         self.victims: set[int] = set()
         """Processes that were ended, or frozen, by us or because of us: what they did may be done again."""
         self.done: Counter[str] = Counter()
@@ -257,7 +282,7 @@ class BadDay:
         self._over.set()
         self._later.shutdown()
         self._sqs.back()
-        self._database.back()
+        self._each_way(TcpProxy.back)
 
     def _reported(self, act: Callable[[Deed], None], deed: Deed) -> None:
         try:
@@ -301,6 +326,14 @@ class BadDay:
         self._platform.instance.report_run_canceled(run, "marked by force")
         self.done["force"] += 1
 
+    def give_up(self, run_ids: set[str]) -> None:
+        """Terminate, once, what waits for a message that was purged."""
+        for launched in self.launched:
+            if launched.run_id in run_ids and launched.run_id not in self._given_up:
+                self._given_up.add(launched.run_id)
+                launched.terminated.append((time.time(), self._platform.launcher.terminate(launched.run_id)))
+                self.done["terminated after a purge"] += 1
+
     def _of(self, deed: Deed) -> Launched:
         number = deed.about["number"]
         assert self._known[number].wait(60), "it was never launched"
@@ -320,6 +353,15 @@ class BadDay:
 
     def _mischief(self, deed: Deed) -> None:
         about, name = deed.about, deed.what
+        if name in ("sqs fault", "sqs away", "purge"):
+            self._trouble_with_sqs(name, about)
+        elif name in ("cut database", "database away", "black hole"):
+            self._trouble_with_the_database(name, about)
+        elif not self._violence(name, about):
+            return
+        self.done[name] += 1
+
+    def _trouble_with_sqs(self, name: str, about: Mapping[str, Any]) -> None:
         if name == "sqs fault":
             rule = Rule(about["fault"], about["queue"], share=about["share"], seconds=min(about["for_s"], 4.0))
             with self._sqs.having(rule):
@@ -328,15 +370,28 @@ class BadDay:
             self._sqs.away()
             self._over.wait(about["for_s"])
             self._sqs.back()
-        elif name == "cut database":
-            self._database.cut()
+        else:
+            queue = sibling_queue(self._platform.queue_url, about["queue"] or "")
+            sqs_client(self._platform.endpoint_url).purge_queue(QueueUrl=queue)
+
+    def _trouble_with_the_database(self, name: str, about: Mapping[str, Any]) -> None:
+        if name == "cut database":
+            self._each_way(TcpProxy.cut)
         elif name == "database away":
-            self._database.away()
+            self._each_way(TcpProxy.away)
             self._over.wait(min(about["for_s"], 8.0))
-            self._database.back()
-        elif not self._violence(name, about):
-            return
-        self.done[name] += 1
+            self._each_way(TcpProxy.back)
+        else:
+            inside = self._databases if about["everywhere"] else [self._databases[about["which"]]]
+            for database in inside:
+                database.swallow()
+            self._over.wait(min(about["for_s"] * 1.5, LONGEST_HOLE_S))
+            for database in inside:
+                database.heal()
+
+    def _each_way(self, act: Callable[[TcpProxy], None]) -> None:
+        for database in self._databases:
+            act(database)
 
     def _violence(self, name: str, about: Mapping[str, Any]) -> bool:
         which = about["which"]
@@ -413,26 +468,29 @@ def bad_day(
     """Live through it; what is left can be looked at until the end of the block."""
     url = urllib.parse.urlsplit(postgres)
     with ExitStack() as stack:
-        database = stack.enter_context(tcp_proxy(url.hostname or "127.0.0.1", url.port or 5432))
+        address = url.hostname or "127.0.0.1", url.port or 5432
+        databases = [stack.enter_context(tcp_proxy(*address)) for _ in range(WORKERS)]
         sqs = stack.enter_context(sqs_proxy(endpoint, seed))
-        through = f"{url.scheme}://{url.username}@{database.host}:{database.port}{url.path}"
+        ways = [f"{url.scheme}://{url.username}@{one.host}:{one.port}{url.path}" for one in databases]
         queue_url = create_queues(sqs.url, f"chaos-{seed}-{home.name[-8:].lower().replace('_', '-')}")
         # Half of the seeds with run monitoring, so that runs are resumed.
-        extra = {"run_monitoring": {"enabled": True, "max_resume_run_attempts": 3}} if seed % 2 else {}
-        for name, database_url in (("direct", postgres), ("dagster", through)):
+        extra = {"run_monitoring": MONITORING} if seed % 2 else {}
+        for name, database_url in (("direct", postgres), ("dagster", {"env": DATABASE_VARIABLE})):
             storage = {"storage": {"postgres": {"postgres_url": database_url}}}
             write_home(home, queue_url, sqs.url, source=SETTINGS, extra={**extra, **storage})
             if name == "direct":
                 (home / "dagster.yaml").rename(home / "direct.yaml")
         instance = stack.enter_context(DagsterInstance.from_config(str(home), "direct.yaml"))
         platform = Platform(home, queue_url, endpoint, instance, JOBS)
-        fleet = Fleet(home)
-        day = BadDay(platform, fleet, sqs, database, say)
+        if extra:
+            stack.enter_context(monitoring_daemon(platform, {DATABASE_VARIABLE: postgres}))
+        fleet = Fleet(home, ways)
+        day = BadDay(platform, fleet, sqs, databases, say)
         codes: list[int] = []
         try:
             wait_until(fleet.is_up, "the fleet is up", within=90)
             day.carry_out(plan_of(seed, seconds))
-            _wait_for_the_end(platform, day.launched, sqs)
+            _wait_for_the_end(platform, day, sqs)
         finally:
             codes = fleet.close()
         faults = Counter({f"{fault.name} {action}": count for (fault, action, _), count in sqs.done.items()})
@@ -449,17 +507,20 @@ def bad_day(
         )
 
 
-def _wait_for_the_end(platform: Platform, launched: list[Launched], sqs: SqsProxy) -> None:
-    finished = {DagsterRunStatus.SUCCESS, DagsterRunStatus.FAILURE, DagsterRunStatus.CANCELED}
+def _wait_for_the_end(platform: Platform, day: BadDay, sqs: SqsProxy) -> None:
+    began = time.monotonic()
 
     def unfinished() -> list[tuple[str, str, str]]:
-        runs = [platform.run(one.run_id) for one in launched]
-        return [(run.run_id, run.job_name, run.status.value) for run in runs if run.status not in finished]
+        runs = [platform.run(one.run_id) for one in day.launched]
+        left = [(run.run_id, run.job_name, run.status.value) for run in runs if run.status not in FINISHED]
+        if left and day.done["purge"] and time.monotonic() - began > LOST_AFTER_S:
+            day.give_up({run_id for run_id, _, _ in left})
+        return left
 
     def stories() -> object:
         return [(one, platform.story(one[0])[-25:]) for one in unfinished()[:3]]
 
-    wait_until(lambda: not unfinished(), "every run is over", within=150, every=0.5, seen=stories)
+    wait_until(lambda: not unfinished(), "every run is over", within=240, every=0.5, seen=stories)
     wait_until(lambda: not sqs.on_their_way(), "no message is late any more", within=30)
     for suffix, bound in (("", 60), ("-steps", 60), ("-cancels", SETTINGS["cancel_ttl"] + 45)):
         wait_until(

@@ -2,16 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import psutil
 import pytest
 from dagster import DagsterEventType, DagsterRunStatus
 from tests.acceptance.conftest import open_platform
+from tests.support.monitoring import monitoring_daemon
 from tests.support.moto import sqs_client
 from tests.support.platform import Platform, WorkerProcess
 from tests.support.waiting import wait_until
@@ -26,36 +23,6 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)
 
 def monitored(attempts: int) -> dict[str, Any]:
     return {"run_monitoring": {"enabled": True, "max_resume_run_attempts": attempts, "poll_interval_seconds": 1}}
-
-
-@contextmanager
-def daemon(platform: Platform) -> Iterator[None]:
-    """`dagster-daemon run`."""
-    log = platform.home / "daemon.log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dagster._daemon", "run", "--empty-workspace"],
-            env=os.environ | {"DAGSTER_HOME": str(platform.home)},
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        wait_until(
-            lambda: "MONITORING" in platform.instance.get_daemon_heartbeats(),
-            "the monitoring daemon is at work",
-            within=60,
-            seen=log.read_text,
-        )
-        yield
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(20)
-        finally:
-            process.kill()
-            process.wait(5)
 
 
 def kill(worker: WorkerProcess) -> None:
@@ -167,7 +134,7 @@ def test_a_run_whose_worker_was_killed_is_a_failure_or_resumed(endpoint: str, dr
 @pytest.mark.parametrize("attempts", [0, 1], ids=["failed", "resumed"])
 def test_beside_dagsters_monitoring_a_dead_worker_counts_once(endpoint: str, attempts: int) -> None:
     """The daemon finds the worker dead, and the message comes again: one of them does it."""
-    with open_platform(endpoint, extra=monitored(attempts)) as platform, daemon(platform):
+    with open_platform(endpoint, extra=monitored(attempts)) as platform, monitoring_daemon(platform):
         with platform.worker("-n", "dies") as dies:
             run_id = platform.launch("sleepy_job", seconds=5)
             platform.marked(run_id, "started")
@@ -186,7 +153,11 @@ def test_beside_dagsters_monitoring_a_dead_worker_counts_once(endpoint: str, att
 
 def test_dagsters_monitoring_leaves_a_healthy_run_alone(endpoint: str) -> None:
     """Longer than a heartbeat is good for, and while a worker's process stands still for a moment."""
-    with open_platform(endpoint, extra=monitored(1)) as platform, daemon(platform), platform.worker() as worker:
+    with (
+        open_platform(endpoint, extra=monitored(1)) as platform,
+        monitoring_daemon(platform),
+        platform.worker() as worker,
+    ):
         run_id = platform.launch("sleepy_job", seconds=10)
         platform.marked(run_id, "started")
         process = psutil.Process(worker.pid)
