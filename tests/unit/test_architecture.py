@@ -23,6 +23,8 @@ FLOOR = {
     "_ttl_cache",
     "_log_context",
     "_gc",
+    "_lane",
+    "_time_limit",
 }
 """What every room may import; among themselves they must not form a circle."""
 DOMAIN = {"storage", "dagster_compat", "cancellation"}
@@ -30,7 +32,7 @@ DOMAIN = {"storage", "dagster_compat", "cancellation"}
 MAY_IMPORT: Mapping[str, set[str]] = {
     "metrics": FLOOR,
     "cancellation": {"errors"},
-    "dagster_compat": {"_retry"},
+    "dagster_compat": {"_retry", "_time_limit"},
     "process": {"cancellation.model", "cancellation.signal", "errors"},
     "sqs": FLOOR | {"cancellation.model"},
     "storage": FLOOR | {"dagster_compat", "cancellation"},

@@ -150,10 +150,13 @@ def event_of(entry: EventLogEntry) -> DagsterEvent | None:
 
 
 def outages() -> tuple[type[Exception], ...]:
-    """What Dagster's storage raises when its database cannot be reached, or is too busy; it may work again later."""
+    """What Dagster's storage raises when its database cannot be reached, or is too busy; it may work again later.
+
+    A `TimeoutError` is among them: a database that does not answer is away.
+    """
     from sqlalchemy.exc import InterfaceError, OperationalError
 
-    errors: list[type[Exception]] = [OperationalError, InterfaceError]
+    errors: list[type[Exception]] = [OperationalError, InterfaceError, TimeoutError]
     for module, name in (
         ("dagster_postgres.utils", "DagsterPostgresException"),
         ("dagster_mysql.utils", "DagsterMySQLException"),

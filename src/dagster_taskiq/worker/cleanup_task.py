@@ -3,7 +3,6 @@
 Knows children and what they report; the handlers are run in there, by `cleanup.runner`.
 """
 
-import asyncio
 import logging
 from typing import Any, Final
 
@@ -61,12 +60,12 @@ async def clean_up(context: WorkerContext, run: DagsterRun, task_id: str) -> boo
                 return result is not None and bool(result["cleaned"])
             if reports and "ended" not in reports[-1]:
                 context.metrics.count(CLEANUP_ATTEMPTS, Outcome="lost")
-                await asyncio.to_thread(_write_lost, context, run, reports[-1], end)
+                await context.lane.call(_write_lost, context, run, reports[-1], end)
                 continue
             crashes += 1
             if crashes == _MOST_CRASHES:
                 event = engine_events.cleanup_ended([how_it_ended(end, "the process of the cleanup handlers")])
-                await asyncio.to_thread(append_event, context.instance, run, event)
+                await context.lane.call(append_event, context.instance, run, event)
                 return True
 
 

@@ -1,6 +1,5 @@
 """What all work of one worker shares. Knows who is working where; not what is worked on."""
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import Any
 
 from dagster import DagsterInstance, DagsterRun
 
+from dagster_taskiq._lane import Lane
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.cancellation.signal import CancelSignal
 from dagster_taskiq.metrics import DELIVERED, FORCED_KILLS, LEASES_LOST, TO_DELIVERED, TO_STOPPED, WAITED, Metrics
@@ -51,6 +51,8 @@ class WorkerContext:
     metrics: Metrics = field(default_factory=lambda: Metrics([], ""))
     shutdown: CancelSignal = field(default_factory=CancelSignal)
     """Set when the worker's drain is over: whatever still goes on here has to end."""
+    lane: Lane = field(default_factory=lambda: Lane("the database, for work"))
+    """Calls to the database, for work; the heartbeat and others have lanes of their own."""
     active: dict[str, ActiveTask] = field(default_factory=dict)
     """By task id, the work that was admitted and has not ended."""
 
@@ -78,7 +80,7 @@ class WorkerContext:
         if task is None:
             return False
         try:
-            owner = await asyncio.to_thread(self.claims.owner, task.run_id, self.worker_id)
+            owner = await self.lane.call(self.claims.owner, task.run_id, self.worker_id)
         except Exception:  # nothing is killed because the database did not answer: the claim was ours and is
             logger.exception("cannot read the claims; going on", extra={"run_id": task.run_id})
             return True
@@ -92,7 +94,7 @@ class WorkerContext:
         self, run: DagsterRun, task_id: str, why: str, *, delay_s: int, step_key: str | None = None
     ) -> Settled:
         """Release the claim, so that another worker may have the work; its message is handed back."""
-        await asyncio.to_thread(self.claims.release, run, self.worker_id, task_id, why, step_key)
+        await self.lane.call(self.claims.release, run, self.worker_id, task_id, why, step_key)
         return Settled(Settlement.HAND_BACK, delay_s)
 
     # What is measured

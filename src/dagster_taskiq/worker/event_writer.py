@@ -10,6 +10,7 @@ from time import time
 
 from dagster import DagsterInstance, DagsterRun
 
+from dagster_taskiq._lane import Lane
 from dagster_taskiq._retry import DATABASE_RETRY_S, retry_async
 from dagster_taskiq.cancellation.signal import CancelSignal
 from dagster_taskiq.dagster_compat.storage import outages
@@ -30,12 +31,15 @@ class EventWriter:
         worker_id: str,
         signal: CancelSignal,
         step: StepRef | None = None,
+        *,
+        lane: Lane,
     ) -> None:
         self._instance = instance
         self._run = run
         self._worker_id = worker_id
         self._signal = signal
         self._step = step
+        self._lane = lane
         self._tail: asyncio.Task[None] | None = None
 
     def interrupting(self, pid: int, grace_s: float) -> None:
@@ -83,7 +87,7 @@ class EventWriter:
             event, step_key = replace(event, facts={**event.facts, **mine}), self._step.step_key
         try:
             await retry_async(
-                lambda: asyncio.to_thread(append_event, self._instance, self._run, event, step_key),
+                lambda: self._lane.call(append_event, self._instance, self._run, event, step_key),
                 doing="write an engine event",
                 # A step's run waits until it reads that the step is over: so that is tried whatever happens.
                 on=outages() if self._step is None else Exception,

@@ -81,12 +81,14 @@ class _Finalization:
         self._measure(conclusion)
         if conclusion.settlement is Settlement.LEAVE:
             release = self._context.claims.release
-            await asyncio.to_thread(release, self._run, self._context.worker_id, self._task_id, "the lease was lost")
+            await self._context.lane.call(
+                release, self._run, self._context.worker_id, self._task_id, "the lease was lost"
+            )
         return Settled(conclusion.settlement)
 
     async def _blocking(self, call: Callable[[], _T], doing: str) -> _T:
         # The child is gone and the message still ours: nobody else can do this better, so not at once give up.
-        return await retry_async(lambda: asyncio.to_thread(call), doing=doing, for_s=DATABASE_RETRY_S)
+        return await retry_async(lambda: self._context.lane.call(call), doing=doing, for_s=DATABASE_RETRY_S)
 
     async def _examine(self) -> Conclusion:
         return await self._blocking(self._look, "look how a run has to end")
@@ -141,7 +143,7 @@ async def stop_steps(context: WorkerContext, run: DagsterRun, *, patient: bool =
             steps = running_steps(context.instance, run.run_id)
             return steps.step_keys, [*context.steps_left(steps.workers)]
 
-        return await retry_async(lambda: asyncio.to_thread(look), doing="look for steps", for_s=DATABASE_RETRY_S)
+        return await retry_async(lambda: context.lane.call(look), doing="look for steps", for_s=DATABASE_RETRY_S)
 
     stop = StopOfSteps(context.settings.steps_patience_s(context.grace_s(run)) if patient else 0)
     while True:
@@ -156,7 +158,7 @@ async def stop_steps(context: WorkerContext, run: DagsterRun, *, patient: bool =
         await asyncio.sleep(min(0.5, 0.05 + stop.waited_s / 10))
     event = engine_events.steps_not_stopped([step_keys[task_id] for task_id in task_ids], stop.waited_s)
     await retry_async(
-        lambda: asyncio.to_thread(append_event, context.instance, run, event),
+        lambda: context.lane.call(append_event, context.instance, run, event),
         doing="write an engine event",
         for_s=DATABASE_RETRY_S,
     )

@@ -69,7 +69,7 @@ class RunWork:
             extra = {"run_id": candidate.run_id, "task_id": task.task_id}
             logger.exception("work could not be carried out; its message is handed back", extra=extra)
             with suppress(Exception):  # or else our claim keeps the others from it for as long as we live
-                await asyncio.to_thread(self._release, candidate)
+                await self._context.lane.call(self._release, candidate)
             return self._context.hand_back_later()
 
     async def _admit(self, candidate: Candidate, signal: CancelSignal) -> Decision:
@@ -77,7 +77,7 @@ class RunWork:
         claims = self._context.claims
         while True:
             decision = await retry_async(
-                lambda: asyncio.to_thread(admit_run, self._context.instance, claims, candidate),
+                lambda: self._context.lane.call(admit_run, self._context.instance, claims, candidate),
                 doing="look up a run",
                 for_s=DATABASE_RETRY_S,
                 until=lambda: signal.is_shutdown,
@@ -104,7 +104,7 @@ class RunWork:
             return Settled(Settlement.DELETE)
         if decision.action is Action.FAIL:
             await stop_steps(context, run)
-            if await asyncio.to_thread(fail, context.instance, run.run_id, decision.why):
+            if await context.lane.call(fail, context.instance, run.run_id, decision.why):
                 return Settled(Settlement.DELETE)
             return await finalize_run(
                 context, run, task.task_id, None, Cancellation(CancelKind.REQUESTED, "terminated meanwhile")
@@ -116,7 +116,7 @@ class RunWork:
         kind: WorkKind = "resume_run" if decision.action is Action.RESUME else "execute_run"
         if kind == "resume_run" and candidate.kind == "execute_run":
             # As the run monitoring daemon would announce it: by this event Dagster counts the attempts.
-            await asyncio.to_thread(context.instance.report_engine_event, RESUME_RUN_LOG_MESSAGE, run)
+            await context.lane.call(context.instance.report_engine_event, RESUME_RUN_LOG_MESSAGE, run)
         return await self._execute(run, kind, task, decision)
 
     async def _execute(self, run: DagsterRun, kind: WorkKind, task: RunningTask, decision: Decision) -> Settled:
@@ -124,7 +124,7 @@ class RunWork:
         context.measure_wait(task, "run")
         if decision.is_stale(context.settings.dead_after_s) and not task.signal.is_set:
             return await context.give_up(run, task.task_id, "the worker hung", delay_s=0)
-        writer = EventWriter(context.instance, run, context.worker_id, task.signal)
+        writer = EventWriter(context.instance, run, context.worker_id, task.signal, lane=context.lane)
         work = ChildWork(
             target=RUN_TARGET,
             argument={"kind": kind, "run_id": run.run_id},
@@ -148,7 +148,7 @@ class RunWork:
         context = self._context
         logger.warning("this worker hung; its run was interrupted", extra={"run_id": run.run_id})
         owner = await retry_async(
-            lambda: asyncio.to_thread(context.claims.owner, run.run_id, context.worker_id), doing="read the claims"
+            lambda: context.lane.call(context.claims.owner, run.run_id, context.worker_id), doing="read the claims"
         )
         if owner is None or owner.worker_id != context.worker_id:
             return Cancellation(CancelKind.LEASE_LOST, "another worker has taken over")

@@ -20,7 +20,10 @@ from dagster import DagsterInstance, RunsFilter
 from taskiq import TaskiqMessage
 
 from dagster_taskiq._gc import collection_paused
+from dagster_taskiq._lane import Lane
 from dagster_taskiq._log_context import log_context
+from dagster_taskiq._retry import retry_async
+from dagster_taskiq._time_limit import CALL_S
 from dagster_taskiq.cancellable_broker import CancellableSQSBroker
 from dagster_taskiq.cancellable_receiver import CancellableReceiver, ReceiverHooks
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
@@ -54,6 +57,8 @@ logger = logging.getLogger(__name__)
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _MEASURE_EVERY_S: Final = 60
 _LONGEST_FACT: Final = 256
+_IS_OVER_S: Final = 5.0
+"""Whether a run is over, for messages that may as well be handed on."""
 
 
 def run_worker(
@@ -121,6 +126,7 @@ class Worker:
         self._agent = agent
         self._fork_server = server or fork_server(instance.get_ref(), settings)
         self._heartbeats = Heartbeats.of_runs(instance, settings)
+        self._lane = Lane("the database, for cancels of others", _IS_OVER_S)
         self._tasks = RunningTasks()
         self._ready = False
         self._stopping = asyncio.Event()
@@ -150,7 +156,7 @@ class Worker:
             if errors := [error for error in checked if error is not None]:
                 raise errors[0]
             await self._fork_server.start()
-            await heart.beat()
+            await retry_async(heart.beat, doing="write the first heartbeat", on=TimeoutError, for_s=CALL_S)
             async with answering(lambda: self._describe(context)):
                 await self._work(brokers, context, heart, payloads, on_ready)
         finally:
@@ -159,6 +165,8 @@ class Worker:
             if payloads is not None:
                 await payloads.close()
             await self._fork_server.stop()
+            context.lane.close()
+            self._lane.close()
             with suppress(Exception):  # the database may be the reason why we stop
                 await heart.stop()
 
@@ -259,7 +267,7 @@ class Worker:
             statuses = [run.status for run in self._instance.get_runs(filters, limit=1)]
             return all(status in FINISHED_STATUSES for status in statuses)
 
-        return await asyncio.to_thread(look)
+        return await self._lane.call(look)
 
     async def _announce(self, receivers: Sequence[CancellableReceiver], on_ready: Callable[[str], None] | None) -> None:
         for receiver in receivers:
@@ -269,8 +277,8 @@ class Worker:
         if on_ready is not None:
             on_ready(self.worker_id)
         with suppress(Exception):  # housekeeping; the next worker does it as well
-            await asyncio.to_thread(self._heartbeats.forget_the_long_dead)
-            await asyncio.to_thread(forget_old_states, self._instance)
+            await self._lane.call(self._heartbeats.forget_the_long_dead)
+            await self._lane.call(forget_old_states, self._instance)
 
     async def _stop_what_does_not_finish(
         self, receivers: Sequence[CancellableReceiver], context: WorkerContext

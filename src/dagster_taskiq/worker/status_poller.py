@@ -10,10 +10,12 @@ from typing import Final, NoReturn
 
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
+from dagster_taskiq._lane import Lane
 from dagster_taskiq._retry import retry_async
 from dagster_taskiq.cancellation.model import CancelChannel, CancelKind, Cancellation
 from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG
 
+_SHORTEST_BOUND_S: Final = 2.0
 _WHY: Final[Mapping[DagsterRunStatus, str]] = {
     DagsterRunStatus.CANCELING: "the run is CANCELING",
     DagsterRunStatus.CANCELED: "the run was marked CANCELED",
@@ -35,6 +37,7 @@ class StatusPoller:
         self._watched = watched
         self._cancel = cancel
         self._every_s = every_s
+        self._lane = Lane("the database, for the status of runs", max(every_s, _SHORTEST_BOUND_S))
 
     async def run(self) -> NoReturn:
         """Watch until cancelled. A database that does not answer is survived; nothing is stopped because of it."""
@@ -48,7 +51,7 @@ class StatusPoller:
         if not watched:
             return
         filters = RunsFilter(run_ids=sorted(set(watched.values())))
-        runs = await asyncio.to_thread(self._instance.get_runs, filters)
+        runs = await self._lane.call(self._instance.get_runs, filters)
         found = {run.run_id: run for run in runs}
         for task_id, run_id in watched.items():
             run = found.get(run_id)

@@ -4,7 +4,6 @@ How a step ends is written by its own process, as Dagster does it. What that pro
 never began) is written here, and the run's executor, which follows the log, makes a failure or a retry of it.
 """
 
-import asyncio
 import logging
 from typing import Any
 
@@ -92,7 +91,7 @@ class StepWork:
             return had_before or admit_step(context.instance, context.claims, step, candidate)
 
         return await retry_async(
-            lambda: asyncio.to_thread(look_and_claim),
+            lambda: context.lane.call(look_and_claim),
             doing="look up a step",
             for_s=DATABASE_RETRY_S,
             until=lambda: task.signal.is_shutdown,
@@ -101,7 +100,12 @@ class StepWork:
     async def _execute(self, message: StepMessage, decision: Decision, run: DagsterRun, task: RunningTask) -> Settled:
         context, signal = self._context, task.signal
         writer = EventWriter(
-            context.instance, run, context.worker_id, signal, StepRef(message.step_key, message.task_id)
+            context.instance,
+            run,
+            context.worker_id,
+            signal,
+            StepRef(message.step_key, message.task_id),
+            lane=context.lane,
         )
         context.measure_wait(task, "step")
         end, why = None, "its worker hung after it had claimed it"
@@ -159,7 +163,7 @@ class StepWork:
         context = self._context
         event = engine_events.step_lost(context.worker_id, message.task_id, why, retry=may_retry)
         await retry_async(
-            lambda: asyncio.to_thread(append_event, context.instance, run, event, message.step_key),
+            lambda: context.lane.call(append_event, context.instance, run, event, message.step_key),
             doing="report how a step ended",
         )
 

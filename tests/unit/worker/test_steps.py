@@ -12,6 +12,7 @@ from dagster._core.execution.plan.outputs import StepOutputHandle
 from sqlalchemy.exc import OperationalError
 
 from dagster_taskiq import _retry
+from dagster_taskiq._lane import Lane
 from dagster_taskiq.cancellation.signal import CancelSignal
 from dagster_taskiq.dagster_compat.execution import KnownExecutionState, describe_state, needs_history, rebuild_state
 from dagster_taskiq.messages import step_task_id
@@ -136,7 +137,7 @@ async def test_what_is_told_of_the_end_survives_an_outage(
 
     monkeypatch.setattr(world.instance, "report_dagster_event", unsteady)
     about = StepRef(STEP, world.task()) if step else None
-    writer = EventWriter(world.instance, world.run, ME, CancelSignal(), about)
+    writer = EventWriter(world.instance, world.run, ME, CancelSignal(), about, lane=Lane("the database"))
     writer.record_end(ChildEnd(4711, 0, (), interrupted_at=1.0, kill_at=None, killed=(), gone_at=2.0), reported=True)
     await writer.written()
     events = [entry.dagster_event for entry in world.instance.all_logs(world.run.run_id) if entry.dagster_event]
