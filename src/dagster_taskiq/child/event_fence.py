@@ -37,6 +37,7 @@ _STEP_ENDS: Final = {
     DagsterEventType.RESOURCE_INIT_FAILURE,  # from which the run's executor makes a failure or a retry
 }
 _UNLESS_ORPHANED: Final = {DagsterEventType.STEP_FAILURE, DagsterEventType.STEP_UP_FOR_RETRY}
+_LONGEST_REASON: Final = 500
 _EXIT_S: Final = 5.0
 """What a run's process has for its exit, after it has waited for its steps."""
 _STOPPED: Final = {*FINISHED_STATUSES, DagsterRunStatus.CANCELING}
@@ -59,6 +60,9 @@ class EventFence:
         dagster_event = event_of(event)
         ours = dagster_event is not None and event.run_id == self._run_id
         kind = dagster_event.event_type if dagster_event is not None and ours else None
+        if kind is DagsterEventType.RUN_FAILURE and dagster_event is not None:
+            begins = f'Execution of run for "{dagster_event.job_name}" failed. '
+            self._control.send(failed=str(dagster_event.message).removeprefix(begins)[:_LONGEST_REASON])
         if self._holds(event, kind):
             return
         entry = self._to_store(event, kind)

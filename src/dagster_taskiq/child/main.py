@@ -19,6 +19,7 @@ from dagster_taskiq.child.control_channel import ControlChannel
 from dagster_taskiq.child.event_fence import RunFence, StepFence
 from dagster_taskiq.cleanup.runner import Cleanup
 from dagster_taskiq.dagster_compat.api import InstanceRef, deserialize_value
+from dagster_taskiq.dagster_compat.console import limit_console
 from dagster_taskiq.dagster_compat.execution import RetryMode, execute_run, execute_step, rebuild_state, resume_run
 from dagster_taskiq.dagster_compat.interrupts import capture_interrupts
 from dagster_taskiq.dagster_compat.retry import retry_storage
@@ -73,6 +74,7 @@ def _work(body: Callable[[dict[str, Any], DagsterInstance, ControlChannel], int]
         # From here on a signal is either captured (and seen at the next step) or raised inside the op.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPTS)
         try:
+            limit_console(argument["log_level"])
             read_migration_scripts_once()
             reference = deserialize_value(argument["instance_ref"], InstanceRef)
             with DagsterInstance.from_ref(reference) as instance:

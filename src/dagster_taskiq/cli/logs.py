@@ -1,5 +1,6 @@
 """Logs on stderr: for people, constant text followed by what varies; for machines, one JSON object per line."""
 
+import json
 import logging
 import sys
 from typing import Final, Literal
@@ -9,16 +10,35 @@ from dagster_taskiq._log_context import AddContext
 LogFormat = Literal["auto", "text", "json"]
 LOG_FORMATS: Final = ("auto", "text", "json")
 _STANDARD: Final = logging.makeLogRecord({}).__dict__.keys() | {"message", "asctime", "taskName"}
-_TALKATIVE: Final = ("aioboto3", "alembic", "aiobotocore", "asyncio", "boto3", "botocore", "urllib3")
+_TALKATIVE: Final = ("aioboto3", "alembic", "aiobotocore", "asyncio", "boto3", "botocore", "taskiq", "urllib3")
+_SHORT: Final = {"run_id": "run", "step_key": "step"}
+_ID_LENGTH: Final = 8
+_TO_QUOTE: Final = frozenset(' "\n\r\t')
 
 
-class WithExtra(logging.Formatter):
-    """Appends what was passed in `extra` as `name=value`."""
+class TextFormatter(logging.Formatter):
+    """For people: `time level text name=value …`, with the first eight characters of a run's id, and nothing twice.
+
+    The name of the logger only for those that are not ours. The task id where no run is named.
+    """
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name is logging's
         """The line of the record, without traceback."""
-        extra = [f"{name}={value}" for name, value in record.__dict__.items() if name not in _STANDARD]
-        return " ".join([super().formatMessage(record), *extra])
+        line = super().formatMessage(record)
+        extra = {name: value for name, value in record.__dict__.items() if name not in _STANDARD}
+        if "run_id" in extra:
+            extra.pop("task_id", None)
+        shown = [
+            f"{_SHORT.get(name, name)}={_quoted(str(value)[:_ID_LENGTH] if name == 'run_id' else str(value))}"
+            for name, value in extra.items()
+            if str(value) not in record.message
+        ]
+        named = "" if record.name.split(".")[0] == "dagster_taskiq" else f"({record.name})"
+        return " ".join(filter(None, [line, *shown, named]))
+
+
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if not value or set(value) & _TO_QUOTE else value
 
 
 def log_to_stderr(level: str, form: LogFormat = "auto") -> None:
@@ -33,7 +53,7 @@ def log_to_stderr(level: str, form: LogFormat = "auto") -> None:
         handler.setFormatter(_json())
         handler.addFilter(AddContext())
     else:
-        handler.setFormatter(WithExtra("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+        handler.setFormatter(TextFormatter("%(asctime)s %(levelname)-7s %(message)s"))
         handler.addFilter(AddContext(without=("worker",)))  # a terminal has one of them
     ours = logging.getLevelNamesMapping()[level.upper()]
     logging.basicConfig(level=max(ours, logging.INFO), handlers=[handler], force=True)

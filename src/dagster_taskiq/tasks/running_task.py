@@ -73,6 +73,7 @@ class RunningTask:
         self.sent_at = sent_at
         self.receive_count = receive_count
         self.about = {"task_id": task_id, **_log_context.current()}
+        self.about.pop("worker", None)  # whoever logs for this task is on the same one
         """What every line of the log about it has in `extra`."""
         self.signal = CancelSignal()
         self.phase = Phase.RECEIVED

@@ -98,10 +98,38 @@ class Conclusion:
     entry: str
     """The event log entry that the child held back."""
     failure: str
+    held: DagsterEventType | None = None
+    """The kind of that event."""
     has_steps: bool = False
     """Whether steps of the run are still running, and it is not to be final before they have stopped."""
     cleanup: CleanupRecord = NO_CLEANUP
     """Whether there are cleanup handlers to be run before, and which have failed."""
+
+    @property
+    def outcome(self) -> str:
+        """The status that the run has when this is written; "deleted"."""
+        if self.run is None:
+            return "deleted"
+        if self.action is FinalAction.CANCELED:
+            return "FAILURE" if self.cleanup.failures else "CANCELED"
+        if self.action is FinalAction.HELD:
+            return true_status([self.held]).value if self.held is not None else self.run.status.value
+        if self.action in (FinalAction.SUCCESS, FinalAction.FAILURE):
+            return self.action.name
+        return (true_status(self.history) if self.history else self.run.status).value
+
+    def reason(self, end: ChildEnd | None, cancellation: Cancellation | None) -> str | None:
+        """Why the run has ended so; None: it is a success, or nobody has given a reason."""
+        if self.cleanup.failures:
+            return cleanup_failed(self.cleanup.failures)
+        if cancellation is not None and cancellation.kind is CancelKind.LEASE_LOST:
+            return cancellation.reason
+        if self.outcome == "CANCELED" and cancellation is not None:
+            by = f"by {cancellation.requested_by}" if cancellation.requested_by else None
+            return ": ".join(filter(None, [by, cancellation.reason])) or None
+        if self.outcome == "FAILURE":
+            return self.failure if self.action is FinalAction.FAILURE else _last(end, "failed").get("failed")
+        return None
 
 
 def examine(
@@ -131,6 +159,7 @@ def examine(
         history=history,
         entry=str(held.get("entry", "")),
         failure=_failure_message(end, cancellation, worker_id),
+        held=DagsterEventType(held["verdict"]) if held else None,
         has_steps=action in _AFTER_ITS_STEPS and bool(running_steps(instance, run_id).workers),
         cleanup=cleanup_record(instance, run_id) if _is_cancelled(action, kind, run, history) else CleanupRecord(),
     )

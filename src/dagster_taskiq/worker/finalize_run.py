@@ -25,6 +25,7 @@ from dagster_taskiq.worker.cleanup_task import clean_up
 from dagster_taskiq.worker.context import WorkerContext
 from dagster_taskiq.worker.event_writer import EventWriter
 from dagster_taskiq.worker.finalization import Conclusion, FinalAction, conclude, examine
+from dagster_taskiq.worker.work_log import HANDED_BACK, WorkLog
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +39,14 @@ async def finalize_run(
     end: ChildEnd | None,
     cancellation: Cancellation | None,
     writer: EventWriter | None = None,
+    log: WorkLog | None = None,
 ) -> Settled:
     """Bring a run whose process tree is gone to its final state; what is to become of its message.
 
     `end` is None when there was no child. `writer`: of the events that are to stand before the final one.
+    `log` is told how the run ended.
     """
-    return await _Finalization(context, run, task_id, end, cancellation).run(writer)
+    return await _Finalization(context, run, task_id, end, cancellation, log).run(writer)
 
 
 class _Finalization:
@@ -54,8 +57,10 @@ class _Finalization:
         task_id: str,
         end: ChildEnd | None,
         cancellation: Cancellation | None,
+        log: WorkLog | None,
     ) -> None:
         self._context = context
+        self._log = log
         self._run = run
         self._task_id = task_id
         self._end = end
@@ -79,6 +84,7 @@ class _Finalization:
         if conclusion.action is FinalAction.RESUMABLE:
             return await self._give_up("interrupted; the run will be resumed")
         self._measure(conclusion)
+        self._tell(conclusion.outcome, conclusion.reason(self._end, self._cancellation))
         if conclusion.settlement is Settlement.LEAVE:
             release = self._context.claims.release
             await self._context.lane.call(
@@ -122,7 +128,12 @@ class _Finalization:
 
         return await self._blocking(write, "write the final state of a run")
 
+    def _tell(self, outcome: str, reason: str | None) -> None:
+        if self._log is not None:
+            self._log.ended(outcome, reason)
+
     async def _give_up(self, why: str) -> Settled:
+        self._tell(HANDED_BACK, why)
         return await self._context.give_up(self._run, self._task_id, why, delay_s=0)
 
     def _measure(self, conclusion: Conclusion) -> None:

@@ -52,7 +52,11 @@ async def run_child(
         return NotStarted("the worker shuts down", 0) if signal.is_shutdown else None
     spec = ChildSpec(
         target=work.target,
-        argument={**work.argument, "instance_ref": serialize_value(context.instance.get_ref())},
+        argument={
+            **work.argument,
+            "instance_ref": serialize_value(context.instance.get_ref()),
+            "log_level": logger.getEffectiveLevel(),
+        },
         mark=work.task_id,
         # Without its worker a child must be gone before anybody else can begin with the same work.
         grace_s=min(work.grace_s(None), context.settings.dead_after_s),

@@ -26,6 +26,7 @@ from dagster_taskiq.worker.event_writer import EventWriter
 from dagster_taskiq.worker.finalization import fail
 from dagster_taskiq.worker.finalize_run import finalize_run, stop_steps
 from dagster_taskiq.worker.run_child import ChildWork, NotStarted, run_child, see_through
+from dagster_taskiq.worker.work_log import HANDED_BACK, WorkLog
 
 logger = logging.getLogger(__name__)
 
@@ -95,9 +96,9 @@ class RunWork:
             context.claims.release(run, context.worker_id, candidate.task_id, "it could not be carried out here")
 
     async def _follow(self, decision: Decision, candidate: Candidate, task: RunningTask) -> Settled:
-        extra = {"run_id": candidate.run_id, "task_id": candidate.task_id, "why": decision.why}
-        logger.info("run %s: %s", candidate.run_id, decision.action.value, extra=extra)
         context, run = self._context, decision.run
+        if decision.action not in (Action.START, Action.RESUME):  # of these two `_execute` logs that they begin
+            logger.info("run not started: %s", decision.action.value, extra=_about(candidate, decision))
         if decision.action is Action.HAND_BACK:
             return context.hand_back_later()
         if decision.action is Action.DROP or run is None:
@@ -122,7 +123,9 @@ class RunWork:
     async def _execute(self, run: DagsterRun, kind: WorkKind, task: RunningTask, decision: Decision) -> Settled:
         context = self._context
         context.measure_wait(task, "run")
+        log = WorkLog(run, context.worker_id, why=decision.why, again=kind == "resume_run")
         if decision.is_stale(context.settings.dead_after_s) and not task.signal.is_set:
+            log.ended(HANDED_BACK, "the worker hung")
             return await context.give_up(run, task.task_id, "the worker hung", delay_s=0)
         writer = EventWriter(context.instance, run, context.worker_id, task.signal, lane=context.lane)
         work = ChildWork(
@@ -134,6 +137,7 @@ class RunWork:
         with context.working_on(task.task_id, run.run_id):
             end = await run_child(context, work, task.signal, writer)
         if isinstance(end, NotStarted):
+            log.ended(HANDED_BACK, end.why)
             return await context.give_up(run, task.task_id, end.why, delay_s=end.delay_s)
         writer.record_end(end)
         cancellation = task.signal.cancellation
@@ -141,7 +145,7 @@ class RunWork:
             context.measure_end(end)
             if end.abandoned:
                 cancellation = await self._why_abandoned(run, cancellation)
-        return await finalize_run(context, run, task.task_id, end, cancellation, writer)
+        return await finalize_run(context, run, task.task_id, end, cancellation, writer, log)
 
     async def _why_abandoned(self, run: DagsterRun, cancellation: Cancellation | None) -> Cancellation:
         """This worker hung, and its child was stopped meanwhile: has another one taken over?"""
@@ -153,3 +157,8 @@ class RunWork:
         if owner is None or owner.worker_id != context.worker_id:
             return Cancellation(CancelKind.LEASE_LOST, "another worker has taken over")
         return cancellation or Cancellation(CancelKind.SHUTDOWN, "the worker hung")
+
+
+def _about(candidate: Candidate, decision: Decision) -> dict[str, str]:
+    job = {"job": decision.run.job_name} if decision.run is not None else {}
+    return {**job, "run_id": candidate.run_id, "task_id": candidate.task_id, "reason": decision.why}

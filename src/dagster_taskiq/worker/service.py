@@ -273,7 +273,7 @@ class Worker:
         for receiver in receivers:
             await receiver.listening.wait()
         self._ready = True
-        logger.info("worker is ready", extra={"worker_id": self.worker_id})
+        logger.debug("worker is ready")
         if on_ready is not None:
             on_ready(self.worker_id)
         with suppress(Exception):  # housekeeping; the next worker does it as well

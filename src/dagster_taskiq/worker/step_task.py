@@ -26,6 +26,7 @@ from dagster_taskiq.worker.context import WorkerContext
 from dagster_taskiq.worker.event_writer import EventWriter
 from dagster_taskiq.worker.finalization import how_it_ended
 from dagster_taskiq.worker.run_child import ChildWork, NotStarted, run_child, see_through
+from dagster_taskiq.worker.work_log import HANDED_BACK, WorkLog
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +69,9 @@ class StepWork:
         except Exception:  # the database, above all: the message stays, and is tried again when it is visible again
             logger.exception("step could not be looked up; its message is handed back", extra=extra)
             return self._context.hand_back_later()
-        extra["why"] = decision.why
-        logger.info("step %s of run %s: %s", message.step_key, message.run_id, decision.action.value, extra=extra)
+        if decision.action is not Action.START:  # of which `_execute` logs that it begins
+            extra["reason"] = decision.why
+            logger.info("step not started: %s", decision.action.value, extra=extra)
         if decision.action is Action.HAND_BACK:
             return self._context.hand_back_later()
         if decision.action is not Action.START or decision.run is None:
@@ -108,14 +110,17 @@ class StepWork:
             lane=context.lane,
         )
         context.measure_wait(task, "step")
+        log = WorkLog(run, context.worker_id, step_key=message.step_key)
         end, why = None, "its worker hung after it had claimed it"
         if not decision.is_stale(context.settings.dead_after_s):
             with context.working_on(message.task_id, message.run_id, message.step_key):
                 end, why = await self._run_child(message, run, task, writer)
         if isinstance(end, NotStarted) or (end is None and signal.is_shutdown):
             why, delay_s = (end.why, end.delay_s) if end is not None else ("the worker shuts down", 0)
+            log.ended(HANDED_BACK, why)
             return await context.give_up(run, task.task_id, why, delay_s=delay_s, step_key=message.step_key)
-        reported = end is not None and any("step_ended" in one for one in end.messages)
+        said = [one["step_ended"] for one in (end.messages if end is not None else ()) if "step_ended" in one]
+        reported = bool(said)
         writer.record_end(end, reported=reported)
         if end is not None:
             context.measure_end(end)
@@ -123,6 +128,7 @@ class StepWork:
         if not reported:
             requested = signal.cancellation is not None and signal.cancellation.kind is CancelKind.REQUESTED
             await self._report_lost(run, message, why, may_retry=not requested)
+        log.ended(str(said[-1]).removeprefix("STEP_") if said else "lost", None if said else why)
         await self._forget_payload(message)
         return Settled(Settlement.DELETE)
 

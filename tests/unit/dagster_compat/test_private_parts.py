@@ -11,7 +11,8 @@ from alembic.script import ScriptDirectory
 from dagster import DagsterEvent, DagsterEventType, DagsterInstance
 from dagster._cli.api import _execute_run_command_body, _execute_step_command_body, _resume_run_command_body
 from dagster._core.events.log import EventLogEntry
-from dagster._core.execution import api
+from dagster._core.execution import api, context_creation_job
+from dagster._core.executor import multiprocess
 from dagster._core.storage.runs.sqlite.sqlite_run_storage import __file__ as run_storage_module
 from dagster._core.storage.sql import get_alembic_config
 from dagster._daemon.monitoring import run_monitoring
@@ -167,3 +168,8 @@ def test_dagsters_migration_scripts_are_read_once_and_users_each_time(
         ScriptDirectory.from_config(dagsters)
     assert reads.count(str(tmp_path)) == 3
     assert len(reads) == 4, reads
+
+
+def test_default_loggers_and_processes_of_steps_are_made_where_we_replace_them() -> None:
+    assert "in default_system_loggers(instance):" in inspect.getsource(context_creation_job)
+    assert "in execute_child_process_command(multiproc_ctx, command):" in inspect.getsource(multiprocess)
