@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from dagster import Any as Any_
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, Field, Permissive
 
+from dagster_taskiq._text import clean_text
 from dagster_taskiq.dagster_compat.api import (
     FINISHED_STATUSES,
     CheckRunHealthResult,
@@ -21,7 +22,7 @@ from dagster_taskiq.dagster_compat.api import (
     WorkerStatus,
 )
 from dagster_taskiq.errors import DagsterTaskiqError, QueueUnreachable
-from dagster_taskiq.messages import EXECUTE_RUN, MAX_TEXT_LENGTH, RESUME_RUN
+from dagster_taskiq.messages import EXECUTE_RUN, RESUME_RUN
 from dagster_taskiq.metrics import REQUESTED, Metrics, on_ecs
 from dagster_taskiq.queue_names import queue_name
 from dagster_taskiq.settings import Settings
@@ -30,7 +31,14 @@ from dagster_taskiq.storage.claims import Claims, Owner
 from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.status_repair import repair_late_canceling
-from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, TASK_ID_TAG
+from dagster_taskiq.storage.tags import (
+    CANCEL_REASON_TAG,
+    CANCELLED_BY_TAG,
+    TASK_ID_TAG,
+    add_own_tags,
+    own_tags,
+    tag_launched_run,
+)
 from dagster_taskiq.tasks.producer import Producer, work_message
 
 if TYPE_CHECKING:
@@ -124,7 +132,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
     def _submit(self, run: DagsterRun, task_name: str) -> None:
         task_id = uuid.uuid4().hex
         # The tag first: a worker may have the message before `send` returns.
-        self._instance.add_run_tags(run.run_id, {TASK_ID_TAG: task_id})
+        tag_launched_run(self._instance, run, task_id)
         try:
             self._send(run, task_name, task_id)
         except DagsterTaskiqError as error:
@@ -167,7 +175,8 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
     def cancel(self, run_id: str, *, reason: str | None = None, requested_by: str) -> bool:
         """As `terminate`, and the run's log names who asked, and why.
 
-        So do its tags `dagster-taskiq/cancelled_by` and `cancel_reason`, for who does not get the message.
+        So do its tags `dagster-taskiq/cancelled_by` and `cancel_reason`, for who does not get the message. A text
+        that cannot be stored is cleaned; tags and notes that cannot be written do not keep the run from its end.
         """
         run = self._instance.get_run_by_id(run_id)
         if run is None or run.status in FINISHED_STATUSES:
@@ -175,17 +184,27 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         if not self.settings.enable_cancellation:
             self._append(run, engine_events.cancellation_disabled())
             return False
-        task_id = run.tags.get(TASK_ID_TAG)
+        tags = own_tags(run)
+        task_id = tags.get(TASK_ID_TAG)
+        reason = clean_text(reason) if reason else tags.get(CANCEL_REASON_TAG)
+        requested_by = clean_text(requested_by)
         if task_id is None:
+            self._keep_why(run, reason, requested_by)
             self._append(run, engine_events.no_task_id())
             self._instance.report_run_canceled(run, "Nothing that this launcher started can be working on the run.")
             return False
-        reason = reason[:MAX_TEXT_LENGTH] if reason else run.tags.get(CANCEL_REASON_TAG)
-        author = requested_by[:MAX_TEXT_LENGTH] if requested_by != engine_events.UNKNOWN_AUTHOR else None
-        given = {CANCEL_REASON_TAG: reason, CANCELLED_BY_TAG: author}
-        if new := {tag: value for tag, value in given.items() if value and run.tags.get(tag) != value}:
-            self._instance.add_run_tags(run.run_id, new)
         return self._terminate(run, task_id, reason, requested_by)
+
+    def _keep_why(self, run: DagsterRun, reason: str | None, requested_by: str) -> None:
+        """In the run's tags, for workers that do not get the message, and for people."""
+        author = requested_by if requested_by != engine_events.UNKNOWN_AUTHOR else None
+        given, known = {CANCEL_REASON_TAG: reason, CANCELLED_BY_TAG: author}, own_tags(run)
+        new = {tag: value for tag, value in given.items() if value and known.get(tag) != value}
+        try:
+            if new or known is not run.tags:
+                add_own_tags(self._instance, run, new)
+        except Exception:  # whatever it is: the run is to be stopped, with or without them
+            logger.exception("tags could not be written", extra={"run_id": run.run_id})
 
     def _terminate(self, run: DagsterRun, task_id: str, reason: str | None, requested_by: str) -> bool:
         waiting = run.status in _BEFORE_START
@@ -196,6 +215,8 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         request = None if waiting else self._request_cancel(task_id, **asked_by)
         if request is not None:
             wait({request}, timeout=_HEAD_START_S)
+        # Before the status: who reads that reads them with it.
+        self._keep_why(run, reason, requested_by)
         if run.status is not DagsterRunStatus.CANCELING:
             self._instance.report_run_canceling(run)
             # It may have ended in between: the transition is unguarded, and nobody else would ever finish it.
@@ -209,7 +230,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             return True
         try:
             (request or self._request_cancel(task_id, **asked_by)).result(_REQUEST_TIMEOUT_S)
-        except (DagsterTaskiqError, TimeoutError, RuntimeError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the status is written, and the run will be stopped
             self._append(
                 run, engine_events.request_failed(str(error) or repr(error), self.settings.status_poll_seconds)
             )
@@ -219,7 +240,12 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         return True
 
     def _request_cancel(self, task_id: str, **asked_by: str | None) -> "Future[None]":
-        return self._producer.submit(lambda broker: broker.cancel_task(task_id, **asked_by))
+        try:
+            return self._producer.submit(lambda broker: broker.cancel_task(task_id, **asked_by))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the run's status can still be written
+            failed: Future[None] = Future()
+            failed.set_exception(error)
+            return failed
 
     @property
     def supports_check_run_worker_health(self) -> bool:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, TypeGuard
 
+from dagster_taskiq._text import clean_text
 from dagster_taskiq.errors import MessageUnreadable
 
 CANCEL_MESSAGE_VERSION: Final = 1
-MAX_TEXT_LENGTH: Final = 1024
 _MAX_CANCEL_BODY: Final = 64 * 1024
 _TASK_ID = re.compile(r"[\x21-\x7e]{1,256}")
 _RUN_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
@@ -43,9 +43,9 @@ class CancelRequest:
             raise MessageUnreadable(f"not a task id (1 to 256 printable ASCII characters, no spaces): {self.task_id!r}")
         body: dict[str, Any] = {"version": CANCEL_MESSAGE_VERSION, "task_id": self.task_id}
         if self.reason is not None:
-            body["reason"] = self.reason[:MAX_TEXT_LENGTH]
+            body["reason"] = clean_text(self.reason)
         if self.requested_by is not None:
-            body["requested_by"] = self.requested_by[:MAX_TEXT_LENGTH]
+            body["requested_by"] = clean_text(self.requested_by)
         if self.requested_at is not None:
             body["requested_at"] = datetime.fromtimestamp(self.requested_at, UTC).isoformat()
         return json.dumps(body)
@@ -170,7 +170,7 @@ def _text(data: Mapping[str, Any], key: str) -> str | None:
         return None
     if not isinstance(value, str):
         raise MessageUnreadable(f"cancel message whose {key} is not a text")
-    return value[:MAX_TEXT_LENGTH]
+    return clean_text(value)
 
 
 def _moment(value: object) -> float | None:

@@ -5,6 +5,7 @@ Knows Dagster's runs and the launcher; not SQS, not processes.
 
 import asyncio
 import getpass
+import logging
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -12,19 +13,21 @@ from typing import Any, Final
 
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
 
+from dagster_taskiq._text import clean_text
 from dagster_taskiq.cleanup.record import cleanup_record
 from dagster_taskiq.cleanup.runner import Cleanup
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
 from dagster_taskiq.dagster_compat.interrupts import capture_interrupts
 from dagster_taskiq.errors import CleanupFailed, DagsterTaskiqError, RunNotFound
 from dagster_taskiq.launcher import TaskiqRunLauncher
-from dagster_taskiq.messages import MAX_TEXT_LENGTH
 from dagster_taskiq.sqs.admin import identity
 from dagster_taskiq.storage import engine_events
 from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.heartbeats import Heartbeats
-from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG
+from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, add_own_tags
+
+logger = logging.getLogger(__name__)
 
 _IDENTITY_WITHIN_S: Final = 2.0
 
@@ -49,7 +52,7 @@ def describe_user(instance: DagsterInstance) -> str:
         return user
     try:
         return asyncio.run(asyncio.wait_for(identity(settings.region_name), _IDENTITY_WITHIN_S))
-    except (DagsterTaskiqError, TimeoutError):
+    except Exception:  # noqa: BLE001 - whatever it is, who asks is less important than that it is done
         return user
 
 
@@ -68,13 +71,17 @@ def cancel_run(
     with ExitStack() as stack:
         instance = instance or stack.enter_context(DagsterInstance.get())
         run, launcher = _run(instance, run_id), _launcher(instance)
-        by = (requested_by or this_user())[:MAX_TEXT_LENGTH]
+        by = clean_text(requested_by or this_user())
         if run.status is not DagsterRunStatus.QUEUED:
             return launcher.cancel(run_id, reason=reason, requested_by=by)
         # Only the run coordinator can take it from its queue. If the run was launched meanwhile, it calls the launcher.
-        tags = {CANCEL_REASON_TAG: reason[:MAX_TEXT_LENGTH]} if reason else {}
-        instance.add_run_tags(run_id, {**tags, CANCELLED_BY_TAG: by})
-        append_event(instance, run, engine_events.requested("none yet", reason, by))
+        reason = clean_text(reason) if reason else None
+        tags = {CANCEL_REASON_TAG: reason} if reason else {}
+        try:
+            add_own_tags(instance, run, {**tags, CANCELLED_BY_TAG: by})
+            append_event(instance, run, engine_events.requested("none yet", reason, by))
+        except Exception:  # whatever it is: the run is to be stopped, with or without them
+            logger.exception("why the run was cancelled could not be written", extra={"run_id": run_id})
         return instance.run_coordinator.cancel_run(run_id)
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
@@ -234,6 +235,30 @@ def swallows_once_job() -> None:
     afterwards(swallows_once())
 
 
+def map_slowly(config: dict[str, Any]) -> dict[str, Any]:
+    """As long as there is a file beside the marks that says so: a plan that takes its time."""
+    marks = Path(config["marks"])
+    mark(Marks(marks=str(marks)), f"planning {os.getpid()}")
+    until = time.monotonic() + 30
+    while Path(f"{marks}.hold").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    return {"sleepy": {"config": dict(config)}}
+
+
+@dg.graph(
+    config=dg.ConfigMapping(
+        map_slowly, config_schema={"marks": str, "seconds": dg.Field(float, is_required=False, default_value=300.0)}
+    )
+)
+def planned_slowly() -> None:
+    sleepy()
+
+
+@dg.job(executor_def=dg.in_process_executor)
+def planned_slowly_job() -> None:
+    planned_slowly()
+
+
 @dg.job(executor_def=dg.multiprocess_executor)
 def multiprocess_job() -> None:
     sleepy.alias("first")()
@@ -257,6 +282,7 @@ defs = dg.Definitions(
         dies_job,
         leaves_a_daemon_job,
         swallows_once_job,
+        planned_slowly_job,
         multiprocess_job,
     ]
 )

@@ -299,7 +299,9 @@ def _ops_config(graph: GraphDefinition, config: Mapping[str, Any]) -> dict[str, 
     """The same for every op, wherever it is; but for one that takes none."""
     found: dict[str, Any] = {}
     for node in graph.nodes:
-        if isinstance(node.definition, GraphDefinition):
+        if isinstance(node.definition, GraphDefinition) and node.definition.config_mapping is not None:
+            found[node.name] = {"config": dict(config)}
+        elif isinstance(node.definition, GraphDefinition):
             found[node.name] = {"ops": _ops_config(node.definition, config)}
         elif node.definition.name != "fails":
             found[node.name] = {"config": dict(config)}

@@ -19,6 +19,7 @@ FLOOR = {
     "messages",
     "settings",
     "_retry",
+    "_text",
     "_shield",
     "_ttl_cache",
     "_log_context",

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from dagster_taskiq._text import MAX_TEXT_LENGTH
 from dagster_taskiq.errors import MessageUnreadable
-from dagster_taskiq.messages import MAX_TEXT_LENGTH, CancelRequest, StepMessage, is_run_id, is_task_id, pack, unpack
+from dagster_taskiq.messages import CancelRequest, StepMessage, is_run_id, is_task_id, pack, unpack
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=50),

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dagster_taskiq import messages
+from dagster_taskiq._text import MAX_TEXT_LENGTH
 from dagster_taskiq.errors import MessageUnreadable
 from dagster_taskiq.messages import (
-    MAX_TEXT_LENGTH,
     CancelRequest,
     StepMessage,
     is_run_id,

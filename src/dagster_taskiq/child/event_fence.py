@@ -21,6 +21,7 @@ from dagster_taskiq.dagster_compat.storage import event_of, is_stored
 from dagster_taskiq.messages import StepMessage
 from dagster_taskiq.storage.engine_events import PATIENCE_KEY, TASK_ID_KEY, cleanup_handlers
 from dagster_taskiq.storage.event_log import append_event
+from dagster_taskiq.storage.status_repair import repair_early_end
 from dagster_taskiq.storage.step_state import forget_states
 
 _TERMINAL: Final = {DagsterEventType.RUN_SUCCESS, DagsterEventType.RUN_FAILURE, DagsterEventType.RUN_CANCELED}
@@ -94,9 +95,11 @@ class RunFence(EventFence):
     def __init__(self, instance: DagsterInstance, run_id: str, process: ChildProcess) -> None:
         super().__init__(instance, run_id, process.control)
         self._process = process
-        self._canceling = False
 
     def _holds(self, event: Any, kind: DagsterEventType | None) -> bool:
+        if kind is DagsterEventType.RUN_START and self._is_stopped():
+            # Between core's last look and this event it builds the plan, which takes seconds for thousands of assets.
+            raise DagsterExecutionInterruptedError
         if kind not in _TERMINAL or not self._must_hold():
             return False
         self._control.send(verdict=kind.value, took_hold=self._process.interrupted, entry=serialize_value(event))
@@ -105,13 +108,18 @@ class RunFence(EventFence):
     def _must_hold(self) -> bool:
         if self._process.interrupted or check_captured_interrupt() or self._control.must_stop():
             return True
+        return self._is_stopped()
+
+    def _is_stopped(self) -> bool:
         run = retry_storage(lambda: self._instance.get_run_by_id(self._run_id), "read the run")
         return run is None or run.status in _STOPPED
 
     def _stored(self, event: Any, kind: DagsterEventType | None) -> None:
         if kind is DagsterEventType.RUN_START:
-            self._repair_canceling()
+            stopped = retry_storage(lambda: repair_early_end(self._instance, self._run_id), "look for an early end")
             self._announce_handlers()
+            if stopped:
+                raise DagsterExecutionInterruptedError
         elif kind is DagsterEventType.STEP_WORKER_STARTING and TASK_ID_KEY not in _metadata(event):
             # Not by our own executor: what is started next, here, can receive a cancellation, too.
             self._process.admit()
@@ -119,7 +127,7 @@ class RunFence(EventFence):
             forget_states(self._instance, self._run_id)
         elif kind is DagsterEventType.ENGINE_EVENT:
             self._ask_for_patience(event)
-        if kind in _BEFORE_MORE_WORK and (self._canceling or self._control.must_stop()):
+        if kind in _BEFORE_MORE_WORK and self._control.must_stop():
             # An op that swallowed the interrupt, or one with a RetryPolicy, would go on to its next step or attempt.
             raise DagsterExecutionInterruptedError
 
@@ -138,15 +146,6 @@ class RunFence(EventFence):
         if run is not None and names:
             event = cleanup_handlers(names)
             retry_storage(lambda: append_event(self._instance, run, event), "write to the event log")
-
-    def _repair_canceling(self) -> None:
-        # Transitions are unguarded: a RUN_START that follows a RUN_CANCELING makes the run STARTED again, and then
-        # nobody would see in the database that it is to be stopped.
-        if self._instance.all_logs(self._run_id, of_type=DagsterEventType.RUN_CANCELING):
-            run = self._instance.get_run_by_id(self._run_id)
-            if run is not None and run.status is DagsterRunStatus.STARTED:
-                self._instance.report_run_canceling(run)
-            self._canceling = True
 
 
 def _metadata(event: Any) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from dagster import DagsterInstance
 
+from dagster_taskiq._text import clean_text
 from dagster_taskiq.child.child_process import ChildProcess
 from dagster_taskiq.child.control_channel import ControlChannel
 from dagster_taskiq.child.event_fence import RunFence, StepFence
@@ -37,6 +38,7 @@ PRELOAD: Final = (
     "dagster_taskiq.cancellable_broker",
     "dagster._cli.api",
 )
+_LONGEST_ERROR: Final = 2000
 _INTERRUPTS: Final = {signal.SIGTERM, signal.SIGINT}
 _BODIES: Final = {"execute_run": execute_run, "resume_run": resume_run}
 
@@ -81,7 +83,7 @@ def _work(body: Callable[[dict[str, Any], DagsterInstance, ControlChannel], int]
                 return body(argument, instance, control)
         except BaseException as error:  # noqa: BLE001 - the supervisor decides what it means; nothing may be lost
             traceback.print_exc()
-            control.send(error=f"{type(error).__name__}: {error}"[:2000])
+            control.send(error=clean_text(f"{type(error).__name__}: {error}", _LONGEST_ERROR))
             return 1
         finally:
             # What comes now comes too late to matter, and must not tear the exit.

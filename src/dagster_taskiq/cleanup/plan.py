@@ -16,7 +16,7 @@ from dagster_taskiq.dagster_compat.retry import retry_storage
 from dagster_taskiq.dagster_compat.storage import event_of
 from dagster_taskiq.storage.engine_events import BY_KEY, FAILED_KEY, HANDLER_KEY, OF_KEY, REASON_KEY, Stage
 from dagster_taskiq.storage.event_log import parse_event
-from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG
+from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, own_tags
 
 _AT_WORK: Final = {DagsterEventType.STEP_START, DagsterEventType.STEP_RESTARTED, DagsterEventType.STEP_UP_FOR_RETRY}
 _OVER: Final = {DagsterEventType.STEP_SUCCESS, DagsterEventType.STEP_SKIPPED}
@@ -148,7 +148,8 @@ class CleanupHistory:
 
 def read_history(instance: DagsterInstance, run: DagsterRun) -> CleanupHistory:
     """Read the history from the event log. Waits for the database, and raises when it does not come back."""
-    history = CleanupHistory(reason=run.tags.get(CANCEL_REASON_TAG), requested_by=run.tags.get(CANCELLED_BY_TAG))
+    tags = own_tags(run)
+    history = CleanupHistory(reason=tags.get(CANCEL_REASON_TAG), requested_by=tags.get(CANCELLED_BY_TAG))
     for entry in retry_storage(lambda: instance.all_logs(run.run_id, of_type=_WANTED), "read the event log"):
         event = event_of(entry)
         if event is not None:

@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from dagster import DagsterInstance, DagsterRun, build_resources
 
+from dagster_taskiq._text import clean_text
 from dagster_taskiq.cleanup.plan import CleanupHistory, PendingHandler, read_history
 from dagster_taskiq.dagster_compat.definitions import job_of, resource_config, resources_for, run_logger
 from dagster_taskiq.dagster_compat.interrupts import raise_interrupts_as
@@ -262,4 +263,4 @@ def _resource_keys(handler: Callable[..., Any]) -> list[str]:
 
 def _in_words(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    return (f"{type(error).__name__}: {text}" if text else type(error).__name__)[:_MAX_ERROR]
+    return clean_text(f"{type(error).__name__}: {text}" if text else type(error).__name__, _MAX_ERROR)

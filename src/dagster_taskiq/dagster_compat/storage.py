@@ -16,7 +16,7 @@ from dagster import (
 )
 from dagster._core.events.log import EventLogEntry
 
-from dagster_taskiq.dagster_compat.api import deserialize_value
+from dagster_taskiq.dagster_compat.api import deserialize_value, serialize_value
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -31,6 +31,7 @@ __all__ = [
     "outages",
     "put_value",
     "read_migration_scripts_once",
+    "remove_run_tags",
     "values_under",
 ]
 
@@ -113,6 +114,26 @@ def delete_values(instance: DagsterInstance, keys: Iterable[str]) -> None:
     if gone and isinstance(storage, SqlRunStorage):
         with storage.connect() as connection:
             connection.execute(KeyValueStoreTable.delete().where(KeyValueStoreTable.c.key.in_(gone)))
+
+
+def remove_run_tags(instance: DagsterInstance, run_id: str, names: Iterable[str]) -> None:
+    """Remove tags of a run; Dagster itself only adds to them. In a storage that is not SQL they become empty."""
+    from dagster._core.storage.runs import SqlRunStorage
+    from dagster._core.storage.runs.schema import RunsTable, RunTagsTable
+
+    storage, gone = instance.run_storage, set(names)
+    run = instance.get_run_by_id(run_id)
+    if run is None:
+        return
+    if not isinstance(storage, SqlRunStorage):
+        instance.add_run_tags(run_id, dict.fromkeys(gone, ""))
+        return
+    left = {name: value for name, value in run.tags.items() if name not in gone}
+    tags, runs = RunTagsTable.c, RunsTable.c
+    with storage.connect() as connection:
+        body = serialize_value(run._replace(tags=left))
+        connection.execute(RunsTable.update().where(runs.run_id == run_id).values(run_body=body))
+        connection.execute(RunTagsTable.delete().where(tags.run_id == run_id).where(tags.key.in_(gone)))
 
 
 def read_migration_scripts_once() -> None:

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun
 
+from dagster_taskiq._text import clean_text
 from dagster_taskiq.dagster_compat.api import EngineEventData
 from dagster_taskiq.dagster_compat.execution import error_info
 from dagster_taskiq.dagster_compat.retry import retry_storage
@@ -76,13 +77,17 @@ class StepRef:
 
 
 def append_event(instance: DagsterInstance, run: DagsterRun, event: EngineEvent, step_key: str | None = None) -> None:
-    """Append one engine event to the run's log, with the time at which it happened."""
-    error = error_info(event.error) if event.error else None
-    data = EngineEventData(metadata={STAGE_KEY: event.stage.value, **event.facts}, error=error)
+    """Append one engine event to the run's log, with the time at which it happened. Its texts are cleaned.
+
+    Parts of them come from users' errors and names, and a page of Dagster's UI that shows half a character fails.
+    """
+    error = error_info(clean_text(event.error, None)) if event.error else None
+    facts = {key: clean_text(value, None) if isinstance(value, str) else value for key, value in event.facts.items()}
+    data = EngineEventData(metadata={STAGE_KEY: event.stage.value, **facts}, error=error)
     dagster_event = DagsterEvent(
         event_type_value=DagsterEventType.ENGINE_EVENT.value,
         job_name=run.job_name,
-        message=event.message,
+        message=clean_text(event.message, None),
         event_specific_data=data,
         step_key=step_key,
     )

@@ -68,6 +68,23 @@ def repair_late_canceling(instance: DagsterInstance, run_id: str) -> DagsterRunS
     return restore(instance, run, history)
 
 
+def repair_early_end(instance: DagsterInstance, run_id: str) -> bool:
+    """After a RUN_START was written: whether the run had ended before it, or was to be stopped; if so, restore that.
+
+    A RUN_START makes the run STARTED whatever it was before, and then nobody would see that it is to be stopped.
+    """
+    history = _events(instance, run_id, _TERMINAL | {DagsterEventType.RUN_CANCELING})
+    ends = [kind for kind in history if kind in _TERMINAL]
+    run = instance.get_run_by_id(run_id) if history else None
+    if run is None:
+        return bool(history)
+    if ends and run.status is not true_status(ends):
+        restore(instance, run, ends)
+    elif not ends and run.status is DagsterRunStatus.STARTED:
+        instance.report_run_canceling(run)
+    return True
+
+
 def _true_event(history: Sequence[DagsterEventType]) -> DagsterEventType:
     return DagsterEventType.RUN_CANCELED if DagsterEventType.RUN_CANCELED in history else history[0]
 

@@ -1,9 +1,16 @@
-"""The run tags of this package: their names, and how to read them."""
+"""The run tags of this package: their names, and how to read and write them.
+
+Dagster copies a run's tags to its re-executions and retries, people copy them to new runs. Those that are about one
+run only count for the run that the tag `dagster-taskiq/run_id` names.
+"""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
+from dagster import DagsterInstance, DagsterRun
+
+from dagster_taskiq.dagster_compat.storage import remove_run_tags
 from dagster_taskiq.errors import SettingsError
 from dagster_taskiq.settings import checked
 
@@ -20,6 +27,39 @@ CANCEL_REASON_TAG: Final = "dagster-taskiq/cancel_reason"
 
 CANCELLED_BY_TAG: Final = "dagster-taskiq/cancelled_by"
 """Set when somebody cancels a run with an author."""
+
+RUN_ID_TAG: Final = "dagster-taskiq/run_id"
+"""Set with the first of the tags above: the run that they are about."""
+
+_OF_ONE_RUN: Final = frozenset({TASK_ID_TAG, CANCEL_REASON_TAG, CANCELLED_BY_TAG, RUN_ID_TAG})
+
+
+def own_tags(run: DagsterRun) -> Mapping[str, str]:
+    """The run's tags, without those of ours that are copies of another run's."""
+    if run.tags.get(RUN_ID_TAG, run.run_id) == run.run_id:
+        return run.tags
+    return {name: value for name, value in run.tags.items() if name not in _OF_ONE_RUN}
+
+
+def add_own_tags(instance: DagsterInstance, run: DagsterRun, tags: Mapping[str, str]) -> None:
+    """Set tags of ours on this run, and remove those that are copies of another run's."""
+    _replace(instance, run, run.tags.keys() - own_tags(run).keys(), tags)
+
+
+def tag_launched_run(instance: DagsterInstance, run: DagsterRun, task_id: str) -> None:
+    """As `add_own_tags`, for the task id of a new launch: what does not name this run is from another one.
+
+    Also what was written by a version that did not say which run its tags are about.
+    """
+    stale = set() if run.tags.get(RUN_ID_TAG) == run.run_id else _OF_ONE_RUN & run.tags.keys()
+    _replace(instance, run, stale, {TASK_ID_TAG: task_id})
+
+
+def _replace(instance: DagsterInstance, run: DagsterRun, stale: Iterable[str], tags: Mapping[str, str]) -> None:
+    tags = {**tags, RUN_ID_TAG: run.run_id}
+    if gone := set(stale) - tags.keys():
+        remove_run_tags(instance, run.run_id, gone)
+    instance.add_run_tags(run.run_id, tags)
 
 
 def grace_from_tag(value: str) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dagster_taskiq._text import clean_text
 from dagster_taskiq.cancellation.handlers import Handler
 from dagster_taskiq.cancellation.state import State
 
@@ -55,7 +56,7 @@ async def _see_through(handler: Handler, describe: Callable[[int], TaskCleanupCo
         except TimeoutError:
             failure = f"it took longer than its timeout of {handler.timeout_s:g} s"
         except Exception as error:  # noqa: BLE001 - whatever it is, the attempt has failed
-            failure = f"{type(error).__name__}: {error}"
+            failure = clean_text(f"{type(error).__name__}: {error}")
         else:
             seconds = time.monotonic() - began
             logger.info("cleanup %s of task %s succeeded (%.1f s)", handler.name, context.task_id, seconds)

@@ -18,7 +18,7 @@ from dagster_taskiq.cleanup.record import cleanup_record
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
 from dagster_taskiq.storage.claims import Claims, Owner
 from dagster_taskiq.storage.event_log import StepRef
-from dagster_taskiq.storage.tags import TASK_ID_TAG
+from dagster_taskiq.storage.tags import TASK_ID_TAG, add_own_tags, own_tags
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +79,9 @@ def admit_run(instance: DagsterInstance, claims: Claims, candidate: Candidate) -
     if early is not None:
         return early
     assert run is not None  # noqa: S101 - for the type checker: an unknown run was dropped above
-    if TASK_ID_TAG not in run.tags:
+    if TASK_ID_TAG not in own_tags(run):
         # Sent by somebody else's producer: from now on the run can be terminated all the same.
-        instance.add_run_tags(run.run_id, {TASK_ID_TAG: candidate.task_id})
+        add_own_tags(instance, run, {TASK_ID_TAG: candidate.task_id})
     earlier = _dead_owner(claims, candidate, run)
     claims.claim(run, candidate.worker_id, candidate.task_id, candidate.where)
     run = instance.get_run_by_id(candidate.run_id)
@@ -102,7 +102,7 @@ def _before_the_claim(claims: Claims, candidate: Candidate, run: DagsterRun | No
         return Decision(Action.DROP, "the run does not exist (deleted?)")
     if run.status in FINISHED_STATUSES and not _must_be_cleaned_up(claims, run):
         return Decision(Action.DROP, f"the run is {run.status.value} already")
-    if run.tags.get(TASK_ID_TAG, candidate.task_id) != candidate.task_id:
+    if own_tags(run).get(TASK_ID_TAG, candidate.task_id) != candidate.task_id:
         return Decision(Action.DROP, "superseded: the run was launched or resumed again under another task id")
     if run.status is DagsterRunStatus.QUEUED:
         return Decision(Action.DROP, "the run is QUEUED: its run coordinator has not launched it")

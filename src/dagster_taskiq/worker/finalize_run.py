@@ -20,7 +20,7 @@ from dagster_taskiq.sqs.settlement import Settled, Settlement
 from dagster_taskiq.storage import engine_events
 from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.running_steps import StopOfSteps, running_steps
-from dagster_taskiq.storage.tags import CANCEL_REASON_TAG
+from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, add_own_tags, own_tags
 from dagster_taskiq.worker.cleanup_task import clean_up
 from dagster_taskiq.worker.context import WorkerContext
 from dagster_taskiq.worker.event_writer import EventWriter
@@ -69,7 +69,7 @@ class _Finalization:
     async def run(self, writer: EventWriter | None) -> Settled:
         # Meanwhile look how it has to end.
         conclusion, _ = await asyncio.gather(self._examine(), writer.written() if writer else asyncio.sleep(0))
-        await self._blocking(lambda: self._keep_reason(conclusion.run), "keep why a run was cancelled")
+        await self._keep_reason(conclusion.run)
         if conclusion.has_steps:
             shutting_down = self._cancellation is not None and self._cancellation.kind is CancelKind.SHUTDOWN
             await stop_steps(self._context, self._run, patient=not shutting_down)
@@ -103,13 +103,17 @@ class _Finalization:
         worker_id = self._context.worker_id
         return examine(self._context.instance, self._run.run_id, self._end, self._cancellation, worker_id)
 
-    def _keep_reason(self, run: DagsterRun | None) -> None:
+    async def _keep_reason(self, run: DagsterRun | None) -> None:
         """What somebody gave who only sent a cancel message. The launcher keeps what it is given."""
         cancellation = self._cancellation
         if run is None or cancellation is None or cancellation.channel is not CancelChannel.CANCEL_QUEUE:
             return
-        if cancellation.reason and CANCEL_REASON_TAG not in run.tags:
-            self._context.instance.add_run_tags(run.run_id, {CANCEL_REASON_TAG: cancellation.reason})
+        if cancellation.reason and CANCEL_REASON_TAG not in own_tags(run):
+            tags, instance = {CANCEL_REASON_TAG: cancellation.reason}, self._context.instance
+            try:
+                await self._context.lane.call(add_own_tags, instance, run, tags)
+            except Exception:  # whatever it is: the run is to end, with or without it
+                logger.exception("the tag with the reason could not be written", extra={"run_id": run.run_id})
 
     async def _clean_up(self, run: DagsterRun) -> bool:
         return await retry_async(

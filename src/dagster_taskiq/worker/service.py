@@ -23,6 +23,7 @@ from dagster_taskiq._gc import collection_paused
 from dagster_taskiq._lane import Lane
 from dagster_taskiq._log_context import log_context
 from dagster_taskiq._retry import retry_async
+from dagster_taskiq._text import clean_text
 from dagster_taskiq._time_limit import CALL_S
 from dagster_taskiq.cancellable_broker import CancellableSQSBroker
 from dagster_taskiq.cancellable_receiver import CancellableReceiver, ReceiverHooks
@@ -119,7 +120,7 @@ class Worker:
 
         `server`: the fork server, if there is one already.
         """
-        self.worker_id = f"{name or socket.gethostname()}-{secrets.token_hex(4)}"
+        self.worker_id = f"{clean_text(name or socket.gethostname())}-{secrets.token_hex(4)}"
         self._instance = instance
         self._settings = settings
         self._where = f"{where}, pid {os.getpid()}" if where else f"pid {os.getpid()} on {socket.gethostname()}"

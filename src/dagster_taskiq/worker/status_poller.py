@@ -13,7 +13,7 @@ from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 from dagster_taskiq._lane import Lane
 from dagster_taskiq._retry import retry_async
 from dagster_taskiq.cancellation.model import CancelChannel, CancelKind, Cancellation
-from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG
+from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, own_tags
 
 _SHORTEST_BOUND_S: Final = 2.0
 _WHY: Final[Mapping[DagsterRunStatus, str]] = {
@@ -57,7 +57,7 @@ class StatusPoller:
             run = found.get(run_id)
             why = _WHY.get(run.status) if run is not None else "the run was deleted"
             if why is not None:
-                tags = run.tags if run is not None else {}
+                tags = own_tags(run) if run is not None else {}
                 reason, by = tags.get(CANCEL_REASON_TAG) or why, tags.get(CANCELLED_BY_TAG)
                 self._cancel(
                     task_id, Cancellation(CancelKind.REQUESTED, reason, by, channel=CancelChannel.STATUS_WATCH)

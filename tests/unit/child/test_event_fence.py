@@ -4,27 +4,37 @@ import logging
 import socket
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from dagster import DagsterEvent, DagsterEventType, DagsterInstance
+from dagster import (
+    DagsterEvent,
+    DagsterEventType,
+    DagsterExecutionInterruptedError,
+    DagsterInstance,
+    DagsterRunStatus,
+    job,
+)
 from dagster._core.events.log import EventLogEntry
 from sqlalchemy.exc import OperationalError
 
 from dagster_taskiq import _retry
 from dagster_taskiq.child.control_channel import ControlChannel
-from dagster_taskiq.child.event_fence import EventFence
+from dagster_taskiq.child.event_fence import EventFence, RunFence
 
 RUN_ID = "8adb1c9d-e6ad-4f25-ae64-4db1fa32c38a"
 
 
-def entry(step: str, at: float) -> EventLogEntry:
-    event = DagsterEvent(event_type_value=DagsterEventType.STEP_START.value, job_name="job", step_key=step, message="")
+def entry(
+    step: str | None, at: float, kind: DagsterEventType = DagsterEventType.STEP_START, run_id: str = RUN_ID
+) -> EventLogEntry:
+    event = DagsterEvent(event_type_value=kind.value, job_name="job", step_key=step, message="")
     return EventLogEntry(  # type: ignore[no-untyped-call]
         error_info=None,
         level=logging.INFO,
         user_message="",
-        run_id=RUN_ID,
+        run_id=run_id,
         timestamp=at,
         step_key=step,
         job_name="job",
@@ -70,3 +80,35 @@ def test_an_event_whose_storing_was_not_confirmed_is_there_once(answer: bool, mo
         fence(entry("one", now + 0.000001))
         stored = [(found.step_key, found.timestamp) for found in instance.all_logs(RUN_ID)]
     assert stored == [("one", now), ("two", now), ("one", now + 0.000001)]
+
+
+@pytest.mark.parametrize("end", ["RUN_CANCELED", "RUN_FAILURE", "RUN_CANCELING"])
+def test_an_end_that_comes_in_the_moment_before_run_start_wins(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the fence has looked, and before RUN_START is stored: Dagster's transitions are unguarded."""
+
+    @job
+    def nothing() -> None: ...
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs, DagsterInstance.ephemeral() as instance:
+        run = instance.create_run_for_job(nothing)
+        process: Any = SimpleNamespace(control=ControlChannel(ours), interrupted=False)
+        fence = RunFence(instance, run.run_id, process)
+
+        def store_too_late(event: Any, **options: Any) -> None:
+            instance.report_dagster_event(
+                DagsterEvent(DagsterEventType[end].value, "nothing", message="by force"), run.run_id
+            )
+            instance.handle_new_event(event, **options)
+
+        monkeypatch.setattr(fence, "_store", store_too_late)
+        with pytest.raises(DagsterExecutionInterruptedError):
+            fence(entry(None, time.time(), DagsterEventType.RUN_START, run.run_id))
+        after = instance.get_run_by_id(run.run_id)
+        assert after is not None
+        assert after.status is DagsterRunStatus[end.removeprefix("RUN_")]
+        monkeypatch.undo()
+        with pytest.raises(DagsterExecutionInterruptedError):
+            fence(entry(None, time.time(), DagsterEventType.RUN_START, run.run_id))
+        kinds = [found.dagster_event_type for found in instance.all_logs(run.run_id)]
+        assert kinds.count(DagsterEventType.RUN_START) == 1, "one that is seen in time is not even written"
