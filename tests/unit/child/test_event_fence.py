@@ -16,12 +16,18 @@ from dagster import (
     DagsterRunStatus,
     job,
 )
+from dagster._core.definitions.reconstruct import ReconstructableJob
 from dagster._core.events.log import EventLogEntry
 from sqlalchemy.exc import OperationalError
 
 from dagster_taskiq import _retry
 from dagster_taskiq.child.control_channel import ControlChannel
 from dagster_taskiq.child.event_fence import EventFence, RunFence
+
+
+@job
+def nothing() -> None: ...
+
 
 RUN_ID = "8adb1c9d-e6ad-4f25-ae64-4db1fa32c38a"
 
@@ -85,13 +91,10 @@ def test_an_event_whose_storing_was_not_confirmed_is_there_once(answer: bool, mo
 @pytest.mark.parametrize("end", ["RUN_CANCELED", "RUN_FAILURE", "RUN_CANCELING"])
 def test_an_end_that_comes_in_the_moment_before_run_start_wins(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the fence has looked, and before RUN_START is stored: Dagster's transitions are unguarded."""
-
-    @job
-    def nothing() -> None: ...
-
+    code = ReconstructableJob.for_file(__file__, "nothing")
     ours, theirs = socket.socketpair()
     with ours, theirs, DagsterInstance.ephemeral() as instance:
-        run = instance.create_run_for_job(nothing)
+        run = instance.create_run_for_job(nothing, job_code_origin=code.get_python_origin())
         process: Any = SimpleNamespace(control=ControlChannel(ours), interrupted=False)
         fence = RunFence(instance, run.run_id, process)
 
