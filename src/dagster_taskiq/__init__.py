@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dagster_taskiq.cancellation.token import CancellationToken
     from dagster_taskiq.child.op_token import OpCancelled
     from dagster_taskiq.cleanup.runner import CleanupContext
+    from dagster_taskiq.coordinator import TaskiqRunCoordinator
     from dagster_taskiq.errors import CleanupFailed, DagsterTaskiqError, RunNotFound, StateError, TaskCancelled
     from dagster_taskiq.executor import taskiq_executor
     from dagster_taskiq.launcher import TaskiqRunLauncher
@@ -41,6 +42,7 @@ __all__ = [
     "StateError",
     "TaskCancelled",
     "TaskCleanupContext",
+    "TaskiqRunCoordinator",
     "TaskiqRunLauncher",
     "__version__",
     "cancel_run",
@@ -68,6 +70,7 @@ _HOME = {
     "StateError": "errors",
     "TaskCancelled": "errors",
     "TaskCleanupContext": "tasks.cleanup",
+    "TaskiqRunCoordinator": "coordinator",
     "TaskiqRunLauncher": "launcher",
     "cancel_run": "runs",
     "cancellation_token": "op_api",

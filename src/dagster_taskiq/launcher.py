@@ -21,6 +21,7 @@ from dagster_taskiq.dagster_compat.api import (
     RunLauncher,
     WorkerStatus,
 )
+from dagster_taskiq.dagster_compat.cancelable import let_starting_runs_be_terminated
 from dagster_taskiq.errors import DagsterTaskiqError, QueueUnreachable
 from dagster_taskiq.messages import EXECUTE_RUN, RESUME_RUN
 from dagster_taskiq.metrics import REQUESTED, Metrics, on_ecs
@@ -92,7 +93,8 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         )
         self._producer = Producer(self._make_broker, name="dagster-taskiq launcher")
         self._known_claims: Claims | None = None
-        self._metrics = Metrics.chosen(self.settings.metrics, queue_name(self.settings.queue_url), on_ecs=on_ecs())
+        self.metrics = Metrics.chosen(self.settings.metrics, queue_name(self.settings.queue_url), on_ecs=on_ecs())
+        let_starting_runs_be_terminated()
         super().__init__()  # type: ignore[no-untyped-call]
 
     @property
@@ -236,7 +238,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             )
         else:
             self._append(run, engine_events.requested(task_id, reason, requested_by))
-        self._metrics.count(REQUESTED)
+        self.metrics.count(REQUESTED)
         return True
 
     def _request_cancel(self, task_id: str, **asked_by: str | None) -> "Future[None]":

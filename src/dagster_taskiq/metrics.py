@@ -30,7 +30,7 @@ class Metric:
     @property
     def unit(self) -> str:
         """The unit in CloudWatch."""
-        return "Seconds" if self.kind == "histogram" else "Count"
+        return "Seconds" if self.name.startswith("Seconds") else "Count"
 
 
 REQUESTED: Final = Metric("CancellationsRequested", "cancellations.requested", "counter", "by the launcher")
@@ -46,6 +46,11 @@ CLEANUPS: Final = Metric("Cleanups", "cleanups", "counter", "cleanups that have 
 CLEANUP_ATTEMPTS: Final = Metric("CleanupAttempts", "cleanup.attempts", "counter", "of handlers, by outcome")
 LEASES_LOST: Final = Metric("LeasesLost", "leases.lost", "counter", "messages that were no longer ours")
 RUNNING: Final = Metric("WorkRunning", "work.running", "gauge", "runs and steps that are running, in each worker")
+RUNS_WAITING: Final = Metric(
+    "RunsWaiting", "runs.waiting", "gauge", "runs in Dagster's queue, or handed over and not at work yet"
+)
+OLDEST_WAITS: Final = Metric("SecondsOldestRunWaits", "runs.oldest", "gauge", "since the oldest of them was created")
+RUN_SLOTS: Final = Metric("RunSlots", "runs.slots", "gauge", "runs that all living workers can work on at a time")
 WAITED: Final = Metric("SecondsWaited", "work.waited", "histogram", "from sent to started")
 ALL: Final = (
     REQUESTED,
@@ -60,6 +65,9 @@ ALL: Final = (
     LEASES_LOST,
     RUNNING,
     WAITED,
+    RUNS_WAITING,
+    OLDEST_WAITS,
+    RUN_SLOTS,
 )
 
 
@@ -145,7 +153,7 @@ class OpenTelemetryMetrics:
         meter = get_meter("dagster_taskiq", __version__)
         self._instruments: dict[Metric, Any] = {}
         for metric in ALL:
-            name, unit = f"dagster_taskiq.{metric.otel}", "s" if metric.kind == "histogram" else "1"
+            name, unit = f"dagster_taskiq.{metric.otel}", "s" if metric.unit == "Seconds" else "1"
             make: Any = getattr(meter, f"create_{metric.kind}")
             self._instruments[metric] = make(name, unit=unit, description=metric.description)
 

@@ -50,9 +50,10 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     | DOMAIN
     | {"cancellable_broker", "cancellable_receiver", "tasks", "sqs", "process", "child", "cleanup", "metrics"},
     "launcher": FLOOR | DOMAIN | {"cancellable_broker", "tasks", "metrics"},
+    "coordinator": FLOOR | DOMAIN | {"launcher", "metrics"},
     "executor": FLOOR | DOMAIN | {"launcher", "core_execution_loop", "cancellable_broker", "tasks", "sqs"},
     "runs": FLOOR | DOMAIN | {"launcher", "cleanup", "sqs"},
-    "doctor": FLOOR | DOMAIN | {"launcher", "sqs"},
+    "doctor": FLOOR | DOMAIN | {"launcher", "coordinator", "sqs"},
     "examples": {""},
     "local": FLOOR | DOMAIN | {"examples", "sqs"},
     "cli": FLOOR | DOMAIN | {"doctor", "local", "runs", "worker", "sqs", "launcher", "metrics"},

@@ -1,4 +1,4 @@
-"""Dagster's private types that several rooms need: launchers, references, serialisation."""
+"""Dagster's private types that several rooms need: launchers, the run queue, references, serialisation."""
 
 from typing import Final
 
@@ -12,8 +12,10 @@ from dagster._core.launcher import (
     RunLauncher,
     WorkerStatus,
 )
+from dagster._core.run_coordinator import SubmitRunContext
+from dagster._core.run_coordinator.queued_run_coordinator import RunQueueConfig
 from dagster._core.storage.dagster_run import FINISHED_STATUSES
-from dagster._core.storage.tags import MAX_RETRIES_TAG
+from dagster._core.storage.tags import BACKFILL_ID_TAG, MAX_RETRIES_TAG
 from dagster._serdes import ConfigurableClass, ConfigurableClassData, deserialize_value, serialize_value
 
 RESUME_RUN_LOG_MESSAGE: Final = "Launching a new run worker to resume run"
@@ -21,6 +23,7 @@ RESUME_RUN_LOG_MESSAGE: Final = "Launching a new run worker to resume run"
 bring the daemon with it. A test says when Dagster's own is another one."""
 
 __all__ = [
+    "BACKFILL_ID_TAG",
     "FINISHED_STATUSES",
     "MAX_RETRIES_TAG",
     "RESUME_RUN_LOG_MESSAGE",
@@ -33,6 +36,8 @@ __all__ = [
     "LaunchRunContext",
     "ResumeRunContext",
     "RunLauncher",
+    "RunQueueConfig",
+    "SubmitRunContext",
     "WorkerStatus",
     "deserialize_value",
     "serialize_value",

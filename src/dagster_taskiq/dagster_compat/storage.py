@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from alembic.script import ScriptDirectory
 
 __all__ = [
+    "backfill_status",
     "delete_values",
     "deserialize_entry",
     "event_of",
@@ -85,6 +86,25 @@ def values_under(instance: DagsterInstance, prefix: str) -> dict[str, str]:
     query = db_select([table.key, table.value]).where(table.key.startswith(prefix, autoescape=True))
     with storage.connect() as connection:
         return {row[0]: row[1] for row in connection.execute(query).fetchall()}
+
+
+def backfill_status(instance: DagsterInstance, backfill_id: str) -> str | None:
+    """The name of a backfill's status; None when there is no such backfill.
+
+    Dagster's own interface reads the whole backfill, which for assets with many partitions is large.
+    """
+    from dagster._core.storage.runs import SqlRunStorage
+    from dagster._core.storage.runs.schema import BulkActionsTable
+    from dagster._core.storage.sqlalchemy_compat import db_select
+
+    storage = instance.run_storage
+    if not isinstance(storage, SqlRunStorage):
+        backfill = instance.get_backfill(backfill_id)
+        return backfill.status.value if backfill is not None else None
+    query = db_select([BulkActionsTable.c.status]).where(BulkActionsTable.c.key == backfill_id)
+    with storage.connect() as connection:
+        row = connection.execute(query).fetchone()
+        return str(row[0]) if row is not None else None
 
 
 def put_value(instance: DagsterInstance, key: str, value: str) -> None:

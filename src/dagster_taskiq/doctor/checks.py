@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import yaml
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
+from dagster_taskiq.coordinator import TaskiqRunCoordinator
 from dagster_taskiq.doctor.aws_checks import look_at_aws
 from dagster_taskiq.doctor.finding import Finding, line, ok
 from dagster_taskiq.errors import SettingsError
@@ -158,10 +159,27 @@ def _of_settings(settings: Settings) -> Iterator[Finding]:
 
 
 def _dagster(instance: DagsterInstance, settings: Settings, queues: Mapping[str, QueueFacts]) -> Iterator[Finding]:
+    yield _run_queue(instance)
     yield from _monitoring(instance, settings)
     workers = list_workers(instance, settings, everybody=True)
     yield from _workers(workers, queues)
     yield _stuck(instance, settings)
+
+
+def _run_queue(instance: DagsterInstance) -> Finding:
+    check = "run coordinator"
+    ours = "run_coordinator: {module: dagster_taskiq.coordinator, class: TaskiqRunCoordinator}"
+    try:
+        coordinator = instance.run_coordinator
+        if not isinstance(coordinator, TaskiqRunCoordinator):
+            reason = f"it is {type(coordinator).__name__}: more runs are handed over than workers have slots"
+            reason += ", and Dagster's run page cannot terminate a run that waits in SQS"
+            return Finding(check, "warning", reason, f"set in dagster.yaml: {ours}")
+        coordinator.check()
+    except Exception as error:  # noqa: BLE001 - any error is the answer
+        reason = line(_settings_error(error) or error.__context__ or error)
+        return Finding(check, "error", reason, f"correct dagster.yaml; the shortest is {ours}")
+    return ok(check, f"TaskiqRunCoordinator; what has no slot waits in Dagster, but for {coordinator.look_ahead}")
 
 
 def _monitoring(instance: DagsterInstance, settings: Settings) -> Iterator[Finding]:

@@ -53,12 +53,13 @@ class Heartbeats:
         self._clock = clock
         self._monotonic = monotonic
         self._suspects: dict[str, tuple[str | None, float]] = {}
+        self._living: set[str] = set()
         self._lock = Lock()
 
     @classmethod
-    def of_runs(cls, instance: DagsterInstance, settings: Settings) -> "Heartbeats":
+    def of_runs(cls, instance: DagsterInstance, settings: Settings, **clocks: Callable[[], float]) -> "Heartbeats":
         """For runs: a dead worker's run is taken over when its message comes again."""
-        return cls(instance, settings.dead_after_s, settings.death_confirmed_after_s)
+        return cls(instance, settings.dead_after_s, settings.death_confirmed_after_s, **clocks)
 
     @classmethod
     def of_steps(cls, instance: DagsterInstance, settings: Settings) -> "Heartbeats":
@@ -88,16 +89,28 @@ class Heartbeats:
         wanted = set(worker_ids)
         if not wanted:
             return set(), set()
-        try:
-            found = self._instance.daemon_cursor_storage.get_cursor_values({_PREFIX + name for name in wanted})
-        except Exception:
-            with self._lock:
-                self._suspects.clear()
-            raise
+        cursors = self._instance.daemon_cursor_storage
+        found = self._read(lambda: cursors.get_cursor_values({_PREFIX + name for name in wanted}))
         verdicts = {name: self._judge(name, found.get(_PREFIX + name)) for name in wanted}
         return {name for name in wanted if verdicts[name] == "alive"}, {
             name for name in wanted if verdicts[name] == "in doubt"
         }
+
+    def living(self) -> list[Heartbeat]:
+        """The last heartbeat of every worker that is alive; of one in doubt only if this object has seen it alive.
+
+        (For a process that has just started, everybody who ever died without a word is in doubt.)
+        """
+        found = self._read(lambda: values_under(self._instance, _PREFIX))
+        beats = [_heartbeat(key, value) for key, value in found.items()]
+        verdicts = {beat.worker_id: self._judge(beat.worker_id, found[_PREFIX + beat.worker_id]) for beat in beats}
+        known = self._living
+        self._living = {
+            name
+            for name, verdict in verdicts.items()
+            if verdict == "alive" or (verdict == "in doubt" and name in known)
+        }
+        return [beat for beat in beats if beat.worker_id in self._living]
 
     def last(self) -> list[Heartbeat]:
         """The last heartbeat of every worker, also of those that are gone, as long as it is stored."""
@@ -107,6 +120,14 @@ class Heartbeats:
         """Delete the heartbeats of workers that have written none for a week."""
         oldest = self._clock() - _FORGOTTEN_AFTER_S
         delete_values(self._instance, [_PREFIX + last.worker_id for last in self.last() if last.at < oldest])
+
+    def _read(self, read: Callable[[], Mapping[str, str]]) -> Mapping[str, str]:
+        try:
+            return read()
+        except Exception:
+            with self._lock:
+                self._suspects.clear()
+            raise
 
     def _judge(self, worker_id: str, value: str | None) -> str:
         last = _heartbeat(_PREFIX + worker_id, value) if value is not None else None

@@ -15,7 +15,8 @@ from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
 
 from dagster_taskiq._retry import poll_until
 from dagster_taskiq.cleanup.record import cleanup_record
-from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
+from dagster_taskiq.dagster_compat.api import BACKFILL_ID_TAG, FINISHED_STATUSES
+from dagster_taskiq.dagster_compat.storage import backfill_status
 from dagster_taskiq.storage.claims import Claims, Owner
 from dagster_taskiq.storage.event_log import StepRef
 from dagster_taskiq.storage.tags import TASK_ID_TAG, add_own_tags, own_tags
@@ -26,6 +27,7 @@ WorkKind = Literal["execute_run", "resume_run", "execute_step"]
 
 _CONTEST_S: Final = 3.0
 _LOOK_EVERY_S: Final = 0.05
+_CANCELLED_BACKFILL: Final = frozenset({"CANCELING", "CANCELED", "FAILING"})
 
 
 class Action(enum.Enum):
@@ -166,11 +168,19 @@ def _after_the_claim(
     if candidate.kind == "resume_run":
         return Decision(Action.RESUME, "resume requested by run monitoring", run)
     if run.status in (DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING):
+        if _its_backfill_is_cancelled(claims.instance, run):
+            return Decision(Action.FINISH_CANCELLATION, "its backfill was canceled before the run was started", run)
         return Decision(Action.START, "to be started", run)
     who = f"worker {earlier}, which had it, is gone" if earlier else "the worker that had it is unknown"
     if claims.instance.run_will_resume(run.run_id):
         return Decision(Action.RESUME, who, run)
     return Decision(Action.FAIL, who, run)
+
+
+def _its_backfill_is_cancelled(instance: DagsterInstance, run: DagsterRun) -> bool:
+    """Dagster terminates the runs of such a backfill at its daemon's next tick; until then slots become free."""
+    backfill_id = run.tags.get(BACKFILL_ID_TAG)
+    return backfill_id is not None and backfill_status(instance, backfill_id) in _CANCELLED_BACKFILL
 
 
 def admit_step_again(claims: Claims, step: StepRef, candidate: Candidate) -> Decision | None:

@@ -5,11 +5,13 @@ Knows heartbeats and time; not how anybody judges them.
 
 import asyncio
 import time
+from contextlib import suppress
 from typing import Any, Final, NoReturn
 
 from dagster_taskiq._lane import Lane
 from dagster_taskiq._retry import retry_async
 from dagster_taskiq.metrics import RUNNING
+from dagster_taskiq.queue_names import queue_name
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.worker.context import WorkerContext
 
@@ -19,9 +21,11 @@ _MEASURE_EVERY_S: Final = 60
 class Heart:
     """Beats until cancelled."""
 
-    def __init__(self, heartbeats: Heartbeats, context: WorkerContext) -> None:
+    def __init__(self, heartbeats: Heartbeats, context: WorkerContext, stopping: asyncio.Event) -> None:
+        """`stopping`: set when the worker takes no more work."""
         self._heartbeats = heartbeats
         self._context = context
+        self._stopping = stopping
         self._started_at = time.time()
         self._measured_at = 0.0
         # A beat that has not arrived when the next one is due may as well be given up.
@@ -31,7 +35,7 @@ class Heart:
         """Beat until cancelled. A database that is away for a while stops nobody."""
         every_s = self._context.settings.heartbeat_every_s
         while True:
-            await asyncio.sleep(every_s)
+            await self._pause(every_s)
             await retry_async(self.beat, doing="write the heartbeat", longest_pause_s=every_s)
 
     async def beat(self) -> None:
@@ -41,13 +45,31 @@ class Heart:
         facts: dict[str, Any] = {
             "since": self._started_at,
             "where": context.where,
-            "slots": [context.settings.max_concurrent_runs, context.settings.max_concurrent_steps],
+            "queue": queue_name(context.settings.queue_url),
+            "slots": self._slots(),
             "work": work,
         }
         if context.metrics.wanted and time.monotonic() - self._measured_at > _MEASURE_EVERY_S:
             self._measured_at = time.monotonic()
             context.metrics.put({RUNNING: len(work)})
         await self._lane.call(self._heartbeats.beat, context.worker_id, facts)
+
+    async def _pause(self, every_s: float) -> None:
+        """Until the next beat is due; it is when the worker begins to stop, so that nothing is handed over for it."""
+        if self._stopping.is_set():
+            await asyncio.sleep(every_s)
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(every_s):
+                await self._stopping.wait()
+
+    def _slots(self) -> list[int]:
+        """Slots for runs and for steps; a worker that stops has none that is free."""
+        settings = self._context.settings
+        if not self._stopping.is_set():
+            return [settings.max_concurrent_runs, settings.max_concurrent_steps]
+        at_work = self._context.active_by_kind()
+        return [at_work["runs"], at_work["steps"]]
 
     async def stop(self) -> None:
         """Write that the worker has ended, so that nobody waits for its heartbeat to grow old."""

@@ -149,7 +149,7 @@ class Worker:
                 asyncio.get_running_loop().add_signal_handler(number, self.stop)
         brokers = self._brokers()
         context = self._context(brokers[0])
-        heart = Heart(self._heartbeats, context)
+        heart = Heart(self._heartbeats, context, self._stopping)
         bucket = self._settings.payload_bucket
         payloads = PayloadBucket(bucket, self._settings.region_name) if bucket else None
         try:

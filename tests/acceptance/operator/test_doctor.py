@@ -22,6 +22,7 @@ from dagster_taskiq.storage.heartbeats import Heartbeats
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
 
+COORDINATOR = {"module": "dagster_taskiq.coordinator", "class": "TaskiqRunCoordinator"}
 MONITORING = {"enabled": True, "max_resume_run_attempts": 3, "start_timeout_seconds": 3600}
 
 
@@ -33,7 +34,9 @@ class Clinic:
     proxy: SqsProxy
     config: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
-    document: dict[str, Any] = field(default_factory=lambda: {"run_monitoring": dict(MONITORING)})
+    document: dict[str, Any] = field(
+        default_factory=lambda: {"run_monitoring": dict(MONITORING), "run_coordinator": dict(COORDINATOR)}
+    )
     environ: dict[str, str] = field(default_factory=dict)
     without: tuple[str, ...] = ()
     later_s: float = 0
@@ -128,6 +131,14 @@ def another_launcher(at: Clinic) -> None:
     at.document["run_monitoring"] = {"enabled": True}
 
 
+def dagsters_own_run_queue(at: Clinic) -> None:
+    del at.document["run_coordinator"]
+
+
+def a_limit_that_replaces_ours(at: Clinic) -> None:
+    at.document["concurrency"] = {"runs": {"max_concurrent_runs": 25}}
+
+
 def a_misspelt_setting(at: Clinic) -> None:
     at.source["grace_second"] = 3
     at.worker = None  # with these settings nobody could
@@ -212,6 +223,8 @@ MISTAKES: dict[str, tuple[Callable[[Clinic], None], str, str, str]] = {
     "no dagster.yaml": (home_without_a_file, "DAGSTER_HOME", "error", "write "),
     "no YAML": (yaml_that_is_none, "DAGSTER_HOME", "error", "valid YAML"),
     "another launcher": (another_launcher, "run launcher", "error", "TaskiqRunLauncher"),
+    "Dagster's own run queue": (dagsters_own_run_queue, "run coordinator", "warning", "dagster_taskiq.coordinator"),
+    "a limit that replaces ours": (a_limit_that_replaces_ours, "run coordinator", "error", "correct dagster.yaml"),
     "a misspelt setting": (a_misspelt_setting, "run launcher", "error", "run_launcher: config:"),
     "cancellation is off": (cancellation_off, "cancellation", "error", "unset DAGSTER_TASKIQ_ENABLE_CANCELLATION"),
     "another region": (another_region, "region", "error", "region_name"),

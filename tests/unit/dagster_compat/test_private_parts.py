@@ -8,16 +8,20 @@ from pathlib import Path
 import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from dagster import DagsterEvent, DagsterEventType, DagsterInstance
+from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRunStatus
 from dagster._cli.api import _execute_run_command_body, _execute_step_command_body, _resume_run_command_body
 from dagster._core.events.log import EventLogEntry
-from dagster._core.execution import api, context_creation_job
+from dagster._core.execution import api, backfill, context_creation_job
 from dagster._core.executor import multiprocess
+from dagster._core.storage.dagster_run import CANCELABLE_RUN_STATUSES
 from dagster._core.storage.runs.sqlite.sqlite_run_storage import __file__ as run_storage_module
 from dagster._core.storage.sql import get_alembic_config
 from dagster._daemon.monitoring import run_monitoring
+from dagster_graphql.implementation import execution
+from dagster_graphql.schema import backfill as graphql_backfill
 
 from dagster_taskiq.dagster_compat.api import RESUME_RUN_LOG_MESSAGE, serialize_value
+from dagster_taskiq.dagster_compat.cancelable import let_starting_runs_be_terminated
 from dagster_taskiq.dagster_compat.execution import ActiveExecution, KnownExecutionState, StepDelegatingExecutor
 from dagster_taskiq.dagster_compat.interrupts import (
     DagsterExecutionInterruptedError,
@@ -26,6 +30,15 @@ from dagster_taskiq.dagster_compat.interrupts import (
     watch_interrupts,
 )
 from dagster_taskiq.dagster_compat.storage import deserialize_entry, read_migration_scripts_once
+
+
+def test_all_of_dagster_asks_one_list_which_runs_may_be_terminated() -> None:
+    """Its GraphQL terminates what is in it, and its backfills cancel that."""
+    let_starting_runs_be_terminated()
+    let_starting_runs_be_terminated()
+    assert CANCELABLE_RUN_STATUSES.count(DagsterRunStatus.STARTING) == 1
+    for user in (backfill, execution, graphql_backfill):
+        assert user.CANCELABLE_RUN_STATUSES is CANCELABLE_RUN_STATUSES, user.__name__
 
 
 def test_the_bodies_of_the_commands_take_what_we_give() -> None:

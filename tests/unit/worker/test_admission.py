@@ -1,10 +1,13 @@
 """May this message be started? Row by row, on Dagster's own in-memory storage."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, job
+from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
+from dagster._core.storage.tags import BACKFILL_ID_TAG
 
 from dagster_taskiq.storage.claims import Claims, Owner
 from dagster_taskiq.storage.engine_events import Stage
@@ -14,6 +17,7 @@ from dagster_taskiq.storage.tags import TASK_ID_TAG
 from dagster_taskiq.worker.admission import Action, Candidate, admit_run
 
 ME, OTHER, TASK = "me-1", "other-1", "task-1"
+START, CANCELING = DagsterEventType.RUN_START, DagsterEventType.RUN_CANCELING
 
 
 @job
@@ -26,8 +30,9 @@ class World:
     claims: Claims
     now: float = 1000.0
 
-    def run(self, *events: DagsterEventType, task_id: str | None = TASK) -> DagsterRun:
-        run = self.instance.create_run_for_job(nothing, tags={TASK_ID_TAG: task_id} if task_id else {})
+    def run(self, *events: DagsterEventType, task_id: str | None = TASK, **tags: str) -> DagsterRun:
+        tags |= {TASK_ID_TAG: task_id} if task_id else {}
+        run = self.instance.create_run_for_job(nothing, tags=tags)
         self.report(run, DagsterEventType.RUN_STARTING, *events)
         return run
 
@@ -64,9 +69,6 @@ def test_who_takes_over_from_a_dead_worker_says_so_in_its_name(world: World) -> 
     assert world.claims.rival(run.run_id, ME) is None
 
 
-START, CANCELING = DagsterEventType.RUN_START, DagsterEventType.RUN_CANCELING
-
-
 def test_unknown(world: World) -> None:
     assert world.decide("no-such-run") is Action.DROP
 
@@ -82,6 +84,25 @@ def test_starting(world: World) -> None:
     run = world.run()
     assert world.decide(run.run_id) is Action.START
     assert world.claims.owner(run.run_id, ME) == Owner(ME, alive=True)
+
+
+@pytest.mark.parametrize(
+    ("status", "action"),
+    [
+        ("REQUESTED", Action.START),
+        ("COMPLETED_SUCCESS", Action.START),
+        ("CANCELING", Action.FINISH_CANCELLATION),
+        ("CANCELED", Action.FINISH_CANCELLATION),
+        ("FAILING", Action.FINISH_CANCELLATION),
+    ],
+)
+def test_starting_and_its_backfill_is(world: World, status: str, action: Action) -> None:
+    backfill = PartitionBackfill("one", BulkActionStatus[status], False, {}, backfill_timestamp=time.time())
+    world.instance.add_backfill(backfill)
+    assert world.decide(world.run(**{BACKFILL_ID_TAG: "one"}).run_id) is action
+    assert world.decide(world.run(**{BACKFILL_ID_TAG: "unknown"}).run_id) is Action.START
+    started = world.run(START, **{BACKFILL_ID_TAG: "one"})
+    assert world.decide(started.run_id, "resume_run") is Action.RESUME, "what has begun is terminated, not dropped"
 
 
 def test_starting_but_claimed_first_by_a_live_worker(world: World) -> None:

@@ -1,0 +1,155 @@
+"""Dagster's run queue, which hands over to SQS only what a living worker has a slot for.
+
+Knows the configuration and Dagster's run queue; the slots come from `storage/slots.py`.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+
+from dagster import DagsterInstance, DagsterRun, Field, IntSource, QueuedRunCoordinator
+
+from dagster_taskiq.dagster_compat.api import ConfigurableClassData, RunQueueConfig, SubmitRunContext
+from dagster_taskiq.dagster_compat.cancelable import let_starting_runs_be_terminated
+from dagster_taskiq.errors import SettingsError
+from dagster_taskiq.launcher import TaskiqRunLauncher
+from dagster_taskiq.metrics import OLDEST_WAITS, RUN_SLOTS, RUNS_WAITING
+from dagster_taskiq.storage.slots import RunSlots
+from dagster_taskiq.storage.waiting import waiting_runs
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_LOOK_AHEAD: Final = 1
+_NO_LIMIT: Final = -1
+_DEQUEUE_EVERY_S: Final = 1
+_MEASURE_EVERY_S: Final = 60
+
+
+class TaskiqRunCoordinator(QueuedRunCoordinator[DagsterInstance]):
+    """Keeps runs QUEUED until a living worker has a free slot, so that all that waits can be ended in Dagster's UI.
+
+    .. code-block:: yaml
+
+        run_coordinator:
+          module: dagster_taskiq.coordinator
+          class: TaskiqRunCoordinator
+          config:
+            look_ahead: 1
+
+    It takes everything that `QueuedRunCoordinator` takes. `max_concurrent_runs` stays an upper bound, and has no
+    default. It needs `TaskiqRunLauncher`, whose settings say when a worker is dead.
+    """
+
+    def __init__(
+        self,
+        look_ahead: int = DEFAULT_LOOK_AHEAD,
+        max_concurrent_runs: int | None = None,
+        dequeue_interval_seconds: int | None = None,
+        inst_data: ConfigurableClassData | None = None,
+        **queued: Any,
+    ) -> None:
+        """Raises `SettingsError`.
+
+        `look_ahead`: so many runs more than there are slots are handed over. At least one, so that a fleet without
+        workers gets a message to wake up for; and a slot that becomes free has its next run at once.
+        """
+        if look_ahead < 1:
+            raise SettingsError(f"look_ahead must be at least 1, not {look_ahead}: a fleet without workers needs it")
+        let_starting_runs_be_terminated()
+        super().__init__(
+            max_concurrent_runs=_NO_LIMIT if max_concurrent_runs is None else max_concurrent_runs,
+            dequeue_interval_seconds=_DEQUEUE_EVERY_S if dequeue_interval_seconds is None else dequeue_interval_seconds,
+            inst_data=inst_data,
+            **queued,
+        )
+        self._look_ahead = look_ahead
+        self._dequeues = False
+        self._known_slots: RunSlots | None = None
+        self._measured_at = 0.0
+
+    @classmethod
+    def config_type(cls) -> Any:
+        """The schema of `QueuedRunCoordinator`, and `look_ahead`."""
+        look_ahead = Field(
+            IntSource,
+            is_required=False,
+            default_value=DEFAULT_LOOK_AHEAD,
+            description="How many runs more than there are free slots are handed over to the queue; at least 1.",
+        )
+        return {**super().config_type(), "look_ahead": look_ahead}  # type: ignore[dict-item]
+
+    @classmethod
+    def from_config_value(
+        cls, inst_data: ConfigurableClassData | None, config_value: Mapping[str, Any]
+    ) -> "TaskiqRunCoordinator":
+        """Called by Dagster with the checked configuration."""
+        return cls(inst_data=inst_data, **config_value)
+
+    @property
+    def look_ahead(self) -> int:
+        """How many runs more than there are slots are handed over."""
+        return self._look_ahead
+
+    @property
+    def dequeue_interval_seconds(self) -> int:
+        """How often the daemon looks at the queue, in seconds.
+
+        Dagster asks for it once, where it makes the daemon that hands runs over: in this process slots count.
+        """
+        self._dequeues = True
+        return super().dequeue_interval_seconds
+
+    def submit_run(self, context: SubmitRunContext) -> DagsterRun:
+        """Put the run into Dagster's queue. Raises `SettingsError` when this instance is configured wrongly."""
+        self.check()
+        return super().submit_run(context)
+
+    def get_run_queue_config(self) -> RunQueueConfig:
+        """The limits of Dagster's run queue; in its daemon `max_concurrent_runs` is at most slots plus look-ahead.
+
+        Dagster counts runs that are STARTING, STARTED and CANCELING against it: what a worker is at work on, and what
+        has been handed over. Elsewhere (every run's own process asks for the limits of pools here) it is the configured
+        limit, and costs nothing. Raises `SettingsError`.
+        """
+        config = super().get_run_queue_config()
+        if not self._dequeues:
+            return config
+        slots = self._slots().count()
+        self._measure(slots)
+        limit = slots + self._look_ahead
+        if config.max_concurrent_runs != _NO_LIMIT:
+            limit = min(limit, config.max_concurrent_runs)
+        return config._replace(max_concurrent_runs=limit)
+
+    def check(self) -> TaskiqRunLauncher:
+        """The launcher that it hands runs over to. Raises `SettingsError` when this instance is configured wrongly."""
+        launcher = self._instance.run_launcher
+        if not isinstance(launcher, TaskiqRunLauncher):
+            raise SettingsError(
+                f"TaskiqRunCoordinator needs the run_launcher TaskiqRunLauncher, not {type(launcher).__name__};"
+                " correct run_launcher or run_coordinator in dagster.yaml"
+            )
+        if "max_concurrent_runs" in (self._instance.get_settings("concurrency") or {}).get("runs", {}):
+            raise SettingsError(
+                "concurrency.runs.max_concurrent_runs in dagster.yaml would replace what TaskiqRunCoordinator"
+                " counts; write it as max_concurrent_runs into the config of run_coordinator"
+            )
+        return launcher
+
+    def _slots(self) -> RunSlots:
+        if self._known_slots is None:
+            self._known_slots = RunSlots(self._instance, self.check().settings)
+        return self._known_slots
+
+    def _measure(self, slots: int) -> None:
+        metrics = self.check().metrics
+        if not metrics.wanted or time.monotonic() - self._measured_at < _MEASURE_EVERY_S:
+            return
+        self._measured_at = time.monotonic()
+        try:
+            waiting = waiting_runs(self._instance)
+        except Exception:  # a number that is missing must not keep runs from being launched
+            logger.exception("waiting runs could not be counted")
+            return
+        metrics.put({RUNS_WAITING: waiting.count, OLDEST_WAITS: waiting.oldest_s, RUN_SLOTS: slots})

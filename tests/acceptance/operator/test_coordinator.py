@@ -1,0 +1,155 @@
+"""What waits stays in Dagster's queue: the daemon's own iteration, on real storage, queues and heartbeats."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
+from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
+from dagster._core.run_coordinator import SubmitRunContext
+from dagster._daemon.controller import create_daemon_of_type
+from dagster._daemon.run_coordinator import QueuedRunCoordinatorDaemon
+from tests.acceptance.conftest import open_platform
+from tests.support.platform import Platform
+from tests.support.waiting import wait_until
+
+from dagster_taskiq.coordinator import TaskiqRunCoordinator
+from dagster_taskiq.errors import SettingsError
+from dagster_taskiq.storage.heartbeats import Heartbeats
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(180)]
+
+COORDINATOR = {"module": "dagster_taskiq.coordinator", "class": "TaskiqRunCoordinator"}
+
+
+class Daemon:
+    """Dagster's daemon of the run queue, one iteration at a time."""
+
+    def __init__(self, instance: DagsterInstance) -> None:
+        self.instance = instance
+        found = create_daemon_of_type(QueuedRunCoordinatorDaemon.daemon_type(), instance)
+        assert isinstance(found, QueuedRunCoordinatorDaemon)
+        self._daemon = found
+        self._context: Any = SimpleNamespace(instance=instance, create_request_context=lambda: None)
+
+    def iterate(self) -> dict[str, int]:
+        """How many runs have which status afterwards."""
+        list(self._daemon.run_iteration(self._context))
+        statuses = [run.status.value for run in self.instance.get_runs()]
+        return {status: statuses.count(status) for status in sorted(set(statuses))}
+
+
+@contextmanager
+def queued(endpoint: str, runs: int, *, source: Any = None, extra: Any = None, **config: Any) -> Iterator[Platform]:
+    """A platform with runs in Dagster's queue, and no worker."""
+    extra = {"run_coordinator": {**COORDINATOR, "config": config}, **(extra or {})}
+    with open_platform(endpoint, source=source, extra=extra) as platform:
+        for _ in range(runs):
+            submit(platform)
+        yield platform
+
+
+def submit(platform: Platform, tags: dict[str, str] | None = None) -> str:
+    repository = RemoteRepositoryOrigin(RegisteredCodeLocationOrigin("jobs"), "__repository__")
+    run = platform.create("sleepy_job", tags, remote_job_origin=RemoteJobOrigin(repository, "sleepy_job"))
+    workspace: Any = None
+    return platform.instance.run_coordinator.submit_run(SubmitRunContext(run, workspace)).run_id
+
+
+def beat(instance: DagsterInstance, worker: str, runs: int) -> None:
+    Heartbeats(instance, 6, 4).beat(worker, {"slots": [runs, 4]})
+
+
+def test_so_many_are_handed_over_as_there_are_slots_and_one_more(endpoint: str) -> None:
+    with queued(endpoint, 8) as platform:
+        assert Daemon(platform.instance).iterate() == {"QUEUED": 7, "STARTING": 1}, "one for a fleet without workers"
+        assert platform.waiting() == 1
+        beat(platform.instance, "a", 2)
+        beat(platform.instance, "b", 1)
+        with DagsterInstance.from_config(str(platform.home)) as instance:  # the daemon, started again
+            daemon = Daemon(instance)
+            assert daemon.iterate() == {"QUEUED": 4, "STARTING": 4}
+            assert daemon.iterate() == {"QUEUED": 4, "STARTING": 4}
+            (first, *_) = instance.get_runs(RunsFilter(statuses=[DagsterRunStatus.STARTING]))
+            assert instance.run_launcher.terminate(first.run_id)
+            assert daemon.iterate() == {"CANCELED": 1, "QUEUED": 3, "STARTING": 4}
+        assert platform.instance.run_coordinator.dequeue_interval_seconds == 1  # type: ignore[attr-defined]
+
+
+def test_configured_limits_stay_upper_bounds_and_priorities_count_until_the_last_moment(endpoint: str) -> None:
+    limits = [{"key": "database", "value": "small", "limit": 1}]
+    with queued(endpoint, 3, look_ahead=2, max_concurrent_runs=3, tag_concurrency_limits=limits) as platform:
+        beat(platform.instance, "a", 100)
+        small = [submit(platform, {"database": "small", "dagster/priority": "2"}) for _ in range(2)]
+        urgent = submit(platform, {"dagster/priority": "1"})
+        assert Daemon(platform.instance).iterate() == {"QUEUED": 3, "STARTING": 3}
+        handed_over = platform.instance.get_runs(RunsFilter(statuses=[DagsterRunStatus.STARTING]))
+        assert {small[0], urgent} <= {run.run_id for run in handed_over}
+        assert platform.status(small[1]) is DagsterRunStatus.QUEUED
+
+
+def test_elsewhere_it_tells_the_configured_limit_and_asks_nobody(endpoint: str) -> None:
+    """Each run's own process asks for the limits of pools, and gets them together with this one."""
+    with queued(endpoint, 0, max_concurrent_runs=7) as platform:
+        config = platform.instance.get_concurrency_config().run_queue_config
+        assert config is not None
+        assert config.max_concurrent_runs == 7
+
+
+def test_it_says_what_is_configured_wrongly(endpoint: str) -> None:
+    with pytest.raises(SettingsError, match="look_ahead must be at least 1, not 0"):
+        TaskiqRunCoordinator(look_ahead=0)
+    replaced = {"concurrency": {"runs": {"max_concurrent_runs": 25}}}
+    with (
+        queued(endpoint, 0, extra=replaced) as platform,
+        pytest.raises(SettingsError, match=r"concurrency\.runs\.max_concurrent_runs .* into the config of run_coord"),
+    ):
+        submit(platform)
+    other = {"run_launcher": {"module": "dagster", "class": "DefaultRunLauncher"}}
+    with (
+        queued(endpoint, 0, extra=other) as platform,
+        pytest.raises(SettingsError, match="needs the run_launcher TaskiqRunLauncher, not DefaultRunLauncher"),
+    ):
+        submit(platform)
+
+
+def test_it_publishes_how_many_wait_and_for_how_long(endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with queued(endpoint, 3, source={"metrics": "emf"}) as platform:
+        beat(platform.instance, "a", 1)
+        daemon = Daemon(platform.instance)
+        daemon.iterate()
+        daemon.iterate()
+        (line,) = [json.loads(line) for line in capsys.readouterr().out.splitlines() if "RunsWaiting" in line]
+        assert (line["RunsWaiting"], line["RunSlots"]) == (3, 1)
+        assert 0 <= line["SecondsOldestRunWaits"] < 60
+        units = {metric["Name"]: metric["Unit"] for metric in line["_aws"]["CloudWatchMetrics"][0]["Metrics"]}
+        assert units == {"RunsWaiting": "Count", "SecondsOldestRunWaits": "Seconds", "RunSlots": "Count"}
+
+
+@pytest.mark.slow
+def test_a_worker_that_stops_has_no_free_slot_from_that_moment_on(endpoint: str) -> None:
+    """And one that is ready has its slots before it says so."""
+    patient = {"drain_seconds": 20, "stop_timeout_seconds": 30, "visibility_timeout_seconds": 60}
+    with queued(endpoint, 2, source={**patient, "max_concurrent_runs": 1}) as platform, platform.worker() as worker:
+        daemon = Daemon(platform.instance)
+        assert sum(daemon.iterate().values()) == 2
+        runs = {run.status: run.run_id for run in platform.instance.get_runs()}
+        assert set(runs) == {DagsterRunStatus.STARTING}, "one for its slot, and one more"
+        wait_until(
+            lambda: [run for run in platform.instance.get_runs() if run.status is DagsterRunStatus.STARTED],
+            "one run is at work",
+        )
+        for _ in range(3):
+            submit(platform)
+        began = time.monotonic()
+        worker.process.send_signal(15)
+        slots = Heartbeats(platform.instance, 30, 20)
+        wait_until(lambda: [b for b in slots.last() if b.facts.get("slots") == [1, 0]], "it says so", within=5)
+        assert time.monotonic() - began < 5, "not with the next beat, ten seconds later"
+        for run in platform.instance.get_runs():
+            platform.instance.run_coordinator.cancel_run(run.run_id)
+        assert worker.stop() == 0
