@@ -1,55 +1,150 @@
-"""Send work and cancels from threads that know no asyncio: one portal with one warm client.
+"""Send work and cancels from threads that know no asyncio: one event loop in a thread of its own, one warm client.
 
 Used by the launcher, whose methods are called from threads of the webserver and the daemon, and by the executor.
 Imports taskiq when there is something to send: many who load the launcher never send anything.
 """
 
+import asyncio
+import atexit
+import os
+import selectors
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from contextlib import suppress
+from logging import getLogger
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from anyio.from_thread import BlockingPortal
     from taskiq import AsyncBroker, BrokerMessage
+
+logger = getLogger(__name__)
 
 _T = TypeVar("_T")
 _Broker = TypeVar("_Broker", bound="AsyncBroker")
+REQUEST_TIMEOUT_S: Final = 10
+"""No request takes longer, whatever the endpoint does."""
+_LAST_REQUESTS_S: Final = 0.5
+_CLOSE_TIMEOUT_S: Final = 1.0
 
 
 class Producer(Generic[_Broker]):
-    """A broker of one's own and the thread that it lives on; both are there from the first request on."""
+    """A broker of one's own and the thread that it lives on; both are there from the first request on.
+
+    The thread never keeps a program from ending, whether or not `close` was called. A forked process opens its own.
+    """
 
     def __init__(self, make_broker: Callable[[], _Broker], *, name: str) -> None:
         """`name` is that of the thread."""
         self._make_broker = make_broker
         self._name = name
         self._lock = threading.Lock()
-        self._resources = ExitStack()
-        self._open: tuple[BlockingPortal, _Broker] | None = None
+        self._open: _Connection[_Broker] | None = None
+        self._stop_when_dropped: weakref.finalize[..., Producer[_Broker]] | None = None
+        _producers.add(self)
 
     def submit(self, request: Callable[[_Broker], Awaitable[_T]]) -> "Future[_T]":
-        """Begin a request on the portal's thread."""
+        """Begin a request. Its future has a `TimeoutError` when it has taken `REQUEST_TIMEOUT_S`; then it is over."""
         with self._lock:
             if self._open is None:
-                self._open = self._connect()
-            portal, broker = self._open
-        return portal.start_task_soon(request, broker)
+                self._open = _Connection(self._make_broker(), self._name)
+                # For who drops a producer and does not close it. At exit there is `_close_all`, which also waits.
+                self._stop_when_dropped = weakref.finalize(self, self._open.stop)
+                self._stop_when_dropped.atexit = False
+            return self._open.submit(request)
 
     def close(self) -> None:
-        """Close the client and end its thread; the next request opens another one."""
+        """Close the client and end its thread, within 1.5 s; the next request opens another one."""
         with self._lock:
-            self._open = None
-            self._resources.close()
+            connection = self._release()
+        if connection is not None:
+            connection.stop()
+            connection.join()
 
-    def _connect(self) -> "tuple[BlockingPortal, _Broker]":
-        from anyio.from_thread import start_blocking_portal
+    def forget(self) -> None:
+        """In a forked process: the thread is not here, and the sockets are the parent's."""
+        self._lock = threading.Lock()
+        connection = self._release()
+        if connection is not None:
+            connection.abandon()
 
-        portal = self._resources.enter_context(start_blocking_portal(name=self._name))
-        broker = self._make_broker()
-        self._resources.callback(portal.call, broker.shutdown)
-        return portal, broker
+    def _release(self) -> "_Connection[_Broker] | None":
+        if self._stop_when_dropped is not None:
+            self._stop_when_dropped.detach()
+        connection, self._open = self._open, None
+        return connection
+
+
+class _Connection(Generic[_Broker]):
+    """An event loop in a daemon thread, and the broker whose client belongs to it."""
+
+    def __init__(self, broker: _Broker, name: str) -> None:
+        self._broker = broker
+        # Not epoll: a fork shares that with its parent, so whatever it closes would be lost to the parent, too.
+        self._loop = asyncio.SelectorEventLoop(selectors.PollSelector())
+        self._stopping = asyncio.Event()
+        self._thread = threading.Thread(target=self._live, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Callable[[_Broker], Awaitable[_T]]) -> "Future[_T]":
+        return asyncio.run_coroutine_threadsafe(self._bounded(request), self._loop)
+
+    async def _bounded(self, request: Callable[[_Broker], Awaitable[_T]]) -> _T:
+        async with asyncio.timeout(REQUEST_TIMEOUT_S):
+            return await request(self._broker)
+
+    def stop(self) -> None:
+        """Have the thread end soon. From any thread; more than once; after its end."""
+        with suppress(RuntimeError):  # the loop is closed already
+            self._loop.call_soon_threadsafe(self._stopping.set)
+
+    def join(self) -> None:
+        if threading.current_thread() is not self._thread:
+            self._thread.join(_LAST_REQUESTS_S + _CLOSE_TIMEOUT_S)
+
+    def abandon(self) -> None:
+        """In a forked process, which cannot close what is the parent's: say nothing of what was not closed."""
+        self._loop.set_exception_handler(lambda *_: None)
+
+    def _live(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._until_stopped())
+        finally:
+            self._loop.close()
+
+    async def _until_stopped(self) -> None:
+        await self._stopping.wait()
+        try:
+            if requests := asyncio.all_tasks() - {asyncio.current_task()}:
+                await asyncio.wait(requests, timeout=_LAST_REQUESTS_S)
+            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                for request in requests:
+                    request.cancel()
+                await asyncio.gather(*requests, return_exceptions=True)
+                await self._broker.shutdown()
+        except Exception as error:  # noqa: BLE001 - there is nobody who could do better
+            logger.debug("client not closed: %r", error)
+
+
+_producers: "weakref.WeakSet[Producer[Any]]" = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for producer in [*_producers]:
+        producer.forget()
+
+
+def _close_all() -> None:
+    # While threads still run. Later, when the interpreter finalizes, a daemon thread is frozen where it stands, and
+    # whoever waited for it would wait for ever.
+    for producer in [*_producers]:
+        producer.close()
+
+
+os.register_at_fork(after_in_child=_forget_all)
+atexit.register(_close_all)
 
 
 def work_message(
