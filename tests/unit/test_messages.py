@@ -24,7 +24,7 @@ from dagster_taskiq.messages import (
 )
 
 TASK_IDS = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=256)
-TEXTS = st.none() | st.text(max_size=300)
+TEXTS = st.none() | st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=300)
 MOMENTS = st.none() | st.integers(min_value=0, max_value=4_000_000_000).map(float)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
