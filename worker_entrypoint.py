@@ -30,7 +30,7 @@ import click
 
 from dagster_taskiq.cli.configured import configured
 from dagster_taskiq.cli.explain import explain
-from dagster_taskiq.cli.logs import LOG_FORMATS, LogFormat
+from dagster_taskiq.cli.logs import LOG_FORMATS, LogFormat, log_to_stderr
 from dagster_taskiq.cli.options import LOG_LEVELS
 from dagster_taskiq.cli.queue import create_missing
 from dagster_taskiq.cli.worker import run
@@ -73,12 +73,13 @@ def start() -> int:
     file = os.environ.get("DAGSTER_TASKIQ_CONFIG")
     config_file = Path(file) if file else None
     log_level = _one_of("DAGSTER_TASKIQ_LOG_LEVEL", "INFO", LOG_LEVELS, str.upper)
-    log_format = _one_of("DAGSTER_TASKIQ_LOG_FORMAT", "auto", LOG_FORMATS, str.lower)
+    log_format = cast("LogFormat", _one_of("DAGSTER_TASKIQ_LOG_FORMAT", "auto", LOG_FORMATS, str.lower))
+    log_to_stderr(log_level, log_format)
     overrides = from_environment(configured(config_file))
     if _one_of("DAGSTER_TASKIQ_CREATE_QUEUES", "0", ("0", "1", "true", "false"), str.lower) in {"1", "true"}:
         for name in create_missing(configured(config_file, **overrides)):
             click.echo(f"created queue {name}")
-    return run(config_file, log_level=log_level, log_format=cast("LogFormat", log_format), overrides=overrides)
+    return run(config_file, log_level=log_level, log_format=log_format, overrides=overrides)
 
 
 def from_environment(settings: Settings) -> Mapping[str, Any]:

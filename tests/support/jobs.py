@@ -4,13 +4,18 @@
 """
 
 import contextlib
+import ctypes
+import faulthandler
 import itertools
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
 import time
+import warnings
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +211,35 @@ def leaves_a_daemon(config: Marks) -> None:
     leave_behind(config, "daemon")
 
 
+@dg.op
+def talkative(config: Marks) -> None:
+    """Writes whatever a process can write; and more of it when it is interrupted."""
+    print("from print", flush=True)
+    os.write(2, b"latin \xe9 and \x1b[31mred\x1b[0m\n")
+    os.write(1, b'{"mine": 1}\n[1, 2]\n"text"\n{"half": \n' + b"x" * 600_000 + b"\n")
+    os.write(2, b"Traceback (most recent call last):\n  File x\nKeyError: 'y'\n")
+    warnings.warn("from warnings", UserWarning, stacklevel=2)
+    subprocess.run(["sh", "-c", "echo from a process; echo and its stderr >&2"], check=True)
+    with suppress(OSError):
+        ctypes.CDLL(None).puts(b"from C")
+        ctypes.CDLL(None).fflush(None)
+    try:
+        mark(config, f"started {os.getpid()}")
+        time.sleep(config.seconds)
+    finally:
+        for number in range(5_000):
+            print(f"finally {number}", flush=True)
+        os.write(2, b"no end of line")
+        mark(config, "cleanup-end")
+
+
+@dg.op
+def crashes(config: Marks) -> None:
+    mark(config, f"started {os.getpid()}")
+    faulthandler.enable()
+    os.kill(os.getpid(), signal.SIGABRT)
+
+
 def _job_of(op: dg.OpDefinition) -> dg.JobDefinition:
     @dg.job(name=f"{op.name}_job", executor_def=dg.in_process_executor)
     def job() -> None:
@@ -228,6 +262,8 @@ quick_job = _job_of(quick)
 fails_job = _job_of(fails)
 dies_job = _job_of(dies)
 leaves_a_daemon_job = _job_of(leaves_a_daemon)
+talkative_job = _job_of(talkative)
+crashes_job = _job_of(crashes)
 
 
 @dg.job(executor_def=dg.in_process_executor)
@@ -281,6 +317,8 @@ defs = dg.Definitions(
         fails_job,
         dies_job,
         leaves_a_daemon_job,
+        talkative_job,
+        crashes_job,
         swallows_once_job,
         planned_slowly_job,
         multiprocess_job,

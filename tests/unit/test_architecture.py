@@ -56,7 +56,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "doctor": FLOOR | DOMAIN | {"launcher", "coordinator", "sqs"},
     "examples": {""},
     "local": FLOOR | DOMAIN | {"examples", "sqs"},
-    "cli": FLOOR | DOMAIN | {"doctor", "local", "runs", "worker", "sqs", "launcher", "metrics"},
+    "cli": FLOOR | DOMAIN | {"doctor", "local", "runs", "worker", "sqs", "launcher", "metrics", "process"},
 }
 """Room to rooms. `""` is the public interface, `dagster_taskiq` itself."""
 
@@ -93,6 +93,7 @@ STANDARD_LIBRARY_ONLY = (
     "process.json_lines",
     "process.fork_server_main",
     "process.forked",
+    "process.output_collector",
 )
 
 

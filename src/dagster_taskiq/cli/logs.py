@@ -1,11 +1,15 @@
 """Logs on stderr: for people, constant text followed by what varies; for machines, one JSON object per line."""
 
+import atexit
+import functools
 import json
 import logging
+import os
 import sys
 from typing import Final, Literal
 
 from dagster_taskiq._log_context import AddContext
+from dagster_taskiq.process.output_collector import OutputCollector, timestamp
 
 LogFormat = Literal["auto", "text", "json"]
 LOG_FORMATS: Final = ("auto", "text", "json")
@@ -44,15 +48,19 @@ def _quoted(value: str) -> str:
 def log_to_stderr(level: str, form: LogFormat = "auto") -> None:
     """Our own loggers at the given level; libraries at INFO or higher, those that log a lot at WARNING or higher.
 
-    `form`: `auto` is JSON in a container of ECS, whose log driver stores lines, and text everywhere else.
+    `form`: `auto` is JSON in a container of ECS, whose log driver stores lines, and text everywhere else. With JSON,
+    whatever this process and those below it write to stdout and stderr goes through an `OutputCollector`, to the end.
+    Call it early: a process is forked.
     """
     from dagster_taskiq.metrics import on_ecs
 
-    handler = logging.StreamHandler(sys.stderr)
+    handler: logging.Handler
     if form == "json" or (form == "auto" and on_ecs()):
+        handler = LineHandler(_collector().log_fd)
         handler.setFormatter(_json())
         handler.addFilter(AddContext())
     else:
+        handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(TextFormatter("%(asctime)s %(levelname)-7s %(message)s"))
         handler.addFilter(AddContext(without=("worker",)))  # a terminal has one of them
     ours = logging.getLevelNamesMapping()[level.upper()]
@@ -62,12 +70,39 @@ def log_to_stderr(level: str, form: LogFormat = "auto") -> None:
         logging.getLogger(name).setLevel(max(ours, logging.WARNING))
 
 
+@functools.cache
+def _collector() -> OutputCollector:
+    collector = OutputCollector()
+    atexit.register(collector.finish)
+    return collector
+
+
+class LineHandler(logging.Handler):
+    """Writes each record in one piece, so that no other process writes into the middle of it."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__()
+        self._fd = fd
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler`."""
+        try:
+            line = self.format(record).encode() + b"\n"
+            while line:
+                line = line[os.write(self._fd, line) :]
+        except Exception:  # noqa: BLE001 - as every handler does: what cannot be logged stops nobody
+            self.handleError(record)
+
+
 def _json() -> logging.Formatter:
     from pythonjsonlogger.json import JsonFormatter
 
-    return JsonFormatter(
+    class Formatter(JsonFormatter):
+        def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
+            return timestamp(record.created)
+
+    return Formatter(
         "{asctime}{levelname}{name}{message}",
         style="{",
-        datefmt="%Y-%m-%dT%H:%M:%S%z",
         rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
     )

@@ -21,6 +21,7 @@ from dagster_taskiq.process.forked import Forked, fork_into, why_not
 logger = logging.getLogger(__name__)
 
 _START_TIMEOUT_S: Final = 120
+_TITLE: Final = b"dagster-taskiq fork server"
 
 
 class ForkServer:
@@ -64,7 +65,7 @@ class ForkServer:
             logger.warning("the fork server is executed, which takes longer than a fork: %s", reason)
             return
         with self._connect() as theirs:
-            self._process = fork_into(serve, theirs)
+            self._process = fork_into(serve, theirs, title=_TITLE)
 
     def warm_up(self) -> None:
         """Have a server that was forked early import and open what children need, while this process goes on.

@@ -23,7 +23,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, NoReturn
 
-_TITLE: Final = b"dagster-taskiq fork server"
 _ARGUMENTS_BEGIN: Final = 48 - 3
 """Of `arg_start` in /proc/PID/stat (proc(5)), counted from the third field on; `arg_end` comes after it."""
 _POLL_S: Final = 0.01
@@ -77,8 +76,10 @@ def why_not() -> str | None:
     return None
 
 
-def fork_into(main: Callable[[socket.socket], NoReturn], end: socket.socket) -> Forked:
+def fork_into(main: Callable[[socket.socket], NoReturn], end: socket.socket, *, title: bytes) -> Forked:
     """Fork, and call `main` in the fork with its end of a socket pair. Raises `OSError`.
+
+    `title`: the command by which a list of processes shows the fork.
 
     No descriptor but that end, stdout and stderr is left to it, and stdin is empty.
     """
@@ -96,7 +97,7 @@ def fork_into(main: Callable[[socket.socket], NoReturn], end: socket.socket) -> 
         _forget_descriptors({1, 2, end.fileno()})
         _forget_exit_handlers()
         _forget_logging()
-        _forget_program()
+        _forget_program(title)
         gc.enable()
         main(end)
     except BaseException:  # noqa: BLE001 - printed as the interpreter would
@@ -147,7 +148,7 @@ def _forget_logging() -> None:
                 logger.setLevel(logging.NOTSET)
 
 
-def _forget_program() -> None:
+def _forget_program(title: bytes) -> None:
     """No main module, which multiprocessing would import again; no arguments; the path of `python -c`; another name."""
     script = sys.argv[0] if sys.argv else ""
     sys.modules["__main__"] = types.ModuleType("__main__")
@@ -158,7 +159,7 @@ def _forget_program() -> None:
         if "" not in sys.path:
             sys.path.insert(0, "")
     with suppress(OSError, ValueError):
-        _set_title(_TITLE)
+        _set_title(title)
 
 
 def _set_title(title: bytes) -> None:

@@ -1,7 +1,9 @@
 """What a worker and the processes of its runs write to stdout and stderr."""
 
+import json
 import re
 import signal
+from typing import Any
 
 import pytest
 from dagster import DagsterRunStatus
@@ -80,3 +82,78 @@ def test_steps_are_a_line_each(endpoint: str) -> None:
             assert [line.split()[2:5] for line in lines] == [["DEBUG", "step", "started"], ["INFO", "step", "ended"]]
             assert "outcome=SUCCESS" in lines[-1]
         assert "dagster - DEBUG" in worker.log()
+
+
+NOT_CAPTURED = {
+    "compute_logs": {"module": "dagster._core.storage.noop_compute_log_manager", "class": "NoOpComputeLogManager"}
+}
+"""What ops write goes where their process writes to, at once, and not by way of a file."""
+
+
+def objects(worker: WorkerProcess) -> list[dict[str, Any]]:
+    """All that the worker and the processes of its runs have written."""
+    found = [json.loads(line) for line in list(worker.lines)]
+    assert all(isinstance(one, dict) for one in found), found
+    return found
+
+
+def messages(worker: WorkerProcess, logger: str) -> list[str]:
+    return [one["message"] for one in objects(worker) if one.get("logger") == logger]
+
+
+def test_every_line_is_a_json_object_whoever_has_written_it(endpoint: str) -> None:
+    with (
+        open_platform(endpoint, extra=NOT_CAPTURED) as platform,
+        platform.worker("-n", "w", "--log-format", "json") as worker,
+    ):
+        runs = {
+            job: platform.launch(job, seconds=0.1)
+            for job in ("talkative_job", "crashes_job", "fails_job", "multiprocess_job", "leaves_a_daemon_job")
+        }
+        for run_id in runs.values():
+            platform.finished(run_id)
+        assert worker.stop() == 0
+        found = objects(worker)
+        assert {"mine": 1} in found, "an object stays what it is"
+        found.remove({"mine": 1})
+        for one in found:
+            assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d", one["time"]), one
+            assert one["level"] in {"INFO", "WARNING", "ERROR"}, one
+        out, error = messages(worker, "stdout"), messages(worker, "stderr")
+        assert {"from print", "[1, 2]", '"text"', '{"half":', "from a process", "from C", "finally 4999"} <= {*out}, out
+        assert any("no end of line" in text for text in error)
+        assert sum(text.count("x") for text in out if set(text) == {"x"}) == 600_000
+        assert max(map(len, out)) <= 1 << 18
+        assert "latin \ufffd and \x1b[31mred\x1b[0m" in error
+        assert "Traceback (most recent call last):\n  File x\nKeyError: 'y'" in error
+        assert "and its stderr" in error
+        assert any("UserWarning: from warnings" in text for text in error)
+        assert any("Fatal Python error: Aborted" in text for text in error), "of a process that crashed"
+        (failure,) = [one for one in found if "STEP_FAILURE" in one["message"] and runs["fails_job"] in one["message"]]
+        assert (failure["logger"], failure["level"], failure["run_id"]) == ("dagster", "ERROR", runs["fails_job"])
+        assert 'raise RuntimeError("as it should")' in failure["message"]
+        endings = {one["run_id"]: one["outcome"] for one in found if one["message"] == "run ended"}
+        assert endings == {run_id: platform.status(run_id).value for run_id in runs.values()}
+
+
+def test_a_run_whose_worker_is_killed_can_print_to_its_end(endpoint: str) -> None:
+    with (
+        open_platform(endpoint, extra=NOT_CAPTURED) as platform,
+        platform.worker("-n", "w", "--log-format", "json") as worker,
+    ):
+        run_id = platform.launch("talkative_job")
+        platform.marked(run_id, "started")
+        worker.process.kill()
+        platform.marked(run_id, "cleanup-end")
+        wait_until(lambda: "finally 4999" in messages(worker, "stdout"), "its last line", seen=worker.log)
+        assert sum(text.startswith("finally ") for text in messages(worker, "stdout")) == 5_000
+
+
+def test_what_keeps_a_worker_from_its_start_is_an_object_too(endpoint: str) -> None:
+    with open_platform(endpoint) as platform:
+        (platform.home / "dagster.yaml").write_text("run_launcher: {module: dagster_taskiq.launcher, class: Nobody}")
+        with platform.worker("--log-format", "json", ready=False) as worker:
+            assert worker.process.wait(60) == 1
+            wait_until(lambda: worker.lines, "it says why", seen=worker.log)
+            (said,) = messages(worker, "stderr")
+            assert said.startswith("Error: run_launcher"), said
