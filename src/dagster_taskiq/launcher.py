@@ -11,6 +11,7 @@ from dagster import Any as Any_
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, Field, Permissive
 
 from dagster_taskiq._text import clean_text
+from dagster_taskiq.cancellation.model import CancelOutcome
 from dagster_taskiq.dagster_compat.api import (
     FINISHED_STATUSES,
     CheckRunHealthResult,
@@ -175,17 +176,21 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         return self.cancel(run_id, requested_by=engine_events.UNKNOWN_AUTHOR)
 
     def cancel(self, run_id: str, *, reason: str | None = None, requested_by: str) -> bool:
-        """As `terminate`, and the run's log names who asked, and why.
+        """As `terminate`, and the run's log names who asked, and why. See `request_cancel`."""
+        return self.request_cancel(run_id, reason=reason, requested_by=requested_by).stops
+
+    def request_cancel(self, run_id: str, *, reason: str | None = None, requested_by: str) -> CancelOutcome:
+        """As `cancel`, and tells what came of it.
 
         So do its tags `dagster-taskiq/cancelled_by` and `cancel_reason`, for who does not get the message. A text
         that cannot be stored is cleaned; tags and notes that cannot be written do not keep the run from its end.
         """
         run = self._instance.get_run_by_id(run_id)
         if run is None or run.status in FINISHED_STATUSES:
-            return False
+            return CancelOutcome.NOTHING
         if not self.settings.enable_cancellation:
             self._append(run, engine_events.cancellation_disabled())
-            return False
+            return CancelOutcome.SWITCHED_OFF
         tags = own_tags(run)
         task_id = tags.get(TASK_ID_TAG)
         reason = clean_text(reason) if reason else tags.get(CANCEL_REASON_TAG)
@@ -194,7 +199,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             self._keep_why(run, reason, requested_by)
             self._append(run, engine_events.no_task_id())
             self._instance.report_run_canceled(run, "Nothing that this launcher started can be working on the run.")
-            return False
+            return CancelOutcome.NOT_OURS
         return self._terminate(run, task_id, reason, requested_by)
 
     def _keep_why(self, run: DagsterRun, reason: str | None, requested_by: str) -> None:
@@ -203,12 +208,12 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         given, known = {CANCEL_REASON_TAG: reason, CANCELLED_BY_TAG: author}, own_tags(run)
         new = {tag: value for tag, value in given.items() if value and known.get(tag) != value}
         try:
-            if new or known is not run.tags:
+            if new or known.keys() != run.tags.keys():
                 add_own_tags(self._instance, run, new)
         except Exception:  # whatever it is: the run is to be stopped, with or without them
             logger.exception("tags could not be written", extra={"run_id": run.run_id})
 
-    def _terminate(self, run: DagsterRun, task_id: str, reason: str | None, requested_by: str) -> bool:
+    def _terminate(self, run: DagsterRun, task_id: str, reason: str | None, requested_by: str) -> CancelOutcome:
         waiting = run.status in _BEFORE_START
         # The message first: the worker that receives it does not need the status; but a queue that does not answer
         # must not keep the status from being written. Only a run that may not have a worker yet is looked at first,
@@ -223,23 +228,37 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             self._instance.report_run_canceling(run)
             # It may have ended in between: the transition is unguarded, and nobody else would ever finish it.
             if (over := repair_late_canceling(self._instance, run.run_id)) is not None:
-                return over is DagsterRunStatus.CANCELED  # our own message can have been that quick
+                # Our own message can have been that quick.
+                return CancelOutcome.ASKED if over is DagsterRunStatus.CANCELED else CancelOutcome.NOTHING
         if waiting and self._owner(run.run_id) is None:
             # Status written, then the claims read: a worker that claims from now on reads CANCELING.
             if reason or requested_by != engine_events.UNKNOWN_AUTHOR:
                 self._append(run, engine_events.requested(task_id, reason, requested_by))
             self._instance.report_run_canceled(run, "Canceled before a worker had picked it up.")
-            return True
+            return CancelOutcome.WITHDRAWN
+        outcome = CancelOutcome.ASKED
         try:
             (request or self._request_cancel(task_id, **asked_by)).result(_REQUEST_TIMEOUT_S)
         except Exception as error:  # noqa: BLE001 - whatever it is, the status is written, and the run will be stopped
+            outcome = CancelOutcome.MARKED
             self._append(
                 run, engine_events.request_failed(str(error) or repr(error), self.settings.status_poll_seconds)
             )
         else:
             self._append(run, engine_events.requested(task_id, reason, requested_by))
+        self._note_dead_worker(run)
         self.metrics.count(REQUESTED)
-        return True
+        return outcome
+
+    def _note_dead_worker(self, run: DagsterRun) -> None:
+        """Say in the run's log what its cancellation waits for, if its worker does not live."""
+        try:
+            owner = self._owner(run.run_id)
+        except Exception:
+            logger.exception("cannot look for the run's worker", extra={"run_id": run.run_id})
+            return
+        if owner is not None and (owner.in_doubt or not owner.alive):
+            self._append(run, engine_events.waiting_for_takeover(owner.worker_id, dead=not owner.alive))
 
     def _request_cancel(self, task_id: str, **asked_by: str | None) -> "Future[None]":
         try:
@@ -290,9 +309,8 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         """Task id, queue and worker of the run, in words. `include_container_logs` is Dagster's; we have none."""
         owner = self._owner(run.run_id)
         worker = f"{owner.worker_id} ({'alive' if owner.alive else 'dead'})" if owner is not None else "none yet"
-        return (
-            f"Taskiq task {run.tags.get(TASK_ID_TAG, 'unknown')} on queue {self.settings.queue_url}; worker: {worker}"
-        )
+        task_id = own_tags(run).get(TASK_ID_TAG, "unknown")
+        return f"Taskiq task {task_id} on queue {self.settings.queue_url}; worker: {worker}"
 
     def dispose(self) -> None:
         """Close the client and its thread."""

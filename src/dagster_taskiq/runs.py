@@ -14,10 +14,12 @@ from typing import Any, Final
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
 
 from dagster_taskiq._text import clean_text
+from dagster_taskiq.cancellation.model import CancelOutcome
 from dagster_taskiq.cleanup.record import cleanup_record
 from dagster_taskiq.cleanup.runner import Cleanup
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
 from dagster_taskiq.dagster_compat.interrupts import capture_interrupts
+from dagster_taskiq.dagster_compat.storage import run_ids_beginning_with
 from dagster_taskiq.errors import CleanupFailed, DagsterTaskiqError, RunNotFound
 from dagster_taskiq.launcher import TaskiqRunLauncher
 from dagster_taskiq.sqs.admin import identity
@@ -30,6 +32,9 @@ from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, add
 logger = logging.getLogger(__name__)
 
 _IDENTITY_WITHIN_S: Final = 2.0
+_SHORTEST_BEGINNING: Final = 8
+"""What `worker list` prints of an id."""
+_NAMED_RUNS: Final = 3
 
 
 def this_user() -> str:
@@ -56,6 +61,11 @@ def describe_user(instance: DagsterInstance) -> str:
         return user
 
 
+def status_poll_s(instance: DagsterInstance) -> float:
+    """How long it takes a worker, at most, to see in the database that its run is to be stopped."""
+    return _launcher(instance).settings.status_poll_seconds
+
+
 def cancel_run(
     run_id: str, *, reason: str | None = None, requested_by: str | None = None, instance: DagsterInstance | None = None
 ) -> bool:
@@ -68,12 +78,19 @@ def cancel_run(
     Returns at once. True: the run is being stopped. False: it is finished already, or cannot be stopped. Raises
     `RunNotFound`, and `DagsterTaskiqError` when the instance has another run launcher.
     """
+    return request_cancel(run_id, reason=reason, requested_by=requested_by, instance=instance).stops
+
+
+def request_cancel(
+    run_id: str, *, reason: str | None = None, requested_by: str | None = None, instance: DagsterInstance | None = None
+) -> CancelOutcome:
+    """As `cancel_run`, and tells what came of it."""
     with ExitStack() as stack:
         instance = instance or stack.enter_context(DagsterInstance.get())
         run, launcher = _run(instance, run_id), _launcher(instance)
         by = clean_text(requested_by or this_user())
         if run.status is not DagsterRunStatus.QUEUED:
-            return launcher.cancel(run_id, reason=reason, requested_by=by)
+            return launcher.request_cancel(run_id, reason=reason, requested_by=by)
         # Only the run coordinator can take it from its queue. If the run was launched meanwhile, it calls the launcher.
         reason = clean_text(reason) if reason else None
         tags = {CANCEL_REASON_TAG: reason} if reason else {}
@@ -82,7 +99,27 @@ def cancel_run(
             append_event(instance, run, engine_events.requested("none yet", reason, by))
         except Exception:  # whatever it is: the run is to be stopped, with or without them
             logger.exception("why the run was cancelled could not be written", extra={"run_id": run_id})
-        return instance.run_coordinator.cancel_run(run_id)
+        stopped = instance.run_coordinator.cancel_run(run_id)
+        withdrawn = _run(instance, run_id).status is DagsterRunStatus.CANCELED
+        return CancelOutcome.NOTHING if not stopped else CancelOutcome.WITHDRAWN if withdrawn else CancelOutcome.ASKED
+
+
+def find_run_id(instance: DagsterInstance, given: str) -> str:
+    """The id of the run that is meant by its id, or by the beginning of it, of eight characters or more.
+
+    Raises `RunNotFound` when there is no such run, and `DagsterTaskiqError` when there are several.
+    """
+    if instance.has_run(given):
+        return given
+    found = run_ids_beginning_with(instance, given, _NAMED_RUNS + 1) if len(given) >= _SHORTEST_BEGINNING else []
+    if not found:
+        raise RunNotFound(f"there is no run {given} in this Dagster instance; is DAGSTER_HOME the right one?")
+    if len(found) > 1:
+        more = ", …" if len(found) > _NAMED_RUNS else ""
+        raise DagsterTaskiqError(
+            f"several runs begin with {given} ({', '.join(found[:_NAMED_RUNS])}{more}); give more of the id"
+        )
+    return found[0]
 
 
 def clean_up_run(

@@ -28,6 +28,23 @@ class CancelChannel(enum.StrEnum):
     LEASE = "lease"
 
 
+class CancelOutcome(enum.Enum):
+    """What came of somebody's request to cancel a run, in words."""
+
+    ASKED = "asked to stop"
+    MARKED = "the cancel message could not be sent"
+    """The run's status has to carry the cancellation alone."""
+    WITHDRAWN = "stopped before a worker had it"
+    NOTHING = "nothing to stop"
+    NOT_OURS = "nothing to stop: no worker of this launcher can have it"
+    SWITCHED_OFF = "not stopped: cancellation is switched off (enable_cancellation)"
+
+    @property
+    def stops(self) -> bool:
+        """Whether the run is being stopped, or is stopped."""
+        return self in {CancelOutcome.ASKED, CancelOutcome.MARKED, CancelOutcome.WITHDRAWN}
+
+
 @dataclass(frozen=True, slots=True)
 class Cancellation:
     """One request to stop one piece of work, as the child learns of it before any signal.

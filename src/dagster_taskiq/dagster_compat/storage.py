@@ -33,6 +33,7 @@ __all__ = [
     "put_value",
     "read_migration_scripts_once",
     "remove_run_tags",
+    "run_ids_beginning_with",
     "values_under",
 ]
 
@@ -134,6 +135,20 @@ def delete_values(instance: DagsterInstance, keys: Iterable[str]) -> None:
     if gone and isinstance(storage, SqlRunStorage):
         with storage.connect() as connection:
             connection.execute(KeyValueStoreTable.delete().where(KeyValueStoreTable.c.key.in_(gone)))
+
+
+def run_ids_beginning_with(instance: DagsterInstance, beginning: str, at_most: int) -> list[str]:
+    """The ids of runs that begin so, the latest first. In a storage that is not SQL only the run with that very id."""
+    from dagster._core.storage.runs import SqlRunStorage
+    from dagster._core.storage.runs.schema import RunsTable
+    from dagster._core.storage.sqlalchemy_compat import db_select
+
+    storage, runs = instance.run_storage, RunsTable.c
+    if not isinstance(storage, SqlRunStorage):
+        return [beginning] if instance.has_run(beginning) else []
+    query = db_select([runs.run_id]).where(runs.run_id.startswith(beginning, autoescape=True))
+    with storage.connect() as connection:
+        return [row[0] for row in connection.execute(query.order_by(runs.id.desc()).limit(at_most)).fetchall()]
 
 
 def remove_run_tags(instance: DagsterInstance, run_id: str, names: Iterable[str]) -> None:

@@ -39,6 +39,7 @@ class Stage(enum.StrEnum):
     RELEASED = "released"
     REQUESTED = "requested"
     NOT_REQUESTED = "not_requested"
+    WAITING_FOR_TAKEOVER = "waiting_for_takeover"
     REACHED = "reached"
     INTERRUPTING = "interrupting"
     KILLED = "killed"
@@ -148,6 +149,21 @@ def request_failed(error: str, status_poll_s: float) -> EngineEvent:
         "The cancel message could not be sent; the worker will see the run's status in the database within"
         f" {status_poll_s:g} s of its own polling: {error}",
         error=error,
+    )
+
+
+def waiting_for_takeover(worker_id: str, *, dead: bool) -> EngineEvent:
+    """The run is to be stopped, and its worker is dead, or may be: another one has to do it."""
+    why = (
+        f"its worker {worker_id} is dead;"
+        if dead
+        else f"the heartbeat of its worker {worker_id} is old; if it is dead,"
+    )
+    return EngineEvent(
+        Stage.WAITING_FOR_TAKEOVER,
+        f"{why} another worker finishes the cancellation: the one that receives the run's message, or, if that is"
+        " lost, the one that looks for lost runs once a minute",
+        {WORKER_KEY: worker_id},
     )
 
 

@@ -145,6 +145,12 @@ def test_terminate_a_run_that_is(platform: Platform, row: Row) -> None:
         assert any(row.says in line for line in platform.story(run_id))
 
 
+def test_a_run_whose_worker_is_dead_says_what_its_cancellation_waits_for(platform: Platform) -> None:
+    run_id = started_owner_dead(platform)
+    assert platform.launcher.terminate(run_id)
+    assert f"its worker {ELSEWHERE} is dead; another worker finishes the cancellation" in platform.story(run_id)[-1]
+
+
 def test_with_cancellation_disabled_terminate_says_so_and_does_nothing(platform: Platform) -> None:
     run_id = started(platform)
     launcher = TaskiqRunLauncher(
