@@ -135,3 +135,21 @@ def start_a_thread(argument: Any) -> None:
     import threading
 
     threading.Thread(target=time.sleep, args=(300,), daemon=True).start()
+
+
+def has_helpers(argument: dict[str, Any], channel: socket.socket) -> int:
+    """Has multiprocessing's resource tracker, which ends when its parent has ended; and a script that does not."""
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()
+    script = Path(argument["folder"], "goes_on.py")
+    script.write_text("import time; time.sleep(300)")
+    process = subprocess.Popen(
+        [sys.executable, str(script), "--password", "secret"], start_new_session=argument["leaves"]
+    )
+    tracker: Any = resource_tracker._resource_tracker
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if argument["obeys"] else None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
+    say(channel, up=[tracker._pid, process.pid])
+    while True:
+        time.sleep(300)

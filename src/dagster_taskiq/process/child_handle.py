@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S: Final = 5
 _NEVER_S: Final = 3600.0
+_POLL_WHILE_KILLING_S: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +149,17 @@ async def _read_shim(child: Child, messages: AsyncIterator[Any], read_child: asy
 
 
 def _kill_stragglers(leader: int, mark: str) -> tuple[str, ...]:
-    killed: list[str] = []
+    killed: dict[int, str] = {}
     while left := find_processes(mark, session=leader):
         for pid in left:
+            name = procfs.program_of(pid)
+            counts = not procfs.ends_with_its_parent(pid)
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-                killed.append(f"pid {pid}")
-    return tuple(dict.fromkeys(killed))
+                if counts:
+                    killed.setdefault(pid, f"{name}[{pid}]")
+        time.sleep(_POLL_WHILE_KILLING_S)
+    return tuple(killed.values())
 
 
 def find_processes(mark: str, *, session: int | None = None) -> list[int]:

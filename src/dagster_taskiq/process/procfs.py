@@ -38,9 +38,44 @@ def session_of(pid: int) -> int | None:
     return int(fields[3]) if fields and fields[0] not in "ZX" else None
 
 
+def members_of(session: int) -> list[int]:
+    """The living processes of a session."""
+    return [pid for pid in processes() if session_of(pid) == session]
+
+
 def command_of(pid: int) -> str:
     """The process's name (`comm`)."""
     try:
         return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return "?"
+
+
+def arguments_of(pid: int) -> list[str]:
+    """The process's command line; empty when it is gone, or a zombie."""
+    try:
+        line = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return line.removesuffix("\0").split("\0") if line else []
+
+
+def program_of(pid: int) -> str:
+    """The process's name; of a Python interpreter also which script or module it runs.
+
+    No other argument: there may be passwords among them.
+    """
+    name, arguments = command_of(pid), arguments_of(pid)[1:]
+    if not name.startswith("python"):
+        return name
+    for number, argument in enumerate(arguments):
+        if argument in ("-c", "-m"):
+            return " ".join([name, *arguments[number : number + (1 if argument == "-c" else 2)]])
+        if not argument.startswith("-"):
+            return f"{name} {Path(argument).name}"
+    return name
+
+
+def ends_with_its_parent(pid: int) -> bool:
+    """Whether it is a helper of the interpreter's, which tidies up when its parent is gone, and then ends."""
+    return any("multiprocessing.resource_tracker" in argument for argument in arguments_of(pid))

@@ -49,6 +49,8 @@ FDS: Final = 2
 SILENT_LOOKS: Final = 4
 """A worker hangs when so many looks in a row have found no sign of life. Looks, not seconds: when the whole machine was
 frozen, the worker has its chance after it."""
+_MOMENT_S: Final = 0.2
+"""What is left of an interrupted tree has so long to end by itself, when its leader has."""
 _POLL_WHILE_KILLING_S: Final = 0.02
 _NEVER: Final = float("inf")
 _NAMES_KEPT: Final = 5
@@ -180,7 +182,9 @@ class _Shim:
         self._nudges: list[float] = []
         self._killing = False
         self._kill_at: float | None = None
-        self._killed: dict[int, str] = {}
+        self._names: dict[int, str] = {}
+        """Of the processes that a SIGKILL was sent to; empty for those that do not count."""
+        self._killed: list[str] = []
         self._told = Splitter()
         self._selector = selectors.DefaultSelector()
 
@@ -201,7 +205,7 @@ class _Shim:
             for key, _ in self._selector.select(self._patience()):
                 key.data()
             self._look_after_the_worker()
-        self._send(gone=True, killed=[f"{name}[{pid}]" for pid, name in [*self._killed.items()][:_NAMES_KEPT]])
+        self._send(gone=True, killed=self._killed[:_NAMES_KEPT])
 
     def _patience(self) -> float | None:
         if self._killing:
@@ -271,26 +275,36 @@ class _Shim:
                 return True
             if pid == 0:
                 return False
+            if (name := self._names.get(pid)) and os.waitstatus_to_exitcode(status) == -signal.SIGKILL:
+                self._killed.append(f"{name}[{pid}]")
             if pid == self._leader:
                 self._leader_lives = False
                 self._send(exited=os.waitstatus_to_exitcode(status))
-                # What a leader that ended by itself left behind may end by itself, too; after an interrupt it may not.
-                self._killing = self._killing or self._interrupted
-                self._kill_at = monotonic() + self._linger_s
+                # What a leader that ended by itself left behind may go on for a while; after an interrupt it may only
+                # end, which some do when they see that their parent is gone.
+                self._kill_at = monotonic() + (min(_MOMENT_S, self._linger_s) if self._interrupted else self._linger_s)
 
     def _kill_what_is_left(self) -> None:
         # The group in one go, so that it cannot spawn meanwhile; whoever left the group falls to us, its subreaper,
         # when its parent is dead, and is found on the next round. A pid of ours cannot be reused before we reap it.
         if self._leader_lives:
-            self._killed.setdefault(self._leader, procfs.command_of(self._leader))
+            if not self._names:
+                self._names[self._leader] = "main process"
+                for pid in procfs.members_of(self._leader):
+                    self._note(pid)
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._leader, signal.SIGKILL)
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(self._leader, signal.SIGKILL)  # should it die before it led its group
         for pid in procfs.children():
-            self._killed.setdefault(pid, procfs.command_of(pid))
+            self._note(pid)
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
+
+    def _note(self, pid: int) -> None:
+        """Its name, while it can be read. Whether it had to be killed, or has ended before, its exit status says."""
+        if pid not in self._names:
+            self._names[pid] = "" if procfs.ends_with_its_parent(pid) else procfs.program_of(pid)
 
     def _send(self, **message: Any) -> None:
         with suppress(OSError):  # the worker is gone; the duty stays

@@ -2,11 +2,13 @@
 
 import asyncio
 import os
+import re
 import signal
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -180,6 +182,22 @@ def test_the_whole_tree_is_killed_wherever_it_hides(fresh: bool) -> None:
         assert not [pid for pid in pids if alive(pid)]
 
     run(test, fresh=fresh)
+
+
+@pytest.mark.parametrize("leaves", [False, True], ids=["same session", "session of its own"])
+@pytest.mark.parametrize("obeys", [False, True])
+def test_who_had_to_be_killed_is_named_and_who_was_ending_is_not(tmp_path: Path, obeys: bool, leaves: bool) -> None:
+    async def test(server: ForkServer) -> None:
+        argument = {"folder": str(tmp_path), "obeys": obeys, "leaves": leaves}
+        work = Work(server, "has_helpers", argument=argument, grace_s=0.3).start()
+        tracker, script = await work.said("up")
+        work.cancel()
+        end = await work.end()
+        named = {re.sub(r"^python[\d.]*", "python", name) for name in end.killed}
+        assert named == {f"python goes_on.py[{script}]"} | ({f"main process[{end.pid}]"} if not obeys else set())
+        assert not psutil.pid_exists(tracker)
+
+    run(test)
 
 
 def test_a_tree_that_forks_faster_than_one_can_look_is_killed() -> None:
