@@ -19,13 +19,15 @@ import click
     "--dagster-home",
     "home",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Keep runs and storage in this folder. Default: a temporary one, removed at the end.",
+    help="Keep runs and storage in this folder. Default: $DAGSTER_HOME, or a temporary one, removed at the end.",
 )
 @click.option("--no-worker", is_flag=True, help="Start no worker: runs wait in the queue.")
 def dev(file: Path | None, module: str | None, port: int | None, home: Path | None, *, no_worker: bool) -> None:
     """Run Dagster's UI, its daemon, a worker and an embedded SQS on this machine; one Ctrl-C stops them all.
 
-    Without -f and -m: the example jobs. Needs the extra [local]. All connections are on loopback.
+    Without -f and -m: the example jobs. Your environment, .env in this folder, and your dagster.yaml (of
+    --dagster-home, $DAGSTER_HOME or this folder) count as in 'dagster dev'. Added are queue, launcher and coordinator.
+    Needs the extra [local]. All connections are on loopback.
 
     \b
     Example:

@@ -4,12 +4,14 @@ import os
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+import yaml
 from dagster import DagsterInstance
 
 from dagster_taskiq.dagster_compat.api import ConfigurableClassData, InstanceRef
 
-__all__ = ["import_what_opening_takes", "read_instance_ref"]
+__all__ = ["default_parts", "import_what_opening_takes", "read_env_file", "read_instance_ref"]
 
 
 def read_instance_ref() -> InstanceRef:
@@ -19,6 +21,31 @@ def read_instance_ref() -> InstanceRef:
         with DagsterInstance.get() as instance:  # raises, and says what is wrong with it
             return instance.get_ref()
     return InstanceRef.from_dir(str(home))
+
+
+def default_parts(home: Path, *, sqlite: bool) -> dict[str, Any]:
+    """What Dagster would store in files of that DAGSTER_HOME, as sections of `dagster.yaml` for a file elsewhere.
+
+    `sqlite`: the databases, too.
+    """
+    defaults = InstanceRef.config_defaults(str(home))
+    names = (
+        ("storage", "local_artifact_storage", "compute_logs") if sqlite else ("local_artifact_storage", "compute_logs")
+    )
+    parts: dict[str, Any] = {}
+    for name in names:
+        part = defaults[name]
+        assert part is not None  # noqa: S101 - for the type checker: these three have defaults
+        described = {"module": part.module_name, "class": part.class_name, "config": yaml.safe_load(part.config_yaml)}
+        parts[name] = {"custom": described} if name == "storage" else described
+    return parts
+
+
+def read_env_file(folder: Path) -> dict[str, str]:
+    """The variables in `.env` of that folder, as `dagster dev` reads them; they win over the environment."""
+    from dagster._core.secrets.env_file import get_env_var_dict
+
+    return get_env_var_dict(str(folder))
 
 
 def import_what_opening_takes(reference: InstanceRef) -> None:

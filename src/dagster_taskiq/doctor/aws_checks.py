@@ -13,7 +13,7 @@ from dagster_taskiq.errors import AccessDenied, DagsterTaskiqError
 from dagster_taskiq.queue_names import is_fifo, queue_name
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.sqs.admin import CANCEL_RETENTION_S, CANCEL_VISIBILITY_S, WORK_RETENTION_S, identity, queue_urls
-from dagster_taskiq.sqs.client import Connection
+from dagster_taskiq.sqs.client import Connection, split_endpoint
 from dagster_taskiq.sqs.probe import QueueFacts, bucket_error, has_credentials, look_at_queue, may
 
 _ROLES: Final[Mapping[str, Mapping[str, Sequence[str]]]] = {
@@ -63,10 +63,11 @@ async def look_at_aws(settings: Settings, queues: dict[str, QueueFacts]) -> Asyn
 async def _credentials(settings: Settings) -> Finding:
     check = "credentials"
     repair = "give the task an IAM role (taskRoleArn), or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-    if not await has_credentials():
+    endpoint, own = split_endpoint(settings.endpoint_url)
+    if not own and not await has_credentials():
         return Finding(check, "error", "there are none", repair)
-    if settings.endpoint_url is not None:
-        return ok(check, f"found; {settings.endpoint_url} is not asked for their owner")
+    if endpoint is not None:
+        return ok(check, f"found; {endpoint} is not asked for their owner")
     try:
         return ok(check, await identity(settings.region_name))
     except AccessDenied as error:

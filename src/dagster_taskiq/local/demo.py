@@ -14,6 +14,7 @@ from dagster import DagsterEventType, DagsterInstance, DagsterRunStatus, EventLo
 from dagster_taskiq.errors import DagsterTaskiqError
 from dagster_taskiq.examples.index_sources import index_sources, stubborn_index
 from dagster_taskiq.local.dev import Playground, playground
+from dagster_taskiq.local.instance_config import InstanceConfig
 from dagster_taskiq.local.process_manager import StopRequest, stop_requests
 from dagster_taskiq.storage.engine_events import STAGE_KEY
 from dagster_taskiq.storage.tags import GRACE_SECONDS_TAG
@@ -197,15 +198,18 @@ def run_demo(print_line: Callable[[str], None], show: Callable[[Outcome], None],
     began = time.monotonic()
     with (
         stop_requests() as request,
-        playground(None, request, lambda *_: None, quiet=True, **config) as (ground, manager),
+        playground(
+            lambda temporary: InstanceConfig(temporary, temporary),
+            request,
+            _without_aws_and_dagster(),
+            lambda *_: None,
+            quiet=True,
+            **config,
+        ) as (ground, manager),
     ):
         print_line("starting an embedded AWS endpoint on loopback, and a worker")
         ground.start_aws()
         ground.wait_for_worker(ground.start_worker())
-        # The launcher runs in this process, so the emulator's credentials are needed here, too.
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            del os.environ[name]
-        os.environ.update(ground.credentials)
         with DagsterInstance.from_config(str(ground.home)) as instance:
             print_line(f"worker ready after {time.monotonic() - began:.1f} s")
             outcomes = []
@@ -220,6 +224,11 @@ def run_demo(print_line: Callable[[str], None], show: Callable[[Outcome], None],
                 show(outcomes[-1])
         print_line(f"stopping the worker and the endpoint; {time.monotonic() - began:.0f} s in all")
         return not any(outcome.complaints for outcome in outcomes)
+
+
+def _without_aws_and_dagster() -> dict[str, str]:
+    """The demo shows the same everywhere: this environment, without anything that leads to another AWS or Dagster."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "DAGSTER_"))}
 
 
 def _stay_within(request: StopRequest, seconds: float, deadline: float) -> None:

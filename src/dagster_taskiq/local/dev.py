@@ -1,7 +1,7 @@
 """Everything on one machine: an embedded AWS endpoint, queues, a worker, Dagster's UI; started and stopped together.
 
-Knows processes, ports and `dagster.yaml`; not which jobs run. The emulator's credentials are only in the environment
-of the children.
+Knows processes and ports; not which jobs run, not what is in `dagster.yaml`. The emulator's credentials are in the
+address of its endpoint, so that those of the environment stay the user's.
 """
 
 import os
@@ -9,15 +9,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
 from dagster import DagsterInstance
 
+from dagster_taskiq.dagster_compat.instance import read_env_file
+from dagster_taskiq.local.instance_config import InstanceConfig
 from dagster_taskiq.local.process_manager import (
     LOOPBACK,
     ManagedProcess,
@@ -36,55 +37,61 @@ QUEUE: Final = "dagster-tasks"
 ACCOUNT: Final = "123456789012"
 EXAMPLES: Final = "dagster_taskiq.examples.index_sources"
 COMMAND_LINE: Final = (sys.executable, "-m", "dagster_taskiq.cli")
-_OURS: Final = "# Written by dagster-taskiq; written again at every start.\n"
 _LOCAL_EXTRA: Final = "install it with: pip install 'dagster-taskiq[local]'"
 
 
 class Playground:
-    """An embedded AWS endpoint, its queues, and a private DAGSTER_HOME whose runs go through them."""
+    """An embedded AWS endpoint, its queues, and a DAGSTER_HOME whose runs go through them."""
 
-    def __init__(self, home: Path, manager: ProcessManager, *, quiet: bool = False, **config_source: Any) -> None:
-        self.home = home
+    def __init__(
+        self,
+        config: InstanceConfig,
+        manager: ProcessManager,
+        environ: Mapping[str, str],
+        *,
+        quiet: bool = False,
+        **config_source: Any,
+    ) -> None:
+        """`environ`: what the children's environment begins with."""
+        self.home = config.folder
+        self.changes: list[str] = []
+        """What of the user's own `dagster.yaml` is not as he wrote it, in words."""
+        self._config = config
         self._manager = manager
+        self._environ = environ
         self._quiet = quiet
         self._config_source = config_source
-        self.endpoint_url = ""
+        self._endpoint = ""
 
     @property
     def queue_url(self) -> str:
         """URL of the work queue."""
-        return f"{self.endpoint_url}/{ACCOUNT}/{QUEUE}"
+        return f"http://{self._endpoint}/{ACCOUNT}/{QUEUE}"
 
     @property
-    def credentials(self) -> dict[str, str]:
-        """Credentials for the emulator; not valid anywhere else."""
-        return {"AWS_ACCESS_KEY_ID": "emulator", "AWS_SECRET_ACCESS_KEY": "emulator"}
+    def endpoint_url(self) -> str:
+        """URL of the emulator, with credentials that are valid only there."""
+        return f"http://emulator:emulator@{self._endpoint}"
 
     @property
     def environment(self) -> dict[str, str]:
-        """For the children: this process's environment, without anything that leads to another AWS or Dagster."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "DAGSTER_"))}
-        no_proxy = ",".join(filter(None, [os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), LOOPBACK]))
-        return (
-            kept
-            | self.credentials
-            | {
-                "AWS_EC2_METADATA_DISABLED": "true",
-                REGION_VARIABLES[0]: REGION,
-                "DAGSTER_HOME": str(self.home),
-                "DAGSTER_DISABLE_TELEMETRY": "yes",
-                "NO_PROXY": no_proxy,
-                "no_proxy": no_proxy,
-                "PYTHONUNBUFFERED": "1",
-            }
-        )
+        """For the children: where they find this DAGSTER_HOME; everything else is left as it is."""
+        environ = self._environ
+        no_proxy = ",".join(filter(None, [environ.get("NO_PROXY") or environ.get("no_proxy"), LOOPBACK]))
+        return {
+            **environ,
+            "DAGSTER_HOME": str(self.home),
+            "NO_PROXY": no_proxy,
+            "no_proxy": no_proxy,
+            "PYTHONUNBUFFERED": "1",
+        }
 
     def start_aws(self) -> None:
         """Start the emulator; meanwhile write `dagster.yaml` and create the storage; then create the queues."""
         if find_spec("moto") is None or find_spec("flask") is None:
             raise StartFailed(f"the embedded AWS endpoint is missing; {_LOCAL_EXTRA}")
         port = free_port()
-        self.endpoint_url = f"http://{LOOPBACK}:{port}"
+        self._endpoint = f"{LOOPBACK}:{port}"
         command = [sys.executable, "-m", "moto.server", "-H", LOOPBACK, "-p", str(port)]
         self._manager.start("aws", command, self.environment, quiet=True)
         self._create_instance()
@@ -92,9 +99,9 @@ class Playground:
         self._create_queues()
 
     def _create_queues(self) -> None:
-        # By the command line, in a process of its own: our own environment has no credentials for the emulator.
         environment = {name: value for name, value in self.environment.items() if name != "DAGSTER_HOME"}
         environment |= {QUEUE_URL_VARIABLE: self.queue_url, ENDPOINT_URL_VARIABLE: self.endpoint_url}
+        environment |= dict.fromkeys(REGION_VARIABLES, REGION)
         done = subprocess.run(  # noqa: S603 - our own interpreter and our own arguments
             [*COMMAND_LINE, "queue", "create"],
             env=environment,
@@ -108,27 +115,11 @@ class Playground:
             raise StartFailed(f"the queues could not be created: {done.stderr.strip()}")
 
     def _create_instance(self) -> None:
-        self._write_configuration()
+        queue = {"queue_url": self.queue_url, "region_name": REGION, "endpoint_url": self.endpoint_url}
+        self.changes = self._config.write(queue, self._config_source)
         # Create SQLite's tables now: if several processes tried it at the same time, one of them would fail.
         with DagsterInstance.from_config(str(self.home)):
             pass
-
-    def _write_configuration(self) -> None:
-        path = self.home / "dagster.yaml"
-        if path.exists() and not path.read_text("utf-8").startswith(_OURS):
-            raise StartFailed(f"{path} was not written by dagster-taskiq; choose another folder for --dagster-home")
-        launcher = {
-            "module": "dagster_taskiq.launcher",
-            "class": "TaskiqRunLauncher",
-            "config": {
-                "queue_url": self.queue_url,
-                "region_name": REGION,
-                "endpoint_url": self.endpoint_url,
-                "config_source": self._config_source,
-            },
-        }
-        instance = {"run_launcher": launcher, "telemetry": {"enabled": False}, "nux": {"enabled": False}}
-        path.write_text(_OURS + yaml.safe_dump(instance, sort_keys=False), "utf-8")
 
     def start_worker(self) -> ManagedProcess:
         """Start a worker, without waiting until it is ready."""
@@ -174,24 +165,37 @@ class Playground:
 
 @contextmanager
 def playground(
-    home: Path | None,
+    find: Callable[[Path], InstanceConfig],
     request: StopRequest,
+    environ: Mapping[str, str],
     print_line: Callable[[str, str], None],
     *,
     quiet: bool = False,
     **config: Any,
 ) -> Iterator[tuple[Playground, ProcessManager]]:
-    """A playground in the given folder, which is kept, or in a temporary one. All its processes end with the block."""
+    """A playground. All its processes end with the block.
+
+    `find`: its configuration, given a temporary folder, which is removed at the end. Raises `StartFailed`.
+    """
     with tempfile.TemporaryDirectory(prefix="dagster-taskiq-", ignore_cleanup_errors=True) as temporary:
-        folder = home.absolute() if home else Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
         manager = ProcessManager(request, print_line)
-        ground = Playground(folder, manager, quiet=quiet, **config)
+        ground = Playground(find(Path(temporary)), manager, environ, quiet=quiet, **config)
         try:
             yield ground, manager
         finally:
             manager.stop()
             ground.kill_what_is_left()
+
+
+def _take_env_file() -> None:
+    """Take the variables of `.env` in the current folder into the environment, as `dagster dev` does."""
+    found = read_env_file(Path.cwd())
+    if "DAGSTER_HOME" in found:
+        raise StartFailed(
+            f"{Path.cwd() / '.env'} sets DAGSTER_HOME, and Dagster would not see what is added to it here;"
+            " export it instead, or give --dagster-home"
+        )
+    os.environ.update(found)
 
 
 def serve(
@@ -202,7 +206,12 @@ def serve(
     with_worker: bool,
     print_line: Callable[[str, str], None],
 ) -> None:
-    """`dagster-taskiq dev`: run everything until a signal comes. Raises `StartFailed` when a process ends before."""
+    """`dagster-taskiq dev`: run everything until a signal comes. Raises `StartFailed` when a process ends before.
+
+    The environment of this process, `.env` in the current folder and the user's own `dagster.yaml` are everybody's.
+    """
+    _take_env_file()
+    dagster_home = os.environ.get("DAGSTER_HOME")
     # Fast: a lost worker's messages come back after 10 s, and a Ctrl-C does not wait for running jobs.
     config: dict[str, Any] = {
         "wait_time_seconds": 2,
@@ -214,17 +223,24 @@ def serve(
     with (
         stop_requests() as request,
         suppress(StopRequested),
-        playground(home, request, print_line, **config) as (ground, manager),
+        playground(
+            lambda temporary: InstanceConfig.found(temporary, home, dagster_home, Path.cwd()),
+            request,
+            os.environ,
+            print_line,
+            **config,
+        ) as (ground, manager),
     ):
         print_line("dev", "starting the embedded AWS endpoint")
         ground.start_aws()
+        for change in ground.changes:
+            print_line("dev", change)
         worker = ground.start_worker() if with_worker else None
         print_line("dev", "starting Dagster's webserver and daemon")
         address = ground.start_ui(code, port)
         if worker is not None:
             ground.wait_for_worker(worker)
-        credentials = " ".join(f"{name}={value}" for name, value in ground.credentials.items())
-        print_line("dev", f"another worker: DAGSTER_HOME={ground.home} {credentials} dagster-taskiq worker start")
+        print_line("dev", f"another worker: DAGSTER_HOME={ground.home} dagster-taskiq worker start")
         print_line("dev", f"Dagster's UI: {address}   (Ctrl-C stops everything)")
         try:
             manager.stay()

@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Final
+from urllib.parse import unquote, urlsplit
 
 from dagster_taskiq.sqs.errors import translated
 
@@ -12,13 +13,28 @@ if TYPE_CHECKING:
 MAX_BATCH: Final = 10
 
 
+def split_endpoint(endpoint_url: str | None) -> tuple[str | None, dict[str, str]]:
+    """An endpoint, and the credentials in it (`http://key:secret@host`), as arguments for a client.
+
+    An emulator takes any, so those of the environment stay free for who needs them.
+    """
+    parts = urlsplit(endpoint_url or "")
+    if parts.username is None:
+        return endpoint_url, {}
+    without = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return without, {
+        "aws_access_key_id": unquote(parts.username),
+        "aws_secret_access_key": unquote(parts.password or ""),
+    }
+
+
 class Connection:
     """One warm client, opened when it is first used. It belongs to the event loop that is running then."""
 
     def __init__(self, region: str | None, endpoint_url: str | None) -> None:
         self.loop = asyncio.get_running_loop()
         self._region = region
-        self._endpoint_url = endpoint_url
+        self._endpoint_url, self._credentials = split_endpoint(endpoint_url)
         self._opening = asyncio.Lock()
         self._stack = AsyncExitStack()
         self._client: SQSClient | None = None
@@ -40,7 +56,11 @@ class Connection:
                 session = aioboto3.Session()
                 with translated("SQS", self._region):
                     opening = session.client(
-                        "sqs", region_name=self._region, endpoint_url=self._endpoint_url, config=config
+                        "sqs",
+                        region_name=self._region,
+                        endpoint_url=self._endpoint_url,
+                        config=config,
+                        **self._credentials,
                     )
                     opened: SQSClient = await self._stack.enter_async_context(opening)
                 self._client = opened

@@ -11,6 +11,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from tests.support.browser import Dagster
 from tests.support.environment import clean_environment, processes_of
 from tests.support.waiting import wait_until
 
@@ -41,10 +42,16 @@ class Dev:
 
 
 @contextmanager
-def dev(home: Path, *arguments: str) -> Iterator[Dev]:
+def dev(home: Path, *arguments: str, here: Path | None = None, **environ: str) -> Iterator[Dev]:
+    """`here`: the current folder."""
     command = [sys.executable, "-m", "dagster_taskiq.cli", "dev", *arguments]
     process = subprocess.Popen(
-        command, env=clean_environment(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        env=clean_environment(home) | environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=here,
     )
     running = Dev(process)
     assert process.stdout is not None
@@ -64,6 +71,7 @@ def port_of(address: str) -> int:
     return int(address.rsplit(":", 1)[-1])
 
 
+@pytest.mark.nightly  # the browser's tests end it like this, too
 def test_one_ctrl_c_stops_everything(tmp_path: Path) -> None:
     with dev(tmp_path) as running:
         port = port_of(running.told(r"Dagster's UI: (\S+)"))
@@ -74,6 +82,51 @@ def test_one_ctrl_c_stops_everything(tmp_path: Path) -> None:
         assert not answers(port, "/server_info")
     wait_until(lambda: not processes_of(tmp_path), "everything is gone", seen=lambda: processes_of(tmp_path))
     assert list(tmp_path.glob("dagster-taskiq-*")) == [], "the temporary home stays behind"
+
+
+MINE = """
+import os
+import dagster as dg
+
+@dg.op
+def tells(context):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_REGION", "DAGSTER_MINE", "IN_THE_FILE"):
+        context.log.info(f"{name} is {os.environ.get(name)}")
+
+@dg.job
+def tells_job():
+    tells()
+
+defs = dg.Definitions(jobs=[tells_job])
+"""
+
+
+def test_runs_have_the_users_own_environment_and_storage(tmp_path: Path) -> None:
+    here, home = tmp_path / "project", tmp_path / "my-home"
+    here.mkdir()
+    home.mkdir()
+    (here / "mine.py").write_text(MINE)
+    (here / ".env").write_text("IN_THE_FILE=yes\nAWS_REGION=eu-north-1\n")
+    own = f"storage: {{sqlite: {{base_dir: {tmp_path / 'my-database'}}}}}\nrun_retries: {{enabled: true}}\n"
+    (home / "dagster.yaml").write_text(own)
+    environ = {"AWS_ACCESS_KEY_ID": "my-own", "DAGSTER_MINE": "1", "DAGSTER_HOME": str(home), "AWS_REGION": "us-west-2"}
+    with dev(tmp_path, "-f", "mine.py", here=here, **environ) as running:
+        dagster = Dagster(running.told(r"Dagster's UI: (\S+)"))
+        run_id = dagster.launch("mine.py", "tells_job")
+        dagster.wait_for_status(run_id, "SUCCESS")
+        told = [event.message for event in dagster.events(run_id) if " is " in event.message and event.kind == "LOG"]
+        assert told == [
+            "AWS_ACCESS_KEY_ID is my-own",
+            "AWS_PROFILE is None",
+            "AWS_REGION is eu-north-1",
+            "DAGSTER_MINE is 1",
+            "IN_THE_FILE is yes",
+        ]
+        running.process.send_signal(signal.SIGINT)
+        assert running.process.wait(50) == 0, running.say()
+    assert (home / "dagster.yaml").read_text() == own
+    assert list((tmp_path / "my-database").rglob(f"{run_id}.db")), "the run is in the user's own storage"
+    assert list((home / "storage").rglob("*tells*")), "and so is what it wrote to stdout"
 
 
 def test_when_one_part_dies_it_says_which_and_stops_the_rest(tmp_path: Path) -> None:
@@ -93,7 +146,7 @@ def test_ones_own_definitions_without_a_worker(tmp_path: Path) -> None:
     definitions = tmp_path / "mine.py"
     definitions.write_text("import dagster as dg\n@dg.asset\ndef mine(): ...\n")
     with dev(tmp_path, "-f", str(definitions), "--no-worker") as running:
-        running.told(r"(another worker: DAGSTER_HOME=\S+ AWS_ACCESS_KEY_ID=\S+)")
+        running.told(r"(another worker: DAGSTER_HOME=\S+ dagster-taskiq worker start)")
         running.told(r"(Dagster's UI)")
         assert not [command for command in processes_of(tmp_path).values() if "worker start" in command]
         running.process.send_signal(signal.SIGTERM)
