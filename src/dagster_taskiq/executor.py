@@ -40,9 +40,9 @@ from dagster_taskiq.queue_names import queue_name
 from dagster_taskiq.settings import TOP_LEVEL_KEYS, Settings
 from dagster_taskiq.sqs.s3_payloads import PayloadBucket
 from dagster_taskiq.storage import engine_events
-from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.event_log import StepRef
 from dagster_taskiq.storage.heartbeats import Heartbeats
+from dagster_taskiq.storage.step_claims import StepClaims
 from dagster_taskiq.storage.tags import grace_of
 from dagster_taskiq.tasks.producer import Producer, work_message
 
@@ -253,11 +253,8 @@ class SQSStepHandler(TaskiqStepHandler):
         (message,) = self._messages([step_handler_context])
         instance = step_handler_context.instance
         try:
-            heartbeats = self._judging(instance)
-            worker_id = Claims(instance, heartbeats).first_claimant(
-                message.run_id, StepRef(message.step_key, message.task_id)
-            )
-            alive = worker_id is None or worker_id in heartbeats.alive({worker_id})
+            worker_id = StepClaims(instance).owner(message.run_id, StepRef(message.step_key, message.task_id))
+            alive = worker_id is None or worker_id in self._judging(instance).alive({worker_id})
         except Exception:
             logger.exception("cannot tell whether a step is healthy", extra={"run_id": message.run_id})
             return CheckStepHealthResult.healthy()

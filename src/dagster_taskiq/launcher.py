@@ -1,7 +1,6 @@
 """Dagster runs to work messages; terminate; health. Knows no asyncio, no processes and no SQS words."""
 
 import logging
-import time
 import uuid
 from collections.abc import Mapping
 from concurrent.futures import Future, wait
@@ -133,13 +132,16 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         self._submit(context.dagster_run, RESUME_RUN)
 
     def _submit(self, run: DagsterRun, task_name: str) -> None:
-        task_id = uuid.uuid4().hex
+        task_id, before = uuid.uuid4().hex, own_tags(run).get(TASK_ID_TAG)
         # The tag first: a worker may have the message before `send` returns.
         tag_launched_run(self._instance, run, task_id)
         try:
             self._send(run, task_name, task_id)
         except DagsterTaskiqError as error:
             if not self._has_moved_on(run, task_name):
+                if task_name == RESUME_RUN and before is not None:
+                    # Or else the run would count as waiting for a worker, and would not be resumed again.
+                    self._instance.add_run_tags(run.run_id, {TASK_ID_TAG: before})
                 raise
             logger.warning("run not launched, and not needed any more: %s", error, extra={"run_id": run.run_id})
             return
@@ -276,7 +278,9 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
     def check_run_worker_health(self, run: DagsterRun) -> CheckRunHealthResult:
         """NOT_FOUND when the worker that had the run is dead. "Cannot tell" is RUNNING: anything else would fail it.
 
-        Waits for some seconds, once per worker, when a heartbeat is old: only a second look shows that it is dead.
+        Does not wait: when a heartbeat is old, only a look some seconds later shows that its worker is dead, and for
+        run monitoring that is the next round. Before it answers NOT_FOUND it takes the claim from the dead worker, so
+        that no other one takes the run over while monitoring resumes or fails it.
         """
         if run.status in FINISHED_STATUSES:
             succeeded = run.status is DagsterRunStatus.SUCCESS
@@ -284,23 +288,28 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             return CheckRunHealthResult(status, f"the run is {run.status.value}")
         try:
             owner = self._owner(run.run_id)
-            if owner is not None and owner.in_doubt:
-                time.sleep(self._claims().heartbeats.confirm_s)
-                owner = self._owner(run.run_id)
-            # One that monitoring has resumed is not to be resumed, or given up, once more before anybody had it.
-            waiting = owner is None or (not owner.alive and self._claims().is_waiting(run.run_id))
+            if owner is None:
+                return CheckRunHealthResult(WorkerStatus.RUNNING, "waiting in its queue for a worker")
+            if owner.in_doubt:
+                return CheckRunHealthResult(
+                    WorkerStatus.RUNNING, f"cannot tell yet: the heartbeat of worker {owner.worker_id} is old"
+                )
+            if owner.alive:
+                return CheckRunHealthResult(
+                    WorkerStatus.RUNNING, f"worker {owner.worker_id} is alive", run_worker_id=owner.worker_id
+                )
+            return self._give_up(run.run_id, owner)
         except Exception as error:  # noqa: BLE001 - whatever the storage raises, a healthy run must not die of it
             return CheckRunHealthResult(WorkerStatus.RUNNING, f"cannot tell: {error!r}")
-        if waiting or owner is None:
+
+    def _give_up(self, run_id: str, owner: Owner) -> CheckRunHealthResult:
+        """Of a run whose worker is dead."""
+        run = self._instance.get_run_by_id(run_id)  # monitoring's own is as old as its round
+        if run is not None and own_tags(run).get(TASK_ID_TAG) != owner.claim.task_id:
+            # One that monitoring has resumed is not to be resumed, or given up, once more before anybody had it.
             return CheckRunHealthResult(WorkerStatus.RUNNING, "waiting in its queue for a worker")
-        if owner.in_doubt:
-            return CheckRunHealthResult(
-                WorkerStatus.RUNNING, f"cannot tell: the heartbeat of worker {owner.worker_id} is old"
-            )
-        if owner.alive:
-            return CheckRunHealthResult(
-                WorkerStatus.RUNNING, f"worker {owner.worker_id} is alive", run_worker_id=owner.worker_id
-            )
+        if not self._claims().give_up(run_id, owner.claim):
+            return CheckRunHealthResult(WorkerStatus.RUNNING, "another worker has just taken it over")
         return CheckRunHealthResult(
             WorkerStatus.NOT_FOUND, f"worker {owner.worker_id} is dead", run_worker_id=owner.worker_id
         )

@@ -33,7 +33,7 @@ DOMAIN = {"storage", "dagster_compat", "cancellation"}
 MAY_IMPORT: Mapping[str, set[str]] = {
     "metrics": FLOOR,
     "cancellation": {"errors"},
-    "dagster_compat": {"_retry", "_time_limit"},
+    "dagster_compat": {"_retry", "_time_limit", "errors"},
     "process": {"cancellation.model", "cancellation.signal", "errors"},
     "sqs": FLOOR | {"cancellation.model"},
     "storage": FLOOR | {"dagster_compat", "cancellation"},

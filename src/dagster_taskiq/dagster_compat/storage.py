@@ -43,11 +43,11 @@ _LOOK_BACK: Final = 50
 
 
 def events_of_step(
-    instance: DagsterInstance, run_id: str, step_key: str, of_type: Iterable[DagsterEventType]
+    instance: DagsterInstance, run_id: str, step_key: str | None, of_type: Iterable[DagsterEventType]
 ) -> list[DagsterEvent]:
-    """The events of one step, in order.
+    """The events of one step, or with None those of no step, in order.
 
-    Dagster's own interface only reads those of the whole run, which for a run of a thousand steps would be a million.
+    Dagster's own interface reads those of the whole run, which for a run of a thousand steps would be a million.
     """
     from dagster._core.storage.event_log import SqlEventLogStorage, SqlEventLogStorageTable
     from dagster._core.storage.sqlalchemy_compat import db_select
@@ -61,7 +61,7 @@ def events_of_step(
         query = (
             db_select([table.event])
             .where(table.run_id == run_id)
-            .where(table.step_key == step_key)
+            .where(table.step_key.is_(None) if step_key is None else table.step_key == step_key)
             .where(table.dagster_event_type.in_([kind.value for kind in kinds]))
             .order_by(table.id.asc())
         )

@@ -18,6 +18,7 @@ from dagster_taskiq.dagster_compat.retry import retry_storage
 from dagster_taskiq.steps.plan import SHORTEST_REST_S, Plan
 from dagster_taskiq.steps.tracking import Tracking
 from dagster_taskiq.storage import engine_events
+from dagster_taskiq.storage.event_log import run_will_resume
 from dagster_taskiq.storage.running_steps import StopOfSteps
 
 _BEING_STOPPED: Final = {*FINISHED_STATUSES, DagsterRunStatus.CANCELING}
@@ -48,7 +49,7 @@ class Stopping:
             return
         if cancelled:
             self._make_sure_that_it_is_canceling()
-        if not self.run_is_being_stopped() and plan.instance.run_will_resume(plan.context.run_id):
+        if not self.run_is_being_stopped() and run_will_resume(plan.instance, plan.context.run_id):
             plan.engine_event("Interrupted; the steps go on, because the run will be resumed")
             return
         yield from self.cancel_steps()

@@ -16,6 +16,7 @@ from dagster_taskiq.storage import engine_events
 from dagster_taskiq.storage.engine_events import Stage
 from dagster_taskiq.storage.event_log import RunLog, parse_event
 from dagster_taskiq.storage.running_steps import RunningSteps
+from dagster_taskiq.storage.step_claims import StepClaims, StepState
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +80,8 @@ class Tracking:
             return
         self._looked_after_workers_at = now
         self._log.look_again()
-        step_keys = self.open.step_keys
-        for task_id, worker_id in self._dead_workers().items():
+        step_keys = {plan.task_id(step_key): step_key for step_key in plan.running} | self.open.step_keys
+        for task_id, worker_id in self._dead_workers(claimed=True).items():
             self.open.close(task_id)
             step_key = step_keys[task_id]
             if step_key in plan.running and task_id == plan.task_id(step_key):
@@ -92,16 +93,26 @@ class Tracking:
         for task_id in self._dead_workers():
             self.open.close(task_id)
 
-    def _dead_workers(self) -> dict[str, str]:
-        """Task id to worker, of the open steps whose worker is dead. "Cannot tell" is alive."""
-        if not self.open.workers:
-            return {}
+    def _dead_workers(self, *, claimed: bool = False) -> dict[str, str]:
+        """Task id to worker, of the open steps whose worker is dead. "Cannot tell" is alive.
+
+        `claimed`: also of steps whose worker has claimed them and has died before it wrote so into the log.
+        """
+        plan = self._plan
         try:
-            alive = self._plan.handler.workers_alive(self._plan.instance, set(self.open.workers.values()))
+            workers = {**(self._claimed_silently() if claimed else {}), **self.open.workers}
+            alive = plan.handler.workers_alive(plan.instance, set(workers.values())) if workers else set()
         except Exception:
-            logger.exception("cannot look after the workers; going on", extra={"run_id": self._plan.context.run_id})
+            logger.exception("cannot look after the workers; going on", extra={"run_id": plan.context.run_id})
             return {}
-        return {task_id: worker for task_id, worker in self.open.workers.items() if worker not in alive}
+        return {task_id: worker for task_id, worker in workers.items() if worker not in alive}
+
+    def _claimed_silently(self) -> dict[str, str]:
+        """Task id to worker, of steps that somebody has claimed, of which the log says nothing (yet)."""
+        plan = self._plan
+        silent = [task_id for task_id in map(plan.task_id, plan.running) if task_id not in self.open.workers]
+        claims = StepClaims(plan.instance).read(plan.context.run_id, silent).values()
+        return {claim.task_id: claim.worker_id for claim in claims if claim.state is not StepState.RELEASED}
 
     def resume(self) -> Iterator[DagsterEvent]:
         """Find out what the run's earlier process has left: finished, running, lost, or never sent (`unsent`)."""

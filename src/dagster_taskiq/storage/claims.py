@@ -1,118 +1,221 @@
-"""Who works on a run or a step? Claims, which are engine events in the run's own log.
+"""Who works on a run? One row per run in Dagster's key-value storage, changed only by compare-and-swap.
 
-Knows Dagster's event log and the workers' heartbeats; not SQS, not processes. All calls block on the database.
-
-Two receivers of one message both append their claim before they read the log, so at least one of them sees the other.
-Their order in the log alone does not decide: PostgreSQL gives ids before it commits, so an earlier claim can become
-visible after a later one has been read and acted upon. Therefore no worker starts while there is a rival: the later one
-gives way to the earlier one, and the earlier one waits for that (`rival`).
+Knows that storage and the workers' heartbeats; not SQS, not processes. All calls block on the database. The events
+"picked up by …" and "released by …" are written after the row: they are for people, and decide nothing.
 """
 
-from dataclasses import dataclass, field
+import json
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from typing import Final
 
-from dagster import DagsterInstance, DagsterRun
+from dagster import DagsterInstance, DagsterRun, RunsFilter
 
-from dagster_taskiq.storage.engine_events import (
-    TASK_ID_KEY,
-    WORKER_KEY,
-    Stage,
-    picked_up,
-    released,
-)
-from dagster_taskiq.storage.event_log import StepRef, append_event, read_engine_events
+from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
+from dagster_taskiq.dagster_compat.key_values import delete_value, insert_value, read_values, replace_value
+from dagster_taskiq.dagster_compat.storage import delete_values, values_under
+from dagster_taskiq.storage.engine_events import EngineEvent, picked_up, released
+from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.heartbeats import Heartbeats
+
+logger = logging.getLogger(__name__)
+
+_PREFIX: Final = "dagster-taskiq/claim/"
+"""With a run's id, a UUID, it is shorter than the 64 characters that MySQL's unique index has of a key."""
+_BATCH: Final = 500
+
+
+class ClaimState(StrEnum):
+    """What a claim's row says."""
+
+    HELD = "held"
+    RELEASED = "released"
+    """Nobody has the run; the epoch is kept."""
+    GIVEN_UP = "given up"
+    """Run monitoring was told that the worker is dead, and is about to resume the run or to fail it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The row of one run."""
+
+    run_id: str
+    epoch: int
+    """Higher than that of every earlier claim on the run."""
+    worker_id: str
+    task_id: str
+    state: ClaimState
+    since: float
+    """When the row was last changed, in seconds since the epoch, by the clock of who changed it."""
+    stored: str = field(default="", repr=False, compare=False)
+    """The row as it was read: what a change has to find."""
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
     """The worker that holds the claim on a run."""
 
-    worker_id: str
+    claim: Claim
     alive: bool
     in_doubt: bool = False
     """Its heartbeat is old, but it is too early to call it dead."""
-    beside: tuple[str, ...] = field(default=(), compare=False)
-    """Other workers that have also claimed it and not released it."""
 
-
-def _beside(claimants: dict[str, None], owner: str) -> tuple[str, ...]:
-    return tuple(worker_id for worker_id in claimants if worker_id != owner)
+    @property
+    def worker_id(self) -> str:
+        """The worker's id."""
+        return self.claim.worker_id
 
 
 class Claims:
-    """Reads and writes claims. `heartbeats` decides whether a claimant is alive."""
+    """Reads and changes claims, and remembers which of them this process has. `heartbeats` decides who is alive."""
 
     def __init__(self, instance: DagsterInstance, heartbeats: Heartbeats) -> None:
         self.instance = instance
         self.heartbeats = heartbeats
+        self._mine: dict[str, Claim] = {}
 
-    def claim(self, run: DagsterRun, worker_id: str, task_id: str, where: str, step_key: str | None = None) -> None:
-        """Append the claim. Afterwards `owner` or `first_claimant`, and `rival`, show whether it counts."""
-        append_event(self.instance, run, picked_up(worker_id, task_id, where), step_key)
+    # Reading
 
-    def release(self, run: DagsterRun, worker_id: str, task_id: str, why: str, step_key: str | None = None) -> None:
-        """Give up the claim, so that another worker's claim counts although this worker is alive."""
-        append_event(self.instance, run, released(worker_id, task_id, why), step_key)
+    def read(self, run_ids: Iterable[str]) -> dict[str, Claim]:
+        """The claims on these runs, released ones included, in one query."""
+        keys = {_key(run_id): run_id for run_id in run_ids}
+        return {keys[key]: _parsed(value) for key, value in read_values(self.instance, keys).items()}
 
-    def is_waiting(self, run_id: str) -> bool:
-        """Whether the run was submitted (launched, or resumed) and no worker has claimed that task."""
-        submitted, claimed = None, set()
-        for stage, facts in read_engine_events(self.instance, run_id):
-            if stage is Stage.SUBMITTED:
-                submitted = facts.get(TASK_ID_KEY)
-            elif stage is Stage.PICKED_UP:  # the worker may be faster than the launcher's event
-                claimed.add(facts.get(TASK_ID_KEY))
-        return submitted is not None and submitted not in claimed
+    def owners(self, run_ids: Iterable[str]) -> dict[str, Owner]:
+        """Who holds the claims on these runs, in two queries. A run that nobody has is not in it."""
+        held = {run_id: claim for run_id, claim in self.read(run_ids).items() if claim.state is not ClaimState.RELEASED}
+        alive, in_doubt = self.heartbeats.look(claim.worker_id for claim in held.values())
+        return {
+            run_id: Owner(
+                claim,
+                # One that was given up stays so: monitoring has acted upon it.
+                alive=claim.worker_id in alive | in_doubt and claim.state is ClaimState.HELD,
+                in_doubt=claim.worker_id in in_doubt and claim.state is ClaimState.HELD,
+            )
+            for run_id, claim in held.items()
+        }
 
-    def first_claimant(self, run_id: str, step: StepRef) -> str | None:
-        """The worker whose claim on a step counts, alive or not: an attempt is never started a second time."""
-        return next(iter(self._claimants(run_id, step)), None)
+    def owner(self, run_id: str) -> Owner | None:
+        """Who holds the claim on a run; None: nobody."""
+        return self.owners([run_id]).get(run_id)
 
-    def owner(self, run_id: str, me: str | None = None) -> Owner | None:
-        """The first claimant that is alive; if none is, the last one; None when no worker has claimed the run.
+    # Changing
 
-        `me` is alive by definition.
+    def take(self, run: DagsterRun, worker_id: str, task_id: str, where: str, seen: Claim | None) -> Claim | None:
+        """Claim a run whose row is as it was `seen` (None: there was none), under a new epoch.
+
+        None: it was changed meanwhile, so somebody else was quicker.
         """
-        claimants = self._claimants(run_id)
-        if not claimants:
+        claim = self._swap(run.run_id, seen, worker_id, task_id, ClaimState.HELD)
+        if claim is None:
             return None
-        if me is not None and next(iter(claimants)) == me:
-            return Owner(me, alive=True, beside=_beside(claimants, me))
-        alive, in_doubt = self.heartbeats.look(worker_id for worker_id in claimants if worker_id != me)
-        for worker_id in claimants:
-            if worker_id == me or worker_id in alive:
-                return Owner(worker_id, alive=True, beside=_beside(claimants, worker_id))
-            if worker_id in in_doubt:
-                return Owner(worker_id, alive=True, in_doubt=True)
-        return Owner([*claimants][-1], alive=False)
+        newer = self._mine.get(run.run_id)
+        if newer is None or newer.epoch < claim.epoch:  # or else this is a call that was given up, and came late
+            self._mine[run.run_id] = claim
+        if seen is not None and seen.state is not ClaimState.RELEASED and seen.worker_id != worker_id:
+            self._note(run, released(seen.worker_id, seen.task_id, f"it is dead, and {worker_id} takes over"))
+        self._note(run, picked_up(worker_id, task_id, where))
+        return claim
 
-    def rival(self, run_id: str, me: str, step: StepRef | None = None) -> str | None:
-        """Another worker that has claimed the same work and not given way.
+    def release(self, run: DagsterRun, why: str, claim: Claim | None = None) -> bool:
+        """Give up this process's claim, so that another worker may have the run although this one is alive.
 
-        A dead worker is not a rival, except for a step: it may have executed the step.
+        False: there was nothing to give up, because it was lost before. `claim`: only this one.
         """
-        others = [worker_id for worker_id in self._claimants(run_id, step) if worker_id != me]
-        counting = self.heartbeats.alive(others) if step is None else others
-        return next((worker_id for worker_id in others if worker_id in counting), None)
+        claim = claim or self._mine.get(run.run_id)
+        if claim is None:
+            return False
+        done = self._swap(run.run_id, claim, claim.worker_id, claim.task_id, ClaimState.RELEASED) is not None
+        if self._mine.get(run.run_id) == claim:
+            self._mine.pop(run.run_id, None)
+        if done:
+            self._note(run, released(claim.worker_id, claim.task_id, why))
+        return done
 
-    def release_dead_claims(self, run: DagsterRun, me: str, task_id: str) -> None:
-        """Release the claims of dead workers, in their name, after this worker has taken over.
+    def give_up(self, run_id: str, seen: Claim) -> bool:
+        """Before monitoring is told that the worker of a run is dead. False: somebody has taken the run over.
 
-        One of them may only hang. When it continues, it finds that its claim is gone.
+        From here on nobody takes it over with the old message, as long as monitoring needs to resume or to fail it.
         """
-        others = [worker_id for worker_id in self._claimants(run.run_id) if worker_id != me]
-        alive = self.heartbeats.alive(others)
-        for worker_id in others:
-            if worker_id not in alive:
-                self.release(run, worker_id, task_id, f"it is dead, and {me} takes over")
+        return self._swap(run_id, seen, seen.worker_id, seen.task_id, ClaimState.GIVEN_UP) is not None
 
-    def _claimants(self, run_id: str, step: StepRef | None = None) -> dict[str, None]:
-        """Workers that have claimed and not released, in the order of their claims."""
-        claimants: dict[str, None] = {}
-        for stage, facts in read_engine_events(self.instance, run_id, step):
-            worker_id = str(facts.get(WORKER_KEY))
-            if stage is Stage.PICKED_UP:
-                claimants.setdefault(worker_id)
-            elif stage is Stage.RELEASED:
-                claimants.pop(worker_id, None)
-        return claimants
+    def forget(self, run_id: str) -> None:
+        """Delete this process's claim on a run that is final."""
+        claim = self._mine.pop(run_id, None)
+        if claim is not None:
+            delete_value(self.instance, _key(run_id), claim.stored)
+
+    # Is it still ours?
+
+    def mine(self, run_id: str) -> Claim | None:
+        """This process's claim on a run, as far as it knows."""
+        return self._mine.get(run_id)
+
+    def lost(self) -> dict[str, Claim]:
+        """Of this process's claims, by run, those that it has no longer, in one query; none while it has no claim."""
+        mine = dict(self._mine)
+        now = self.read(mine) if mine else {}
+        return {
+            run_id: claim
+            for run_id, claim in mine.items()
+            # A row that was deleted belongs to a run that somebody else has brought to its end.
+            if run_id not in now or (now[run_id].epoch, now[run_id].state) != (claim.epoch, ClaimState.HELD)
+        }
+
+    def holds(self, run_id: str) -> bool:
+        """Whether this process has the claim on a run. To be asked before anything about the run is written."""
+        claim = self._mine.get(run_id)
+        now = self.read([run_id]).get(run_id) if claim is not None else None
+        return claim is not None and now is not None and now.stored == claim.stored
+
+    def _swap(self, run_id: str, seen: Claim | None, worker_id: str, task_id: str, state: ClaimState) -> Claim | None:
+        epoch = seen.epoch if seen is not None else 0
+        # A release keeps the epoch: whoever reads it knows which claim ended.
+        epoch = epoch if state is ClaimState.RELEASED else epoch + 1
+        claim = Claim(run_id, epoch, worker_id, task_id, state, time.time())
+        facts = {name: value for name, value in asdict(claim).items() if name != "stored"}
+        claim = replace(claim, stored=json.dumps(facts))
+        key = _key(run_id)
+        if seen is None:
+            done = insert_value(self.instance, key, claim.stored)
+        else:
+            done = replace_value(self.instance, key, seen.stored, claim.stored)
+        return claim if done else None
+
+    def _note(self, run: DagsterRun, event: EngineEvent) -> None:
+        try:
+            append_event(self.instance, run, event)
+        except Exception:  # the row decides
+            logger.exception("engine event could not be written", extra={"run_id": run.run_id})
+
+
+def forget_old_claims(instance: DagsterInstance, heartbeats: Heartbeats) -> None:
+    """Delete the claims on runs that are finished, or were deleted, and whose worker did not come to do it."""
+    claims = [_parsed(value) for value in values_under(instance, _PREFIX).values()]
+    alive = heartbeats.alive(claim.worker_id for claim in claims)
+    left = [claim for claim in claims if claim.worker_id not in alive or claim.state is not ClaimState.HELD]
+    for start in range(0, len(left), _BATCH):
+        some = left[start : start + _BATCH]
+        runs = instance.get_runs(RunsFilter(run_ids=[claim.run_id for claim in some]))
+        going_on = {run.run_id for run in runs if run.status not in FINISHED_STATUSES}
+        delete_values(instance, [_key(claim.run_id) for claim in some if claim.run_id not in going_on])
+
+
+def _key(run_id: str) -> str:
+    return _PREFIX + run_id
+
+
+def _parsed(value: str) -> Claim:
+    facts: Mapping[str, object] = json.loads(value)
+    return Claim(
+        run_id=str(facts["run_id"]),
+        epoch=int(str(facts["epoch"])),
+        worker_id=str(facts["worker_id"]),
+        task_id=str(facts["task_id"]),
+        state=ClaimState(str(facts["state"])),
+        since=float(str(facts["since"])),
+        stored=value,
+    )

@@ -7,7 +7,7 @@ from typing import Any, Final
 from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun
 
 from dagster_taskiq._text import clean_text
-from dagster_taskiq.dagster_compat.api import EngineEventData
+from dagster_taskiq.dagster_compat.api import RESUME_RUN_LOG_MESSAGE, EngineEventData
 from dagster_taskiq.dagster_compat.execution import error_info
 from dagster_taskiq.dagster_compat.retry import retry_storage
 from dagster_taskiq.dagster_compat.storage import event_of, events_of_step
@@ -106,15 +106,21 @@ def parse_event(event: DagsterEvent) -> tuple[Stage, dict[str, Any]] | None:
 def read_engine_events(
     instance: DagsterInstance, run_id: str, step: StepRef | None = None
 ) -> Iterator[tuple[Stage, dict[str, Any]]]:
-    """Stage and metadata of this package's engine events in a run's log, in order: those of the run, or of one step."""
-    if step is not None:
-        for event in events_of_step(instance, run_id, step.step_key, [DagsterEventType.ENGINE_EVENT]):
-            parsed = parse_event(event)
-            if parsed is not None and parsed[1].get(TASK_ID_KEY) == step.task_id:
-                yield parsed
-        return
-    for entry in instance.all_logs(run_id, of_type=DagsterEventType.ENGINE_EVENT):
-        event_ = event_of(entry)
-        parsed = parse_event(event_) if event_ is not None and event_.step_key is None else None
-        if parsed is not None:
+    """Stage and metadata of this package's engine events in a run's log, in order: those of the run, or of one step.
+
+    Neither reads what the other steps of the run have written.
+    """
+    step_key = step.step_key if step is not None else None
+    for event in events_of_step(instance, run_id, step_key, [DagsterEventType.ENGINE_EVENT]):
+        parsed = parse_event(event)
+        if parsed is not None and (step is None or parsed[1].get(TASK_ID_KEY) == step.task_id):
             yield parsed
+
+
+def run_will_resume(instance: DagsterInstance, run_id: str) -> bool:
+    """As `DagsterInstance.run_will_resume`, which reads every engine event of the run's steps."""
+    allowed = instance.run_monitoring_max_resume_run_attempts if instance.run_monitoring_enabled else 0
+    if not allowed:
+        return False
+    events = events_of_step(instance, run_id, None, [DagsterEventType.ENGINE_EVENT])
+    return sum(event.message == RESUME_RUN_LOG_MESSAGE for event in events) < allowed

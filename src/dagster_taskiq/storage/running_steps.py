@@ -1,12 +1,11 @@
-"""Which steps of a run are being worked on, and by which worker? From the run's event log alone."""
+"""Which steps of a run are being worked on, and by which worker, as the run's executor reads it in the event log."""
 
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from dagster import DagsterEvent, DagsterEventType, DagsterInstance
+from dagster import DagsterEvent
 
-from dagster_taskiq.dagster_compat.storage import event_of
 from dagster_taskiq.storage.engine_events import ENDED_KEY, TASK_ID_KEY, WORKER_KEY, Stage
 from dagster_taskiq.storage.event_log import parse_event
 
@@ -69,16 +68,6 @@ class RunningSteps:
         attempt = self._open.pop(task_id, None)
         if attempt is not None:
             attempt.over_on.update(attempt.claimants)
-
-
-def running_steps(instance: DagsterInstance, run_id: str) -> RunningSteps:
-    """The running steps of a run, by its log: a worker of one of them may have died since."""
-    found = RunningSteps()
-    for entry in instance.all_logs(run_id, of_type=DagsterEventType.ENGINE_EVENT):
-        event = event_of(entry)
-        if event is not None:
-            found.handle_event(event)
-    return found
 
 
 class StopOfSteps:

@@ -17,7 +17,9 @@ from dagster_taskiq.process.supervise import ChildEnd, Processes
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.sqs.settlement import Settled, Settlement
 from dagster_taskiq.storage.claims import Claims
+from dagster_taskiq.storage.event_log import StepRef
 from dagster_taskiq.storage.heartbeats import Heartbeats
+from dagster_taskiq.storage.step_claims import StepClaims
 from dagster_taskiq.storage.tags import grace_of
 from dagster_taskiq.tasks.running_task import RunningTask
 
@@ -40,6 +42,7 @@ class WorkerContext:
     instance: DagsterInstance
     settings: Settings
     claims: Claims
+    step_claims: StepClaims
     heartbeats_of_steps: Heartbeats
     """The workers of steps are called dead later than those of runs."""
     processes: Processes
@@ -80,21 +83,21 @@ class WorkerContext:
         if task is None:
             return False
         try:
-            owner = await self.lane.call(self.claims.owner, task.run_id, self.worker_id)
+            return await self.lane.call(self.claims.holds, task.run_id)
         except Exception:  # nothing is killed because the database did not answer: the claim was ours and is
             logger.exception("cannot read the claims; going on", extra={"run_id": task.run_id})
             return True
-        return owner is not None and owner.worker_id == self.worker_id
 
     def hand_back_later(self) -> Settled:
         """The message is to come again after its visibility timeout."""
         return Settled(Settlement.HAND_BACK, self.settings.visibility_timeout_seconds)
 
-    async def give_up(
-        self, run: DagsterRun, task_id: str, why: str, *, delay_s: int, step_key: str | None = None
-    ) -> Settled:
+    async def give_up(self, run: DagsterRun, why: str, *, delay_s: int, step: StepRef | None = None) -> Settled:
         """Release the claim, so that another worker may have the work; its message is handed back."""
-        await self.lane.call(self.claims.release, run, self.worker_id, task_id, why, step_key)
+        if step is None:
+            await self.lane.call(self.claims.release, run, why)
+        else:
+            await self.lane.call(self.step_claims.release, run, step, self.worker_id, why)
         return Settled(Settlement.HAND_BACK, delay_s)
 
     # What is measured

@@ -22,9 +22,9 @@ from dagster_taskiq.dagster_compat.storage import deserialize_entry
 from dagster_taskiq.process.supervise import ChildEnd
 from dagster_taskiq.sqs.settlement import Settlement
 from dagster_taskiq.storage.engine_events import cleanup_failed, finished_all_the_same, left_behind
-from dagster_taskiq.storage.event_log import append_event
-from dagster_taskiq.storage.running_steps import running_steps
+from dagster_taskiq.storage.event_log import append_event, run_will_resume
 from dagster_taskiq.storage.status_repair import restore, terminal_events, true_status
+from dagster_taskiq.storage.step_claims import StepClaims
 
 _NOT_BEGUN: Final = {DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING}
 
@@ -147,7 +147,7 @@ def examine(
             kind=kind,
             held=DagsterEventType(held["verdict"]) if held else None,
             took_hold=bool(held.get("took_hold")),
-            will_resume=run is not None and kind is not CancelKind.REQUESTED and instance.run_will_resume(run_id),
+            will_resume=run is not None and kind is not CancelKind.REQUESTED and run_will_resume(instance, run_id),
             clean_exit=end is not None and end.exit_code == 0,
         )
     )
@@ -160,7 +160,7 @@ def examine(
         entry=str(held.get("entry", "")),
         failure=_failure_message(end, cancellation, worker_id),
         held=DagsterEventType(held["verdict"]) if held else None,
-        has_steps=action in _AFTER_ITS_STEPS and bool(running_steps(instance, run_id).workers),
+        has_steps=action in _AFTER_ITS_STEPS and bool(StepClaims(instance).running(run_id)),
         cleanup=cleanup_record(instance, run_id) if _is_cancelled(action, kind, run, history) else CleanupRecord(),
     )
 

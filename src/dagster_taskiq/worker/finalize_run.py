@@ -19,7 +19,7 @@ from dagster_taskiq.process.supervise import ChildEnd
 from dagster_taskiq.sqs.settlement import Settled, Settlement
 from dagster_taskiq.storage import engine_events
 from dagster_taskiq.storage.event_log import append_event
-from dagster_taskiq.storage.running_steps import StopOfSteps, running_steps
+from dagster_taskiq.storage.running_steps import StopOfSteps
 from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, add_own_tags, own_tags
 from dagster_taskiq.worker.cleanup_task import clean_up
 from dagster_taskiq.worker.context import WorkerContext
@@ -86,11 +86,14 @@ class _Finalization:
         self._measure(conclusion)
         self._tell(conclusion.outcome, conclusion.reason(self._end, self._cancellation))
         if conclusion.settlement is Settlement.LEAVE:
-            release = self._context.claims.release
-            await self._context.lane.call(
-                release, self._run, self._context.worker_id, self._task_id, "the lease was lost"
-            )
+            await self._context.lane.call(self._context.claims.release, self._run, "the lease was lost")
+        else:
+            await self._blocking(self._forget_claims, "delete the claims on a run that is final")
         return Settled(conclusion.settlement)
+
+    def _forget_claims(self) -> None:
+        self._context.claims.forget(self._run.run_id)
+        self._context.step_claims.forget(self._run.run_id)
 
     async def _blocking(self, call: Callable[[], _T], doing: str) -> _T:
         # The child is gone and the message still ours: nobody else can do this better, so not at once give up.
@@ -100,8 +103,10 @@ class _Finalization:
         return await self._blocking(self._look, "look how a run has to end")
 
     def _look(self) -> Conclusion:
-        worker_id = self._context.worker_id
-        return examine(self._context.instance, self._run.run_id, self._end, self._cancellation, worker_id)
+        context, run_id = self._context, self._run.run_id
+        if not context.claims.holds(run_id):
+            self._cancellation = Cancellation(CancelKind.LEASE_LOST, "another worker has taken over")
+        return examine(context.instance, run_id, self._end, self._cancellation, context.worker_id)
 
     async def _keep_reason(self, run: DagsterRun | None) -> None:
         """What somebody gave who only sent a cancel message. The launcher keeps what it is given."""
@@ -138,7 +143,7 @@ class _Finalization:
 
     async def _give_up(self, why: str) -> Settled:
         self._tell(HANDED_BACK, why)
-        return await self._context.give_up(self._run, self._task_id, why, delay_s=0)
+        return await self._context.give_up(self._run, why, delay_s=0)
 
     def _measure(self, conclusion: Conclusion) -> None:
         if self._cancellation is not None and self._cancellation.kind is CancelKind.REQUESTED:
@@ -155,8 +160,9 @@ async def stop_steps(context: WorkerContext, run: DagsterRun, *, patient: bool =
 
     async def left() -> tuple[dict[str, str], list[str]]:
         def look() -> tuple[dict[str, str], list[str]]:
-            steps = running_steps(context.instance, run.run_id)
-            return steps.step_keys, [*context.steps_left(steps.workers)]
+            steps = context.step_claims.running(run.run_id)
+            workers = {task_id: claim.worker_id for task_id, claim in steps.items()}
+            return {task_id: claim.step_key for task_id, claim in steps.items()}, [*context.steps_left(workers)]
 
         return await retry_async(lambda: context.lane.call(look), doing="look for steps", for_s=DATABASE_RETRY_S)
 

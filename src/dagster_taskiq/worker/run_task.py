@@ -93,7 +93,7 @@ class RunWork:
         context = self._context
         run = context.instance.get_run_by_id(candidate.run_id)
         if run is not None:
-            context.claims.release(run, context.worker_id, candidate.task_id, "it could not be carried out here")
+            context.claims.release(run, "it could not be carried out here")
 
     async def _follow(self, decision: Decision, candidate: Candidate, task: RunningTask) -> Settled:
         context, run = self._context, decision.run
@@ -126,7 +126,7 @@ class RunWork:
         log = WorkLog(run, context.worker_id, why=decision.why, again=kind == "resume_run")
         if decision.is_stale(context.settings.dead_after_s) and not task.signal.is_set:
             log.ended(HANDED_BACK, "the worker hung")
-            return await context.give_up(run, task.task_id, "the worker hung", delay_s=0)
+            return await context.give_up(run, "the worker hung", delay_s=0)
         writer = EventWriter(context.instance, run, context.worker_id, task.signal, lane=context.lane)
         work = ChildWork(
             target=RUN_TARGET,
@@ -138,7 +138,7 @@ class RunWork:
             end = await run_child(context, work, task.signal, writer)
         if isinstance(end, NotStarted):
             log.ended(HANDED_BACK, end.why)
-            return await context.give_up(run, task.task_id, end.why, delay_s=end.delay_s)
+            return await context.give_up(run, end.why, delay_s=end.delay_s)
         writer.record_end(end)
         cancellation = task.signal.cancellation
         if end is not None:
@@ -151,10 +151,8 @@ class RunWork:
         """This worker hung, and its child was stopped meanwhile: has another one taken over?"""
         context = self._context
         logger.warning("this worker hung; its run was interrupted", extra={"run_id": run.run_id})
-        owner = await retry_async(
-            lambda: context.lane.call(context.claims.owner, run.run_id, context.worker_id), doing="read the claims"
-        )
-        if owner is None or owner.worker_id != context.worker_id:
+        ours = await retry_async(lambda: context.lane.call(context.claims.holds, run.run_id), doing="read the claims")
+        if not ours:
             return Cancellation(CancelKind.LEASE_LOST, "another worker has taken over")
         return cancellation or Cancellation(CancelKind.SHUTDOWN, "the worker hung")
 

@@ -39,8 +39,9 @@ from dagster_taskiq.queue_names import queue_name
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.sqs.client import WARM_UP as SQS_WARM_UP
 from dagster_taskiq.sqs.s3_payloads import PayloadBucket
-from dagster_taskiq.storage.claims import Claims
+from dagster_taskiq.storage.claims import Claims, forget_old_claims
 from dagster_taskiq.storage.heartbeats import Heartbeats
+from dagster_taskiq.storage.step_claims import StepClaims
 from dagster_taskiq.storage.step_state import forget_old_states
 from dagster_taskiq.storage.tags import TASK_ID_TAG
 from dagster_taskiq.tasks.cancel_listener import CancelListener
@@ -223,6 +224,7 @@ class Worker:
             instance=self._instance,
             settings=settings,
             claims=Claims(self._instance, self._heartbeats),
+            step_claims=StepClaims(self._instance),
             heartbeats_of_steps=Heartbeats.of_steps(self._instance, settings),
             processes=self._fork_server,
             worker_id=self.worker_id,
@@ -280,6 +282,7 @@ class Worker:
         with suppress(Exception):  # housekeeping; the next worker does it as well
             await self._lane.call(self._heartbeats.forget_the_long_dead)
             await self._lane.call(forget_old_states, self._instance)
+            await self._lane.call(forget_old_claims, self._instance, self._heartbeats)
 
     async def _stop_what_does_not_finish(
         self, receivers: Sequence[CancellableReceiver], context: WorkerContext

@@ -72,8 +72,6 @@ class StepWork:
         if decision.action is not Action.START:  # of which `_execute` logs that it begins
             extra["reason"] = decision.why
             logger.info("step not started: %s", decision.action.value, extra=extra)
-        if decision.action is Action.HAND_BACK:
-            return self._context.hand_back_later()
         if decision.action is not Action.START or decision.run is None:
             return Settled(Settlement.DELETE)
         return await self._execute(message, decision, decision.run, task)
@@ -87,10 +85,10 @@ class StepWork:
 
         def look_and_claim() -> Decision:
             nonlocal looked
-            had_before = None if looked else admit_step_again(context.claims, step, candidate)
+            had_before = None if looked else admit_step_again(context.step_claims, step, candidate)
             # From here on a claim of ours may be this one: a database that fails in between must not make us drop it.
             looked = True
-            return had_before or admit_step(context.instance, context.claims, step, candidate)
+            return had_before or admit_step(context.instance, context.step_claims, step, candidate)
 
         return await retry_async(
             lambda: context.lane.call(look_and_claim),
@@ -100,15 +98,8 @@ class StepWork:
         )
 
     async def _execute(self, message: StepMessage, decision: Decision, run: DagsterRun, task: RunningTask) -> Settled:
-        context, signal = self._context, task.signal
-        writer = EventWriter(
-            context.instance,
-            run,
-            context.worker_id,
-            signal,
-            StepRef(message.step_key, message.task_id),
-            lane=context.lane,
-        )
+        context, signal, step = self._context, task.signal, StepRef(message.step_key, message.task_id)
+        writer = EventWriter(context.instance, run, context.worker_id, signal, step, lane=context.lane)
         context.measure_wait(task, "step")
         log = WorkLog(run, context.worker_id, step_key=message.step_key)
         end, why = None, "its worker hung after it had claimed it"
@@ -118,7 +109,12 @@ class StepWork:
         if isinstance(end, NotStarted) or (end is None and signal.is_shutdown):
             why, delay_s = (end.why, end.delay_s) if end is not None else ("the worker shuts down", 0)
             log.ended(HANDED_BACK, why)
-            return await context.give_up(run, task.task_id, why, delay_s=delay_s, step_key=message.step_key)
+            return await context.give_up(run, why, delay_s=delay_s, step=step)
+        # Before the event that it is over: the run may be final, and its claims deleted, as soon as that is read.
+        await retry_async(
+            lambda: context.lane.call(context.step_claims.end, run.run_id, step, context.worker_id),
+            doing="write that a step is over",
+        )
         said = [one["step_ended"] for one in (end.messages if end is not None else ()) if "step_ended" in one]
         reported = bool(said)
         writer.record_end(end, reported=reported)

@@ -69,7 +69,7 @@ def canceling(platform: Platform) -> str:
 
 def claim(platform: Platform, run_id: str, *, alive: bool) -> None:
     claims = Claims(platform.instance, Heartbeats(platform.instance, 60, 5))
-    claims.claim(platform.run(run_id), ELSEWHERE, platform.task_id(run_id), "elsewhere")
+    assert claims.take(platform.run(run_id), ELSEWHERE, platform.task_id(run_id), "elsewhere", None)
     claims.heartbeats.beat(ELSEWHERE) if alive else claims.heartbeats.gone(ELSEWHERE)
 
 

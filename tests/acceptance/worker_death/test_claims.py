@@ -12,6 +12,7 @@ from tests.support.platform import Platform
 from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.event_log import StepRef
 from dagster_taskiq.storage.heartbeats import Heartbeats
+from dagster_taskiq.storage.step_claims import StepClaims
 from dagster_taskiq.worker.admission import Action, Candidate, Decision, admit_run, admit_step
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.postgres, pytest.mark.timeout(180)]
@@ -54,7 +55,7 @@ def count(platform: Platform, what: str) -> Counter[int]:
             candidate = Candidate("execute_run" if what == "run" else "execute_step", run_id, "task", name, "here")
             if what == "run":
                 return admit_run(instance, claims, candidate)
-            return admit_step(instance, claims, StepRef("quick", "task"), candidate)
+            return admit_step(instance, StepClaims(instance), StepRef("quick", "task"), candidate)
 
         actions = at_once(str(platform.home), decide)
         assert set(actions) <= {Action.START, *GIVES_WAY}, actions

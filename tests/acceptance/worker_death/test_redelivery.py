@@ -14,8 +14,9 @@ from tests.support.platform import Platform, WorkerProcess
 from tests.support.waiting import wait_until
 
 from dagster_taskiq.dagster_compat.api import RESUME_RUN_LOG_MESSAGE, WorkerStatus
-from dagster_taskiq.storage.engine_events import Stage, picked_up, submitted
-from dagster_taskiq.storage.event_log import append_event
+from dagster_taskiq.storage.claims import Claims
+from dagster_taskiq.storage.engine_events import Stage
+from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.tags import TASK_ID_TAG
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
@@ -171,16 +172,22 @@ def test_dagsters_monitoring_leaves_a_healthy_run_alone(endpoint: str) -> None:
         assert platform.mark_counts(run_id)["started"] == 1
 
 
-def test_a_dead_worker_that_was_quicker_than_the_launchers_note_is_found_dead(endpoint: str) -> None:
-    """It picked the run up before "Submitted to queue …" was written."""
+def test_a_run_that_was_resumed_waits_and_is_not_given_up_once_more(endpoint: str) -> None:
+    """Of a dead worker's run it is told once that it is lost, for each time that a worker had it."""
     with open_platform(endpoint) as platform:
         run = platform.create("quick_job")
         platform.report(run, DagsterEventType.RUN_STARTING, DagsterEventType.RUN_START)
-        for note in (picked_up("gone-1", "task-1", "nowhere"), submitted("task-1", "queue")):
-            append_event(platform.instance, run, note)
+        claims = Claims(platform.instance, Heartbeats(platform.instance, 60, 5))
+        claims.heartbeats.gone("gone-1")
         look = platform.launcher.check_run_worker_health
-        assert look(platform.run(run.run_id)).status is WorkerStatus.NOT_FOUND
-        append_event(platform.instance, run, submitted("task-2", "queue"))
-        assert look(platform.run(run.run_id)).status is WorkerStatus.RUNNING
-        append_event(platform.instance, run, picked_up("gone-2", "task-2", "nowhere"))
-        assert look(platform.run(run.run_id)).status is WorkerStatus.NOT_FOUND
+        for task_id, epoch in (("task-1", 1), ("task-2", 3)):
+            platform.instance.add_run_tags(run.run_id, {TASK_ID_TAG: task_id})
+            as_monitoring_has_read_it = platform.run(run.run_id)
+            assert look(as_monitoring_has_read_it).status is WorkerStatus.RUNNING, "waiting"
+            taken = claims.take(run, "gone-1", task_id, "nowhere", claims.read([run.run_id]).get(run.run_id))
+            assert taken is not None
+            assert taken.epoch == epoch
+            assert look(as_monitoring_has_read_it).status is WorkerStatus.NOT_FOUND
+            assert not claims.holds(run.run_id), "whoever was given up has lost it, also if it lives"
+        platform.instance.add_run_tags(run.run_id, {TASK_ID_TAG: "task-3"})
+        assert look(as_monitoring_has_read_it).status is WorkerStatus.RUNNING, "resumed meanwhile"

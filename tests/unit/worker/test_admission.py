@@ -3,13 +3,14 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, job
 from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
 from dagster._core.storage.tags import BACKFILL_ID_TAG
 
-from dagster_taskiq.storage.claims import Claims, Owner
+from dagster_taskiq.storage.claims import Claim, Claims, ClaimState, forget_old_claims
 from dagster_taskiq.storage.engine_events import Stage
 from dagster_taskiq.storage.event_log import read_engine_events
 from dagster_taskiq.storage.heartbeats import Heartbeats
@@ -40,9 +41,14 @@ class World:
         for event in events:
             self.instance.report_dagster_event(DagsterEvent(event.value, "nothing", message=""), run.run_id)
 
-    def claimed_by(self, run: DagsterRun, worker_id: str, *, alive: bool) -> None:
-        self.claims.claim(run, worker_id, TASK, "somewhere")
+    def claimed_by(self, run: DagsterRun, worker_id: str, *, alive: bool) -> Claims:
+        theirs = Claims(self.instance, self.claims.heartbeats)
+        assert theirs.take(run, worker_id, TASK, "somewhere", None)
         self.claims.heartbeats.beat(worker_id) if alive else self.claims.heartbeats.gone(worker_id)
+        return theirs
+
+    def row(self, run: DagsterRun) -> Claim:
+        return self.claims.read([run.run_id])[run.run_id]
 
     def decide(self, run_id: str, kind: str = "execute_run") -> Action:
         candidate = Candidate(kind, run_id, TASK, ME, "here")  # type: ignore[arg-type]
@@ -58,15 +64,25 @@ def world() -> Iterator[World]:
         yield made
 
 
-def test_who_takes_over_from_a_dead_worker_says_so_in_its_name(world: World) -> None:
+def test_who_takes_over_from_a_dead_worker_raises_the_epoch_and_says_so_in_its_name(world: World) -> None:
     """It may only have hung: when it comes to, its claim is gone."""
     run = world.run(DagsterEventType.RUN_START)
-    world.claimed_by(run, OTHER, alive=False)
+    theirs = world.claimed_by(run, OTHER, alive=False)
+    before = world.row(run)
+    assert theirs.holds(run.run_id)
+    assert not theirs.lost()
     assert world.decide(run.run_id, "resume_run") is Action.RESUME
     world.claims.heartbeats.beat(OTHER)
-    world.claims.heartbeats.beat(ME)
-    assert world.claims.owner(run.run_id, OTHER) == Owner(ME, alive=True)
-    assert world.claims.rival(run.run_id, ME) is None
+    assert (world.row(run).worker_id, world.row(run).epoch) == (ME, before.epoch + 1)
+    assert not theirs.holds(run.run_id)
+    assert theirs.lost() == {run.run_id: before}
+    assert not theirs.release(run, "too late"), "what is not its own any more"
+    assert world.claims.holds(run.run_id)
+    assert [stage for stage, _ in read_engine_events(world.instance, run.run_id)] == [
+        Stage.PICKED_UP,
+        Stage.RELEASED,
+        Stage.PICKED_UP,
+    ]
 
 
 def test_unknown(world: World) -> None:
@@ -83,7 +99,7 @@ def test_finished(world: World, end: str) -> None:
 def test_starting(world: World) -> None:
     run = world.run()
     assert world.decide(run.run_id) is Action.START
-    assert world.claims.owner(run.run_id, ME) == Owner(ME, alive=True)
+    assert (world.row(run).worker_id, world.row(run).state) == (ME, ClaimState.HELD)
 
 
 @pytest.mark.parametrize(
@@ -109,9 +125,9 @@ def test_starting_but_claimed_first_by_a_live_worker(world: World) -> None:
     run = world.run()
     world.claimed_by(run, OTHER, alive=True)
     assert world.decide(run.run_id) is Action.HAND_BACK
-    assert world.claims.owner(run.run_id) == Owner(OTHER, alive=True)
-    world.claims.heartbeats.gone(OTHER)
-    assert world.claims.owner(run.run_id) == Owner(OTHER, alive=False), "the loser has given its claim up"
+    owner = world.claims.owner(run.run_id)
+    assert owner is not None
+    assert (owner.worker_id, owner.alive) == (OTHER, True)
 
 
 def test_starting_and_claimed_by_a_worker_that_died(world: World) -> None:
@@ -155,7 +171,9 @@ def test_starting_and_claimed_by_a_worker_whose_heartbeat_is_old(world: World) -
     world.claimed_by(run, OTHER, alive=True)
     world.now += 10
     assert world.decide(run.run_id) is Action.LOOK_AGAIN
-    assert world.claims.owner(run.run_id) == Owner(OTHER, alive=True, in_doubt=True), "our claim is given up meanwhile"
+    owner = world.claims.owner(run.run_id)
+    assert owner is not None
+    assert (owner.worker_id, owner.alive, owner.in_doubt) == (OTHER, True, True)
     world.now += 4
     assert world.decide(run.run_id) is Action.START
 
@@ -209,24 +227,72 @@ def test_a_run_without_a_task_id_is_adopted(world: World) -> None:
 def test_a_cancel_between_the_claim_and_the_second_look_is_seen(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The launcher writes the status, then reads the claims; the worker claims, then reads the status."""
     run = world.run()
-    claim = world.claims.claim
+    take = world.claims.take
 
-    def claim_and_be_overtaken(*args: object) -> None:
-        claim(*args)  # type: ignore[arg-type]
+    def take_and_be_overtaken(*args: Any) -> Claim | None:
+        claim = take(*args)
         world.report(run, CANCELING)
+        return claim
 
-    monkeypatch.setattr(world.claims, "claim", claim_and_be_overtaken)
+    monkeypatch.setattr(world.claims, "take", take_and_be_overtaken)
     assert world.decide(run.run_id) is Action.FINISH_CANCELLATION
 
 
 def test_a_claim_that_was_released_does_not_count(world: World) -> None:
     run = world.run()
-    world.claimed_by(run, OTHER, alive=True)
-    world.claims.release(run, OTHER, TASK, "handed back")
+    theirs = world.claimed_by(run, OTHER, alive=True)
+    assert theirs.release(run, "handed back")
     assert world.claims.owner(run.run_id) is None
     assert world.decide(run.run_id) is Action.START
+    assert world.row(run).epoch == 2, "an epoch never comes twice"
     assert [stage for stage, _ in read_engine_events(world.instance, run.run_id)] == [
         Stage.PICKED_UP,
         Stage.RELEASED,
         Stage.PICKED_UP,
     ]
+
+
+def test_the_claim_of_a_run_that_is_final_is_deleted(world: World) -> None:
+    run = world.run()
+    assert world.decide(run.run_id) is Action.START
+    world.claims.forget(run.run_id)
+    assert world.claims.read([run.run_id]) == {}
+    assert not world.claims.holds(run.run_id)
+
+
+def test_claims_that_nobody_came_to_delete_are_forgotten(world: World) -> None:
+    going_on, finished, deleted, being_written = runs = [world.run(START) for _ in range(4)]
+    for run in runs:
+        world.claimed_by(run, OTHER + run.run_id, alive=run is being_written)
+    world.report(finished, DagsterEventType.RUN_SUCCESS)
+    world.report(being_written, DagsterEventType.RUN_SUCCESS)
+    world.instance.delete_run(deleted.run_id)
+    forget_old_claims(world.instance, world.claims.heartbeats)
+    left = world.claims.read([run.run_id for run in runs])
+    assert set(left) == {going_on.run_id, being_written.run_id}
+
+
+def test_a_run_of_which_monitoring_was_told_is_left_to_it_for_a_while(world: World) -> None:
+    """It resumes the run, under another task id, or fails it; what has its own message must not come between."""
+    run = world.run()
+    world.claimed_by(run, OTHER, alive=False)
+    world.report(run, START)
+    seen = world.row(run)
+    assert world.claims.give_up(run.run_id, seen)
+    assert not world.claims.give_up(run.run_id, seen), "it was changed"
+    assert world.decide(run.run_id) is Action.HAND_BACK
+    world.instance.add_run_tags(run.run_id, {TASK_ID_TAG: "task-2"})
+    candidate = Candidate("resume_run", run.run_id, "task-2", ME, "here")
+    assert admit_run(world.instance, world.claims, candidate).action is Action.RESUME
+
+
+def test_a_worker_that_was_given_up_does_not_count_again_when_it_beats_again(world: World) -> None:
+    run = world.run()
+    theirs = world.claimed_by(run, OTHER, alive=False)
+    world.report(run, START)
+    assert world.claims.give_up(run.run_id, world.row(run))
+    world.claims.heartbeats.beat(OTHER)
+    owner = world.claims.owner(run.run_id)
+    assert owner is not None
+    assert not owner.alive
+    assert theirs.lost()

@@ -1,21 +1,20 @@
-"""Two receivers of one message: exactly one of them starts it, whatever the interleaving, and however late a database
-shows what was written to it."""
+"""Several receivers of one message: exactly one of them starts it, whatever the interleaving of their statements."""
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, job
-from hypothesis import given
+from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, job
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dagster_taskiq import _retry
+from dagster_taskiq.storage import claims as run_claims
+from dagster_taskiq.storage import step_claims
 from dagster_taskiq.storage.claims import Claims
-from dagster_taskiq.storage.engine_events import STAGE_KEY, TASK_ID_KEY, WORKER_KEY, EngineEvent, Stage
 from dagster_taskiq.storage.event_log import StepRef
 from dagster_taskiq.storage.heartbeats import Heartbeats
+from dagster_taskiq.storage.step_claims import StepClaims
 from dagster_taskiq.storage.tags import TASK_ID_TAG
 from dagster_taskiq.worker.admission import Action, Candidate, Decision, admit_run, admit_step
 
@@ -59,136 +58,98 @@ class Turns:
             self._changed.notify_all()
 
 
-@dataclass
-class SlowLog:
-    """A log that gives places at once and shows entries later, as PostgreSQL does with ids and commits.
-
-    An entry shows when its writer is told to commit: `write` is two steps, and others may have their turn in between.
-    """
-
-    turns: Turns
-    entries: list[tuple[Stage, str]] = field(default_factory=list)
-    shown: set[int] = field(default_factory=set)
-    statements: int = 0
-
-    def write(self, me: str, note: EngineEvent) -> None:
-        self.turns.step(me)
-        place = len(self.entries)
-        self.entries.append((note.stage, str(note.facts[WORKER_KEY])))
-        self.turns.step(me)
-        self.shown.add(place)
-
-    def read(self, me: str) -> Iterator[tuple[Stage, dict[str, Any]]]:
-        self.turns.step(me)
-        seen = [entry for place, entry in enumerate(self.entries) if place in self.shown]
-        for stage, worker_id in seen:
-            yield stage, {STAGE_KEY: stage.value, WORKER_KEY: worker_id, TASK_ID_KEY: TASK}
-
-
-class Clock:
-    """Passes with every look, so that a wait ends."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
 def contest(
     monkeypatch: pytest.MonkeyPatch,
     instance: DagsterInstance,
-    run: DagsterRun,
     order: list[int],
-    decide: Callable[[Claims, Candidate], Decision],
+    decide: Callable[[str], Decision],
 ) -> list[Action]:
-    """What each worker decides, when they take turns in that order."""
+    """What each worker decides, when the statements of their claims take turns in that order."""
     turns = Turns(WORKERS, order)
-    log = SlowLog(turns)
     me = threading.local()
-    monkeypatch.setattr(
-        "dagster_taskiq.storage.claims.append_event", lambda _, __, note, *___: log.write(me.name, note)
-    )
-    monkeypatch.setattr("dagster_taskiq.storage.claims.read_engine_events", lambda *_: log.read(me.name))
+
+    def in_turn(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wait_and_call(*args: Any) -> Any:
+            turns.step(me.name)
+            return call(*args)
+
+        return wait_and_call
+
+    for module in (run_claims, step_claims):
+        for name in ("insert_value", "replace_value", "read_values"):
+            monkeypatch.setattr(module, name, in_turn(getattr(module, name)))
+        monkeypatch.setattr(module, "append_event", lambda *_: None)  # decides nothing, and each log is a file
     decisions: dict[str, Action] = {}
-    heartbeats = Heartbeats(instance, 10, 4)
-    for name in WORKERS:
-        heartbeats.beat(name)
 
     def receive(name: str) -> None:
         me.name = name
-        me.clock = Clock()
         try:
-            decision = decide(
-                Claims(instance, heartbeats), Candidate("execute_run", run.run_id, TASK, name, "somewhere")
-            )
-            decisions[name] = decision.action
+            decisions[name] = decide(name).action
         finally:
             turns.end(name)
 
-    class Time:
-        """The clock of whoever asks."""
-
-        @staticmethod
-        def monotonic() -> float:
-            return float(me.clock.monotonic())
-
-        @staticmethod
-        def sleep(seconds: float) -> None:
-            me.clock.sleep(seconds)
-
-    monkeypatch.setattr(_retry, "time", Time)
     threads = [threading.Thread(target=receive, args=(name,), daemon=True) for name in WORKERS]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert len(decisions) == len(WORKERS), (decisions, log.entries)
+    assert len(decisions) == len(WORKERS), decisions
     return [decisions[name] for name in WORKERS]
 
 
+def admit(instance: DagsterInstance, run: DagsterRun, name: str) -> Decision:
+    claims = Claims(instance, Heartbeats(instance, 10, 4))
+    claims.heartbeats.beat(name)
+    return admit_run(instance, claims, Candidate("execute_run", run.run_id, TASK, name, "somewhere"))
+
+
+def admit_to_step(instance: DagsterInstance, run: DagsterRun, name: str) -> Decision:
+    candidate = Candidate("execute_step", run.run_id, TASK, name, "somewhere")
+    return admit_step(instance, StepClaims(instance), STEP, candidate)
+
+
 @pytest.fixture(scope="module")
-def instance() -> Iterator[DagsterInstance]:
-    with DagsterInstance.ephemeral() as made:
+def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterInstance]:
+    # Files: the threads would lock each other out of a database in memory.
+    with DagsterInstance.local_temp(str(tmp_path_factory.mktemp("home"))) as made:
         yield made
 
 
-def make_run(instance: DagsterInstance, *events: DagsterEventType) -> DagsterRun:
-    run = instance.create_run_for_job(nothing, tags={TASK_ID_TAG: TASK})
-    for event in events:
-        instance.report_dagster_event(DagsterEvent(event.value, "nothing", message=""), run.run_id)
-    return run
+def make_run(instance: DagsterInstance, status: DagsterRunStatus) -> DagsterRun:
+    return instance.create_run_for_job(nothing, tags={TASK_ID_TAG: TASK}, status=status)
 
 
-orders = st.lists(st.integers(0, 5), max_size=60)
+orders = st.lists(st.integers(0, 5), max_size=30)
 
 
+@settings(max_examples=40)
 @given(order=orders)
 def test_never_do_two_start_the_same_run(instance: DagsterInstance, order: list[int]) -> None:
-    run = make_run(instance, DagsterEventType.RUN_STARTING)
+    run = make_run(instance, DagsterRunStatus.STARTING)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        actions = contest(monkeypatch, instance, run, order, lambda claims, who: admit_run(instance, claims, who))
-    assert actions.count(Action.START) <= 1, actions
-    assert set(actions) <= {Action.START, Action.HAND_BACK}, actions
+        actions = contest(monkeypatch, instance, order, lambda name: admit(instance, run, name))
+    assert sorted(action.name for action in actions) == ["HAND_BACK", "HAND_BACK", "START"], actions
 
 
+@settings(max_examples=40)
+@given(order=orders)
+def test_never_do_two_resume_the_run_of_a_dead_worker(instance: DagsterInstance, order: list[int]) -> None:
+    run = make_run(instance, DagsterRunStatus.STARTED)
+    dead = Claims(instance, Heartbeats(instance, 10, 4))
+    first = dead.take(run, "dead", TASK, "somewhere", None)
+    assert first is not None
+    dead.heartbeats.gone("dead")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        actions = contest(monkeypatch, instance, order, lambda name: admit(instance, run, name))
+    assert sorted(action.name for action in actions) == ["FAIL", "HAND_BACK", "HAND_BACK"], actions
+    assert not dead.holds(run.run_id)
+    assert dead.read([run.run_id])[run.run_id].epoch == first.epoch + 1
+
+
+@settings(max_examples=40)
 @given(order=orders)
 def test_never_do_two_start_the_same_step(instance: DagsterInstance, order: list[int]) -> None:
-    run = make_run(instance, DagsterEventType.RUN_STARTING, DagsterEventType.RUN_START)
+    run = make_run(instance, DagsterRunStatus.STARTED)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        actions = contest(
-            monkeypatch, instance, run, order, lambda claims, who: admit_step(instance, claims, STEP, who)
-        )
-    assert actions.count(Action.START) <= 1, actions
-    assert set(actions) <= {Action.START, Action.DROP, Action.HAND_BACK}, actions
-
-
-def test_one_after_the_other_the_first_one_starts_it(
-    instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = make_run(instance, DagsterEventType.RUN_STARTING)
-    actions = contest(monkeypatch, instance, run, [0] * 60, lambda claims, who: admit_run(instance, claims, who))
-    assert actions == [Action.START, Action.HAND_BACK, Action.HAND_BACK]
+        actions = contest(monkeypatch, instance, order, lambda name: admit_to_step(instance, run, name))
+    assert sorted(action.name for action in actions) == ["DROP", "DROP", "START"], actions

@@ -1,6 +1,6 @@
 """What the event log tells of steps, and what may be started: on Dagster's own in-memory storage."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +17,10 @@ from dagster_taskiq.cancellation.signal import CancelSignal
 from dagster_taskiq.dagster_compat.execution import KnownExecutionState, describe_state, needs_history, rebuild_state
 from dagster_taskiq.messages import step_task_id
 from dagster_taskiq.process.supervise import ChildEnd
-from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.engine_events import EngineEvent, Stage, picked_up, released, step_lost, tree_gone
 from dagster_taskiq.storage.event_log import RunLog, StepRef, append_event, read_engine_events
-from dagster_taskiq.storage.heartbeats import Heartbeats
-from dagster_taskiq.storage.running_steps import RunningSteps, running_steps
+from dagster_taskiq.storage.running_steps import RunningSteps
+from dagster_taskiq.storage.step_claims import StepClaims, StepState
 from dagster_taskiq.worker.admission import Action, Candidate, Decision, admit_step, admit_step_again
 from dagster_taskiq.worker.event_writer import EventWriter
 
@@ -36,9 +35,8 @@ def nothing() -> None: ...
 @dataclass
 class World:
     instance: DagsterInstance
-    claims: Claims
+    claims: StepClaims
     run: DagsterRun
-    now: float = 1000.0
 
     def task(self, attempt: int = 1) -> str:
         return step_task_id(self.run.run_id, STEP, attempt)
@@ -58,8 +56,21 @@ class World:
             data = StepFailureData(error=None, user_failure_data=None, error_source=source)  # type: ignore[no-untyped-call]
         self.report(kind, data, STEP)
 
+    def by_the_log(self) -> RunningSteps:
+        steps = RunningSteps()
+        for entry in self.instance.all_logs(self.run.run_id):
+            if entry.dagster_event is not None:
+                steps.handle_event(entry.dagster_event)
+        return steps
+
     def at_work(self) -> dict[str, str]:
-        return running_steps(self.instance, self.run.run_id).workers
+        return self.by_the_log().workers
+
+    def claimed(self) -> dict[str, str]:
+        return {claim.task_id: claim.worker_id for claim in self.claims.running(self.run.run_id).values()}
+
+    def step(self, attempt: int = 1) -> StepRef:
+        return StepRef(STEP, self.task(attempt))
 
     def decide(self, attempt: int = 1, *, received_before: bool = False) -> Decision:
         candidate = Candidate("execute_step", self.run.run_id, self.task(attempt), ME, "here")
@@ -81,7 +92,7 @@ def of(worker_id: str, task_id: str, note: EngineEvent) -> EngineEvent:
 def world() -> Iterator[World]:
     with DagsterInstance.ephemeral() as instance:
         run = instance.create_run_for_job(nothing)
-        made: World = World(instance, Claims(instance, Heartbeats(instance, 10, 0, clock=lambda: made.now)), run)
+        made = World(instance, StepClaims(instance), run)
         made.report(DagsterEventType.RUN_START)
         yield made
 
@@ -151,7 +162,7 @@ def test_a_new_attempt_is_at_work_whatever_is_still_said_of_the_old_one(world: W
     world.note(picked_up(ME, world.task(2), "here"))
     assert world.at_work() == {world.task(1): OTHER, world.task(2): ME}, "the old one's process still exits"
     world.note(step_lost(OTHER, world.task(1), "killed", retry=True))
-    steps = running_steps(world.instance, world.run.run_id)
+    steps = world.by_the_log()
     assert (steps.workers, steps.step_keys) == ({world.task(2): ME}, {world.task(2): STEP})
 
 
@@ -171,7 +182,7 @@ def test_the_order_in_which_the_log_is_read_does_not_matter(world: World) -> Non
 
 def test_a_step_whose_worker_is_dead_stays_closed(world: World) -> None:
     world.note(picked_up(OTHER, world.task(), "there"))
-    steps = running_steps(world.instance, world.run.run_id)
+    steps = world.by_the_log()
     steps.close(world.task())
     steps.close("unknown")
     assert steps.workers == {}
@@ -208,56 +219,80 @@ def test_a_step_of_no_run_is_dropped(world: World) -> None:
 def test_a_cancel_between_the_claim_and_the_second_look_is_seen(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     claim = world.claims.claim
 
-    def claim_and_be_overtaken(*args: Any) -> None:
-        claim(*args)
+    def claim_and_be_overtaken(*args: Any) -> str:
+        owner = claim(*args)
         world.report(DagsterEventType.RUN_CANCELING)
+        return owner
 
     monkeypatch.setattr(world.claims, "claim", claim_and_be_overtaken)
     assert world.decide().action is Action.DROP
     assert world.stages() == [Stage.PICKED_UP, Stage.RELEASED]
+    assert world.claimed() == {}
 
 
 def test_a_claim_that_failed_half_way_is_gone_on_with(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The database fails after the claim was written: who then dropped the step would leave it to nobody."""
+    looks = iter([world.run, None])
+
+    def look(_: object) -> DagsterRun:
+        run = next(looks)
+        if run is None:
+            raise OSError("the database is away")
+        return world.instance.get_runs()[0]
+
     with monkeypatch.context() as away:
-        away.setattr(world.claims, "first_claimant", raises(OSError("the database is away")))
+        away.setattr(world.instance, "get_run_by_id", look)
         with pytest.raises(OSError, match="away"):
             world.decide()
-    assert world.stages() == [Stage.PICKED_UP]
+    assert world.claimed() == {world.task(): ME}
     assert world.decide().action is Action.START
     assert world.decide(received_before=True).action is Action.DROP, "another delivery"
 
 
-def raises(error: Exception) -> Callable[..., Any]:
-    def call(*_: object) -> None:
-        raise error
-
-    return call
-
-
-@pytest.mark.parametrize("alive", [True, False])
+@pytest.mark.parametrize("over", [True, False])
 @pytest.mark.parametrize("received_before", [True, False])
 def test_an_attempt_that_another_worker_claimed_is_never_started_again(
-    world: World, alive: bool, received_before: bool
+    world: World, over: bool, received_before: bool
 ) -> None:
-    world.claims.claim(world.run, OTHER, world.task(), "there", STEP)
-    world.claims.heartbeats.beat(OTHER) if alive else world.claims.heartbeats.gone(OTHER)
+    assert world.claims.claim(world.run, world.step(), OTHER, "there") == OTHER
+    if over:
+        world.claims.end(world.run.run_id, world.step(), OTHER)
     decision = world.decide(received_before=received_before)
     assert decision.action is Action.DROP
     assert OTHER in decision.why
-    assert world.claims.first_claimant(world.run.run_id, StepRef(STEP, world.task())) == OTHER
+    assert world.claims.owner(world.run.run_id, world.step()) == OTHER
+    assert world.claimed() == ({} if over else {world.task(): OTHER})
     assert world.at_work() == {world.task(): OTHER}
 
 
 def test_an_attempt_that_was_given_back_is_started(world: World) -> None:
-    world.claims.claim(world.run, OTHER, world.task(), "there", STEP)
-    world.claims.release(world.run, OTHER, world.task(), "no child could be started", STEP)
+    world.claims.claim(world.run, world.step(), OTHER, "there")
+    world.claims.release(world.run, world.step(), OTHER, "no child could be started")
+    assert world.claimed() == {}
     assert world.decide(received_before=True).action is Action.START
 
 
+def test_what_another_worker_has_can_neither_be_released_nor_ended(world: World) -> None:
+    world.claims.claim(world.run, world.step(), OTHER, "there")
+    world.claims.release(world.run, world.step(), ME, "not mine")
+    world.claims.end(world.run.run_id, world.step(), ME)
+    assert world.claims.read(world.run.run_id, [world.task()])[world.task()].state is StepState.HELD
+
+
 def test_a_later_attempt_is_work_of_its_own(world: World) -> None:
-    world.claims.claim(world.run, OTHER, world.task(1), "there", STEP)
+    world.claims.claim(world.run, world.step(1), OTHER, "there")
     assert world.decide(attempt=2).action is Action.START
+    assert world.claimed() == {world.task(1): OTHER, world.task(2): ME}
+
+
+def test_the_claims_of_a_run_are_deleted_together_and_no_others(world: World) -> None:
+    another = world.instance.create_run_for_job(nothing)
+    for run in (world.run, another):
+        for attempt in (1, 2):
+            world.claims.claim(run, world.step(attempt), OTHER, "there")
+    world.claims.forget(world.run.run_id)
+    assert world.claimed() == {}
+    assert len(world.claims.running(another.run_id)) == 2
 
 
 class Storage:

@@ -1,0 +1,92 @@
+"""Single keys of Dagster's key-value storage: read, compared and swapped, found by their order.
+
+Every call is one statement, so what it decides is decided by the database: by SQLite, PostgreSQL and MySQL alike.
+"""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from dagster import DagsterInstance
+
+from dagster_taskiq.errors import DagsterTaskiqError
+
+if TYPE_CHECKING:
+    from dagster._core.storage.runs import SqlRunStorage
+
+
+def read_values(instance: DagsterInstance, keys: Iterable[str]) -> dict[str, str]:
+    """The values of those keys of Dagster's key-value storage that are there."""
+    wanted = set(keys)
+    return dict(instance.daemon_cursor_storage.get_cursor_values(wanted)) if wanted else {}
+
+
+def insert_value(instance: DagsterInstance, key: str, value: str) -> bool:
+    """Set a key of Dagster's key-value storage that is not there yet. False: it is. One statement decides that."""
+    from dagster._core.storage.runs.schema import KeyValueStoreTable
+    from sqlalchemy.exc import IntegrityError
+
+    try:
+        with _sql_storage(instance).connect() as connection:
+            connection.execute(KeyValueStoreTable.insert().values(key=key, value=value))
+    except IntegrityError:
+        return False
+    return True
+
+
+def replace_value(instance: DagsterInstance, key: str, old: str, new: str) -> bool:
+    """Set a key of Dagster's key-value storage that has the value `old`. False: it has another one, or is not there.
+
+    One statement decides that. `new` must differ from `old`: MySQL counts only rows that have changed.
+    """
+    from dagster._core.storage.runs.schema import KeyValueStoreTable
+
+    table = KeyValueStoreTable.c
+    update = KeyValueStoreTable.update().where(table.key == key).where(table.value == old).values(value=new)
+    with _sql_storage(instance).connect() as connection:
+        return int(connection.execute(update).rowcount) == 1
+
+
+def delete_value(instance: DagsterInstance, key: str, value: str) -> None:
+    """Delete a key of Dagster's key-value storage, if it has this value."""
+    from dagster._core.storage.runs.schema import KeyValueStoreTable
+
+    table = KeyValueStoreTable.c
+    with _sql_storage(instance).connect() as connection:
+        connection.execute(KeyValueStoreTable.delete().where(table.key == key).where(table.value == value))
+
+
+def values_between(instance: DagsterInstance, low: str, high: str) -> dict[str, str]:
+    """The keys of Dagster's key-value storage from `low` to before `high`, and their values: by its index.
+
+    A search for a prefix reads the whole table of a PostgreSQL whose collation is not "C". In any other one punctuation
+    may not count, so the keys and both limits must begin with the same characters, and go on with digits and letters.
+    """
+    from dagster._core.storage.runs.schema import KeyValueStoreTable
+    from dagster._core.storage.sqlalchemy_compat import db_select
+
+    table = KeyValueStoreTable.c
+    query = db_select([table.key, table.value]).where(table.key >= low).where(table.key < high)
+    with _sql_storage(instance).connect() as connection:
+        return {row[0]: row[1] for row in connection.execute(query).fetchall()}
+
+
+def delete_values_between(instance: DagsterInstance, low: str, high: str) -> None:
+    """Delete the keys that `values_between` gives."""
+    from dagster._core.storage.runs.schema import KeyValueStoreTable
+
+    table = KeyValueStoreTable.c
+    with _sql_storage(instance).connect() as connection:
+        connection.execute(KeyValueStoreTable.delete().where(table.key >= low).where(table.key < high))
+
+
+def _sql_storage(instance: DagsterInstance) -> "SqlRunStorage":
+    """Where Dagster keeps its runs and its key-value storage. Raises `DagsterTaskiqError` when that is not SQL."""
+    from dagster._core.storage.runs import SqlRunStorage
+
+    storage = instance.run_storage
+    if not isinstance(storage, SqlRunStorage):
+        raise DagsterTaskiqError(
+            f"{type(storage).__name__} keeps the runs of this instance; claims need one of Dagster's own SQL storages:"
+            " SQLite, PostgreSQL, MySQL"
+        )
+    return storage

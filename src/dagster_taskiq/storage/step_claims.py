@@ -1,0 +1,145 @@
+"""Who works on one attempt of a step? One row per attempt in Dagster's key-value storage: claimed once, and for ever.
+
+Knows that storage; not SQS, not processes, not who is alive. All calls block on the database. As in `claims`, the
+events are written after the row, and decide nothing; the run's executor follows the events.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from typing import Final
+
+from dagster import DagsterInstance, DagsterRun
+
+from dagster_taskiq.dagster_compat.key_values import (
+    delete_values_between,
+    insert_value,
+    read_values,
+    replace_value,
+    values_between,
+)
+from dagster_taskiq.dagster_compat.retry import retry_storage
+from dagster_taskiq.storage.engine_events import EngineEvent, picked_up, released
+from dagster_taskiq.storage.event_log import StepRef, append_event
+
+logger = logging.getLogger(__name__)
+
+_PREFIX: Final = "dagster-taskiq/step/"
+_DIGEST_BYTES: Final = 10
+"""Two of these, in hexadecimal, and the prefix fit into the 64 characters that MySQL's unique index has of a key."""
+_AFTER_HEX: Final = "g"
+
+
+class StepState(StrEnum):
+    """What the row of an attempt says."""
+
+    HELD = "held"
+    OVER = "over"
+    """Its process tree is gone. Nobody else ever has this attempt."""
+    RELEASED = "released"
+    """It has not been begun, and another worker may have it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepClaim:
+    """The row of one attempt of one step."""
+
+    run_id: str
+    step_key: str
+    task_id: str
+    worker_id: str
+    state: StepState
+
+    @property
+    def stored(self) -> str:
+        """As it is in the storage."""
+        return json.dumps(asdict(self))
+
+
+class StepClaims:
+    """Reads and changes the claims on steps."""
+
+    def __init__(self, instance: DagsterInstance) -> None:
+        self._instance = instance
+
+    def claim(self, run: DagsterRun, step: StepRef, worker_id: str, where: str) -> str:
+        """Claim an attempt that nobody has; the worker that has it now: this one, or the one that was quicker."""
+        mine = StepClaim(run.run_id, step.step_key, step.task_id, worker_id, StepState.HELD)
+        key = _key(run.run_id, step.task_id)
+        while not insert_value(self._instance, key, mine.stored):
+            found = self.read(run.run_id, [step.task_id]).get(step.task_id)
+            if found is None:
+                continue  # deleted in between
+            if found.state is not StepState.RELEASED:
+                return found.worker_id
+            if replace_value(self._instance, key, found.stored, mine.stored):
+                break
+        self._note(run, step, picked_up(worker_id, step.task_id, where))
+        return worker_id
+
+    def owner(self, run_id: str, step: StepRef) -> str | None:
+        """The worker that has, or had, the attempt, alive or not: it is never started a second time."""
+        found = self.read(run_id, [step.task_id]).get(step.task_id)
+        return found.worker_id if found is not None and found.state is not StepState.RELEASED else None
+
+    def release(self, run: DagsterRun, step: StepRef, worker_id: str, why: str) -> None:
+        """Give up an attempt that was not begun, so that another worker may have it."""
+        if self._change(run.run_id, step, worker_id, StepState.RELEASED):
+            self._note(run, step, released(worker_id, step.task_id, why))
+
+    def end(self, run_id: str, step: StepRef, worker_id: str) -> None:
+        """The process tree of the attempt is gone."""
+        self._change(run_id, step, worker_id, StepState.OVER)
+
+    def read(self, run_id: str, task_ids: Iterable[str]) -> dict[str, StepClaim]:
+        """The claims on these attempts, by task id, in one query."""
+        found = map(_parsed, read_values(self._instance, [_key(run_id, task_id) for task_id in task_ids]).values())
+        return {claim.task_id: claim for claim in found}
+
+    def running(self, run_id: str) -> dict[str, StepClaim]:
+        """The attempts of a run whose process trees are not known to be gone, by task id, in one query.
+
+        The worker of one of them may be dead.
+        """
+        found = map(_parsed, values_between(self._instance, *_range(run_id)).values())
+        return {claim.task_id: claim for claim in found if claim.state is StepState.HELD}
+
+    def forget(self, run_id: str) -> None:
+        """Delete all claims on the steps of a run that is final."""
+        delete_values_between(self._instance, *_range(run_id))
+
+    def _change(self, run_id: str, step: StepRef, worker_id: str, state: StepState) -> bool:
+        held = StepClaim(run_id, step.step_key, step.task_id, worker_id, StepState.HELD)
+        new = replace(held, state=state)
+        return replace_value(self._instance, _key(run_id, step.task_id), held.stored, new.stored)
+
+    def _note(self, run: DagsterRun, step: StepRef, event: EngineEvent) -> None:
+        try:
+            # The run's executor waits for it.
+            retry_storage(lambda: append_event(self._instance, run, event, step.step_key), "write an engine event")
+        except Exception:  # the row decides
+            logger.exception("engine event could not be written", extra={"run_id": run.run_id})
+
+
+def _range(run_id: str) -> tuple[str, str]:
+    """The keys of a run's steps are between these two."""
+    start = f"{_PREFIX}{_digest(run_id)}/"
+    return start, start + _AFTER_HEX
+
+
+def _key(run_id: str, task_id: str) -> str:
+    return f"{_range(run_id)[0]}{_digest(task_id)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2s(text.encode(), digest_size=_DIGEST_BYTES).hexdigest()
+
+
+def _parsed(value: str) -> StepClaim:
+    facts = json.loads(value)
+    names = ("run_id", "step_key", "task_id", "worker_id")
+    run_id, step_key, task_id, worker_id = (str(facts[name]) for name in names)
+    return StepClaim(run_id, step_key, task_id, worker_id, StepState(facts["state"]))
