@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from logging import getLogger
-from typing import Final, Protocol
+from typing import Final, NoReturn, Protocol
 
 from dagster_taskiq._retry import retry_async
 from dagster_taskiq._shield import shielded
@@ -22,6 +22,8 @@ logger = getLogger(__name__)
 SIT_OUT_S: Final = 0.5
 LONGEST_SIT_OUT_S: Final = 5.0
 _PATIENCE: Final = 20
+_QUESTIONS: Final = 100
+"""So many messages at most wait for an answer; about the others it is asked when they come back."""
 
 
 class CancelSource(Protocol):
@@ -51,7 +53,8 @@ class Tasks(Protocol):
 class CancelListener:
     """SQS gives a cancel to any worker: the owner takes it, everybody else hands it on.
 
-    `is_over` answers for a task id whether its work is known to be finished, wherever it ran.
+    `is_over` answers for a task id whether its work is known to be finished, wherever it ran. It is asked beside the
+    receiving, for one at a time, and must have a bound: the worker hears its own cancels meanwhile.
     """
 
     def __init__(
@@ -73,6 +76,11 @@ class CancelListener:
         self._uniform = uniform
         self._ahead: TTLCache[Cancellation] = TTLCache(ttl_s=cancel_ttl_s)
         self._seen: TTLCache[bool] = TTLCache(ttl_s=cancel_ttl_s)
+        self._over: TTLCache[bool] = TTLCache(ttl_s=cancel_ttl_s)
+        """Messages, not tasks: for a task that was over, or not known, work may come later."""
+        self._questions: asyncio.Queue[ReceivedCancel] = asyncio.Queue(_QUESTIONS)
+        self._asked: set[str] = set()
+        """The messages in `_questions`, and the one that is being asked about."""
 
     def cancelled_ahead(self, task_id: str) -> Cancellation | None:
         """The cancel that was received before the work came, if there was one lately."""
@@ -81,9 +89,16 @@ class CancelListener:
     async def run(self) -> None:
         """Listen until cancelled."""
         self.listening.set()
-        while True:
-            received = await retry_async(self._source.receive_cancels, doing="receive cancel messages", on=QueueError)
-            await asyncio.sleep(await shielded(self.handle(received), name="sort cancels"))
+        asking = asyncio.create_task(self.ask(), name="ask whether tasks are over")
+        try:
+            while True:
+                received = await retry_async(
+                    self._source.receive_cancels, doing="receive cancel messages", on=QueueError
+                )
+                await asyncio.sleep(await shielded(self.handle(received), name="sort cancels"))
+        finally:
+            asking.cancel()
+            await asyncio.wait({asking})
 
     async def handle(self, received: Sequence[ReceivedCancel]) -> float:
         """Take what is ours, hand on what is not; for how many seconds to sit out before the next receive."""
@@ -92,21 +107,19 @@ class CancelListener:
         done = [one for one in received if one.message_id in ours or self._needs_nobody(one)]
         others = [one for one in received if one not in done]
         again = [one for one in others if one.message_id in self._seen]
-        first = [one for one in others if one not in again]
         for one in others:
             self._ahead.add(one.request.task_id, _cancellation(one))
             self._seen.add(one.message_id, True)
-        await asyncio.gather(self._source.hand_back_cancels(first), self._source.delete_cancels(done))
-        over = [one for one in again if await self._known_to_be_over(one.request.task_id)]
-        again = [one for one in again if one not in over]
-        await asyncio.gather(self._source.hand_back_cancels(again), self._source.delete_cancels(over))
+        for one in again:
+            self._ask_about(one)
+        await asyncio.gather(self._source.hand_back_cancels(others), self._source.delete_cancels(done))
         # Polling at once would bring the same message to the same worker for ever; having seen it before, let it
         # visit the others. Meanwhile this worker is deaf, so it does so for no other reason.
         return max((self._sit_out_s(one) for one in again), default=0.0)
 
     def _needs_nobody(self, cancel: ReceivedCancel) -> bool:
         task_id = cancel.request.task_id
-        if task_id in self._tasks.finished:
+        if task_id in self._tasks.finished or cancel.message_id in self._over:
             return True
         if self._now() - cancel.sent_at <= self._cancel_ttl_s:
             return False
@@ -114,14 +127,23 @@ class CancelListener:
         self._ahead.add(task_id, _cancellation(cancel))
         return True
 
-    async def _known_to_be_over(self, task_id: str) -> bool:
-        if self._is_over is None:
-            return False
-        try:
-            return await self._is_over(task_id)
-        except Exception:  # whoever cannot answer is no reason to become deaf to cancels
-            logger.exception("could not find out whether a task is over", extra={"task_id": task_id})
-            return False
+    def _ask_about(self, cancel: ReceivedCancel) -> None:
+        if self._is_over is not None and cancel.message_id not in self._asked and not self._questions.full():
+            self._asked.add(cancel.message_id)
+            self._questions.put_nowait(cancel)
+
+    async def ask(self) -> NoReturn:
+        """Find out, one by one, which messages are about tasks that are over: such a message is then deleted."""
+        while True:
+            cancel = await self._questions.get()
+            task_id = cancel.request.task_id
+            try:
+                if self._is_over is not None and await self._is_over(task_id):
+                    self._over.add(cancel.message_id, True)
+            except Exception:  # whoever cannot answer is asked again when the message comes back
+                logger.exception("could not find out whether a task is over", extra={"task_id": task_id})
+            finally:
+                self._asked.discard(cancel.message_id)
 
     def _sit_out_s(self, cancel: ReceivedCancel) -> float:
         # Many receives mean many workers: each has to stay away longer for the message to get round.

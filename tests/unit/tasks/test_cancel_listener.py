@@ -147,19 +147,50 @@ async def test_an_old_cancel_of_running_work_still_counts() -> None:
 async def test_it_asks_whether_work_is_over_only_when_a_message_comes_back() -> None:
     queue, over = Queue(), Over(True)
     listening = listener(queue, Here(), over)
+    asking = asyncio.create_task(listening.ask())
     await listening.handle([cancel_of("t")])
+    await asyncio.sleep(0)
     assert over.asked == 0
-    assert await listening.handle([cancel_of("t", receive_count=2)]) == 0
-    assert over.asked == 1
+    await listening.handle([cancel_of("t", receive_count=2)])
+    await eventually(lambda: over.asked == 1, "it is asked")
+    assert queue.deleted == []
+    assert await listening.handle([cancel_of("t", receive_count=3)]) == 0
     assert queue.deleted == ["m-t"]
+    asking.cancel()
 
 
-async def test_who_cannot_answer_is_no_reason_to_stop() -> None:
+async def test_who_cannot_answer_is_asked_again_later() -> None:
     queue, over = Queue(), Over(RuntimeError("database is away"))
     listening = listener(queue, Here(), over)
-    await listening.handle([cancel_of("t")])
-    await listening.handle([cancel_of("t")])
-    assert queue.handed_back == ["m-t", "m-t"]
+    asking = asyncio.create_task(listening.ask())
+    for tries in (0, 1, 2):
+        await listening.handle([cancel_of("t")])
+        await eventually(lambda tries=tries: over.asked == tries, "it is asked")  # type: ignore[misc]
+    assert queue.handed_back == ["m-t", "m-t", "m-t"]
+    asking.cancel()
+
+
+async def test_an_answer_that_never_comes_makes_no_worker_deaf() -> None:
+    asked: list[str] = []
+
+    async def never(task_id: str) -> bool:
+        asked.append(task_id)
+        await asyncio.Event().wait()
+        return True
+
+    queue, here = Queue(), Here("mine")
+    others = [cancel_of(f"other-{number}") for number in range(300)]
+    queue.receives = [others, others, others, [cancel_of("mine")]]
+    listening = CancelListener(
+        queue, here, cancel_ttl_s=120, is_over=never, now=lambda: NOW, uniform=lambda low, high: 0.0
+    )
+    running = asyncio.create_task(listening.run())
+    await eventually(lambda: here.cancelled, "the worker hears its own cancel", within=5)
+    assert asked == ["other-0"]
+    assert len(listening._asked) <= 101
+    running.cancel()
+    await asyncio.wait({running}, timeout=5)
+    assert running.done()
 
 
 async def test_a_batch_is_sorted_one_by_one() -> None:
