@@ -28,6 +28,7 @@ async def child_of(server: ForkServer) -> dict[str, Any]:
     """Fork a child that looks around; what it saw, and which process is its server."""
     spec = ChildSpec("tests.support.targets:looks_around", {}, os.urandom(8).hex(), 5)
     child = await server.fork(spec)
+    child.begin()
     code = await asyncio.wait_for(child.exited, 20)
     await asyncio.wait_for(child.gone, 20)
     await child.close()

@@ -62,6 +62,11 @@ class Child:
     _channel: AsyncLines | None = None
     _readers: tuple[asyncio.Task[None], ...] = ()
 
+    def begin(self) -> None:
+        """Have it do what it was started for. Until then it waits, and does nothing."""
+        if self._channel is not None:
+            self._channel.send_bytes(shim.packed_argument(self.spec.argument))
+
     def send(self, message: dict[str, Any]) -> None:
         """Write one line to the child itself. Never raises: a child that is gone receives nothing."""
         if self._channel is not None:
@@ -93,6 +98,12 @@ class Child:
         if "patience_s" in message:
             self.patience_s = float(message["patience_s"])
 
+    async def abandon(self) -> None:
+        """Let a child go that has not begun: it ends by itself when it finds its worker gone."""
+        for reader in self._readers:
+            reader.cancel()
+        await self.close()
+
     async def close(self) -> None:
         """Release what belongs to the child; only after `gone`."""
         await asyncio.wait(self._readers)
@@ -102,18 +113,18 @@ class Child:
 
 
 async def connect(spec: ChildSpec, control: socket.socket, channel: socket.socket) -> Child:
-    """The child that the fork server was asked for, once it is there. Raises `EOFError` when there is none."""
+    """The child that the fork server was asked for, once it is there. Raises `EOFError` when there is none.
+
+    When that fails, or is cancelled, the sockets are for the caller to close.
+    """
     to_shim, to_child = AsyncLines(control), AsyncLines(channel)
     from_shim = to_shim.messages()
     hello = await anext(from_shim, None)
     if hello is None:
-        to_shim.close()
-        to_child.close()
-        raise EOFError("the fork server forked nothing")
+        raise EOFError("the fork server is gone")
     loop = asyncio.get_running_loop()
     child = Child(hello["started"], spec, loop.create_future(), loop.create_future())
     child._control, child._channel = to_shim, to_child  # noqa: SLF001 - made here
-    to_child.send_bytes(shim.packed_argument(spec.argument))
     read_child = loop.create_task(_read_child(child, to_child), name=f"read child {child.pid}")
     child._readers = (  # noqa: SLF001
         read_child,

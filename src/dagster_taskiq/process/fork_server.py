@@ -9,8 +9,9 @@ import logging
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
+from time import monotonic
 from typing import Any, Final
 
 from dagster_taskiq.errors import ChildStartFailed
@@ -22,6 +23,13 @@ logger = logging.getLogger(__name__)
 
 _START_TIMEOUT_S: Final = 120
 _TITLE: Final = b"dagster-taskiq fork server"
+ANSWER_S: Final = 15.0
+"""A server that has answered nobody for so long hangs. It forks in milliseconds, one child after the other."""
+_LOOKS: Final = 5
+"""In so many looks: when the whole machine was frozen, the server has its chance after it."""
+_FULL_S: Final = 0.02
+_HANGS: Final = "the fork server does not answer"
+_IS_GONE: Final = "the fork server is gone"
 
 
 class ForkServer:
@@ -47,7 +55,9 @@ class ForkServer:
         self._socket: socket.socket | None = None
         self._is_set_up = False
         self._is_warm = False
-        self._lock = asyncio.Lock()
+        self._answers = 0
+        """How often this server, and those before it, have forked."""
+        self._starting: asyncio.Task[None] | None = None
 
     @property
     def pid(self) -> int | None:
@@ -78,17 +88,28 @@ class ForkServer:
                 self._socket.send(json.dumps(self._setup).encode())
 
     async def start(self) -> None:
-        """Start the server unless it runs, and wait until it is warm. Raises `ChildStartFailed`."""
-        async with self._lock:
-            has_died = self._is_warm and self.pid is None
-            if has_died:
-                logger.warning("the fork server is gone; starting another")
-            if self._process is None or has_died:
-                self.discard()
-                self._execute()
-            self.warm_up()
-            if not self._is_warm:
-                await self._until_warm()
+        """Start the server unless it runs, and wait until it is warm. Raises `ChildStartFailed`.
+
+        Whoever is cancelled while he waits does not keep others from it.
+        """
+        if self._is_warm and self.pid is not None:
+            return
+        if self._starting is None or self._starting.done():
+            self._starting = asyncio.create_task(self._start(), name="start the fork server")
+        starting = self._starting
+        await asyncio.wait({starting})
+        starting.result()
+
+    async def _start(self) -> None:
+        has_died = self._is_warm and self.pid is None
+        if has_died:
+            logger.warning("the fork server is gone; starting another")
+        if self._process is None or has_died:
+            self.discard()
+            self._execute()
+        self.warm_up()
+        if not self._is_warm:
+            await self._until_warm()
 
     def _execute(self) -> None:
         code = "from dagster_taskiq.process.fork_server_main import serve_from_argv; serve_from_argv()"
@@ -114,7 +135,7 @@ class ForkServer:
             async with asyncio.timeout(_START_TIMEOUT_S):
                 reply = json.loads(await asyncio.get_running_loop().sock_recv(self._socket, 65536) or b"{}")
         except (TimeoutError, OSError) as error:
-            self.discard()
+            self._kill()
             raise ChildStartFailed(f"the fork server did not come up within {_START_TIMEOUT_S} s") from error
         if "ready" not in reply:
             self.discard()
@@ -131,16 +152,22 @@ class ForkServer:
         self._is_warm = True
 
     async def fork(self, spec: ChildSpec) -> Child:
-        """Start one child. Raises `ChildStartFailed`, in which case there is no process."""
+        """Start one child, which waits for `Child.begin`.
+
+        Raises `ChildStartFailed`. Then, and when the caller is cancelled, there is no process, or it ends by itself
+        before it has begun.
+        """
         for attempt in (1, 2):
             await self.start()
+            server = self._socket
             try:
                 return await self._fork(spec)
             except (OSError, EOFError) as error:
-                # The server died (out of memory, an operator's kill). What it forked goes on, in its shims' care.
-                logger.warning("the fork server is gone; starting another", extra={"attempt": attempt})
-                self.discard()
+                # It died (out of memory, an operator's kill), or hangs. What it forked goes on, in its shims' care.
                 cause = error
+                if server is self._socket:
+                    logger.warning("%s; starting another", error, extra={"attempt": attempt})
+                    self._kill()
         raise ChildStartFailed(f"no child could be forked: {cause!r}") from cause
 
     async def _fork(self, spec: ChildSpec) -> Child:
@@ -154,16 +181,56 @@ class ForkServer:
         }
         control, shims_end = socket.socketpair()
         channel, childs_end = socket.socketpair()
-        with shims_end, childs_end:
+        try:
+            with shims_end, childs_end:
+                await self._ask(json.dumps(request).encode(), [shims_end.fileno(), childs_end.fileno()])
+            return await self._answered(connect(spec, control, channel))
+        except BaseException:
+            # A shim that comes later finds that the worker is gone, and a child that it was given nothing to do.
+            control.close()
+            channel.close()
+            raise
+
+    async def _ask(self, request: bytes, fds: Sequence[int]) -> None:
+        give_up_at = monotonic() + ANSWER_S
+        while self._socket is not None:
             try:
-                if self._socket is None:
-                    raise EOFError  # noqa: TRY301 - the clean-up below is for this, too
-                socket.send_fds(self._socket, [json.dumps(request).encode()], [shims_end.fileno(), childs_end.fileno()])
-            except BaseException:
-                control.close()
-                channel.close()
-                raise
-        return await connect(spec, control, channel)
+                socket.send_fds(self._socket, [request], fds)
+            except BlockingIOError:  # so many are waiting already
+                if monotonic() > give_up_at:
+                    raise TimeoutError(_HANGS) from None
+                await asyncio.sleep(_FULL_S)
+            else:
+                return
+        raise EOFError(_IS_GONE)
+
+    async def _answered(self, connecting: Coroutine[Any, Any, Child]) -> Child:
+        """The child, once it is there. Raises `TimeoutError` when the server forks nothing any more, for anybody."""
+        answer = asyncio.create_task(connecting, name="await a child")
+        try:
+            await self._until_answered(answer)
+        except BaseException:
+            answer.cancel()
+            await asyncio.wait({answer})
+            if not answer.cancelled() and answer.exception() is None:
+                await answer.result().abandon()
+            raise
+        self._answers += 1
+        return answer.result()
+
+    async def _until_answered(self, answer: "asyncio.Task[Child]") -> None:
+        looks, answers = 0, self._answers
+        while not answer.done():
+            if looks == _LOOKS:
+                raise TimeoutError(_HANGS)
+            await asyncio.wait({answer}, timeout=ANSWER_S / _LOOKS)
+            looks, answers = (looks + 1, answers) if answers == self._answers else (0, self._answers)
+
+    def _kill(self) -> None:
+        """End a server that hangs or is gone, at once; whoever else waits for it notices."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+        self.discard()
 
     def discard(self) -> None:
         """End the server, as `stop`, from outside an event loop. Takes half a second at most, unless it hangs."""
@@ -174,11 +241,14 @@ class ForkServer:
                 self._process.wait(0.5)
             if self._process.poll() is None:
                 self._process.kill()
-                self._process.wait(STOP_TIMEOUT_S)
+                with suppress(subprocess.TimeoutExpired):  # it hangs in the kernel, where nothing reaches it
+                    self._process.wait(STOP_TIMEOUT_S)
         self._process, self._socket = None, None
         self._is_set_up = self._is_warm = False
 
     async def stop(self) -> None:
         """End the server. Children in their shims' care are not touched."""
-        async with self._lock:
-            await asyncio.to_thread(self.discard)
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
+        await asyncio.to_thread(self.discard)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from signal import Signals
 from time import time
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.cancellation.signal import CancelSignal
@@ -19,12 +19,14 @@ from dagster_taskiq.process.child_handle import Child, ChildSpec
 
 logger = logging.getLogger(__name__)
 
+_MOMENT_S: Final = 2.0
+
 
 class Processes(Protocol):
     """What starts children: a `process.ForkServer`."""
 
     async def fork(self, spec: ChildSpec) -> Child:
-        """Start one. Raises `ChildStartFailed`."""
+        """Start one, which waits for its `begin`. Raises `ChildStartFailed`. When it is cancelled, there is none."""
 
 
 class Observer(Protocol):
@@ -66,18 +68,36 @@ async def supervise(
     signal: CancelSignal,
     observer: Observer,
     grace_s: Callable[[Cancellation], float],
-) -> ChildEnd:
+) -> ChildEnd | None:
     """Start the child and see it through; returns when its whole tree is gone. Raises `ChildStartFailed`.
+
+    None: `signal` was set before there was a child, and it has not come in the moment that it usually takes.
 
     Must run inside `shielded`, so that no await in here can be torn, and no `Task.cancel()` orphans the child: it is
     interrupted when `signal` is set. `grace_s` is asked when the interrupt is due: it depends on the cancellation.
     """
-    child = await processes.fork(spec)
+    child = await _forked(processes, spec, signal)
+    if child is None:
+        return None
+    child.begin()
     ladder = _Ladder(child, signal, observer)
     try:
         return await ladder.run(grace_s)
     finally:
         await child.close()
+
+
+async def _forked(processes: Processes, spec: ChildSpec, signal: CancelSignal) -> Child | None:
+    forking = asyncio.create_task(processes.fork(spec), name="fork a child")
+    cancelled = asyncio.create_task(signal.wait_async(), name="await cancellation")
+    await asyncio.wait({forking, cancelled}, return_when=asyncio.FIRST_COMPLETED)
+    cancelled.cancel()
+    # Almost there, it is better seen through than let go. But what cannot be started now can be cancelled now.
+    await asyncio.wait({forking, cancelled}, timeout=_MOMENT_S)
+    if not forking.done():
+        forking.cancel()
+        await asyncio.wait({forking})
+    return None if forking.cancelled() else forking.result()
 
 
 class _Ladder:

@@ -49,7 +49,7 @@ async def run_child(
     Must run inside `see_through`, or another `shielded`.
     """
     if signal.is_set:
-        return NotStarted("the worker shuts down", 0) if signal.is_shutdown else None
+        return _not_even_started(signal)
     spec = ChildSpec(
         target=work.target,
         argument={
@@ -63,11 +63,16 @@ async def run_child(
         hung_after_s=context.settings.hung_after_s,
     )
     try:
-        return await supervise(context.processes, spec, signal, observer, work.grace_s)
+        end = await supervise(context.processes, spec, signal, observer, work.grace_s)
     except ChildStartFailed as error:
         # Not the fault of the work: another worker, or this one later, may have better luck.
         logger.error("%s", error, extra={"task_id": work.task_id})  # noqa: TRY400 - the text is our own and complete
         return NotStarted(str(error), context.settings.visibility_timeout_seconds)
+    return _not_even_started(signal) if end is None else end
+
+
+def _not_even_started(signal: CancelSignal) -> NotStarted | None:
+    return NotStarted("the worker shuts down", 0) if signal.is_shutdown else None
 
 
 async def see_through(body: Coroutine[Any, Any, _T], signal: CancelSignal, *, name: str) -> _T:

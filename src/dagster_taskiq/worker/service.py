@@ -10,7 +10,7 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
@@ -154,11 +154,8 @@ class Worker:
         bucket = self._settings.payload_bucket
         payloads = PayloadBucket(bucket, self._settings.region_name) if bucket else None
         try:
-            checked = await asyncio.gather(*[broker.check_queues() for broker in brokers], return_exceptions=True)
-            if errors := [error for error in checked if error is not None]:
-                raise errors[0]
-            await self._fork_server.start()
-            await retry_async(heart.beat, doing="write the first heartbeat", on=TimeoutError, for_s=CALL_S)
+            if not await self._unless_stopped(self._prepare(brokers, heart)):
+                return
             async with answering(lambda: self._describe(context)):
                 await self._work(brokers, context, heart, payloads, on_ready)
         finally:
@@ -171,6 +168,26 @@ class Worker:
             self._lane.close()
             with suppress(Exception):  # the database may be the reason why we stop
                 await heart.stop()
+
+    async def _prepare(self, brokers: Sequence[CancellableSQSBroker], heart: Heart) -> None:
+        checked = await asyncio.gather(*[broker.check_queues() for broker in brokers], return_exceptions=True)
+        if errors := [error for error in checked if error is not None]:
+            raise errors[0]
+        await self._fork_server.start()
+        await retry_async(heart.beat, doing="write the first heartbeat", on=TimeoutError, for_s=CALL_S)
+
+    async def _unless_stopped(self, body: Coroutine[Any, Any, None]) -> bool:
+        """Do it, unless the worker is told to stop meanwhile; whether it was done."""
+        doing = asyncio.create_task(body, name="prepare")
+        stopped = asyncio.create_task(self._stopping.wait(), name="await stop")
+        await asyncio.wait({doing, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (doing, stopped):
+            task.cancel()
+        await asyncio.wait({doing, stopped})
+        if doing.cancelled():
+            return False
+        doing.result()
+        return True
 
     async def _work(
         self,

@@ -18,6 +18,7 @@ from tests.support.waiting import wait_until
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.cancellation.signal import CancelSignal
 from dagster_taskiq.errors import ChildStartFailed
+from dagster_taskiq.process import fork_server
 from dagster_taskiq.process.child_handle import Child, ChildSpec, find_processes
 from dagster_taskiq.process.fork_server import ForkServer
 from dagster_taskiq.process.supervise import ChildEnd, supervise
@@ -43,7 +44,7 @@ class Work:
     def __post_init__(self) -> None:
         self.mark = uuid.uuid4().hex
         self.signal = CancelSignal()
-        self.task: asyncio.Task[ChildEnd] | None = None
+        self.task: asyncio.Task[ChildEnd | None] | None = None
 
     async def fork(self, spec: ChildSpec) -> Child:
         self.child = await self.server.fork(spec)
@@ -79,6 +80,7 @@ class Work:
     async def end(self) -> ChildEnd:
         assert self.task is not None
         end = await asyncio.wait_for(asyncio.shield(self.task), 30)
+        assert end is not None
         assert find_processes(self.mark, session=end.pid) == []
         return end
 
@@ -287,6 +289,57 @@ def test_a_fork_server_that_is_killed_is_started_anew_and_its_children_go_on() -
         before.cancel()
         end = await before.end()
         assert (end.exit_code, before.killings) == (0, 0)
+
+    run(test)
+
+
+def test_a_fork_server_that_hangs_is_replaced_and_its_children_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fork_server, "ANSWER_S", 1.0)
+
+    async def test(server: ForkServer) -> None:
+        before = Work(server, "polite").start()
+        await before.said("up")
+        assert server.pid is not None
+        hanging = psutil.Process(server.pid)
+        hanging.suspend()
+        after = [Work(server, "ends", argument={"code": code}).start() for code in range(5)]
+        assert [(await work.end()).exit_code for work in after] == list(range(5))
+        assert not hanging.is_running()
+        before.cancel()
+        end = await before.end()
+        assert (end.exit_code, before.killings) == (0, 0)
+
+    run(test)
+
+
+def test_a_cancel_does_not_wait_for_a_fork_server_that_hangs() -> None:
+    async def test(server: ForkServer) -> None:
+        await Work(server, "ends").start().end()
+        assert server.pid is not None
+        hanging = psutil.Process(server.pid)
+        hanging.suspend()
+        work = Work(server, "polite").start()
+        await asyncio.sleep(0)
+        work.cancel()
+        assert work.task is not None
+        assert await asyncio.wait_for(work.task, 5) is None
+        hanging.resume()  # it forks what it was asked for, and that has nothing to do
+        await Work(server, "ends").start().end()
+        await asyncio.to_thread(wait_until, lambda: not find_processes(work.mark), "what came too late is gone")
+
+    run(test)
+
+
+def test_a_fork_server_that_hangs_can_be_stopped() -> None:
+    async def test(server: ForkServer) -> None:
+        starting = asyncio.create_task(server.start())
+        await asyncio.sleep(0.05)  # it imports
+        assert server.pid is not None
+        hanging = psutil.Process(server.pid)
+        hanging.suspend()
+        await asyncio.wait_for(server.stop(), 5)
+        assert not hanging.is_running()
+        await asyncio.wait({starting})
 
     run(test)
 

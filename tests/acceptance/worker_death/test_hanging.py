@@ -2,14 +2,16 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from dagster import DagsterRunStatus
-from tests.acceptance.conftest import open_platform, steps_platform
+from tests.acceptance.conftest import SNAPPY, open_platform, steps_platform
 from tests.support.platform import Platform, WorkerProcess
 from tests.support.waiting import wait_until
 
@@ -107,3 +109,24 @@ def test_its_step_stops_before_it_is_tried_again(endpoint: str) -> None:
                 assert platform.finished(run_id, within=90) is DagsterRunStatus.SUCCESS, platform.story(run_id)
         assert platform.mark_counts(run_id)["started"] == 2
         assert platform.mark_counts(run_id)["slept"] == 1
+
+
+def test_a_fork_server_that_hangs_delays_neither_a_cancel_nor_the_end_of_its_worker(platform: Platform) -> None:
+    with platform.worker("-n", "w") as worker:
+        (server,) = psutil.Process(worker.pid).children()
+        server.suspend()
+        first, second = platform.launch("sleepy_job", seconds=60), platform.launch("sleepy_job", seconds=60)
+        for run_id in (first, second):
+            platform.wait_for_stage(run_id, Stage.PICKED_UP)
+        platform.launcher.terminate(first)
+        assert platform.finished(first, within=10) is DagsterRunStatus.CANCELED
+        asked_at = time.monotonic()
+        assert worker.stop() == 0
+        assert time.monotonic() - asked_at < SNAPPY["drain_seconds"] + 5
+        assert not server.is_running()
+        assert platform.marks(first) == platform.marks(second) == []
+        assert platform.status(second) is DagsterRunStatus.STARTING
+    with platform.worker("-n", "heir"):
+        platform.marked(second, "started")
+        platform.launcher.terminate(second)
+        assert platform.finished(second) is DagsterRunStatus.CANCELED
