@@ -40,6 +40,7 @@ from dagster_taskiq.storage.tags import (
     own_tags,
     tag_launched_run,
 )
+from dagster_taskiq.storage.waiting import describe_wait
 from dagster_taskiq.tasks.producer import Producer, work_message
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
                 raise
             logger.warning("run not launched, and not needed any more: %s", error, extra={"run_id": run.run_id})
             return
-        self._append(run, engine_events.submitted(task_id, queue_name(self.settings.queue_url)))
+        self._append(run, engine_events.submitted(task_id, queue_name(self.settings.queue_url), _ignored(run)))
 
     def _make_broker(self) -> "CancellableSQSBroker":
         from dagster_taskiq.cancellable_broker import CancellableSQSBroker
@@ -315,9 +316,15 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         )
 
     def get_run_worker_debug_info(self, run: DagsterRun, include_container_logs: bool | None = True) -> str | None:
-        """Task id, queue and worker of the run, in words. `include_container_logs` is Dagster's; we have none."""
+        """Task id, queue and worker of the run, in words, and what it waits for.
+
+        Dagster shows it where a run has not started in time. `include_container_logs` is Dagster's; we have none.
+        """
         owner = self._owner(run.run_id)
-        worker = f"{owner.worker_id} ({'alive' if owner.alive else 'dead'})" if owner is not None else "none yet"
+        if owner is None:
+            worker = f"none yet; {describe_wait(self._instance, self.settings, run.run_id)}"
+        else:
+            worker = f"{owner.worker_id} ({'alive' if owner.alive else 'dead; waiting for another one'})"
         task_id = own_tags(run).get(TASK_ID_TAG, "unknown")
         return f"Taskiq task {task_id} on queue {self.settings.queue_url}; worker: {worker}"
 
@@ -339,6 +346,11 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             append_event(self._instance, run, event)
         except Exception:
             logger.exception("engine event could not be written", extra={"run_id": run.run_id})
+
+
+def _ignored(run: DagsterRun) -> list[str]:
+    """Tags by which the Celery launcher and executor choose a queue and a priority."""
+    return [tag for tag in run.tags if tag.startswith("dagster-celery/")]
 
 
 CONFIG_FIELDS: Final[Mapping[str, Any]] = {

@@ -72,6 +72,8 @@ def create_missing(settings: "Settings") -> tuple[str, ...]:
 def status(config_file: Path | None, *, as_json: bool) -> None:
     """Show how many messages wait in each queue, and what is wrong with it. Exit code 1 when a queue is missing.
 
+    Where there is a $DAGSTER_HOME, also how many runs wait for a worker, for how long, and why.
+
     \b
     Example:
       dagster-taskiq queue status
@@ -87,6 +89,7 @@ def status(config_file: Path | None, *, as_json: bool) -> None:
         click.echo(json.dumps([{"name": queue.name, **asdict(queue)} for queue in queues], indent=2))
     else:
         _show(queues)
+        _show_waiting(settings)
     missing = [warning for queue in queues if not queue.exists for warning in queue.warnings]
     if missing:
         raise QueueMissing(missing[0])
@@ -113,6 +116,26 @@ def _show(queues: "Sequence[QueueStatus]") -> None:
     console.print(table)
     for warning in (warning for queue in queues if queue.exists for warning in queue.warnings):
         console.print(f"[yellow]warning[/yellow] {warning}", highlight=False, soft_wrap=True)
+
+
+def _show_waiting(settings: "Settings") -> None:
+    """Messages are not runs: some wait in Dagster's own queue, and of others only the message is left."""
+    import os
+
+    if not os.environ.get("DAGSTER_HOME"):
+        return
+    from dagster import DagsterInstance
+
+    from dagster_taskiq.cli.explain import explain
+    from dagster_taskiq.storage.waiting import describe_waiting
+    from dagster_taskiq.storage.workers import list_workers
+
+    try:
+        with DagsterInstance.get() as instance:
+            waiting = describe_waiting(instance, settings, list_workers(instance, settings))
+    except Exception as error:  # noqa: BLE001 - what was asked for are the queues, and they have answered
+        waiting = f"runs that wait: {explain(error) or repr(error)}"
+    click.echo(waiting or "no run waits for a worker")
 
 
 def _duration(seconds: int) -> str:

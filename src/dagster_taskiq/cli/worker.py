@@ -11,13 +11,17 @@ from dagster_taskiq._gc import collection_paused
 from dagster_taskiq.cli.options import config_option, log_format_option, log_level_option, soon_over
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from typing import Any
 
+    from rich.table import Table
+
     from dagster_taskiq.cli.logs import LogFormat
-    from dagster_taskiq.storage.workers import WorkerInfo
+    from dagster_taskiq.storage.workers import WorkerInfo, WorkInfo
 
 _PIPE_WIDTH: Final = 500
+_TABLE_WIDTH: Final = 100
+"""Columns of a terminal that the table of workers needs."""
 
 
 @click.group()
@@ -147,49 +151,82 @@ def list_workers(config_file: Path | None, *, everybody: bool, as_json: bool) ->
     from dagster import DagsterInstance
 
     from dagster_taskiq.cli.configured import configured
+    from dagster_taskiq.storage.waiting import describe_waiting
     from dagster_taskiq.storage.workers import ALIVE, list_workers
 
     settings = configured(config_file)
     with DagsterInstance.get() as instance:
         workers = list_workers(instance, settings, everybody=everybody)
+        waiting = None if as_json else describe_waiting(instance, settings, workers)
     if as_json:
         click.echo(json.dumps([asdict(worker) for worker in workers], indent=2))
     elif workers:
         _show(workers)
+    if waiting is not None:
+        click.echo(waiting)
     if not any(worker.state == ALIVE for worker in workers):
         click.echo("no worker is alive; start one with `dagster-taskiq worker start`", err=True)
         raise SystemExit(1)
 
 
 def _show(workers: "Sequence[WorkerInfo]") -> None:
-    from rich import box
     from rich.console import Console
+
+    console = Console()
+    # A pipe has no width: each line is one whole worker or piece of work.
+    if not console.is_terminal:
+        console = Console(width=_PIPE_WIDTH)
+    if console.width < _TABLE_WIDTH:
+        for line in _lines(workers):
+            console.print(line, highlight=False, markup=False)
+    else:
+        console.print(_table(workers))
+
+
+def _table(workers: "Sequence[WorkerInfo]") -> "Table":
+    from rich import box
     from rich.table import Table
 
     now = time.time()
     table = Table(box=box.SIMPLE)
     for heading in ("worker", "state", "heartbeat", "up", "runs", "steps", "working on", "status", "for"):
-        table.add_column(heading, no_wrap=heading != "working on")
+        table.add_column(heading, no_wrap=heading not in ("worker", "working on"), overflow="fold")
     for worker in workers:
-        at_runs = sum(work.step_key is None for work in worker.work)
-        row = [
-            worker.worker_id,
-            worker.state,
-            f"{_age(now - worker.heard)} ago",
-            _age(now - worker.since) if worker.since is not None and worker.state != "gone" else "",
-            "" if worker.runs is None else f"{at_runs}/{worker.runs}",
-            "" if worker.steps is None else f"{len(worker.work) - at_runs}/{worker.steps}",
-        ]
+        up = _age(now - worker.since) if worker.since is not None and worker.state != "gone" else ""
+        row = [worker.worker_id, worker.state, f"{_age(now - worker.heard)} ago", up, *_slots(worker)]
         for work in worker.work or (None,):
             if work is None:
                 table.add_row(*row)
             else:
-                step = f" step {work.step_key}" if work.step_key else ""
-                name = f"{work.job or '(deleted)'} {work.run_id[:8]}{step}"
-                table.add_row(*row, name, work.status or "", _age(now - work.since))
+                table.add_row(*row, _name(work), work.status or "", _age(now - work.since))
             row = [""] * len(row)
-    # A pipe has no width: each line is one whole worker or piece of work.
-    Console(width=None if Console().is_terminal else _PIPE_WIDTH).print(table)
+    return table
+
+
+def _lines(workers: "Sequence[WorkerInfo]") -> "Iterator[str]":
+    """For a narrow terminal: the same, one below the other."""
+    now = time.time()
+    for worker in workers:
+        runs, steps = _slots(worker)
+        yield worker.worker_id
+        yield f"  {worker.state}, heartbeat {_age(now - worker.heard)} ago, runs {runs or '?'}, steps {steps or '?'}"
+        for work in worker.work:
+            yield f"  {_name(work)}"
+            yield f"    {work.status or '?'} for {_age(now - work.since)}"
+
+
+def _slots(worker: "WorkerInfo") -> tuple[str, str]:
+    """Taken and all slots: for runs, for steps."""
+    at_runs = sum(work.step_key is None for work in worker.work)
+    return (
+        "" if worker.runs is None else f"{at_runs}/{worker.runs}",
+        "" if worker.steps is None else f"{len(worker.work) - at_runs}/{worker.steps}",
+    )
+
+
+def _name(work: "WorkInfo") -> str:
+    step = f" step {work.step_key}" if work.step_key else ""
+    return f"{work.assets or work.job or '(deleted)'} {work.run_id[:8]}{step}"
 
 
 def _age(seconds: float) -> str:

@@ -68,10 +68,13 @@ class EngineEvent:
     error: str | None = None
 
 
-def submitted(task_id: str, queue: str) -> EngineEvent:
-    """The launcher has sent the run to its queue."""
+def submitted(task_id: str, queue: str, ignored_tags: Sequence[str] = ()) -> EngineEvent:
+    """The launcher has sent the run to its queue. `ignored_tags`: those of the run that are for another launcher."""
+    ignored = f"; without effect here: the tags {', '.join(ignored_tags)}" if ignored_tags else ""
     return EngineEvent(
-        Stage.SUBMITTED, f"Submitted to queue {queue} as task {task_id}", {TASK_ID_KEY: task_id, "queue": queue}
+        Stage.SUBMITTED,
+        f"Submitted to queue {queue} as task {task_id}{ignored}",
+        {TASK_ID_KEY: task_id, "queue": queue},
     )
 
 

@@ -1,12 +1,21 @@
-"""Which runs wait for a worker? Knows Dagster's runs; not SQS, not workers."""
+"""Which runs wait for a worker, and why? Knows Dagster's runs and workers' heartbeats; not SQS.
+
+All calls block on the database.
+"""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
-_WAITING: Final = RunsFilter(statuses=[DagsterRunStatus.QUEUED, DagsterRunStatus.STARTING])
+from dagster_taskiq.queue_names import queue_name
+from dagster_taskiq.settings import Settings
+from dagster_taskiq.storage.workers import ALIVE, WorkerInfo, list_workers
+
+_STATUSES: Final = (DagsterRunStatus.QUEUED, DagsterRunStatus.STARTING)
+_WAITING: Final = RunsFilter(statuses=_STATUSES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,3 +34,37 @@ def waiting_runs(instance: DagsterInstance) -> WaitingRuns:
     count = instance.get_runs_count(_WAITING)
     oldest = instance.get_run_records(_WAITING, limit=1, ascending=True) if count else ()
     return WaitingRuns(count, max((time.time() - one.create_timestamp.timestamp() for one in oldest), default=0.0))
+
+
+def describe_waiting(instance: DagsterInstance, settings: Settings, workers: Sequence[WorkerInfo]) -> str | None:
+    """One line about all runs that wait; None when none does. `workers`: those of `list_workers`."""
+    waiting = waiting_runs(instance)
+    if not waiting.count:
+        return None
+    many = f"{waiting.count} runs wait, the oldest" if waiting.count > 1 else "1 run waits,"
+    return f"{many} for {waiting.oldest_s:.0f} s: {_why(workers, settings)}"
+
+
+def describe_wait(instance: DagsterInstance, settings: Settings, run_id: str) -> str:
+    """One line about a run that no worker has: for how long it has waited, how many are older, and why."""
+    why = _why(list_workers(instance, settings), settings)
+    record = instance.get_run_record_by_id(run_id)
+    if record is None:
+        return "it was deleted"
+    older = instance.get_runs_count(RunsFilter(statuses=_STATUSES, created_before=record.create_timestamp))
+    since_s = max(0.0, time.time() - record.create_timestamp.timestamp())
+    return f"waiting for a worker for {since_s:.0f} s, older runs that wait: {older}; {why}"
+
+
+def _why(workers: Sequence[WorkerInfo], settings: Settings) -> str:
+    queue = queue_name(settings.queue_url)
+    serving = [one for one in workers if one.state == ALIVE and one.runs and one.queue in (None, queue)]
+    if not serving:
+        return "no worker that takes runs is alive"
+    slots = sum(one.runs or 0 for one in serving)
+    free = slots - sum(work.step_key is None for one in serving for work in one.work)
+    if free <= 0:
+        return f"no free slot, {slots} of {slots} are taken (workers: {len(serving)})"
+    return (
+        f"{free} of {slots} slots are free; a worker is about to receive it, or a limit of the run queue holds it back"
+    )

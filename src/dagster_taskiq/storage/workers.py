@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from dagster import DagsterInstance, RunsFilter
+from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunRecord, RunsFilter
 
+from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.heartbeats import Heartbeat, Heartbeats
 
@@ -17,6 +18,8 @@ ALIVE: Final = "alive"
 SILENT: Final = "silent"
 DEAD: Final = "dead"
 GONE: Final = "gone"
+_IMPLICIT_JOB: Final = "__ASSET_JOB"
+_NAMED_ASSETS: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,8 @@ class WorkInfo:
     status: str | None
     step_key: str | None
     since: float
+    assets: str = ""
+    """What a run of selected assets materializes, in words; its job has no name of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,8 @@ class WorkerInfo:
     steps: int | None
     """Slots for steps."""
     work: tuple[WorkInfo, ...]
+    queue: str | None = None
+    """Name of the work queue that it serves."""
 
 
 def list_workers(instance: DagsterInstance, settings: Settings, *, everybody: bool = False) -> list[WorkerInfo]:
@@ -74,23 +81,50 @@ def _state(last: Heartbeat, now: float, silent_after_s: float, dead_after_s: flo
     return ALIVE if age < silent_after_s else SILENT if age < dead_after_s else DEAD
 
 
-def _runs(instance: DagsterInstance, beats: Sequence[Heartbeat]) -> dict[str, tuple[str, str]]:
-    """Job and status of every run that a worker is working on."""
+def describe_assets(run: DagsterRun) -> str:
+    """The assets of a run of selected assets: "orders, raw/prices and 3 more"; empty for a run of a job with a name."""
+    selected = sorted(key.to_user_string() for key in run.asset_selection or ())
+    if not run.job_name.startswith(_IMPLICIT_JOB) or not selected:
+        return ""
+    more = f" and {len(selected) - _NAMED_ASSETS} more" if len(selected) > _NAMED_ASSETS else ""
+    return ", ".join(selected[:_NAMED_ASSETS]) + more
+
+
+def _runs(instance: DagsterInstance, beats: Sequence[Heartbeat]) -> dict[str, RunRecord]:
+    """The record of every run that a worker is working on."""
     run_ids = {entry[0] for last in beats for entry in last.facts.get("work", ())}
     if not run_ids:
         return {}
-    return {
-        run.run_id: (run.job_name, run.status.value) for run in instance.get_runs(RunsFilter(run_ids=sorted(run_ids)))
-    }
+    records = instance.get_run_records(RunsFilter(run_ids=sorted(run_ids)))
+    return {record.dagster_run.run_id: record for record in records}
 
 
-def _worker_info(last: Heartbeat, state: str, runs: dict[str, tuple[str, str]]) -> WorkerInfo:
+def _worker_info(last: Heartbeat, state: str, runs: dict[str, RunRecord]) -> WorkerInfo:
     facts: dict[str, Any] = dict(last.facts)
     slots = facts.get("slots", (None, None))
     work = []
     for run_id, step_key, since in facts.get("work", ()):
-        job, status = runs.get(run_id, (None, None))
-        work.append(WorkInfo(run_id, job, status, step_key, since))
+        record = runs.get(run_id)
+        if record is None:
+            work.append(WorkInfo(run_id, None, None, step_key, since))
+        elif not _has_ended_since(record, last):
+            run = record.dagster_run
+            work.append(WorkInfo(run_id, run.job_name, run.status.value, step_key, since, describe_assets(run)))
     return WorkerInfo(
-        last.worker_id, state, str(facts.get("where", "")), facts.get("since"), last.at, slots[0], slots[1], tuple(work)
+        worker_id=last.worker_id,
+        state=state,
+        where=str(facts.get("where", "")),
+        since=facts.get("since"),
+        heard=last.at,
+        runs=slots[0],
+        steps=slots[1],
+        work=tuple(work),
+        queue=facts.get("queue"),
     )
+
+
+def _has_ended_since(record: RunRecord, last: Heartbeat) -> bool:
+    """Whether the run has ended after this heartbeat named it. One that was cancelled by force may still be at work."""
+    status = record.dagster_run.status
+    ended_at = record.end_time or 0.0
+    return status is DagsterRunStatus.SUCCESS or (status in FINISHED_STATUSES and ended_at > last.at)

@@ -9,6 +9,8 @@ from typing import Final
 
 from dagster import DagsterRun
 
+from dagster_taskiq.storage.workers import describe_assets
+
 logger = logging.getLogger(__name__)
 
 FAILURE: Final = "FAILURE"
@@ -31,6 +33,8 @@ class WorkLog:
         self._began = monotonic()
         self._what = "run" if step_key is None else "step"
         self._about: dict[str, str | float] = {"job": run.job_name, "run_id": run.run_id, "worker": worker_id}
+        if assets := describe_assets(run):
+            self._about["assets"] = assets
         if step_key is not None:
             self._about["step_key"] = step_key
         facts: dict[str, str | float] = {"reason": why} if again else {}

@@ -235,6 +235,12 @@ def test_launching_tags_the_run_and_needs_nothing_but_its_record(platform: Platf
     assert platform.status(run.run_id) is STATUS.STARTING
 
 
+def test_a_tag_for_celery_is_said_to_have_no_effect(platform: Platform) -> None:
+    run_id = platform.launch("quick_job", tags={"dagster-celery/queue": "fast"})
+    (said,) = [line for line in platform.story(run_id) if "Submitted to queue" in line]
+    assert said.endswith("; without effect here: the tags dagster-celery/queue"), said
+
+
 def test_health_is_never_unknown(platform: Platform) -> None:
     health = platform.launcher.check_run_worker_health
     expected = {
@@ -253,6 +259,14 @@ def test_debug_info_names_task_queue_and_worker(platform: Platform) -> None:
     assert told is not None
     for part in (run.tags[TASK_ID_TAG], platform.queue_url, ELSEWHERE, "alive"):
         assert part in told
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [(starting_not_claimed, "worker: none yet; waiting for a worker"), (started_owner_dead, "waiting for another one")],
+)
+def test_debug_info_says_what_a_run_waits_for(platform: Platform, make: Callable[[Platform], str], says: str) -> None:
+    assert says in (platform.launcher.get_run_worker_debug_info(platform.run(make(platform))) or "")
 
 
 def test_settings_of_the_tests_are_those_of_the_launcher(platform: Platform) -> None:

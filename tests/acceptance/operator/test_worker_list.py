@@ -2,9 +2,11 @@
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -27,6 +29,26 @@ def ask(platform: Platform, *arguments: str) -> "subprocess.CompletedProcess[str
         timeout=60,
         check=False,
     )
+
+
+def on_a_terminal(platform: Platform, columns: int) -> list[str]:
+    """The lines that a person sees on a terminal of that width."""
+    ours, theirs = pty.openpty()
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dagster_taskiq.cli", "worker", "list"],
+            env=os.environ | {"DAGSTER_HOME": str(platform.home), "COLUMNS": str(columns), "TERM": "dumb"},
+            stdout=theirs,
+        )
+        os.close(theirs)
+        written = b""
+        with suppress(OSError):  # the end of a terminal is an error
+            while data := os.read(ours, 65536):
+                written += data
+        assert process.wait(60) == 0
+    finally:
+        os.close(ours)
+    return written.decode().splitlines()
 
 
 def states(platform: Platform, *arguments: str) -> dict[str, Any]:
@@ -65,6 +87,9 @@ def test_who_is_alive_and_what_each_is_at(endpoint: str) -> None:
         table = ask(platform).stdout
         assert f"two_steps {run_id[:8]} step step_0" in table
         assert "2/3" in table
+        narrow = on_a_terminal(platform, columns=60)
+        assert max(map(len, narrow)) <= 60, narrow
+        assert f"  two_steps {run_id[:8]} step step_0" in narrow
         assert platform.launcher.terminate(run_id)
         assert platform.finished(run_id) is DagsterRunStatus.CANCELED
         runs_worker.process.kill()

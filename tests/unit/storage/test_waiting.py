@@ -1,0 +1,95 @@
+"""What is said of runs that wait, and of the runs that workers are at."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+from dagster import AssetKey, DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus
+from dagster._core.test_utils import create_run_for_test
+
+from dagster_taskiq.settings import Settings
+from dagster_taskiq.storage.heartbeats import Heartbeats
+from dagster_taskiq.storage.waiting import describe_wait, describe_waiting
+from dagster_taskiq.storage.workers import list_workers
+
+SETTINGS = Settings(queue_url="http://127.0.0.1/1/tasks", region_name="us-east-1")
+
+
+@dataclass
+class World:
+    instance: DagsterInstance
+
+    def run(self, status: DagsterRunStatus = DagsterRunStatus.STARTING, **options: object) -> DagsterRun:
+        run: DagsterRun = create_run_for_test(self.instance, status=status, **options)  # type: ignore[arg-type]
+        return run
+
+    def beat(self, worker: str, *work: DagsterRun, slots: int = 1, ago: float = 0.0, queue: str = "tasks") -> None:
+        at = time.time() - ago
+        facts = {"slots": [slots, 4], "work": [[run.run_id, None, at] for run in work], "queue": queue}
+        Heartbeats(self.instance, 30, 10, clock=lambda: at).beat(worker, facts)
+
+    def all(self) -> str | None:
+        return describe_waiting(self.instance, SETTINGS, list_workers(self.instance, SETTINGS))
+
+    def listed(self) -> list[str]:
+        return [work.run_id for worker in list_workers(self.instance, SETTINGS) for work in worker.work]
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with DagsterInstance.ephemeral() as instance:
+        yield World(instance)
+
+
+def test_no_run_waits(world: World) -> None:
+    world.run(DagsterRunStatus.STARTED)
+    assert world.all() is None
+
+
+def test_without_a_worker(world: World) -> None:
+    world.run()
+    world.beat("steps only", slots=0)
+    world.beat("of another fleet", queue="others")
+    assert world.all() == "1 run waits, for 0 s: no worker that takes runs is alive"
+
+
+def test_without_a_slot(world: World) -> None:
+    world.beat("one", world.run(DagsterRunStatus.STARTED))
+    world.beat("two", *[world.run(DagsterRunStatus.STARTED) for _ in range(2)], slots=2)
+    world.run()
+    last = world.run()
+    why = "no free slot, 3 of 3 are taken (workers: 2)"
+    assert world.all() == f"2 runs wait, the oldest for 0 s: {why}"
+    said = describe_wait(world.instance, SETTINGS, last.run_id)
+    assert said == f"waiting for a worker for 0 s, older runs that wait: 1; {why}"
+
+
+def test_with_a_slot(world: World) -> None:
+    world.beat("one", world.run(DagsterRunStatus.STARTED), slots=2)
+    assert "1 of 2 slots are free" in describe_wait(world.instance, SETTINGS, world.run().run_id)
+
+
+def ended(world: World, kind: DagsterEventType) -> DagsterRun:
+    run = world.run(DagsterRunStatus.STARTED)
+    world.instance.report_dagster_event(DagsterEvent(kind.value, run.job_name), run.run_id)
+    return run
+
+
+def test_a_run_that_has_ended_since_the_heartbeat_is_not_listed(world: World) -> None:
+    for kind in (DagsterEventType.RUN_SUCCESS, DagsterEventType.RUN_FAILURE, DagsterEventType.RUN_CANCELED):
+        world.beat("w", ended(world, kind), ago=5)
+        assert world.listed() == [], kind
+
+
+def test_a_run_that_was_cancelled_by_force_is_listed_while_its_worker_names_it(world: World) -> None:
+    run = ended(world, DagsterEventType.RUN_CANCELED)
+    world.beat("w", run)
+    assert world.listed() == [run.run_id]
+
+
+def test_what_a_run_of_selected_assets_makes_is_named(world: World) -> None:
+    assets = frozenset(AssetKey(name) for name in ("a", "b", "c"))
+    world.beat("w", world.run(DagsterRunStatus.STARTED, job_name="__ASSET_JOB", asset_selection=assets))
+    (worker,) = list_workers(world.instance, SETTINGS)
+    assert [work.assets for work in worker.work] == ["a, b and 1 more"]
