@@ -16,6 +16,7 @@ from dagster_taskiq.errors import SettingsError
 from dagster_taskiq.launcher import TaskiqRunLauncher
 from dagster_taskiq.metrics import OLDEST_WAITS, RUN_SLOTS, RUNS_WAITING
 from dagster_taskiq.storage.slots import RunSlots
+from dagster_taskiq.storage.tags import drop_copied_tags
 from dagster_taskiq.storage.waiting import waiting_runs
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,10 @@ class TaskiqRunCoordinator(QueuedRunCoordinator[DagsterInstance]):
     def submit_run(self, context: SubmitRunContext) -> DagsterRun:
         """Put the run into Dagster's queue. Raises `SettingsError` when this instance is configured wrongly."""
         self.check()
+        try:
+            drop_copied_tags(self._instance, context.dagster_run)
+        except Exception:  # they do not count, they are only seen
+            logger.exception("tags could not be removed", extra={"run_id": context.dagster_run.run_id})
         return super().submit_run(context)
 
     def get_run_queue_config(self) -> RunQueueConfig:

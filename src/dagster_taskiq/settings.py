@@ -148,6 +148,19 @@ class Settings:
         return self.visibility_timeout_seconds
 
     @property
+    def reconcile_every_s(self) -> float:
+        """Once a minute one of the workers looks for lost runs; more often if messages come again more quickly."""
+        return min(60.0, 2.0 * self.visibility_timeout_seconds)
+
+    @property
+    def lost_after_s(self) -> float:
+        """The visibility timeout, and the confirmation of a death: a message that still exists has come again by then.
+
+        Counted from when the worker is known to be dead, which is later than its death.
+        """
+        return self.visibility_timeout_seconds + self.death_confirmed_after_s
+
+    @property
     def shutdown_grace_s(self) -> float:
         """The grace during a shutdown: everything must have ended before the container is killed."""
         return max(0.0, min(self.grace_seconds, self.stop_timeout_seconds - self.drain_seconds - 2))

@@ -41,6 +41,12 @@ def own_tags(run: DagsterRun) -> Mapping[str, str]:
     return {name: value for name, value in run.tags.items() if name not in _OF_ONE_RUN}
 
 
+def drop_copied_tags(instance: DagsterInstance, run: DagsterRun) -> None:
+    """Remove tags of ours that are copies of another run's."""
+    if stale := run.tags.keys() - own_tags(run).keys():
+        remove_run_tags(instance, run.run_id, stale)
+
+
 def add_own_tags(instance: DagsterInstance, run: DagsterRun, tags: Mapping[str, str]) -> None:
     """Set tags of ours on this run, and remove those that are copies of another run's."""
     _replace(instance, run, run.tags.keys() - own_tags(run).keys(), tags)

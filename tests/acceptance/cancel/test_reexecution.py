@@ -12,6 +12,8 @@ from dagster._core.workspace.load_target import PythonFileTarget
 from tests.support.platform import CLEANUP_JOBS, Platform
 
 from dagster_taskiq import cancel_run
+from dagster_taskiq.coordinator import TaskiqRunCoordinator
+from dagster_taskiq.dagster_compat.api import SubmitRunContext
 from dagster_taskiq.storage.engine_events import Stage
 from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, TASK_ID_TAG
 
@@ -57,6 +59,12 @@ def test_a_reexecuted_run_knows_nothing_of_why_its_parent_was_cancelled(working:
         assert platform.launcher.terminate(waits.run_id) is False
         assert platform.status(waits.run_id) is STATUS.CANCELED, "no worker of ours can have it"
         assert TASK_ID_TAG not in platform.run(waits.run_id).tags
+        coordinator = TaskiqRunCoordinator()
+        coordinator.register_instance(instance)
+        queued = coordinator.submit_run(SubmitRunContext(reexecuted(platform, request, parent), request))
+        assert queued.status is STATUS.QUEUED
+        assert queued.tags.keys() & {TASK_ID_TAG, CANCEL_REASON_TAG, CANCELLED_BY_TAG} == set(), "also while it waits"
+        assert coordinator.cancel_run(queued.run_id)
         run = reexecuted(platform, request, parent)
         instance.launch_run(run.run_id, request)
     platform.wait_started(run.run_id, began + 1)
