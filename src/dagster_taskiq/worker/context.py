@@ -4,14 +4,16 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from time import time
-from typing import Any
+from time import monotonic, time
+from typing import Any, TypeVar
 
 from dagster import DagsterInstance, DagsterRun
 
 from dagster_taskiq._lane import Lane
+from dagster_taskiq._retry import DATABASE_RETRY_S, retry_async
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.cancellation.signal import CancelSignal
+from dagster_taskiq.dagster_compat.storage import outages
 from dagster_taskiq.metrics import DELIVERED, FORCED_KILLS, LEASES_LOST, TO_DELIVERED, TO_STOPPED, WAITED, Metrics
 from dagster_taskiq.process.supervise import ChildEnd, Processes
 from dagster_taskiq.settings import Settings
@@ -24,6 +26,8 @@ from dagster_taskiq.storage.tags import grace_of
 from dagster_taskiq.tasks.running_task import RunningTask
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,23 @@ class WorkerContext:
         except Exception:  # nothing is killed because the database did not answer: the claim was ours and is
             logger.exception("cannot read the claims; going on", extra={"run_id": task.run_id})
             return True
+
+    async def through_outages(self, call: Callable[[], _T], doing: str) -> _T:
+        """Call it in a thread, until the database answers: for what nobody else can do, because only this worker knows.
+
+        That is as long as an outage takes; when the worker's drain is over, `DATABASE_RETRY_S` from the first try at
+        least. An error that is no outage is raised after `DATABASE_RETRY_S`.
+        """
+        began = monotonic()
+
+        def may_give_up() -> bool:
+            return self.shutdown.is_set and monotonic() - began > DATABASE_RETRY_S
+
+        async def wait_for_database() -> _T:
+            errors = (*outages(), TimeoutError)
+            return await retry_async(lambda: self.lane.call(call), doing=doing, on=errors, until=may_give_up)
+
+        return await retry_async(wait_for_database, doing=doing, for_s=DATABASE_RETRY_S)
 
     def hand_back_later(self) -> Settled:
         """The message is to come again after its visibility timeout."""

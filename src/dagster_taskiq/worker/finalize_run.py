@@ -96,8 +96,8 @@ class _Finalization:
         self._context.step_claims.forget(self._run.run_id)
 
     async def _blocking(self, call: Callable[[], _T], doing: str) -> _T:
-        # The child is gone and the message still ours: nobody else can do this better, so not at once give up.
-        return await retry_async(lambda: self._context.lane.call(call), doing=doing, for_s=DATABASE_RETRY_S)
+        # How the child has ended is known here and nowhere else.
+        return await self._context.through_outages(call, doing)
 
     async def _examine(self) -> Conclusion:
         return await self._blocking(self._look, "look how a run has to end")
@@ -164,7 +164,7 @@ async def stop_steps(context: WorkerContext, run: DagsterRun, *, patient: bool =
             workers = {task_id: claim.worker_id for task_id, claim in steps.items()}
             return {task_id: claim.step_key for task_id, claim in steps.items()}, [*context.steps_left(workers)]
 
-        return await retry_async(lambda: context.lane.call(look), doing="look for steps", for_s=DATABASE_RETRY_S)
+        return await context.through_outages(look, "look for steps")
 
     stop = StopOfSteps(context.settings.steps_patience_s(context.grace_s(run)) if patient else 0)
     while True:
@@ -178,8 +178,4 @@ async def stop_steps(context: WorkerContext, run: DagsterRun, *, patient: bool =
             break
         await asyncio.sleep(min(0.5, 0.05 + stop.waited_s / 10))
     event = engine_events.steps_not_stopped([step_keys[task_id] for task_id in task_ids], stop.waited_s)
-    await retry_async(
-        lambda: context.lane.call(append_event, context.instance, run, event),
-        doing="write an engine event",
-        for_s=DATABASE_RETRY_S,
-    )
+    await context.through_outages(lambda: append_event(context.instance, run, event), "write an engine event")
