@@ -92,16 +92,16 @@ class WorkerContext:
             logger.exception("cannot read the claims; going on", extra={"run_id": task.run_id})
             return True
 
-    async def through_outages(self, call: Callable[[], _T], doing: str) -> _T:
+    async def through_outages(self, call: Callable[[], _T], doing: str, *, at_least_s: float = DATABASE_RETRY_S) -> _T:
         """Call it in a thread, until the database answers: for what nobody else can do, because only this worker knows.
 
-        That is as long as an outage takes; when the worker's drain is over, `DATABASE_RETRY_S` from the first try at
-        least. An error that is no outage is raised after `DATABASE_RETRY_S`.
+        That is as long as an outage takes; when the worker's drain is over, `at_least_s` from the first try on. An
+        error that is no outage is raised after `DATABASE_RETRY_S`.
         """
         began = monotonic()
 
         def may_give_up() -> bool:
-            return self.shutdown.is_set and monotonic() - began > DATABASE_RETRY_S
+            return self.shutdown.is_set and monotonic() - began > at_least_s
 
         async def wait_for_database() -> _T:
             errors = (*outages(), TimeoutError)
@@ -114,11 +114,18 @@ class WorkerContext:
         return Settled(Settlement.HAND_BACK, self.settings.visibility_timeout_seconds)
 
     async def give_up(self, run: DagsterRun, why: str, *, delay_s: int, step: StepRef | None = None) -> Settled:
-        """Release the claim, so that another worker may have the work; its message is handed back."""
-        if step is None:
-            await self.lane.call(self.claims.release, run, why)
-        else:
-            await self.lane.call(self.step_claims.release, run, step, self.worker_id, why)
+        """Release the claim, so that another worker may have the work; then its message is handed back.
+
+        In this order, however long the database is away: a step that is claimed is not started by anybody else.
+        """
+
+        def release() -> None:
+            if step is None:
+                self.claims.release(run, why)
+            else:
+                self.step_claims.release(run, step, self.worker_id, why)
+
+        await self.through_outages(release, "release a claim", at_least_s=0)
         return Settled(Settlement.HAND_BACK, delay_s)
 
     # What is measured

@@ -86,7 +86,7 @@ class _Finalization:
         self._measure(conclusion)
         self._tell(conclusion.outcome, conclusion.reason(self._end, self._cancellation))
         if conclusion.settlement is Settlement.LEAVE:
-            await self._context.lane.call(self._context.claims.release, self._run, "the lease was lost")
+            await self._blocking(self._release_lost, "release a claim")
         else:
             await self._blocking(self._forget_claims, "delete the claims on a run that is final")
         return Settled(conclusion.settlement)
@@ -94,6 +94,9 @@ class _Finalization:
     def _forget_claims(self) -> None:
         self._context.claims.forget(self._run.run_id)
         self._context.step_claims.forget(self._run.run_id)
+
+    def _release_lost(self) -> None:
+        self._context.claims.release(self._run, "the lease was lost")
 
     async def _blocking(self, call: Callable[[], _T], doing: str) -> _T:
         # How the child has ended is known here and nowhere else.

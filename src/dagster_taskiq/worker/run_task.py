@@ -6,7 +6,6 @@ message is what each function returns.
 
 import asyncio
 import logging
-from contextlib import suppress
 from typing import Any
 
 from dagster import DagsterRun
@@ -19,6 +18,7 @@ from dagster_taskiq.child.main import RUN_TARGET
 from dagster_taskiq.dagster_compat.api import RESUME_RUN_LOG_MESSAGE
 from dagster_taskiq.messages import EXECUTE_RUN, RESUME_RUN, is_run_id
 from dagster_taskiq.sqs.settlement import Settled, Settlement
+from dagster_taskiq.storage.claims import ClaimState
 from dagster_taskiq.tasks.running_task import RunningTask, current_task
 from dagster_taskiq.worker.admission import Action, Candidate, Decision, WorkKind, admit_run
 from dagster_taskiq.worker.context import WorkerContext
@@ -69,8 +69,10 @@ class RunWork:
         except Exception:  # the database, above all: the message stays, and is tried again when it is visible again
             extra = {"run_id": candidate.run_id, "task_id": task.task_id}
             logger.exception("work could not be carried out; its message is handed back", extra=extra)
-            with suppress(Exception):  # or else our claim keeps the others from it for as long as we live
-                await self._context.lane.call(self._release, candidate)
+            try:  # or else our claim keeps the others from it for as long as we live
+                await self._context.through_outages(lambda: self._release(candidate), "release a claim", at_least_s=0)
+            except Exception:
+                logger.exception("a claim could not be released", extra=extra)
             return self._context.hand_back_later()
 
     async def _admit(self, candidate: Candidate, signal: CancelSignal) -> Decision:
@@ -92,8 +94,12 @@ class RunWork:
     def _release(self, candidate: Candidate) -> None:
         context = self._context
         run = context.instance.get_run_by_id(candidate.run_id)
-        if run is not None:
-            context.claims.release(run, "it could not be carried out here")
+        # As it is stored: the answer to a claim may have been lost.
+        claim = context.claims.read([candidate.run_id]).get(candidate.run_id)
+        if run is None or claim is None or claim.state is not ClaimState.HELD:
+            return
+        if (claim.worker_id, claim.task_id) == (candidate.worker_id, candidate.task_id):
+            context.claims.release(run, "it could not be carried out here", claim)
 
     async def _follow(self, decision: Decision, candidate: Candidate, task: RunningTask) -> Settled:
         context, run = self._context, decision.run
