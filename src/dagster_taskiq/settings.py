@@ -139,6 +139,31 @@ class Settings:
         return 2 * self.heartbeat_every_s
 
     @property
+    def given_up_after_s(self) -> float:
+        """Ten visibility timeouts (five minutes by default): after that a worker's old heartbeat is enough.
+
+        Before that, a run of a worker whose heartbeat is old is only taken over when its message comes again as well,
+        because a worker that only the database does not answer renews its leases over SQS.
+        """
+        return 10 * self.visibility_timeout_seconds
+
+    @property
+    def cut_off_after_s(self) -> float:
+        """Nine visibility timeouts: a worker that could not write its heartbeat for so long stops its children.
+
+        Their grace is `dead_after_s` at most, so they are gone before `given_up_after_s`.
+        """
+        return 9 * self.visibility_timeout_seconds
+
+    @property
+    def lost_grace_s(self) -> float:
+        """A twelfth of the visibility timeout: the grace when another worker may be about to begin with the same run.
+
+        When neither SQS nor the database answers, others confirm the worker's death for longer than that.
+        """
+        return self.visibility_timeout_seconds / 12
+
+    @property
     def step_lost_after_s(self) -> float:
         """The visibility timeout without a heartbeat: then a step of that worker is lost, and may be tried again.
 

@@ -100,6 +100,15 @@ class CancelSignal:
         return forget
 
     @contextmanager
+    def also_set_by(self, other: "CancelSignal") -> Iterator[None]:
+        """As long as this lasts, it is set when the other one is."""
+        forget = other.on_notified(lambda: self.set(other.cancellation) if other.cancellation is not None else None)
+        try:
+            yield
+        finally:
+            forget()
+
+    @contextmanager
     def shield(self, name: str) -> Iterator[bool]:
         """As long as this lasts there is a shield of that name. Yields whether it is the outermost one."""
         with self._lock:

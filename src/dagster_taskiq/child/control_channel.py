@@ -52,6 +52,12 @@ class ControlChannel:
         self.listen()
         return self.signal.is_set and not self.signal.is_shutdown
 
+    def is_lost(self) -> bool:
+        """Whether another worker has the work by now."""
+        self.listen()
+        cancellation = self.signal.cancellation
+        return cancellation is not None and cancellation.kind is CancelKind.LEASE_LOST
+
     def worker_is_gone(self) -> bool:
         """Whether nobody will ever listen again."""
         self.listen()

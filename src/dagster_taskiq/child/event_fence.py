@@ -90,13 +90,18 @@ class EventFence:
 
 
 class RunFence(EventFence):
-    """Of a run's process: once that has to stop, its terminal event goes to the supervisor instead."""
+    """Of a run's process: once that has to stop, its terminal event goes to the supervisor instead.
+
+    And once another worker has the run, no event at all is written.
+    """
 
     def __init__(self, instance: DagsterInstance, run_id: str, process: ChildProcess) -> None:
         super().__init__(instance, run_id, process.control)
         self._process = process
 
     def _holds(self, event: Any, kind: DagsterEventType | None) -> bool:
+        if event.run_id == self._run_id and self._control.is_lost():
+            return True  # the run's log is another worker's
         if kind is DagsterEventType.RUN_START and self._is_stopped():
             # Between core's last look and this event it builds the plan, which takes seconds for thousands of assets.
             raise DagsterExecutionInterruptedError

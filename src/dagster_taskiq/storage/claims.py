@@ -17,6 +17,7 @@ from dagster import DagsterInstance, DagsterRun, RunsFilter
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
 from dagster_taskiq.dagster_compat.key_values import delete_value, insert_value, read_values, replace_value
 from dagster_taskiq.dagster_compat.storage import delete_values, values_under
+from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.engine_events import EngineEvent, picked_up, released
 from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.heartbeats import Heartbeats
@@ -72,10 +73,19 @@ class Owner:
 class Claims:
     """Reads and changes claims, and remembers which of them this process has. `heartbeats` decides who is alive."""
 
-    def __init__(self, instance: DagsterInstance, heartbeats: Heartbeats) -> None:
+    def __init__(
+        self, instance: DagsterInstance, heartbeats: Heartbeats, without_message: Heartbeats | None = None
+    ) -> None:
+        """`without_message`: decides who is alive for those who have not got the message of the run again."""
         self.instance = instance
         self.heartbeats = heartbeats
+        self.without_message = without_message or heartbeats
         self._mine: dict[str, Claim] = {}
+
+    @classmethod
+    def of(cls, instance: DagsterInstance, settings: Settings) -> "Claims":
+        """With the times of these settings."""
+        return cls(instance, Heartbeats.of_runs(instance, settings), Heartbeats.without_a_message(instance, settings))
 
     # Reading
 
@@ -84,10 +94,15 @@ class Claims:
         keys = {_key(run_id): run_id for run_id in run_ids}
         return {keys[key]: _parsed(value) for key, value in read_values(self.instance, keys).items()}
 
-    def owners(self, run_ids: Iterable[str]) -> dict[str, Owner]:
-        """Who holds the claims on these runs, in two queries. A run that nobody has is not in it."""
+    def owners(self, run_ids: Iterable[str], *, without_message: bool = False) -> dict[str, Owner]:
+        """Who holds the claims on these runs, in two queries. A run that nobody has is not in it.
+
+        `without_message`: as it has to be judged by those who act without the message of the run, before which its
+        worker may only lack the database.
+        """
         held = {run_id: claim for run_id, claim in self.read(run_ids).items() if claim.state is not ClaimState.RELEASED}
-        alive, in_doubt = self.heartbeats.look(claim.worker_id for claim in held.values())
+        heartbeats = self.without_message if without_message else self.heartbeats
+        alive, in_doubt = heartbeats.look(claim.worker_id for claim in held.values())
         return {
             run_id: Owner(
                 claim,
@@ -98,9 +113,9 @@ class Claims:
             for run_id, claim in held.items()
         }
 
-    def owner(self, run_id: str) -> Owner | None:
-        """Who holds the claim on a run; None: nobody."""
-        return self.owners([run_id]).get(run_id)
+    def owner(self, run_id: str, *, without_message: bool = False) -> Owner | None:
+        """Who holds the claim on a run; None: nobody. `without_message`: see `owners`."""
+        return self.owners([run_id], without_message=without_message).get(run_id)
 
     # Changing
 

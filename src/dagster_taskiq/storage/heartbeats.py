@@ -62,6 +62,11 @@ class Heartbeats:
         return cls(instance, settings.dead_after_s, settings.death_confirmed_after_s, **clocks)
 
     @classmethod
+    def without_a_message(cls, instance: DagsterInstance, settings: Settings) -> "Heartbeats":
+        """For runs whose message has not come again: much later, because their worker may only lack the database."""
+        return cls(instance, settings.given_up_after_s, settings.death_confirmed_after_s)
+
+    @classmethod
     def of_steps(cls, instance: DagsterInstance, settings: Settings) -> "Heartbeats":
         """For steps: later, so that a dead worker's children are gone before a step is tried again."""
         return cls(instance, settings.step_lost_after_s, settings.death_confirmed_after_s)

@@ -121,7 +121,9 @@ def _other_owner(claims: Claims, candidate: Candidate, run: DagsterRun, seen: Cl
     decides = seen.task_id == candidate.task_id and abs(time.time() - seen.since) < _MONITORING_DECIDES_S
     if seen.state is ClaimState.GIVEN_UP and decides:
         return Decision(Action.HAND_BACK, f"run monitoring was told that worker {seen.worker_id} is dead", run)
-    alive, in_doubt = claims.heartbeats.look([seen.worker_id])
+    # The run's own message comes again when its worker no longer renews its lease: a second sign of its death.
+    heartbeats = claims.heartbeats if seen.task_id == candidate.task_id else claims.without_message
+    alive, in_doubt = heartbeats.look([seen.worker_id])
     if in_doubt and seen.state is ClaimState.HELD:
         return Decision(Action.LOOK_AGAIN, f"the heartbeat of worker {seen.worker_id}, which has it, is old", run)
     if alive and seen.state is ClaimState.HELD:

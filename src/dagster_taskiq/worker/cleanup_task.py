@@ -45,10 +45,10 @@ async def clean_up(context: WorkerContext, run: DagsterRun, task_id: str) -> boo
     argument = {"run_id": run.run_id, "worker_id": context.worker_id}
     work = ChildWork(CLEANUP_TARGET, argument, task_id, grace_s=lambda _: min(grace_s, context.settings.dead_after_s))
     crashes = 0
-    with context.working_on(task_id, run.run_id):
+    with context.working_on(task_id, run.run_id) as active, active.lost.also_set_by(context.shutdown):
         while True:
-            end = await run_child(context, work, context.shutdown, _Log())
-            if isinstance(end, NotStarted) and not context.shutdown.is_set:
+            end = await run_child(context, work, active.lost, _Log())
+            if isinstance(end, NotStarted) and not active.lost.is_set:
                 raise ChildStartFailed(end.why)
             if end is None or isinstance(end, NotStarted):
                 return False

@@ -37,6 +37,8 @@ class ActiveTask:
     run_id: str
     step_key: str | None = None
     since: float = field(default_factory=time)
+    lost: CancelSignal = field(default_factory=CancelSignal, compare=False)
+    """Set when another worker has taken it over."""
 
 
 @dataclass(slots=True)
@@ -62,13 +64,17 @@ class WorkerContext:
     """Calls to the database, for work; the heartbeat and others have lanes of their own."""
     active: dict[str, ActiveTask] = field(default_factory=dict)
     """By task id, the work that was admitted and has not ended."""
+    heard_at: float = field(default_factory=monotonic)
+    """When the last heartbeat that was written was begun, by this process's monotonic clock."""
+    is_cut_off: bool = False
+    """Whether that is so long ago that others may soon take over what runs here."""
 
     @contextmanager
-    def working_on(self, task_id: str, run_id: str, step_key: str | None = None) -> Iterator[None]:
+    def working_on(self, task_id: str, run_id: str, step_key: str | None = None) -> Iterator[ActiveTask]:
         """As long as this lasts, the heartbeat names that work, and the status poller looks at its run."""
-        self.active[task_id] = ActiveTask(run_id, step_key)
+        active = self.active[task_id] = ActiveTask(run_id, step_key)
         try:
-            yield
+            yield active
         finally:
             self.active.pop(task_id, None)
 
@@ -88,9 +94,19 @@ class WorkerContext:
             return False
         try:
             return await self.lane.call(self.claims.holds, task.run_id)
-        except Exception:  # nothing is killed because the database did not answer: the claim was ours and is
-            logger.exception("cannot read the claims; going on", extra={"run_id": task.run_id})
-            return True
+        except Exception:
+            # Nothing is killed because only the database, or only SQS, did not answer. If neither does, others see an
+            # old heartbeat, and get the message.
+            ours = monotonic() - self.heard_at < self.settings.dead_after_s
+            text = "cannot read the claims; %s"
+            logger.exception(text, "going on" if ours else "stopping the run", extra={"run_id": task.run_id})
+            return ours
+
+    def lose(self, task_id: str) -> None:
+        """Another worker has taken over what runs here under that task id: what goes on for it has to end."""
+        task = self.active.get(task_id)
+        if task is not None:
+            task.lost.set(Cancellation(CancelKind.LEASE_LOST, "another worker has taken over"))
 
     async def through_outages(self, call: Callable[[], _T], doing: str, *, at_least_s: float = DATABASE_RETRY_S) -> _T:
         """Call it in a thread, until the database answers: for what nobody else can do, because only this worker knows.
@@ -154,11 +170,17 @@ class WorkerContext:
     # The time that work has to end
 
     def grace_s(self, run: DagsterRun, cancellation: Cancellation | None = None) -> float:
-        """The run's own grace, if it is tagged with a sensible one; less than that in a shutdown of the worker."""
-        grace_s = grace_of(run.tags, self.settings.grace_seconds)
+        """The run's own grace, if it is tagged with a sensible one; less than that when the work is to go on elsewhere.
+
+        That is in a shutdown of the worker, and when others may have it already.
+        """
+        settings = self.settings
+        grace_s = grace_of(run.tags, settings.grace_seconds)
         if cancellation is not None and cancellation.kind is CancelKind.SHUTDOWN:
-            return min(grace_s, self.settings.shutdown_grace_s)
-        return grace_s
+            grace_s = min(grace_s, settings.shutdown_grace_s)
+        if cancellation is not None and cancellation.kind is CancelKind.LEASE_LOST:
+            grace_s = min(grace_s, settings.lost_grace_s)
+        return min(grace_s, settings.dead_after_s) if self.is_cut_off else grace_s
 
     def steps_left(self, workers: dict[str, str]) -> Sequence[str]:
         """Of task ids and their workers, those whose worker lives, or whose children may still be there."""

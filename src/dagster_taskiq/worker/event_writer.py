@@ -12,6 +12,7 @@ from dagster import DagsterInstance, DagsterRun
 
 from dagster_taskiq._lane import Lane
 from dagster_taskiq._retry import DATABASE_RETRY_S, retry_async
+from dagster_taskiq.cancellation.model import CancelKind
 from dagster_taskiq.cancellation.signal import CancelSignal
 from dagster_taskiq.dagster_compat.storage import outages
 from dagster_taskiq.process.supervise import ChildEnd
@@ -75,6 +76,9 @@ class EventWriter:
             self._write(engine_events.reached(self._worker_id, self._signal.cancellation))
 
     def _write(self, event: engine_events.EngineEvent) -> None:
+        cancellation = self._signal.cancellation
+        if self._step is None and cancellation is not None and cancellation.kind is CancelKind.LEASE_LOST:
+            return  # another worker has the run, and writes its log
         self._tail = asyncio.create_task(self._after(self._tail, event), name=f"write {event.stage}")
 
     async def _after(self, earlier: asyncio.Task[None] | None, event: engine_events.EngineEvent) -> None:

@@ -25,6 +25,7 @@ from dagster_taskiq.storage.engine_events import cleanup_failed, finished_all_th
 from dagster_taskiq.storage.event_log import append_event, run_will_resume
 from dagster_taskiq.storage.status_repair import restore, terminal_events, true_status
 from dagster_taskiq.storage.step_claims import StepClaims
+from dagster_taskiq.worker.claim_watch import CUT_OFF
 
 _NOT_BEGUN: Final = {DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING}
 
@@ -246,6 +247,9 @@ def _last(end: ChildEnd | None, key: str) -> dict[str, Any]:
 def _failure_message(end: ChildEnd | None, cancellation: Cancellation | None, worker_id: str) -> str:
     if end is not None and end.abandoned:
         return f"worker {worker_id} hung, and its run was interrupted"
+    reason = cancellation.reason or "" if cancellation is not None else ""
+    if reason.startswith(CUT_OFF):
+        return f"worker {worker_id} stopped the run, because others could have taken it over: {reason}"
     if cancellation is not None and cancellation.kind is CancelKind.SHUTDOWN:
         return (
             f"worker shut down: {worker_id} was stopped while it ran this ({cancellation.reason or 'no reason given'})"

@@ -21,6 +21,7 @@ from dagster_taskiq.storage import engine_events
 from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.running_steps import StopOfSteps
 from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, add_own_tags, own_tags
+from dagster_taskiq.worker.claim_watch import TAKEN_OVER
 from dagster_taskiq.worker.cleanup_task import clean_up
 from dagster_taskiq.worker.context import WorkerContext
 from dagster_taskiq.worker.event_writer import EventWriter
@@ -108,7 +109,7 @@ class _Finalization:
     def _look(self) -> Conclusion:
         context, run_id = self._context, self._run.run_id
         if not context.claims.holds(run_id):
-            self._cancellation = Cancellation(CancelKind.LEASE_LOST, "another worker has taken over")
+            self._cancellation = Cancellation(CancelKind.LEASE_LOST, TAKEN_OVER)
         return examine(context.instance, run_id, self._end, self._cancellation, context.worker_id)
 
     async def _keep_reason(self, run: DagsterRun | None) -> None:

@@ -52,7 +52,9 @@ class Heart:
         if context.metrics.wanted and time.monotonic() - self._measured_at > _MEASURE_EVERY_S:
             self._measured_at = time.monotonic()
             context.metrics.put({RUNNING: len(work)})
+        began = time.monotonic()
         await self._lane.call(self._heartbeats.beat, context.worker_id, facts)
+        context.heard_at = began
 
     async def _pause(self, every_s: float) -> None:
         """Until the next beat is due; it is when the worker begins to stop, so that nothing is handed over for it."""

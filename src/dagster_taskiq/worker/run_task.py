@@ -6,6 +6,8 @@ message is what each function returns.
 
 import asyncio
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from dagster import DagsterRun
@@ -19,8 +21,10 @@ from dagster_taskiq.dagster_compat.api import RESUME_RUN_LOG_MESSAGE
 from dagster_taskiq.messages import EXECUTE_RUN, RESUME_RUN, is_run_id
 from dagster_taskiq.sqs.settlement import Settled, Settlement
 from dagster_taskiq.storage.claims import ClaimState
+from dagster_taskiq.storage.tags import TASK_ID_TAG, own_tags
 from dagster_taskiq.tasks.running_task import RunningTask, current_task
 from dagster_taskiq.worker.admission import Action, Candidate, Decision, WorkKind, admit_run
+from dagster_taskiq.worker.claim_watch import TAKEN_OVER
 from dagster_taskiq.worker.context import WorkerContext
 from dagster_taskiq.worker.event_writer import EventWriter
 from dagster_taskiq.worker.finalization import fail
@@ -36,6 +40,8 @@ class RunWork:
 
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
+        self._at_work: dict[str, tuple[RunningTask, asyncio.Event]] = {}
+        """By run id, the task that works on it, and what is set at its end."""
 
     def register(self, broker: AsyncBroker) -> None:
         """Make the tasks known to a worker's broker."""
@@ -64,8 +70,11 @@ class RunWork:
         if task.signal.is_shutdown:
             return Settled(Settlement.HAND_BACK)
         try:
-            decision = await self._admit(candidate, task.signal)
-            return await self._follow(decision, candidate, task)
+            if not await self._end_older_work(candidate):
+                return Settled(Settlement.DELETE)
+            with self._working_on(candidate.run_id, task):
+                decision = await self._admit(candidate, task.signal)
+                return await self._follow(decision, candidate, task)
         except Exception:  # the database, above all: the message stays, and is tried again when it is visible again
             extra = {"run_id": candidate.run_id, "task_id": task.task_id}
             logger.exception("work could not be carried out; its message is handed back", extra=extra)
@@ -74,6 +83,34 @@ class RunWork:
             except Exception:
                 logger.exception("a claim could not be released", extra=extra)
             return self._context.hand_back_later()
+
+    @contextmanager
+    def _working_on(self, run_id: str, task: RunningTask) -> Iterator[None]:
+        """One task of this worker works on a run at a time."""
+        ended = asyncio.Event()
+        self._at_work[run_id] = task, ended
+        try:
+            yield
+        finally:
+            del self._at_work[run_id]
+            ended.set()
+
+    async def _end_older_work(self, candidate: Candidate) -> bool:
+        """Stop what this worker does for the run under an older task id, because the run was resumed under a new one.
+
+        Returns when its child is gone. False: it is this message that is worthless.
+        """
+        context = self._context
+        while (older := self._at_work.get(candidate.run_id)) is not None:
+            run = await context.lane.call(context.instance.get_run_by_id, candidate.run_id)
+            if run is None or own_tags(run).get(TASK_ID_TAG) != candidate.task_id:
+                return False
+            task, ended = older
+            extra = {"run_id": candidate.run_id, "task_id": task.task_id}
+            logger.warning("the run was resumed, and its process still runs here; stopping that first", extra=extra)
+            task.cancel(Cancellation(CancelKind.LEASE_LOST, "the run was resumed as another task"))
+            await ended.wait()
+        return True
 
     async def _admit(self, candidate: Candidate, signal: CancelSignal) -> Decision:
         """See `admit_run`; patient with the database, and with a worker of which it is not known if it is dead."""
@@ -159,7 +196,7 @@ class RunWork:
         logger.warning("this worker hung; its run was interrupted", extra={"run_id": run.run_id})
         ours = await retry_async(lambda: context.lane.call(context.claims.holds, run.run_id), doing="read the claims")
         if not ours:
-            return Cancellation(CancelKind.LEASE_LOST, "another worker has taken over")
+            return Cancellation(CancelKind.LEASE_LOST, TAKEN_OVER)
         return cancellation or Cancellation(CancelKind.SHUTDOWN, "the worker hung")
 
 

@@ -46,6 +46,7 @@ from dagster_taskiq.storage.step_state import forget_old_states
 from dagster_taskiq.storage.tags import TASK_ID_TAG
 from dagster_taskiq.tasks.cancel_listener import CancelListener
 from dagster_taskiq.tasks.running_tasks import RunningTasks
+from dagster_taskiq.worker.claim_watch import ClaimWatch
 from dagster_taskiq.worker.context import WorkerContext
 from dagster_taskiq.worker.ecs import Agent, Protection
 from dagster_taskiq.worker.health import answering
@@ -205,7 +206,9 @@ class Worker:
         receivers = [self._receiver(broker, context, listener, payloads) for broker in brokers]
         poller = StatusPoller(self._instance, context.watched, self._tasks.cancel, settings.status_poll_seconds)
         async with asyncio.TaskGroup() as helpers:
+            watch = ClaimWatch(context, self._tasks.cancel)
             side = [
+                helpers.create_task(watch.run(), name="watch the claims"),
                 helpers.create_task(poller.run(), name="poll the status of runs"),
                 helpers.create_task(heart.run(), name="heartbeat"),
                 helpers.create_task(self._stop_what_does_not_finish(receivers, context), name="drain"),
@@ -240,7 +243,7 @@ class Worker:
         return WorkerContext(
             instance=self._instance,
             settings=settings,
-            claims=Claims(self._instance, self._heartbeats),
+            claims=Claims(self._instance, self._heartbeats, Heartbeats.without_a_message(self._instance, settings)),
             step_claims=StepClaims(self._instance),
             heartbeats_of_steps=Heartbeats.of_steps(self._instance, settings),
             processes=self._fork_server,
