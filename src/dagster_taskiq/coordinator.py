@@ -17,7 +17,7 @@ from dagster_taskiq.launcher import TaskiqRunLauncher
 from dagster_taskiq.metrics import OLDEST_WAITS, RUN_SLOTS, RUNS_WAITING
 from dagster_taskiq.storage.slots import RunSlots
 from dagster_taskiq.storage.tags import drop_copied_tags
-from dagster_taskiq.storage.waiting import waiting_runs
+from dagster_taskiq.storage.waiting import WaitNotes, waiting_runs
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class TaskiqRunCoordinator(QueuedRunCoordinator[DagsterInstance]):
         self._look_ahead = look_ahead
         self._dequeues = False
         self._known_slots: RunSlots | None = None
+        self._known_notes: WaitNotes | None = None
         self._measured_at = 0.0
 
     @classmethod
@@ -122,6 +123,7 @@ class TaskiqRunCoordinator(QueuedRunCoordinator[DagsterInstance]):
             return config
         slots = self._slots().count()
         self._measure(slots)
+        self._notes().write()
         limit = slots + self._look_ahead
         if config.max_concurrent_runs != _NO_LIMIT:
             limit = min(limit, config.max_concurrent_runs)
@@ -146,6 +148,11 @@ class TaskiqRunCoordinator(QueuedRunCoordinator[DagsterInstance]):
         if self._known_slots is None:
             self._known_slots = RunSlots(self._instance, self.check().settings)
         return self._known_slots
+
+    def _notes(self) -> WaitNotes:
+        if self._known_notes is None:
+            self._known_notes = WaitNotes(self._instance, self.check().settings)
+        return self._known_notes
 
     def _measure(self, slots: int) -> None:
         metrics = self.check().metrics

@@ -35,6 +35,7 @@ class Stage(enum.StrEnum):
     """What an event reports, for programs; in the event's metadata under `dagster-taskiq/stage`."""
 
     SUBMITTED = "submitted"
+    WAITING = "waiting"
     PICKED_UP = "picked_up"
     RELEASED = "released"
     REQUESTED = "requested"
@@ -76,6 +77,12 @@ def submitted(task_id: str, queue: str, ignored_tags: Sequence[str] = ()) -> Eng
         f"Submitted to queue {queue} as task {task_id}{ignored}",
         {TASK_ID_KEY: task_id, "queue": queue},
     )
+
+
+def waiting(waited_s: float, older: int, why: str) -> EngineEvent:
+    """No worker has it yet. `older`: runs that wait and were created before it."""
+    message = f"waiting for a worker for {max(0.0, waited_s):.0f} s, older runs that wait: {older}; {why}"
+    return EngineEvent(Stage.WAITING, message, {"older runs": older, WHY_KEY: why})
 
 
 def picked_up(worker_id: str, task_id: str, where: str) -> EngineEvent:

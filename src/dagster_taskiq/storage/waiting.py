@@ -3,17 +3,26 @@
 All calls block on the database.
 """
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Final
 
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
 from dagster_taskiq.queue_names import queue_name
 from dagster_taskiq.settings import Settings
+from dagster_taskiq.storage import engine_events
+from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.workers import ALIVE, WorkerInfo, list_workers
 
+logger = logging.getLogger(__name__)
+
+NOTED_AFTER_S: Final = 60.0
+_LOOK_EVERY_S: Final = 30.0
+_NOTES_AT_ONCE: Final = 100
 _STATUSES: Final = (DagsterRunStatus.QUEUED, DagsterRunStatus.STARTING)
 _WAITING: Final = RunsFilter(statuses=_STATUSES)
 
@@ -52,8 +61,56 @@ def describe_wait(instance: DagsterInstance, settings: Settings, run_id: str) ->
     if record is None:
         return "it was deleted"
     older = instance.get_runs_count(RunsFilter(statuses=_STATUSES, created_before=record.create_timestamp))
-    since_s = max(0.0, time.time() - record.create_timestamp.timestamp())
-    return f"waiting for a worker for {since_s:.0f} s, older runs that wait: {older}; {why}"
+    return engine_events.waiting(time.time() - record.create_timestamp.timestamp(), older, why).message
+
+
+class WaitNotes:
+    """Writes into the log of each run that has waited for a minute what it waits for, once.
+
+    Keep the object. What had waited for a minute before it was made is not written about again.
+    """
+
+    def __init__(
+        self, instance: DagsterInstance, settings: Settings, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._instance = instance
+        self._settings = settings
+        self._clock = clock
+        self._look_at = 0.0
+        self._written_until = _utc(clock() - NOTED_AFTER_S)
+
+    def write(self) -> None:
+        """Look twice a minute at most, and never raise: a note that is missing must not keep a run from being launched.
+
+        One query when no run has waited for so long; a hundred notes at a time.
+        """
+        now = self._clock()
+        if now < self._look_at:
+            return
+        self._look_at = now + _LOOK_EVERY_S
+        try:
+            self._write(now)
+        except Exception:
+            logger.exception("it could not be noted why runs wait")
+
+    def _write(self, now: float) -> None:
+        due = RunsFilter(
+            statuses=_STATUSES, created_after=self._written_until, created_before=_utc(now - NOTED_AFTER_S)
+        )
+        records = self._instance.get_run_records(due, limit=_NOTES_AT_ONCE, ascending=True)
+        if not records:
+            return
+        why = _why(list_workers(self._instance, self._settings), self._settings)
+        first = records[0].create_timestamp
+        older = self._instance.get_runs_count(RunsFilter(statuses=_STATUSES, created_before=first))
+        for number, record in enumerate(records):
+            waited_s = now - record.create_timestamp.timestamp()
+            append_event(self._instance, record.dagster_run, engine_events.waiting(waited_s, older + number, why))
+            self._written_until = record.create_timestamp
+
+
+def _utc(at: float) -> datetime:
+    return datetime.fromtimestamp(at, UTC)
 
 
 def _why(workers: Sequence[WorkerInfo], settings: Settings) -> str:

@@ -10,7 +10,7 @@ from dagster._core.test_utils import create_run_for_test
 
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.heartbeats import Heartbeats
-from dagster_taskiq.storage.waiting import describe_wait, describe_waiting
+from dagster_taskiq.storage.waiting import NOTED_AFTER_S, WaitNotes, describe_wait, describe_waiting
 from dagster_taskiq.storage.workers import list_workers
 
 SETTINGS = Settings(queue_url="http://127.0.0.1/1/tasks", region_name="us-east-1")
@@ -93,3 +93,28 @@ def test_what_a_run_of_selected_assets_makes_is_named(world: World) -> None:
     world.beat("w", world.run(DagsterRunStatus.STARTED, job_name="__ASSET_JOB", asset_selection=assets))
     (worker,) = list_workers(world.instance, SETTINGS)
     assert [work.assets for work in worker.work] == ["a, b and 1 more"]
+
+
+def notes(world: World, run: DagsterRun) -> list[str]:
+    events = [entry.dagster_event for entry in world.instance.all_logs(run.run_id)]
+    return [event.message or "" for event in events if event is not None and event.is_engine_event]
+
+
+def test_a_run_that_has_waited_for_a_minute_says_why_once(world: World) -> None:
+    ahead_s = 0.0
+    writer = WaitNotes(world.instance, SETTINGS, clock=lambda: time.time() + ahead_s)
+    waiting = [world.run() for _ in range(3)]
+    at_work = world.run(DagsterRunStatus.STARTED)
+    world.beat("w", at_work)
+    writer.write()
+    assert [notes(world, run) for run in waiting] == [[], [], []], "it has not waited for long"
+    for _ in range(3):
+        ahead_s += NOTED_AFTER_S + 1
+        writer.write()
+        waiting.append(world.run())
+    assert notes(world, at_work) == []
+    told = [notes(world, run) for run in waiting]
+    assert [len(lines) for lines in told] == [1, 1, 1, 1, 1, 0]
+    for older, (line,) in enumerate(told[:-1]):
+        assert line.startswith("waiting for a worker for "), line
+        assert line.endswith(f" s, older runs that wait: {older}; no free slot, 1 of 1 are taken (workers: 1)"), line
