@@ -2,14 +2,16 @@
 
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING, Any, Final
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
 
 from dagster import Any as Any_
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, Field, Permissive
 
 from dagster_taskiq._text import clean_text
+from dagster_taskiq._time_limit import time_limit
 from dagster_taskiq.cancellation.model import CancelOutcome
 from dagster_taskiq.dagster_compat.api import (
     FINISHED_STATUSES,
@@ -22,6 +24,7 @@ from dagster_taskiq.dagster_compat.api import (
     WorkerStatus,
 )
 from dagster_taskiq.dagster_compat.cancelable import let_starting_runs_be_terminated
+from dagster_taskiq.dagster_compat.connections import bound_connections
 from dagster_taskiq.errors import DagsterTaskiqError, QueueUnreachable
 from dagster_taskiq.messages import EXECUTE_RUN, RESUME_RUN
 from dagster_taskiq.metrics import REQUESTED, Metrics, on_ecs
@@ -47,7 +50,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _REQUEST_TIMEOUT_S: Final = 10
+_DATABASE_S: Final = 60.0
+"""For all that one call of Dagster needs of the database."""
 _HEAD_START_S: Final = 0.05
 _BEFORE_START: Final = frozenset({DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING})
 _WAITING_FOR: Final[Mapping[str, frozenset[DagsterRunStatus]]] = {
@@ -55,6 +62,20 @@ _WAITING_FOR: Final[Mapping[str, frozenset[DagsterRunStatus]]] = {
     RESUME_RUN: frozenset({DagsterRunStatus.STARTED}),
 }
 """The statuses of a run whose work has been sent and not begun."""
+
+
+def _in_time(
+    call: "Callable[Concatenate[TaskiqRunLauncher, _P], _T]",
+) -> "Callable[Concatenate[TaskiqRunLauncher, _P], _T]":
+    """The database has so much time to answer; then the call raises `TimeoutError`."""
+
+    @wraps(call)
+    def limited(self: "TaskiqRunLauncher", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        bound_connections(self._instance, ours=False)
+        with time_limit(_DATABASE_S):
+            return call(self, *args, **kwargs)
+
+    return limited
 
 
 class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
@@ -131,6 +152,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         """As `launch_run`; the new task id makes an old message that is still about worthless."""
         self._submit(context.dagster_run, RESUME_RUN)
 
+    @_in_time
     def _submit(self, run: DagsterRun, task_name: str) -> None:
         task_id, before = uuid.uuid4().hex, own_tags(run).get(TASK_ID_TAG)
         # The tag first: a worker may have the message before `send` returns.
@@ -181,6 +203,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         """As `terminate`, and the run's log names who asked, and why. See `request_cancel`."""
         return self.request_cancel(run_id, reason=reason, requested_by=requested_by).stops
 
+    @_in_time
     def request_cancel(self, run_id: str, *, reason: str | None = None, requested_by: str) -> CancelOutcome:
         """As `cancel`, and tells what came of it.
 
@@ -275,6 +298,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         """Yes: by claims and heartbeats."""
         return True
 
+    @_in_time
     def check_run_worker_health(self, run: DagsterRun) -> CheckRunHealthResult:
         """NOT_FOUND when the worker that had the run is dead. "Cannot tell" is RUNNING: anything else would fail it.
 
@@ -315,6 +339,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             WorkerStatus.NOT_FOUND, f"worker {owner.worker_id} is dead", run_worker_id=owner.worker_id
         )
 
+    @_in_time
     def get_run_worker_debug_info(self, run: DagsterRun, include_container_logs: bool | None = True) -> str | None:
         """Task id, queue and worker of the run, in words, and what it waits for.
 

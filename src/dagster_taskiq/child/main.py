@@ -20,6 +20,7 @@ from dagster_taskiq.child.control_channel import ControlChannel
 from dagster_taskiq.child.event_fence import RunFence, StepFence
 from dagster_taskiq.cleanup.runner import Cleanup
 from dagster_taskiq.dagster_compat.api import InstanceRef, deserialize_value
+from dagster_taskiq.dagster_compat.child_instance import open_in_child
 from dagster_taskiq.dagster_compat.console import limit_console
 from dagster_taskiq.dagster_compat.execution import RetryMode, execute_run, execute_step, rebuild_state, resume_run
 from dagster_taskiq.dagster_compat.interrupts import capture_interrupts
@@ -79,7 +80,7 @@ def _work(body: Callable[[dict[str, Any], DagsterInstance, ControlChannel], int]
             limit_console(argument["log_level"])
             read_migration_scripts_once()
             reference = deserialize_value(argument["instance_ref"], InstanceRef)
-            with DagsterInstance.from_ref(reference) as instance:
+            with open_in_child(reference) as instance:
                 return body(argument, instance, control)
         except BaseException as error:  # noqa: BLE001 - the supervisor decides what it means; nothing may be lost
             traceback.print_exc()

@@ -3,7 +3,6 @@
 Knows the configuration and Dagster's instance; `aws_checks` asks AWS. Changes nothing.
 """
 
-import asyncio
 import os
 import platform
 import sys
@@ -17,6 +16,7 @@ from urllib.parse import urlsplit
 import yaml
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
+from dagster_taskiq._lane import Lane
 from dagster_taskiq.coordinator import TaskiqRunCoordinator
 from dagster_taskiq.doctor.aws_checks import look_at_aws
 from dagster_taskiq.doctor.finding import Finding, line, ok
@@ -56,7 +56,7 @@ async def examine(settings: Settings | None = None) -> AsyncIterator[Finding]:
         async for finding in look_at_aws(settings, queues):
             yield finding
         if instance is not None:
-            for finding in await asyncio.to_thread(lambda: list(_dagster(instance, settings, queues))):
+            for finding in await Lane("the database").call(lambda: list(_dagster(instance, settings, queues))):
                 yield finding
     finally:
         if instance is not None:
