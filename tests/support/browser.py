@@ -46,12 +46,25 @@ mutation Launch($params: ExecutionParams!) {
   }
 }
 """
-_MARK_CANCELED = """
-mutation Mark($ids: [String!]!) {
-  terminateRuns(runIds: $ids, terminatePolicy: MARK_AS_CANCELED_IMMEDIATELY) {
+_TERMINATE = """
+mutation Terminate($ids: [String!]!) {
+  terminateRuns(runIds: $ids, terminatePolicy: SAFE_TERMINATE) {
     ... on TerminateRunsResult { terminateRunResults { __typename } }
   }
 }
+"""
+_RUNS = """
+query Runs($filter: RunsFilter!) {
+  runsOrError(filter: $filter, limit: 200) { ... on Runs { results { id status startTime endTime } } }
+}
+"""
+_BACKFILL = """
+mutation Backfill($params: LaunchBackfillParams!) {
+  launchPartitionBackfill(backfillParams: $params) { ... on LaunchBackfillSuccess { backfillId } }
+}
+"""
+_BACKFILL_STATUS = """
+query Backfill($id: String!) { partitionBackfillOrError(backfillId: $id) { ... on PartitionBackfill { status } } }
 """
 
 
@@ -74,6 +87,18 @@ class Event:
     message: str
     step: str | None
     stage: str | None
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Run ids by status, and of those that have ever been started."""
+
+    by_status: dict[str, list[str]]
+    started: set[str]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {status: len(ids) for status, ids in self.by_status.items()}
 
 
 class Dagster:
@@ -109,10 +134,30 @@ class Dagster:
         assert launched["__typename"] == "LaunchRunSuccess", launched
         return str(launched["run"]["runId"])
 
-    def mark_canceled(self, run_ids: list[str]) -> None:
-        """What the UI asks for when none of the runs can be terminated in the ordinary way."""
-        results = self.ask(_MARK_CANCELED, ids=run_ids)["terminateRuns"]["terminateRunResults"]
+    def terminate(self, run_id: str) -> None:
+        """What the UI asks for when somebody terminates a run in the ordinary way."""
+        results = self.ask(_TERMINATE, ids=[run_id])["terminateRuns"]["terminateRunResults"]
         assert {result["__typename"] for result in results} == {"TerminateRunSuccess"}, results
+
+    def launch_backfill(self, location: str, job: str, partitions: list[str]) -> str:
+        """Start a backfill of a job; Dagster's daemon makes its runs at its next tick."""
+        repository = {"repositoryLocationName": location, "repositoryName": "__repository__"}
+        selector = {"partitionSetName": f"{job}_partition_set", "repositorySelector": repository}
+        params = {"selector": selector, "partitionNames": partitions}
+        return str(self.ask(_BACKFILL, params=params)["launchPartitionBackfill"]["backfillId"])
+
+    def backfill_status(self, backfill_id: str) -> str:
+        return str(self.ask(_BACKFILL_STATUS, id=backfill_id)["partitionBackfillOrError"]["status"])
+
+    def runs(self, **filters: Any) -> "Runs":
+        """Runs by Dagster's own filter; all that ever were, without one."""
+        results = self.ask(_RUNS, filter=filters)["runsOrError"]["results"]
+        by_status: dict[str, list[str]] = {}
+        for run in results:
+            by_status.setdefault(run["status"], []).append(run["id"])
+        # Dagster gives a run that has never started the time of its end.
+        started = {run["id"] for run in results if run["startTime"] not in (None, run["endTime"])}
+        return Runs(by_status, started)
 
     def status(self, run_id: str) -> str:
         return str(self.ask(_STORY, id=run_id)["runOrError"]["status"])
@@ -179,13 +224,17 @@ class Screen:
         expect(self.page.get_by_text(status, exact=True).first).to_be_visible()
 
     def terminate(self, *, force: bool = False) -> str:
-        """Press *Terminate*, then confirm. Returns what the dialog said before that."""
+        """Press *Terminate*, then confirm. Returns what the dialog said before that.
+
+        Without `force` it fails where Dagster offers nothing else.
+        """
         # Its accessible name begins with that of its icon.
         self.page.get_by_role("button", name=re.compile(r"\bTerminate$")).click()
         dialog = self.page.get_by_role("dialog")
-        confirm = dialog.get_by_role("button", name=re.compile(r"\b\d+ runs?$"))
-        confirm.wait_for()
-        if force:
+        said_so = "Force termination for" if force else "Terminate"
+        confirm = dialog.get_by_role("button", name=re.compile(rf"^{said_so} \d+ runs?$"))
+        dialog.get_by_role("button", name=re.compile(r"\b\d+ runs?$")).wait_for()
+        if force and not confirm.is_visible():
             # Its own <input> is invisible: people click the words.
             dialog.get_by_text("Force termination immediately").click()
         said = dialog.inner_text()
@@ -193,6 +242,33 @@ class Screen:
         confirm.click()
         # It says "Done", and goes by itself as soon as the page knows that the run is over.
         return said
+
+    def terminate_all(self, tab: str) -> str:
+        """All runs of a tab, by the button above the list. Returns what the dialog said in the end.
+
+        For runs in its own queue Dagster calls it force.
+        """
+        self.page.goto(f"{self.address}/runs")
+        self.page.get_by_text(re.compile(rf"^{tab} \(\d+\)$")).click()
+        self.page.get_by_role("button", name="Terminate all…").click()
+        dialog = self.page.get_by_role("dialog")
+        self.picture("dialog")
+        words = "Force terminate all" if tab == "Queued" else "Terminate all"
+        dialog.get_by_role("button", name=words, exact=True).click()
+        dialog.get_by_role("button", name="Done").wait_for()
+        said = dialog.inner_text()
+        self.picture("terminated")
+        dialog.get_by_role("button", name="Done").click()
+        return said
+
+    def cancel_backfill(self, backfill_id: str) -> None:
+        """From the menu of its page."""
+        self.page.goto(f"{self.address}/runs/b/{backfill_id}")
+        self.page.get_by_role("button", name="expand_more").click()
+        self.page.get_by_role("menuitem", name="Cancel backfill").click()
+        dialog = self.page.get_by_role("dialog")
+        self.picture("dialog")
+        dialog.get_by_role("button", name="Cancel backfill").click()
 
     def picture(self, name: str) -> Path:
         path = self._pictures / f"{name}.png"

@@ -16,12 +16,13 @@ import yaml
 from playwright.sync_api import Browser
 from tests.acceptance.conftest import missing
 from tests.acceptance.operator.test_dev import Dev, dev
+from tests.support import browser_jobs
 from tests.support.browser import Dagster, Event, Screen, chromium, is_alive, screen
+from tests.support.browser_jobs import DAYS, FILE
 from tests.support.environment import clean_environment, processes_of
 from tests.support.moto import sqs_client
 from tests.support.waiting import wait_until
 
-from dagster_taskiq.local.dev import EXAMPLES
 from dagster_taskiq.queue_names import cancel_queue_url
 from dagster_taskiq.storage.engine_events import CANCELLATION_REQUESTED, Stage
 
@@ -34,7 +35,9 @@ pytestmark = [
 ]
 
 JOB = "index_sources"  # works for more than a minute on what is installed here, and says how far it is
-SLOTS = 10  # so many runs at a time are launched by Dagster's own queue when nothing else is configured
+JOBS = Path(browser_jobs.__file__)
+WAITS = "waits"
+SLOTS = 4
 
 
 @dataclass
@@ -117,7 +120,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def without_worker(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with served(tmp_path_factory.mktemp("no-worker"), "--no-worker") as it:
+    with served(tmp_path_factory.mktemp("no-worker"), "--no-worker", "-f", str(JOBS)) as it:
         yield it
 
 
@@ -140,7 +143,7 @@ def is_indexing(event: Event) -> bool:
 
 def launch_and_see_it_work(shown: Screen, it: Served) -> tuple[str, int]:
     """Launch the job in the UI and wait until its op says that it is in the middle of its work: run and pid."""
-    run_id = shown.launch(EXAMPLES, JOB)
+    run_id = shown.launch(FILE, JOB)
     it.dagster.wait_for_event(run_id, is_indexing, "the op's own message")
     started = it.dagster.wait_for_event(run_id, lambda event: "Started process for run" in event.message, "the process")
     found = re.search(r"\(pid: (\d+)\)", started.message)
@@ -204,38 +207,75 @@ def was_never_started(it: Served, run_id: str) -> None:
     assert not {"RUN_START", "STEP_START"} & set(kinds(events)), it.dagster.story(run_id)
 
 
-def test_a_run_that_waits_for_a_worker_is_never_started(
-    browser: Browser, without_worker: Served, tmp_path: Path
-) -> None:
-    with ui(browser, without_worker, tmp_path) as shown:
-        run_id = shown.launch(EXAMPLES, JOB)
-        without_worker.dagster.wait_for_event(run_id, lambda event: event.stage == Stage.SUBMITTED, "the message")
-        shown.reads("Starting")
-        assert sum(without_worker.messages().values()) == 1
-        shown.terminate()
-        shown.reads("Canceled")
-        shown.picture("canceled")
-        with without_worker.worker():
-            without_worker.queues_are_empty()
-        was_never_started(without_worker, run_id)
-
-
-def test_a_run_that_waits_for_dagster_to_launch_it_is_never_started(
-    browser: Browser, without_worker: Served, tmp_path: Path
-) -> None:
+def test_runs_that_wait_are_never_started(browser: Browser, without_worker: Served, tmp_path: Path) -> None:
+    """One in Dagster's queue, by the ordinary way; and the one of the look-ahead, for which its page has the force."""
     dagster = without_worker.dagster
-    others = [dagster.launch(EXAMPLES, JOB) for _ in range(SLOTS)]
-    for run_id in others:
-        dagster.wait_for_event(run_id, lambda event: event.stage == Stage.SUBMITTED, "the message")
     with ui(browser, without_worker, tmp_path) as shown:
-        queued = shown.launch(EXAMPLES, JOB)
+        handed_over = shown.launch(FILE, JOB)
+        dagster.wait_for_event(handed_over, lambda event: event.stage == Stage.SUBMITTED, "the message")
+        shown.reads("Starting")
+        queued = shown.launch(FILE, JOB)
         shown.reads("Queued")
         shown.terminate()
         shown.reads("Canceled")
         shown.picture("canceled")
-    dagster.mark_canceled(others)
-    with without_worker.worker():
-        without_worker.queues_are_empty()
-    for run_id in (queued, *others):
-        was_never_started(without_worker, run_id)
-    assert Stage.SUBMITTED not in [event.stage for event in dagster.events(queued)]
+        assert sum(without_worker.messages().values()) == 1
+        shown.open_run(handed_over)
+        shown.reads("Starting")
+        shown.terminate(force=True)
+        shown.reads("Canceled")
+        with without_worker.worker():
+            without_worker.queues_are_empty()
+        for run_id in (queued, handed_over):
+            was_never_started(without_worker, run_id)
+        assert Stage.SUBMITTED not in [event.stage for event in dagster.events(queued)]
+
+
+def at_work_on(it: Served, **filters: object) -> set[str]:
+    """Wait until all slots are busy with runs of that filter, and one more is handed over; those that have started."""
+
+    def looks() -> dict[str, int]:
+        counts = it.dagster.runs(**filters).counts
+        return {status: counts.get(status, 0) for status in ("STARTED", "STARTING")}
+
+    wait_until(lambda: looks() == {"STARTED": SLOTS, "STARTING": 1}, "all slots are busy", within=90, seen=looks)
+    started = it.dagster.runs(**filters).started
+    assert len(started) == SLOTS
+    return started
+
+
+def all_are_canceled(it: Served, many: int, started: set[str], **filters: object) -> None:
+    def counts() -> dict[str, int]:
+        return it.dagster.runs(**filters).counts
+
+    wait_until(lambda: counts() == {"CANCELED": many}, "all are canceled", within=90, seen=counts)
+    assert it.dagster.runs(**filters).started == started, "nothing has started after the click"
+
+
+def test_terminate_all_stops_what_runs_and_what_waits(browser: Browser, at_work: Served, tmp_path: Path) -> None:
+    many = 50
+    ids = [at_work.dagster.launch(FILE, WAITS) for _ in range(many)]
+    started = at_work_on(at_work, runIds=ids)
+    with ui(browser, at_work, tmp_path) as shown:
+        for tab, its_runs in (("Queued", many - SLOTS - 1), ("In progress", SLOTS + 1)):
+            said = shown.terminate_all(tab)
+            assert f"{its_runs} runs" in said, said
+            assert "could not" not in said.lower(), said
+        all_are_canceled(at_work, many, started, runIds=ids)
+    at_work.queues_are_empty()
+
+
+def test_a_cancelled_backfill_starts_nothing_more(browser: Browser, at_work: Served, tmp_path: Path) -> None:
+    """Dagster's daemon terminates its runs half a minute later. Meanwhile slots become free."""
+    backfill_id = at_work.dagster.launch_backfill(FILE, WAITS, DAYS)
+    its_runs = {"tags": [{"key": "dagster/backfill", "value": backfill_id}]}
+    started = at_work_on(at_work, **its_runs)
+    wait_until(lambda: sum(at_work.dagster.runs(**its_runs).counts.values()) == len(DAYS), "all are launched")
+    with ui(browser, at_work, tmp_path) as shown:
+        shown.cancel_backfill(backfill_id)
+        wait_until(lambda: at_work.dagster.backfill_status(backfill_id) != "REQUESTED", "the click has arrived")
+        at_work.dagster.terminate(min(started))
+        all_are_canceled(at_work, len(DAYS), started, **its_runs)
+        shown.reads("Canceled")
+        shown.picture("canceled")
+    at_work.queues_are_empty()
