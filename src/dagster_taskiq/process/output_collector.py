@@ -28,7 +28,8 @@ _LONGEST_BEGINNING: Final = 3 * _CHUNK
 _FLUSH_AFTER_S: Final = 1.0
 """The beginning of a line, whose end does not come, is written after so long a silence."""
 _LAST_LINES_WITHIN_S: Final = 5.0
-_FROM_DAGSTER: Final = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4} - (\S+) - ([A-Z]+) - (.*)")
+_MOST_REPLACEMENTS: Final = 10
+_LOG_LINE: Final = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4} - (\S+) - ([A-Z]+) - (.*)")
 _RUN_ID: Final = re.compile(r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b")
 _TRACEBACK: Final = "Traceback (most recent call last):"
 
@@ -42,24 +43,45 @@ class OutputCollector:
     """The collector as seen from the process that has started it."""
 
     def __init__(self) -> None:
-        """Fork it, and have it collect what is written to the descriptors 1 and 2 from now on. Raises `OSError`."""
+        """Fork it, and have it collect what is written to the descriptors 1 and 2 from now on. Raises `OSError`.
+
+        Takes over SIGCHLD: a collector that was killed is replaced.
+        """
+        pipes = [os.pipe() for _ in range(3)]
+        # Kept open: without a reader, even for an instant, who prints would fail.
+        self._reads = [read for read, _ in pipes]
+        self._real = {fd: os.dup(fd) for fd in (1, 2)}
+        self._replacements_left = _MOST_REPLACEMENTS
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
-                self._process: Forked = fork_into(_collect, theirs, title=_TITLE)
-            pipes = [os.pipe() for _ in range(3)]
-            socket.send_fds(ours, [b"\0"], [read for read, _ in pipes])
-        for read, _ in pipes:
-            os.close(read)
-        self._real = {fd: os.dup(fd) for fd in (1, 2)}
+                self._process: Forked | subprocess.Popen[bytes] = fork_into(_collect, theirs, title=_TITLE)
+            socket.send_fds(ours, [b"\0"], self._reads)
         self.log_fd: Final = pipes[0][1]
         """For lines of this process that are JSON objects; no other process has it."""
         for fd, (_, write) in zip((1, 2), pipes[1:], strict=True):
             os.dup2(write, fd)
             os.close(write)
+        signal.signal(signal.SIGCHLD, lambda *_: self._replace())
+
+    def _replace(self) -> None:
+        if self._process.poll() is None or not self._replacements_left:
+            return
+        self._replacements_left -= 1
+        # Executed: this process has threads by now.
+        program = f"from {__name__} import collect_from_argv; collect_from_argv()"
+        self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
+            [sys.executable, "-c", program, *map(str, self._reads)],
+            stdin=subprocess.DEVNULL,
+            stdout=self._real[1],
+            stderr=self._real[2],
+            pass_fds=self._reads,
+            start_new_session=True,
+        )
 
     def finish(self) -> None:
         """Give this process its own stdout and stderr back, and wait until the last lines of all others are written."""
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for stream in (sys.stdout, sys.stderr):
             with suppress(Exception):
                 stream.flush()
@@ -69,11 +91,20 @@ class OutputCollector:
             self._process.wait(_LAST_LINES_WITHIN_S)
 
 
+def collect_from_argv() -> NoReturn:
+    """Entry of a collector that is executed: its arguments are the descriptors to read from."""
+    _serve([int(fd) for fd in sys.argv[1:]])
+
+
 def _collect(end: socket.socket) -> NoReturn:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
     _, fds, _, _ = socket.recv_fds(end, 1, 3)
     end.close()
+    _serve(fds)
+
+
+def _serve(fds: list[int]) -> NoReturn:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     with selectors.DefaultSelector() as selector:
         for fd, source in zip(fds, (_Source("", 2), _Source("stdout", 1), _Source("stderr", 2)), strict=True):
             selector.register(fd, selectors.EVENT_READ, source)
@@ -114,7 +145,7 @@ class _Source:
 def json_lines(lines: list[bytes], name: str, at: float) -> list[bytes]:
     """Each line that is a JSON object unchanged; of the others, which were written together, one or several objects.
 
-    Together are a traceback, what Dagster's console logger has written of one event, and lines that are indented.
+    Together are a traceback, a line "time - logger - LEVEL - text" with all that follows, and lines that are indented.
     """
     written: list[bytes] = []
     block: list[str] = []
@@ -145,17 +176,17 @@ def _is_object(line: bytes) -> bool:
 
 
 def _belongs(line: str, block: list[str]) -> bool:
-    if not block or _FROM_DAGSTER.match(line):
+    if not block or _LOG_LINE.match(line):
         return False
     if block[0] == _TRACEBACK and block[-1][:1].isspace():
         return True  # a frame, or the error itself
-    return line[:1].isspace() or _FROM_DAGSTER.match(block[0]) is not None
+    return line[:1].isspace() or _LOG_LINE.match(block[0]) is not None
 
 
 def _described(block: list[str], name: str, at: float) -> dict[str, Any]:
     text = "\n".join(block).rstrip()
     found = {"time": timestamp(at), "level": "INFO" if name == "stdout" else "WARNING", "logger": name}
-    if event := _FROM_DAGSTER.match(block[0]):
+    if event := _LOG_LINE.match(block[0]):
         found["logger"], found["level"], text = event[1], event[2], text[event.start(3) :]
         if run_id := _RUN_ID.search(event[3]):
             found["run_id"] = run_id[0]

@@ -5,6 +5,7 @@ import re
 import signal
 from typing import Any
 
+import psutil
 import pytest
 from dagster import DagsterRunStatus
 from tests.acceptance.conftest import open_platform, steps_platform
@@ -147,6 +148,27 @@ def test_a_run_whose_worker_is_killed_can_print_to_its_end(endpoint: str) -> Non
         platform.marked(run_id, "cleanup-end")
         wait_until(lambda: "finally 4999" in messages(worker, "stdout"), "its last line", seen=worker.log)
         assert sum(text.startswith("finally ") for text in messages(worker, "stdout")) == 5_000
+
+
+def test_a_collector_that_is_killed_is_replaced_and_nobody_notices(endpoint: str) -> None:
+    with (
+        open_platform(endpoint, extra=NOT_CAPTURED) as platform,
+        platform.worker("-n", "w", "--log-format", "json") as worker,
+    ):
+
+        def collectors() -> list[psutil.Process]:
+            found = psutil.Process(worker.pid).children()
+            return [one for one in found if any("collect" in argument for argument in one.cmdline())]
+
+        (killed,) = collectors()
+        killed.kill()
+        # A run that begins while there is none.
+        run_id = platform.launch("talkative_job", seconds=0.1)
+        assert platform.finished(run_id) is DagsterRunStatus.SUCCESS, platform.story(run_id)
+        assert [one.pid for one in collectors()] != [killed.pid]
+        assert worker.stop() == 0
+        assert "finally 4999" in messages(worker, "stdout")
+        assert [one["outcome"] for one in objects(worker) if one.get("message") == "run ended"] == ["SUCCESS"]
 
 
 def test_what_keeps_a_worker_from_its_start_is_an_object_too(endpoint: str) -> None:
