@@ -8,6 +8,7 @@ import asyncio
 import base64
 import functools
 import json
+import time
 import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
@@ -88,6 +89,9 @@ class CancellableSQSBroker(SQSBroker):  # type: ignore[misc]  # taskiq_aws has n
         self._cancel_queue = SQSQueue(self.cancel_queue_url, self._client)
         self._cancels = CancelQueue(self._cancel_queue)
         self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
+        self._made_at = time.monotonic()
+        self.free_slots: Callable[[], int] = lambda: MAX_BATCH
+        """How many messages the receiver takes, now. No more are received: what waits for a slot waits in SQS."""
 
     @classmethod
     def from_settings(cls, settings: Settings, queue_url: str) -> "CancellableSQSBroker":
@@ -179,9 +183,8 @@ class CancellableSQSBroker(SQSBroker):  # type: ignore[misc]  # taskiq_aws has n
             await shielded(_hand_back(waiting), name="hand back unstarted work")
 
     async def _receive(self) -> "Sequence[MessageTypeDef]":
-        return await self._work.receive(
-            at_most=self.max_messages, wait_s=self.wait_time, visibility_s=self.visibility_timeout_s
-        )
+        at_most = max(1, min(self.max_messages, self.free_slots()))
+        return await self._work.receive(at_most=at_most, wait_s=self.wait_time, visibility_s=self.visibility_timeout_s)
 
     def _leased(self, raw: "MessageTypeDef") -> LeasedMessage | None:
         message_id = raw["MessageId"]
@@ -191,7 +194,12 @@ class CancellableSQSBroker(SQSBroker):  # type: ignore[misc]  # taskiq_aws has n
             self._work.log_unreadable(message_id, error)
             return None
         receipt = Receipt(self._work, raw["ReceiptHandle"])
-        lease = Lease(receipt, visibility_timeout_s=self.visibility_timeout_s, name=message_id).start()
+        lease = Lease(
+            receipt,
+            visibility_timeout_s=self.visibility_timeout_s,
+            in_step_with=self._made_at,
+            name=message_id,
+        ).start()
         self._leases.add(lease)
         receive_count, sent_at = history(raw)
         return LeasedMessage(

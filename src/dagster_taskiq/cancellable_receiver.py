@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from logging import getLogger
-from typing import Any
+from typing import Any, Literal
 
 from taskiq import AckableMessage, TaskiqMessage, TaskiqResult
 from taskiq.acks import AckController, AcknowledgeType
@@ -55,6 +55,23 @@ class ReceiverHooks:
     """What lines of the log about a task have in `extra`, beside its id."""
 
 
+class _Slots(asyncio.Semaphore):
+    """A semaphore that tells how often it can be acquired at once."""
+
+    def __init__(self, like: asyncio.Semaphore) -> None:
+        self.free = like._value  # noqa: SLF001 - taskiq's own, which it does not tell: it has a random part
+        super().__init__(self.free)
+
+    async def acquire(self) -> Literal[True]:
+        await super().acquire()
+        self.free -= 1
+        return True
+
+    def release(self) -> None:
+        self.free += 1
+        super().release()
+
+
 class CancellableReceiver(Receiver):
     """Receives work, listens to cancels, settles messages."""
 
@@ -72,6 +89,10 @@ class CancellableReceiver(Receiver):
         """
         super().__init__(*args, **kwargs)
         self.hooks = hooks or ReceiverHooks()
+        if self.sem is not None and isinstance(self.broker, CancellableSQSBroker):
+            slots = self.sem_prefetch = _Slots(self.sem_prefetch)
+            # The one for which it is asked is taken already. Nobody else takes any, so these stay free.
+            self.broker.free_slots = lambda: 1 + slots.free
         self.listening = asyncio.Event()
         """Set when work and cancels are being received."""
         self.tasks = tasks if tasks is not None else RunningTasks()

@@ -4,14 +4,17 @@ import asyncio
 import base64
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from taskiq import BrokerMessage
 from taskiq_aws import SQSBroker
 from tests.support.eventually import eventually
 from tests.support.moto import REGION, free_port
+from tests.support.proxy import sqs_proxy
+from tests.support.tcp_proxy import tcp_proxy
 from tests.support.workers import Outside, broker_for
 
 from dagster_taskiq.cancellable_broker import CancellableSQSBroker, LeasedMessage
@@ -26,6 +29,7 @@ from dagster_taskiq.errors import (
 from dagster_taskiq.queue_names import is_fifo, queue_name
 from dagster_taskiq.sqs.admin import create_queues, queue_status, queue_urls
 from dagster_taskiq.sqs.settlement import Settlement
+from dagster_taskiq.tasks.producer import Producer
 
 pytestmark = pytest.mark.anyio
 
@@ -45,6 +49,14 @@ def outside(queue_url: str, endpoint: str) -> Outside:
 
 def task_message(task_id: str, data: bytes = b"data", **labels: Any) -> BrokerMessage:
     return BrokerMessage(task_id=task_id, task_name="work", message=data, labels=labels)
+
+
+async def error_of(request: Awaitable[Any]) -> Exception | None:
+    try:
+        await request
+    except Exception as error:  # noqa: BLE001 - to be looked at
+        return error
+    return None
 
 
 async def next_of(listening: Any, within: float = 20) -> LeasedMessage:
@@ -197,8 +209,31 @@ async def test_closing_hands_back_what_was_received_and_not_yielded(standard_url
     await broker.shutdown()
 
 
+async def test_leases_are_renewed_together_and_lost_alone(standard_url: str, endpoint: str) -> None:
+    outside = Outside(standard_url, endpoint)
+    with sqs_proxy(endpoint) as proxy:
+        broker = broker_for(proxy.through(standard_url), proxy.url, max_messages=10, visibility_timeout_s=2)
+        assert await broker.kick_all([task_message(f"t-{number}") for number in range(12)]) == {}
+        listening = broker.listen()
+        messages = [await next_of(listening) for _ in range(12)]
+        await asyncio.sleep(3)
+        renewals = {action: count for (action, _), count in proxy.seen.items() if "Visibility" in action}
+        assert set(renewals) == {"ChangeMessageVisibilityBatch"}
+        assert renewals["ChangeMessageVisibilityBatch"] <= 2 * (3 / 0.5 + 1)
+        assert outside.work() == (0, 12)
+        gone = messages[3]
+        await broker._work.delete(gone.lease._calls._handle)  # type: ignore[attr-defined]
+        await eventually(lambda: gone.lease.lost, "the lease of the one that is gone is lost")
+        assert [message for message in messages if message.lease.lost] == [gone]
+        for message in messages:
+            await message.lease.settle(Settlement.DELETE)
+        await listening.aclose()
+        await broker.shutdown()
+    assert outside.work() == (0, 0)
+
+
 async def test_a_receive_that_is_cancelled_hands_back_what_it_brings(standard_url: str, endpoint: str) -> None:
-    broker, outside = broker_for(standard_url, endpoint, wait_time=5), Outside(standard_url, endpoint)
+    broker, outside = broker_for(standard_url, endpoint, wait_time=1), Outside(standard_url, endpoint)
     await broker.startup()
     receiving = asyncio.create_task(anext(broker.listen()))
     await asyncio.sleep(0.2)
@@ -209,6 +244,71 @@ async def test_a_receive_that_is_cancelled_hands_back_what_it_brings(standard_ur
         await receiving
     assert outside.work() == (1, 0)
     await broker.shutdown()
+
+
+async def test_a_long_receive_that_is_cancelled_ends_at_once(standard_url: str, endpoint: str) -> None:
+    broker = broker_for(standard_url, endpoint, wait_time=20)
+    await broker.startup()
+    receiving = asyncio.create_task(anext(broker.listen()))
+    await asyncio.sleep(0.2)
+    receiving.cancel()
+    async with asyncio.timeout(1):
+        await asyncio.wait({receiving})
+    await broker.shutdown()
+
+
+async def test_no_request_waits_for_an_answer_that_never_comes(
+    standard_url: str, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dagster_taskiq.sqs.queue.ANSWER_S", 0.5)
+    monkeypatch.setattr("dagster_taskiq.sqs.queue._POLL_MARGIN_S", 0.5)
+    url = urlsplit(endpoint)
+    with tcp_proxy(str(url.hostname), url.port or 80) as proxy:
+        through = f"http://{proxy.host}:{proxy.port}"
+        broker = broker_for(standard_url.replace(endpoint, through), through, wait_time=1)
+        await broker.kick(task_message("t-1"))
+        await broker.cancel_task("t-1")
+        message = await next_of(broker.listen())
+        (cancel,) = await broker.receive_cancels()
+        proxy.swallow()
+        requests: dict[str, Callable[[], Awaitable[Any]]] = {
+            "kick": lambda: broker.kick(task_message("t-2")),
+            "kick all": lambda: broker.kick_all([task_message("t-2")]),
+            "cancel": lambda: broker.cancel_task("t-1"),
+            "check": broker.check_queues,
+            "receive cancels": broker.receive_cancels,
+            "renew": lambda: message.lease._calls.renew(30),
+            "hand back": lambda: message.lease._calls.hand_back(0),
+        }
+        for name, request in requests.items():
+            async with asyncio.timeout(3):
+                assert isinstance(await error_of(request()), QueueUnreachable), name
+        async with asyncio.timeout(6):
+            await broker.hand_back_cancels([cancel])
+            await broker.delete_cancels([cancel])
+            assert (await broker.cancel_tasks(["t-1"])).failed
+        proxy.heal()
+        await message.lease.settle(Settlement.DELETE)
+        await broker.kick(task_message("t-3"))
+        await broker.shutdown()
+
+
+def test_a_producer_gives_up_and_works_again(standard_url: str, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dagster_taskiq.tasks.producer.REQUEST_TIMEOUT_S", 1.0)
+    url = urlsplit(endpoint)
+    with tcp_proxy(str(url.hostname), url.port or 80) as proxy:
+        through = f"http://{proxy.host}:{proxy.port}"
+        producer = Producer(lambda: broker_for(standard_url.replace(endpoint, through), through), name="producer")
+        producer.submit(lambda broker: broker.kick(task_message("t-1"))).result(10)
+        proxy.swallow()
+        asking = [producer.submit(lambda broker: broker.kick(task_message("t-2"))) for _ in range(20)]
+        for request in asking:
+            with pytest.raises(TimeoutError):
+                request.result(5)
+        proxy.heal()
+        producer.submit(lambda broker: broker.kick(task_message("t-3"))).result(10)
+        producer.close()
+    assert Outside(standard_url, endpoint).work() == (2, 0)
 
 
 async def test_unreadable_messages_are_logged_once_and_left(

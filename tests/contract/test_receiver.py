@@ -43,7 +43,8 @@ def polite() -> None:
 def _brisk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     # What a poll swallows after the end of a test concerns nobody, so most tests need not wait for it.
     if "polite" not in request.fixturenames:
-        monkeypatch.setattr("dagster_taskiq.sqs.queue._LAST_RECEIVE_S", 0.0)
+        monkeypatch.setattr("dagster_taskiq.sqs.queue._SOON_S", 0.0)
+        monkeypatch.setattr("dagster_taskiq.sqs.queue._ON_ITS_WAY_S", 0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -427,6 +428,18 @@ async def test_what_waits_for_a_slot_is_handed_back_at_the_finish(standard_url: 
         at.diary.release.set()
         await eventually(lambda: at.outside.work() == (2, 0), "the other one as well")
         assert not {task.task_id for task in waiting} & set(at.diary.started)
+
+
+@pytest.mark.usefixtures("polite")
+async def test_what_has_no_slot_is_left_to_other_workers(queue_url: str, endpoint: str) -> None:
+    async with bench(queue_url, endpoint, receiver={"max_async_tasks": 1}, max_messages=10) as busy:
+        await busy.start()
+        waiting = [await busy.wait.kiq() for _ in range(3)]
+        async with bench(queue_url, endpoint, receiver={"max_async_tasks": 2}, max_messages=10) as idle:
+            await eventually(lambda: len(idle.diary.started) == 2, "two of them are started elsewhere", within=10)
+            assert busy.outside.work() == (1, 3)
+            assert len(busy.diary.started) == 1
+        assert {task.task_id for task in waiting} > set(idle.diary.started)
 
 
 async def test_what_a_task_returns_decides_about_its_message(standard_url: str, endpoint: str) -> None:

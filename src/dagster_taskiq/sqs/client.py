@@ -50,7 +50,7 @@ class Connection:
                     # Polls, renewals and cancels share one pool: with the default of 10, renewals would wait for polls.
                     max_pool_connections=50,
                     connect_timeout=3,
-                    read_timeout=30,  # must be longer than the longest long poll, 20 s
+                    read_timeout=30,  # longer than the longest long poll, 20 s; `queue` has a bound for each request
                     retries={"mode": "standard", "total_max_attempts": 3},
                 )
                 session = aioboto3.Session()

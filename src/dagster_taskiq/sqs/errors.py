@@ -17,6 +17,7 @@ from dagster_taskiq.errors import (
 
 if TYPE_CHECKING:
     from botocore.exceptions import BotoCoreError, ClientError
+    from types_aiobotocore_sqs.type_defs import BatchResultErrorEntryTypeDef
 
 MAX_MESSAGE_BYTES: Final = 1_048_576
 # Error codes without their prefixes ("AWS.SimpleQueueService.", "com.amazonaws.sqs#").
@@ -56,6 +57,18 @@ def translated(queue_url: str, region: str | None = None, *, receipt: bool = Fal
         raise ours from error
 
 
+def refusal(queue_url: str, refused: "BatchResultErrorEntryTypeDef") -> QueueError:
+    """Why one entry of a batch was refused that has a receipt handle."""
+    code, text = _bare(refused["Code"]), " ".join(refused.get("Message", "").split())
+    if code in LOST_CODES:
+        return LeaseLost(f"{queue_url}: the message is no longer ours ({code}: {text})")
+    return QueueUnreachable(f"{queue_url}: SQS could not serve one entry of a batch now ({code}: {text})")
+
+
+def _bare(code: str) -> str:
+    return re.split(r"[#]|SimpleQueueService\.", code)[-1]
+
+
 def _in_our_words(error: Exception, url: str, region: str | None, *, receipt: bool) -> DagsterTaskiqError | None:
     import aiohttp
     from botocore.exceptions import BotoCoreError, ClientError
@@ -71,7 +84,7 @@ def _in_our_words(error: Exception, url: str, region: str | None, *, receipt: bo
 
 def _from_answer(error: "ClientError", url: str, region: str | None, *, receipt: bool) -> DagsterTaskiqError:
     answer = error.response.get("Error", {})
-    code = re.split(r"[#]|SimpleQueueService\.", str(answer.get("Code", "")))[-1]
+    code = _bare(str(answer.get("Code", "")))
     text = " ".join(str(answer.get("Message", "")).split())
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 400)
     if code in MISSING_CODES:

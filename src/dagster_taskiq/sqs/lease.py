@@ -18,6 +18,8 @@ RENEWALS: Final = 4
 """The visibility is renewed this many times before it would run out. Derived, so that it cannot be set wrong."""
 _MARGIN_S: Final = 5
 _SHORT_S: Final = 1.0
+_JUST_NOW: Final = 0.05
+"""A moment is skipped that is nearer than this share of the time between two."""
 _DELETE_TRIES: Final = 5
 
 
@@ -54,10 +56,12 @@ class Lease:
         *,
         visibility_timeout_s: float,
         renew_every_s: float | None = None,
+        in_step_with: float | None = None,
         name: str = "message",
         on_lost: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`in_step_with`: a moment of `clock`. Leases with the same one are renewed at the same moments."""
         self._calls = calls
         self._visibility_timeout_s = visibility_timeout_s
         self._renew_every_s = visibility_timeout_s / RENEWALS if renew_every_s is None else renew_every_s
@@ -67,6 +71,7 @@ class Lease:
         self._on_lost = on_lost
         self._clock = clock
         self._received_at = clock()
+        self._in_step_with = self._received_at if in_step_with is None else in_step_with
         self._hidden_until = self._received_at + visibility_timeout_s
         self._stop = asyncio.Event()
         self._renewal: asyncio.Task[None] | None = None
@@ -146,9 +151,9 @@ class Lease:
 
     async def _keep(self) -> None:
         try:
-            wait_s = self._renew_every_s
+            wait_s = self._until_next_s()
             while not await self._stopped_within(min(wait_s, self._hidden_until - self._clock())):
-                wait_s = self._renew_every_s if await self._renew() else min(self._renew_every_s, _SHORT_S)
+                wait_s = self._until_next_s() if await self._renew() else min(self._renew_every_s, _SHORT_S)
                 if self._clock() >= self._hidden_until:
                     raise LeaseLost(f"{self._name}: its invisibility ran out")  # noqa: TRY301  one place for a loss
         except LeaseLost as error:
@@ -156,6 +161,13 @@ class Lease:
         except Exception as error:  # without renewals others will get the message: the lease is lost
             logger.exception("lease renewal failed", extra={"lease": self._name, **self.about})
             self._lose(error)
+
+    def _until_next_s(self) -> float:
+        every_s = self._renew_every_s
+        if not every_s:
+            return 0.0
+        left_s = every_s - (self._clock() - self._in_step_with) % every_s
+        return left_s if left_s > every_s * _JUST_NOW else left_s + every_s
 
     async def _renew(self) -> bool:
         now = self._clock()

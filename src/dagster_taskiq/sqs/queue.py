@@ -5,7 +5,9 @@ import hashlib
 import re
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from logging import getLogger
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from dagster_taskiq._shield import shielded
@@ -13,15 +15,21 @@ from dagster_taskiq._ttl_cache import TTLCache
 from dagster_taskiq.errors import DagsterTaskiqError
 from dagster_taskiq.queue_names import is_fifo
 from dagster_taskiq.sqs.client import MAX_BATCH
-from dagster_taskiq.sqs.errors import translated
+from dagster_taskiq.sqs.errors import refusal, translated
 
 if TYPE_CHECKING:
     from types_aiobotocore_sqs import SQSClient
-    from types_aiobotocore_sqs.type_defs import MessageTypeDef
+    from types_aiobotocore_sqs.type_defs import BatchResultErrorEntryTypeDef, MessageTypeDef
 
 logger = getLogger(__name__)
 
-_LAST_RECEIVE_S: Final = 2.0
+ANSWER_S: Final = 5.0
+"""SQS answers within milliseconds. What has not come by then is asked for once more, on another connection."""
+_TRIES: Final = 2
+_POLL_MARGIN_S: Final = 5.0
+_SOON_S: Final = 1.0
+_ON_ITS_WAY_S: Final = 0.2
+_TOGETHER_S: Final = 0.02
 _GROUP_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 _T = TypeVar("_T")
 
@@ -33,103 +41,177 @@ class SQSQueue:
         self.url = url
         self.is_fifo = is_fifo(url)
         self._client = client
+        self.renewals = Renewals(self)
         self._unreadable: TTLCache[bool] = TTLCache()
+
+    async def _ask(
+        self,
+        request: "Callable[[SQSClient], Awaitable[_T]]",
+        *,
+        within_s: float | None = None,
+        tries: int = _TRIES,
+        receipt: bool = False,
+    ) -> _T:
+        """What SQS answers. Raises a `QueueError`, also when there is no answer within so many seconds and tries."""
+        within_s = ANSWER_S if within_s is None else within_s
+        client = await self._client()
+        with translated(self.url, client.meta.region_name, receipt=receipt):
+            for _ in range(tries - 1):
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(within_s):
+                        return await request(client)
+            async with asyncio.timeout(within_s):
+                return await request(client)
 
     async def send(self, body: str, grouping: Mapping[str, Any]) -> None:
         """Send one message. Raises a `QueueError` or `MessageTooLarge`."""
-        client = await self._client()
-        with translated(self.url, client.meta.region_name):
-            await client.send_message(QueueUrl=self.url, MessageBody=body, **grouping)
+        await self._ask(lambda client: client.send_message(QueueUrl=self.url, MessageBody=body, **grouping))
 
     async def send_batch(self, bodies: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[int, str]:
         """Send up to ten; returns the numbers of those that SQS refused, with the reason. Raises a `QueueError`."""
         entries: list[Any] = [
             {"Id": str(number), "MessageBody": body, **grouping} for number, (body, grouping) in enumerate(bodies)
         ]
-        client = await self._client()
-        with translated(self.url, client.meta.region_name):
-            answer = await client.send_message_batch(QueueUrl=self.url, Entries=entries)
+        answer = await self._ask(lambda client: client.send_message_batch(QueueUrl=self.url, Entries=entries))
         return {int(one["Id"]): one.get("Message") or one["Code"] for one in answer.get("Failed", [])}
 
     async def receive(self, *, at_most: int, wait_s: int, visibility_s: int) -> "list[MessageTypeDef]":
-        """One long poll. When it is cancelled, messages that still come within two seconds are handed back."""
-        client = await self._client()
-        with translated(self.url, client.meta.region_name):
-            request = client.receive_message(
-                QueueUrl=self.url,
-                MaxNumberOfMessages=at_most,
-                WaitTimeSeconds=wait_s,
-                VisibilityTimeout=visibility_s,
-                AttributeNames=["ApproximateReceiveCount", "SentTimestamp"],
-            )
-            receive = asyncio.ensure_future(request)
-            try:
-                return (await asyncio.shield(receive)).get("Messages", [])
-            except asyncio.CancelledError:
-                await shielded(self._last(receive, min(_LAST_RECEIVE_S, wait_s)), name="last receive")
-                raise
+        """One long poll. When it is cancelled, messages that still come within a moment are handed back.
 
-    async def _last(self, receive: "asyncio.Future[Any]", within_s: float) -> None:
-        # An aborted long poll can hide a message for a visibility timeout: give it a moment to end.
+        Nobody can end a long poll at SQS. One that would end by itself within a second is awaited. Any other is given a
+        moment for an answer that is on its way, and then dropped: a message that SQS takes for it in just that moment
+        is not lost, but hidden for `visibility_s`.
+        """
+        began = monotonic()
+        receive = asyncio.create_task(
+            self._ask(
+                lambda client: client.receive_message(
+                    QueueUrl=self.url,
+                    MaxNumberOfMessages=at_most,
+                    WaitTimeSeconds=wait_s,
+                    VisibilityTimeout=visibility_s,
+                    AttributeNames=["ApproximateReceiveCount", "SentTimestamp"],
+                ),
+                within_s=wait_s + _POLL_MARGIN_S,
+                tries=1,
+            ),
+            name=f"poll {self.url}",
+        )
+        try:
+            return (await asyncio.shield(receive)).get("Messages", [])
+        except asyncio.CancelledError:
+            left_s = began + wait_s - monotonic()
+            await shielded(self._last(receive, _SOON_S if left_s <= _SOON_S else _ON_ITS_WAY_S), name="last receive")
+            raise
+
+    async def _last(self, receive: "asyncio.Task[Any]", within_s: float) -> None:
         await asyncio.wait({receive}, timeout=within_s)
-        if not receive.done():
-            receive.cancel()
-            await asyncio.wait({receive})
+        receive.cancel()
+        await asyncio.wait({receive})
         if not receive.cancelled() and receive.exception() is None:
             await self.hand_back([raw["ReceiptHandle"] for raw in receive.result().get("Messages", [])])
 
     async def change_visibility(self, receipt_handle: str, timeout_s: int) -> None:
         """Hide one received message for `timeout_s` seconds from now. Raises `LeaseLost` or another `QueueError`."""
-        client = await self._client()
-        with translated(self.url, client.meta.region_name, receipt=True):
-            await client.change_message_visibility(
+        await self._ask(
+            lambda client: client.change_message_visibility(
                 QueueUrl=self.url, ReceiptHandle=receipt_handle, VisibilityTimeout=timeout_s
-            )
+            ),
+            receipt=True,
+        )
+
+    async def change_visibilities(
+        self, wanted: Sequence[tuple[str, int]]
+    ) -> "Mapping[int, BatchResultErrorEntryTypeDef]":
+        """The same for up to ten, by receipt and seconds; what was refused, by number. Raises a `QueueError`."""
+        entries: list[Any] = [
+            {"Id": str(number), "ReceiptHandle": handle, "VisibilityTimeout": timeout_s}
+            for number, (handle, timeout_s) in enumerate(wanted)
+        ]
+        answer = await self._ask(
+            lambda client: client.change_message_visibility_batch(QueueUrl=self.url, Entries=entries), receipt=True
+        )
+        return {int(one["Id"]): one for one in answer.get("Failed", [])}
 
     async def delete(self, receipt_handle: str) -> None:
         """Delete one received message. Raises `LeaseLost` or another `QueueError`."""
-        client = await self._client()
-        with translated(self.url, client.meta.region_name, receipt=True):
-            await client.delete_message(QueueUrl=self.url, ReceiptHandle=receipt_handle)
+        await self._ask(
+            lambda client: client.delete_message(QueueUrl=self.url, ReceiptHandle=receipt_handle), receipt=True
+        )
 
     async def delete_all(self, receipt_handles: Sequence[str]) -> None:
         """Delete many. A failure is logged: they are received again, and can be deleted then."""
         for batch in batches(receipt_handles):
-            entries: list[Any] = [{"Id": str(n), "ReceiptHandle": handle} for n, handle in enumerate(batch)]
-            try:
-                client = await self._client()
-                with translated(self.url, client.meta.region_name, receipt=True):
-                    answer = await client.delete_message_batch(QueueUrl=self.url, Entries=entries)
-            except DagsterTaskiqError as error:
-                logger.warning("messages not deleted: %s", error)
-            else:
-                _log_refused("deleted", answer.get("Failed", []))
+            await self._delete_batch([{"Id": str(n), "ReceiptHandle": handle} for n, handle in enumerate(batch)])
+
+    async def _delete_batch(self, entries: list[Any]) -> None:
+        try:
+            answer = await self._ask(
+                lambda client: client.delete_message_batch(QueueUrl=self.url, Entries=entries), receipt=True
+            )
+        except DagsterTaskiqError as error:
+            logger.warning("messages not deleted: %s", error)
+        else:
+            _log_refused("deleted", answer.get("Failed", []))
 
     async def hand_back(self, receipt_handles: Sequence[str]) -> None:
         """Make many visible at once. A failure is logged: they become visible later by themselves."""
         for batch in batches(receipt_handles):
-            entries: list[Any] = [
-                {"Id": str(n), "ReceiptHandle": handle, "VisibilityTimeout": 0} for n, handle in enumerate(batch)
-            ]
             try:
-                client = await self._client()
-                with translated(self.url, client.meta.region_name, receipt=True):
-                    answer = await client.change_message_visibility_batch(QueueUrl=self.url, Entries=entries)
+                refused = await self.change_visibilities([(handle, 0) for handle in batch])
             except DagsterTaskiqError as error:
                 logger.warning("messages not handed back: %s", error)
             else:
-                _log_refused("handed back", answer.get("Failed", []))
+                _log_refused("handed back", [*refused.values()])
 
     async def check(self) -> None:
         """Check that the queue is there. Raises `QueueMissing`, `QueueUnreachable` or `AccessDenied`."""
-        client = await self._client()
-        with translated(self.url, client.meta.region_name):
-            await client.get_queue_attributes(QueueUrl=self.url, AttributeNames=["QueueArn"])
+        await self._ask(lambda client: client.get_queue_attributes(QueueUrl=self.url, AttributeNames=["QueueArn"]))
 
     def log_unreadable(self, message_id: str, error: Exception) -> None:
         """Log once for each message that it stays until it expires."""
         if self._unreadable.add(message_id, True):
             logger.warning("%s: unreadable message %s is left to expire: %s", self.url, message_id, error)
+
+
+class Renewals:
+    """Sends the renewals that are due at the same moment together, ten in a request."""
+
+    def __init__(self, queue: SQSQueue) -> None:
+        self._queue = queue
+        self._due: list[tuple[str, int, asyncio.Future[None]]] = []
+        self._requests: set[asyncio.Task[None]] = set()
+
+    async def renew(self, receipt_handle: str, timeout_s: int) -> None:
+        """Hide one message for `timeout_s` seconds from now. Raises `LeaseLost` or another `QueueError`."""
+        loop = asyncio.get_running_loop()
+        renewed: asyncio.Future[None] = loop.create_future()
+        self._due.append((receipt_handle, timeout_s, renewed))
+        if len(self._due) == 1:
+            loop.call_later(_TOGETHER_S, self._send)
+        await renewed
+
+    def _send(self) -> None:
+        due, self._due = [one for one in self._due if not one[2].done()], []
+        for batch in batches(due):
+            request = asyncio.create_task(self._send_batch(batch), name="renew leases")
+            self._requests.add(request)
+            request.add_done_callback(self._requests.discard)
+
+    async def _send_batch(self, batch: Sequence[tuple[str, int, "asyncio.Future[None]"]]) -> None:
+        whole: Exception | None = None
+        refused: Mapping[int, BatchResultErrorEntryTypeDef] = {}
+        try:
+            refused = await self._queue.change_visibilities([(handle, timeout_s) for handle, timeout_s, _ in batch])
+        except Exception as error:  # noqa: BLE001 - it is for those who wait
+            whole = error
+        for number, (_, _, renewed) in enumerate(batch):
+            if renewed.done():
+                continue
+            if why := whole or (refusal(self._queue.url, refused[number]) if number in refused else None):
+                renewed.set_exception(why)
+            else:
+                renewed.set_result(None)
 
 
 class Receipt:
@@ -141,7 +223,7 @@ class Receipt:
 
     async def renew(self, timeout_s: int) -> None:
         """Hide it for `timeout_s` seconds from now."""
-        await self._queue.change_visibility(self._handle, timeout_s)
+        await self._queue.renewals.renew(self._handle, timeout_s)
 
     async def delete(self) -> None:
         """Delete it, so that it is never received again."""

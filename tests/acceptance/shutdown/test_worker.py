@@ -5,6 +5,7 @@ import base64
 import json
 import os
 import signal
+import time
 from collections import Counter
 from typing import Any
 
@@ -40,14 +41,16 @@ def descendants(pid: int) -> list[int]:
 
 
 def test_a_draining_worker_finishes_what_is_short_and_takes_nothing_new(endpoint: str) -> None:
-    with open_platform(endpoint, source={"drain_seconds": 10}) as platform:
+    with open_platform(endpoint, source={"drain_seconds": 30}) as platform:
         with platform.worker() as worker:
             short = platform.launch("quick_job", seconds=1)
             platform.marked(short, "started")
+            asked_at = time.monotonic()
             worker.process.send_signal(signal.SIGTERM)
             wait_until(lambda: "stopping" in worker.log(), "the worker drains", seen=worker.log)
             late = platform.launch("quick_job", seconds=0)
             assert worker.stop(signal.SIGCONT) == 0
+            assert time.monotonic() - asked_at < 15, "it ends with its last run, and does not wait for the drain's end"
             assert platform.status(short) is DagsterRunStatus.SUCCESS
             assert platform.status(late) is DagsterRunStatus.STARTING
         with platform.worker():
