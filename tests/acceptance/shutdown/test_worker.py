@@ -41,7 +41,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def test_a_draining_worker_finishes_what_is_short_and_takes_nothing_new(endpoint: str) -> None:
-    with open_platform(endpoint, source={"drain_seconds": 30}) as platform:
+    with open_platform(endpoint, source={"drain_seconds": 30, "stop_timeout_seconds": 60}) as platform:
         with platform.worker() as worker:
             short = platform.launch("quick_job", seconds=1)
             platform.marked(short, "started")
