@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_LOOK_AHEAD: Final = 1
 _NO_LIMIT: Final = -1
 _DEQUEUE_EVERY_S: Final = 1
-_MEASURE_EVERY_S: Final = 60
+_MEASURE_EVERY_S: Final = 30
+"""Twice in each minute, the period of the alarms, so that none is without a value."""
 
 
 class TaskiqRunCoordinator(QueuedRunCoordinator[DagsterInstance]):

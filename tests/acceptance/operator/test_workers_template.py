@@ -178,3 +178,41 @@ def test_the_metrics_of_alarms_and_dashboard_are_those_that_workers_write() -> N
     assert ours - aws <= {metric.name for metric in ALL}
     assert {"SecondsToFinal", "ForcedKills", "WorkRunning"} <= ours
     assert NAMESPACE == "dagster-taskiq"
+
+
+def value_of(resource: Any, ident: str, *, serves_runs: bool = True, **metrics: float | None) -> float:
+    """What an expression of the template gives for these values; None, or left out: there is no data."""
+    expressions = {one["Id"]: one["Expression"] for one in resource if isinstance(one, dict) and "Expression" in one}
+    found = expressions[ident]
+    text = found if isinstance(found, str) else found[1 if serves_runs else 2]
+    known: dict[str, Any] = dict.fromkeys(("queued", "waiting", "working", "tasks", "oldest", "age")) | metrics
+    known |= {"IF": lambda yes, one, other: one if yes else other, "FILL": lambda one, no: no if one is None else one}
+    return float(eval(text.replace(" AND ", " and "), {"__builtins__": {}}, known))  # noqa: S307 - our own template
+
+
+def test_a_fleet_scales_on_what_waits_in_dagster_and_wakes_up_for_it() -> None:
+    resources = template("workers.yaml")["Resources"]
+    policy = resources["BacklogPolicy"]["Properties"]["TargetTrackingScalingPolicyConfiguration"]
+    backlog = policy["CustomizedMetricSpecification"]["Metrics"]
+    assert value_of(backlog, "backlog", queued=40, waiting=1, working=8, tasks=2) == 24
+    assert value_of(backlog, "backlog", queued=40, waiting=1) == 40, "no task yet"
+    assert value_of(backlog, "backlog", waiting=12, working=8, tasks=2) == 10, "another coordinator: they are in SQS"
+    assert value_of(backlog, "backlog", serves_runs=False, waiting=12, working=8, tasks=2) == 10
+    wake_up = resources["WorkWaitsForTheFirstTask"]["Properties"]["Metrics"]
+    assert value_of(wake_up, "asleep", queued=1) == 1, "the queue in SQS tells nothing when it was idle for hours"
+    assert value_of(wake_up, "asleep", waiting=1, tasks=0) == 1
+    assert value_of(wake_up, "asleep", queued=1, tasks=1) == 0
+    assert value_of(wake_up, "asleep", queued=0, waiting=0) == 0
+    assert value_of(wake_up, "asleep", serves_runs=False, waiting=1) == 1
+
+
+def test_the_alarms_are_for_what_waits_and_not_for_what_takes_long() -> None:
+    resources = template("workers.yaml")["Resources"]
+    runs = resources["OldestRunAlarm"]["Properties"]["Metrics"]
+    assert value_of(runs, "waited", oldest=1_000, waiting=1, age=5) == 1_000
+    assert value_of(runs, "waited", oldest=0, waiting=0, age=5_000) == 0, "a message in flight: a run at work"
+    assert value_of(runs, "waited", waiting=0, age=5_000) == 0
+    assert value_of(runs, "waited", waiting=2, age=5_000) == 5_000, "another coordinator"
+    steps = resources["OldestStepAlarm"]["Properties"]["Metrics"]
+    assert value_of(steps, "waited", waiting=0, age=5_000) == 0
+    assert value_of(steps, "waited", waiting=2, age=5_000) == 5_000
