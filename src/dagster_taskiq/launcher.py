@@ -332,7 +332,9 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         run = self._instance.get_run_by_id(run_id)  # monitoring's own is as old as its round
         if run is not None and own_tags(run).get(TASK_ID_TAG) != owner.claim.task_id:
             # One that monitoring has resumed is not to be resumed, or given up, once more before anybody had it.
-            return CheckRunHealthResult(WorkerStatus.RUNNING, "waiting in its queue for a worker")
+            return CheckRunHealthResult(
+                WorkerStatus.RUNNING, f"worker {owner.worker_id} is dead; waiting for another one"
+            )
         if not self._claims().give_up(run_id, owner.claim):
             return CheckRunHealthResult(WorkerStatus.RUNNING, "another worker has just taken it over")
         return CheckRunHealthResult(

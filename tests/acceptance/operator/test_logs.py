@@ -60,7 +60,7 @@ def test_a_run_that_is_interrupted_by_its_workers_end_is_handed_back(endpoint: s
     extra = {"run_monitoring": {"enabled": True, "max_resume_run_attempts": 3, "cancel_timeout_seconds": 600}}
     with open_platform(endpoint, extra=extra) as platform:
         with platform.worker("-n", "first") as worker:
-            run_id = platform.launch("sleepy_job", seconds=5)
+            run_id = platform.launch("sleepy_job")
             platform.marked(run_id, "started")
             worker.process.send_signal(signal.SIGTERM)
             wait_until(lambda: "stopping" in worker.log(), "it drains", seen=worker.log)
@@ -68,9 +68,10 @@ def test_a_run_that_is_interrupted_by_its_workers_end_is_handed_back(endpoint: s
             assert worker.process.wait(30) == 0
             assert 'outcome="handed back"' in ended(worker, run_id)
         with platform.worker("-n", "second") as heir:
-            assert platform.finished(run_id) is DagsterRunStatus.SUCCESS
-            assert "outcome=SUCCESS" in ended(heir, run_id)
-            assert f"run resumed job=sleepy_job run={run_id[:8]}" in heir.log(), heir.log()
+            said = f"run resumed job=sleepy_job run={run_id[:8]}"
+            wait_until(lambda: said in heir.log(), "it goes on with it", seen=heir.log)
+            assert platform.launcher.terminate(run_id)
+            assert "outcome=CANCELED" in ended(heir, run_id)
 
 
 def test_steps_are_a_line_each(endpoint: str) -> None:
@@ -109,7 +110,7 @@ def test_every_line_is_a_json_object_whoever_has_written_it(endpoint: str) -> No
     ):
         runs = {
             job: platform.launch(job, seconds=0.1)
-            for job in ("talkative_job", "crashes_job", "fails_job", "multiprocess_job", "leaves_a_daemon_job")
+            for job in ("talkative_job", "crashes_job", "fails_job", "leaves_a_daemon_job")
         }
         for run_id in runs.values():
             platform.finished(run_id)
