@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-CALL_S: Final = 30.0
-"""The bound of a call to the database about one run or step: it takes milliseconds, or a second in a very long log."""
+CALL_S: Final = 15.0
+"""For a call to the database about one run or step: it takes milliseconds. Dagster's webserver allows as much."""
 _limits = threading.local()
 
 

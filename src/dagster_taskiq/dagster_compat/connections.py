@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakSet, ref
 
@@ -29,7 +30,14 @@ from dagster_taskiq._time_limit import limited_until
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
-__all__ = ["CONNECT_PARAMETERS", "READ_S", "STATEMENT_TIMEOUT_S", "bound_connections", "is_bounded"]
+__all__ = [
+    "CONNECT_PARAMETERS",
+    "READ_S",
+    "STATEMENT_TIMEOUT_S",
+    "bound_connections",
+    "configured_connection",
+    "is_bounded",
+]
 
 STATEMENT_TIMEOUT_S: Final = 60
 """What the server allows a statement in our own processes; Dagster's webserver allows 15 s by default."""
@@ -76,6 +84,25 @@ def bound_connections(instance: DagsterInstance, *, ours: bool) -> None:
             _look_once_for_columns(storage)
         if engine not in _bounded:
             _Bound(engine, ours=ours).install(engine)
+
+
+@dataclass(frozen=True, slots=True)
+class ConfiguredConnection:
+    """How `dagster.yaml` says that PostgreSQL is connected to: libpq's parameters, and if it is by a URL."""
+
+    parameters: Mapping[str, str]
+    as_url: bool
+
+
+def configured_connection(instance: DagsterInstance) -> ConfiguredConnection | None:
+    """What the configuration says about connections of the run storage. None for another database, or driver."""
+    engine = getattr(instance.run_storage, "_engine", None)
+    if engine is None or engine.dialect.name != "postgresql" or engine.driver not in _DRIVERS:
+        return None
+    reference = instance.get_ref()
+    described = reference.storage_data or reference.run_storage_data
+    as_url = described is None or "postgres_db:" not in described.config_yaml
+    return ConfiguredConnection({name: str(value) for name, value in engine.url.query.items()}, as_url)
 
 
 def is_bounded(storage: object) -> bool:

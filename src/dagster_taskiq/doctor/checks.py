@@ -19,6 +19,7 @@ from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 from dagster_taskiq._lane import Lane
 from dagster_taskiq.coordinator import TaskiqRunCoordinator
 from dagster_taskiq.doctor.aws_checks import look_at_aws
+from dagster_taskiq.doctor.database_checks import connection_bounds
 from dagster_taskiq.doctor.finding import Finding, line, ok
 from dagster_taskiq.errors import SettingsError
 from dagster_taskiq.launcher import TaskiqRunLauncher
@@ -160,6 +161,8 @@ def _of_settings(settings: Settings) -> Iterator[Finding]:
 
 def _dagster(instance: DagsterInstance, settings: Settings, queues: Mapping[str, QueueFacts]) -> Iterator[Finding]:
     yield _run_queue(instance)
+    if (bounds := connection_bounds(instance)) is not None:
+        yield bounds
     yield from _monitoring(instance, settings)
     workers = list_workers(instance, settings, everybody=True)
     yield from _workers(workers, queues)

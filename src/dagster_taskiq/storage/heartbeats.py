@@ -145,7 +145,9 @@ class Heartbeats:
                 return "alive"
             now = self._monotonic()
             before, since = self._suspects.get(worker_id, (value, now))
-            if before != value:  # its clock may be wrong, but it has written
+            # Its clock may be wrong, but it has written. What is older than the one before it arrived late: an outage
+            # had held it, and it says nothing about now. (It is remembered: that clock may have been set back.)
+            if before != value and not _is_older(value, before):
                 self._suspects[worker_id] = (value, now)
                 return "alive"
             self._suspects[worker_id] = (value, since)
@@ -153,6 +155,10 @@ class Heartbeats:
 
     def _write(self, worker_id: str, value: Mapping[str, Any]) -> None:
         put_value(self._instance, _PREFIX + worker_id, json.dumps(value))
+
+
+def _is_older(value: str | None, before: str | None) -> bool:
+    return value is not None and before is not None and _heartbeat("", value).at < _heartbeat("", before).at
 
 
 def _heartbeat(key: str, value: str) -> Heartbeat:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
@@ -23,6 +24,10 @@ from dagster_taskiq.storage.heartbeats import Heartbeats
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
 
 COORDINATOR = {"module": "dagster_taskiq.coordinator", "class": "TaskiqRunCoordinator"}
+BOUNDED = (
+    "?connect_timeout=10&keepalives_idle=5&keepalives_interval=5&keepalives_count=3&tcp_user_timeout=20000"
+    "&options=-c%20statement_timeout%3D60000"
+)
 MONITORING = {"enabled": True, "max_resume_run_attempts": 3, "start_timeout_seconds": 3600}
 
 
@@ -314,7 +319,7 @@ def test_it_finds_what_was_planted_and_names_the_repair(clinic: Clinic, mistake:
 
 
 def test_where_all_is_well_it_says_so(clinic: Clinic, postgres: str) -> None:
-    clinic.document["storage"] = {"postgres": {"postgres_url": postgres}}
+    clinic.document["storage"] = {"postgres": {"postgres_url": postgres + BOUNDED}}
     clinic.write()
     clinic.beat()
     ended, findings = clinic.examined()
@@ -323,6 +328,32 @@ def test_where_all_is_well_it_says_so(clinic: Clinic, postgres: str) -> None:
     for_people = clinic.desk.ask("doctor")
     assert for_people.code == 0
     assert len(for_people.out.splitlines()) == len(findings)
+
+
+@pytest.mark.parametrize("as_url", [True, False])
+def test_a_database_whose_connections_have_no_bound(clinic: Clinic, postgres: str, as_url: bool) -> None:
+    """It says what to add, and is content when that is added."""
+    parts = urlsplit(postgres)
+    server = {"hostname": parts.hostname, "port": parts.port or 5432, "db_name": parts.path[1:]}
+    named: dict[str, Any] = {**server, "username": parts.username, "scheme": parts.scheme}
+    described: dict[str, Any] = {"postgres_url": f"{postgres}?connect_timeout=3"} if as_url else {"postgres_db": named}
+
+    def verdict() -> tuple[str, str, str]:
+        clinic.document["storage"] = {"postgres": described}
+        clinic.write()
+        _, findings = clinic.examined()
+        (found,) = [one for one in findings if one["check"] == "database timeouts"]
+        return found["verdict"], found["reason"], found["repair"]
+
+    bad, why, repair = verdict()
+    assert bad == "warning"
+    assert "keepalives_idle, keepalives_interval, keepalives_count, tcp_user_timeout, statement_timeout" in why
+    assert ("connect_timeout" in why) != as_url
+    if as_url:
+        described["postgres_url"] += "&" + repair.partition("?")[2]
+    else:
+        named["params"] = yaml.safe_load(repair.partition("params: ")[2])
+    assert verdict()[0] == "ok"
 
 
 def test_a_clock_that_is_wrong(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:

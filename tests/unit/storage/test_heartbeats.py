@@ -124,6 +124,28 @@ def test_a_clock_that_jumps_here_kills_nobody(world: World, jump: float) -> None
         assert world.look() != "dead"
 
 
+def test_a_heartbeat_that_an_outage_has_held_does_not_revive_its_worker(world: World) -> None:
+    """It arrives after a later one, or after its worker has died."""
+    world.there.beat("w")
+    world.wait(DEAD_AFTER)
+    assert world.look() == "in doubt"
+    world.wait(CONFIRM)
+    world.workers_clock -= DEAD_AFTER + CONFIRM + 5
+    world.there.beat("w")
+    assert world.look() == "dead"
+
+
+def test_a_clock_that_jumps_back_there_kills_nobody(world: World) -> None:
+    world.workers_clock += 7_200
+    world.there.beat("w")
+    assert world.look() == "in doubt"
+    world.workers_clock -= 3_600
+    for _ in range(4):
+        world.wait(CONFIRM / 2 - 1)
+        world.there.beat("w")
+        assert world.look() != "dead"
+
+
 def test_all_of_them_are_listed_until_they_are_forgotten(world: World) -> None:
     world.there.beat("old", {"where": "somewhere"})
     world.there.gone("ended")
