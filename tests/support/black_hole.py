@@ -68,7 +68,7 @@ class Fleet:
         return f"{self.stages[run_id]}: {self.platform.status(run_id)}\n{story}\n{logs}"
 
     def verdict(self, within: float) -> tuple[list[str], list[str]]:
-        """When all runs are over: those that were executed twice, those whose end is wrong; and what is known of them."""
+        """When all runs are over: those that were executed twice, and those whose end is wrong, with their story."""
         twice, wrong = [], []
         until = time.monotonic() + within
         for run_id, expected in self.expected.items():
