@@ -37,6 +37,8 @@ class StatusPoller:
         self._watched = watched
         self._cancel = cancel
         self._every_s = every_s
+        self._failed: set[str] = set()
+        """Runs that were FAILURE at the last look."""
         self._lane = Lane("the database, for the status of runs", max(every_s, _SHORTEST_BOUND_S))
 
     async def run(self) -> NoReturn:
@@ -53,7 +55,12 @@ class StatusPoller:
         filters = RunsFilter(run_ids=sorted(set(watched.values())))
         runs = await self._lane.call(self._instance.get_runs, filters)
         found = {run.run_id: run for run in runs}
+        # A run's own process writes FAILURE and is gone a moment later. Only one that is still there has to be stopped.
+        failed = {run.run_id for run in runs if run.status is DagsterRunStatus.FAILURE}
+        just_failed, self._failed = failed - self._failed, failed
         for task_id, run_id in watched.items():
+            if run_id in just_failed:
+                continue
             run = found.get(run_id)
             why = _WHY.get(run.status) if run is not None else "the run was deleted"
             if why is not None:

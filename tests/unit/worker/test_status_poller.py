@@ -1,0 +1,58 @@
+"""Which runs are to be stopped, by their status in Dagster's database."""
+
+from collections.abc import Iterator
+
+import pytest
+from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRunStatus
+from dagster._core.test_utils import create_run_for_test
+
+from dagster_taskiq.cancellation.model import Cancellation
+from dagster_taskiq.worker.status_poller import StatusPoller
+
+pytestmark = pytest.mark.anyio
+EVENTS = DagsterEventType
+
+
+class World:
+    def __init__(self, instance: DagsterInstance) -> None:
+        self.instance = instance
+        self.run_id: str = create_run_for_test(instance, job_name="a_job", status=DagsterRunStatus.STARTED).run_id
+        self.stopped: list[str | None] = []
+        self.poller = StatusPoller(instance, lambda: {"task": self.run_id}, self.cancel, 5)
+
+    def cancel(self, task_id: str, cancellation: Cancellation) -> bool:
+        assert task_id == "task"
+        self.stopped.append(cancellation.reason)
+        return True
+
+    def report(self, kind: DagsterEventType) -> None:
+        self.instance.report_dagster_event(DagsterEvent(kind.value, "a_job"), self.run_id)
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with DagsterInstance.ephemeral() as instance:
+        yield World(instance)
+
+
+@pytest.mark.parametrize("kind", [EVENTS.RUN_CANCELING, EVENTS.RUN_CANCELED])
+async def test_a_cancelled_run_is_stopped_at_the_first_look(world: World, kind: DagsterEventType) -> None:
+    await world.poller.look()
+    assert world.stopped == []
+    world.report(kind)
+    await world.poller.look()
+    assert len(world.stopped) == 1
+
+
+async def test_a_run_that_fails_by_itself_has_a_moment_to_end(world: World) -> None:
+    world.report(EVENTS.RUN_FAILURE)
+    await world.poller.look()
+    assert world.stopped == []
+    await world.poller.look()
+    assert world.stopped == ["the run was marked FAILURE"]
+
+
+async def test_a_run_that_was_deleted_is_stopped(world: World) -> None:
+    world.instance.delete_run(world.run_id)
+    await world.poller.look()
+    assert world.stopped == ["the run was deleted"]
