@@ -211,12 +211,23 @@ class CancellableSQSBroker(SQSBroker):  # type: ignore[misc]  # taskiq_aws has n
             sent_at=sent_at,
         )
 
-    async def cancel_task(self, task_id: str, *, reason: str | None = None, requested_by: str | None = None) -> None:
-        """Ask whichever worker runs the task to cancel it. Raises a `DagsterTaskiqError` when that cannot be sent."""
+    async def cancel_task(
+        self,
+        task_id: str,
+        *,
+        reason: str | None = None,
+        requested_by: str | None = None,
+        status_follows: bool = False,
+    ) -> None:
+        """Ask whichever worker runs the task to cancel it. Raises a `DagsterTaskiqError` when that cannot be sent.
+
+        `status_follows`: the caller also marks the task's run as CANCELING, so its worker may wait for that.
+        """
         self._require_cancellation()
         # Notified as it is sent: a worker may be quick, and nobody should learn of the delivery first.
         await asyncio.gather(
-            self._notify([task_id], reason, requested_by), self._cancels.send(task_id, reason, requested_by)
+            self._notify([task_id], reason, requested_by),
+            self._cancels.send(task_id, reason, requested_by, status_follows=status_follows),
         )
 
     async def cancel_tasks(

@@ -287,7 +287,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
 
     def _request_cancel(self, task_id: str, **asked_by: str | None) -> "Future[None]":
         try:
-            return self._producer.submit(lambda broker: broker.cancel_task(task_id, **asked_by))
+            return self._producer.submit(lambda broker: broker.cancel_task(task_id, status_follows=True, **asked_by))
         except Exception as error:  # noqa: BLE001 - whatever it is, the run's status can still be written
             failed: Future[None] = Future()
             failed.set_exception(error)

@@ -36,6 +36,8 @@ class CancelRequest:
     reason: str | None = None
     requested_by: str | None = None
     requested_at: float | None = None
+    status_follows: bool = False
+    """Whether the sender also marks the run as CANCELING, as our launcher does."""
 
     def to_json(self) -> str:
         """The message body. Raises `MessageUnreadable` for a task id that `from_json` would refuse."""
@@ -48,6 +50,8 @@ class CancelRequest:
             body["requested_by"] = clean_text(self.requested_by)
         if self.requested_at is not None:
             body["requested_at"] = datetime.fromtimestamp(self.requested_at, UTC).isoformat()
+        if self.status_follows:
+            body["status_follows"] = True
         return json.dumps(body)
 
     @classmethod
@@ -70,7 +74,13 @@ class CancelRequest:
         task_id = data.get("task_id")
         if not is_task_id(task_id):
             raise MessageUnreadable("cancel message without a valid task_id")
-        return cls(task_id, _text(data, "reason"), _text(data, "requested_by"), _moment(data.get("requested_at")))
+        return cls(
+            task_id,
+            _text(data, "reason"),
+            _text(data, "requested_by"),
+            _moment(data.get("requested_at")),
+            status_follows=data.get("status_follows") is True,
+        )
 
 
 RetryKind = Literal["deferred", "disabled"]

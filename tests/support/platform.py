@@ -209,9 +209,9 @@ class Platform:
         )["Attributes"]
         return int(known["ApproximateNumberOfMessages"]) + int(known["ApproximateNumberOfMessagesNotVisible"])
 
-    def cancel_by_message(self, task_id: str) -> None:
+    def cancel_by_message(self, task_id: str, **more: Any) -> None:
         """As anybody can who may write to the cancel queue."""
-        body = json.dumps({"task_id": task_id})
+        body = json.dumps({"task_id": task_id, **more})
         sqs_client(self.endpoint_url).send_message(QueueUrl=cancel_queue_url(self.queue_url), MessageBody=body)
 
     def kill(self, pid: int, number: int = signal.SIGKILL) -> None:

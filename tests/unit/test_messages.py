@@ -43,14 +43,14 @@ ORDERS = st.builds(
     st.none() | st.text(),
 )
 ORDER_FIELDS = st.sampled_from(["run_id", "step_key", "attempt", "retries", "reexecution", "state", "other"])
-FIELDS = st.sampled_from(["version", "task_id", "reason", "requested_by", "requested_at", "other"])
+FIELDS = st.sampled_from(["version", "task_id", "reason", "requested_by", "requested_at", "status_follows", "other"])
 
 
-@given(TASK_IDS, TEXTS, TEXTS, MOMENTS)
+@given(TASK_IDS, TEXTS, TEXTS, MOMENTS, st.booleans())
 def test_what_is_written_is_read(
-    task_id: str, reason: str | None, requested_by: str | None, requested_at: float | None
+    task_id: str, reason: str | None, requested_by: str | None, requested_at: float | None, status_follows: bool
 ) -> None:
-    request = CancelRequest(task_id, reason, requested_by, requested_at)
+    request = CancelRequest(task_id, reason, requested_by, requested_at, status_follows)
     assert CancelRequest.from_json(request.to_json()) == request
 
 

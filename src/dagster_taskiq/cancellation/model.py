@@ -61,6 +61,8 @@ class Cancellation:
     attempt: int = 1
     received_at: float = field(default_factory=time, compare=False)
     deadline: float | None = None
+    status_follows: bool = False
+    """Whether whoever has asked also marks the run as CANCELING: then that is in the database, or will be soon."""
 
 
 def stronger(current: Cancellation | None, new: Cancellation) -> Cancellation:

@@ -160,4 +160,5 @@ def _cancellation(received: ReceivedCancel) -> Cancellation:
         requested_at=request.requested_at,
         channel=CancelChannel.CANCEL_QUEUE,
         attempt=received.receive_count,
+        status_follows=request.status_follows,
     )

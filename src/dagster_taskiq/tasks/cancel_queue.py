@@ -35,9 +35,11 @@ class CancelQueue:
     def __init__(self, queue: SQSQueue) -> None:
         self._queue = queue
 
-    async def send(self, task_id: str, reason: str | None, requested_by: str | None) -> None:
+    async def send(
+        self, task_id: str, reason: str | None, requested_by: str | None, *, status_follows: bool = False
+    ) -> None:
         """Send one request. Raises a `DagsterTaskiqError`."""
-        body = CancelRequest(task_id, reason, requested_by, time.time()).to_json()
+        body = CancelRequest(task_id, reason, requested_by, time.time(), status_follows).to_json()
         await self._queue.send(body, self._grouping(task_id))
 
     async def send_all(self, task_ids: Iterable[str], reason: str | None, requested_by: str | None) -> CancelReport:

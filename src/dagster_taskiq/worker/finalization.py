@@ -6,14 +6,12 @@ wins, also when he comes too late. All calls block on the database.
 """
 
 import enum
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from dagster import DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus
 
-from dagster_taskiq._retry import poll_until
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.cleanup.record import NO_CLEANUP, CleanupRecord, cleanup_record
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES, MAX_RETRIES_TAG
@@ -42,9 +40,6 @@ class FinalAction(enum.Enum):
     RESUMABLE = "interrupted; the next worker goes on with it"
 
 
-_STATUS_PATIENCE_S: Final = 1.0
-_LAUNCHERS_STATUS_PATIENCE_S: Final = 5.0
-_LOOK_EVERY_S: Final = 0.02
 _AFTER_ITS_STEPS: Final = {FinalAction.CANCELED, FinalAction.FAILURE, FinalAction.HELD}
 
 
@@ -137,7 +132,7 @@ def examine(
     instance: DagsterInstance, run_id: str, end: ChildEnd | None, cancellation: Cancellation | None, worker_id: str
 ) -> Conclusion:
     """Look at the run, now that its tree is gone, and decide. `end` is None when no child was started."""
-    run = _once_it_is_canceling(instance, run_id, cancellation)
+    run = instance.get_run_by_id(run_id)
     kind = cancellation.kind if cancellation is not None else None
     held = _last(end, "verdict")
     history = terminal_events(instance, run_id) if run is not None else ()
@@ -174,31 +169,6 @@ def _is_cancelled(
         return True
     forced = run is not None and (run.status is DagsterRunStatus.CANCELED or DagsterEventType.RUN_CANCELED in history)
     return forced and kind is not CancelKind.LEASE_LOST
-
-
-def _once_it_is_canceling(
-    instance: DagsterInstance, run_id: str, cancellation: Cancellation | None
-) -> DagsterRun | None:
-    """The run; if somebody asked for its end, once its status shows that too, or a moment later.
-
-    The launcher sends the cancel message before it writes CANCELING, and on a busy database the worker may be the
-    quicker one: without this, CANCELING would come after CANCELED, and have to be repaired. A message
-    with an author comes from a launcher, above all; whoever else writes into the cancel queue may write no status.
-    """
-    by_launcher = cancellation is not None and cancellation.requested_by is not None
-    patience_s = _LAUNCHERS_STATUS_PATIENCE_S if by_launcher else _STATUS_PATIENCE_S
-    if cancellation is None or cancellation.kind is not CancelKind.REQUESTED:
-        return instance.get_run_by_id(run_id)
-    run: DagsterRun | None = None
-
-    def look() -> bool:
-        nonlocal run
-        run = instance.get_run_by_id(run_id)
-        return run is None or run.status is not DagsterRunStatus.STARTED
-
-    left_s = cancellation.received_at + patience_s - time.time()
-    poll_until(look, within_s=min(patience_s, left_s), every_s=_LOOK_EVERY_S)
-    return run
 
 
 def fail(instance: DagsterInstance, run_id: str, why: str) -> bool:

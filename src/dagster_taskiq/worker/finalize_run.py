@@ -8,9 +8,9 @@ import asyncio
 import logging
 from collections.abc import Callable
 from time import time
-from typing import TypeVar
+from typing import Final, TypeVar
 
-from dagster import DagsterRun
+from dagster import DagsterRun, DagsterRunStatus
 
 from dagster_taskiq._retry import DATABASE_RETRY_S, retry_async
 from dagster_taskiq.cancellation.model import CancelChannel, CancelKind, Cancellation
@@ -31,6 +31,8 @@ from dagster_taskiq.worker.work_log import HANDED_BACK, WorkLog
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+_CANCELING_WITHIN_S: Final = 5.0
+_FIRST_PAUSE_S: Final = 0.02
 
 
 async def finalize_run(
@@ -68,6 +70,7 @@ class _Finalization:
         self._cancellation = cancellation
 
     async def run(self, writer: EventWriter | None) -> Settled:
+        await self._await_canceling()
         # Meanwhile look how it has to end.
         conclusion, _ = await asyncio.gather(self._examine(), writer.written() if writer else asyncio.sleep(0))
         await self._keep_reason(conclusion.run)
@@ -91,6 +94,23 @@ class _Finalization:
         else:
             await self._blocking(self._forget_claims, "delete the claims on a run that is final")
         return Settled(conclusion.settlement)
+
+    async def _await_canceling(self) -> None:
+        """If a launcher has said that it marks the run as CANCELING, wait until it has, for some seconds.
+
+        It sends the message first, and on a busy database the worker may be the quicker one: CANCELING would come
+        after CANCELED, and have to be repaired. Whoever else writes into the cancel queue may mark nothing.
+        """
+        cancellation = self._cancellation
+        if cancellation is None or not cancellation.status_follows:
+            return
+        instance, pause_s = self._context.instance, _FIRST_PAUSE_S
+        while time() < cancellation.received_at + _CANCELING_WITHIN_S:
+            run = await self._blocking(lambda: instance.get_run_by_id(self._run.run_id), "read the status of a run")
+            if run is None or run.status is not DagsterRunStatus.STARTED:
+                return
+            await asyncio.sleep(pause_s)
+            pause_s *= 2
 
     def _forget_claims(self) -> None:
         self._context.claims.forget(self._run.run_id)
