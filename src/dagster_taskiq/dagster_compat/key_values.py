@@ -6,12 +6,25 @@ Every call is one statement, so what it decides is decided by the database: by S
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from dagster import DagsterInstance
+from dagster import DagsterInstance, DagsterRunStatus
 
 from dagster_taskiq.errors import DagsterTaskiqError
 
 if TYPE_CHECKING:
     from dagster._core.storage.runs import SqlRunStorage
+
+
+def values_and_runs(instance: DagsterInstance, prefix: str, status: DagsterRunStatus) -> tuple[list[str], set[str]]:
+    """The values of all keys that begin so, and the ids of all runs of that status, in one query."""
+    from dagster._core.storage.runs.schema import KeyValueStoreTable, RunsTable
+    from sqlalchemy import literal, select, union_all
+
+    table, runs = KeyValueStoreTable.c, RunsTable.c
+    values = select(table.value, literal(0)).where(table.key.startswith(prefix, autoescape=True))
+    ids = select(runs.run_id, literal(1)).where(runs.status == status.value)
+    with _sql_storage(instance).connect() as connection:
+        rows = connection.execute(union_all(values, ids)).fetchall()
+    return [row[0] for row in rows if not row[1]], {row[0] for row in rows if row[1]}
 
 
 def read_values(instance: DagsterInstance, keys: Iterable[str]) -> dict[str, str]:

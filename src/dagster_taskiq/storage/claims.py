@@ -12,10 +12,16 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
-from dagster import DagsterInstance, DagsterRun, RunsFilter
+from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
 
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
-from dagster_taskiq.dagster_compat.key_values import delete_value, insert_value, read_values, replace_value
+from dagster_taskiq.dagster_compat.key_values import (
+    delete_value,
+    insert_value,
+    read_values,
+    replace_value,
+    values_and_runs,
+)
 from dagster_taskiq.dagster_compat.storage import delete_values, values_under
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.engine_events import EngineEvent, picked_up, released
@@ -116,6 +122,11 @@ class Claims:
     def owner(self, run_id: str, *, without_message: bool = False) -> Owner | None:
         """Who holds the claim on a run; None: nobody. `without_message`: see `owners`."""
         return self.owners([run_id], without_message=without_message).get(run_id)
+
+    def unfinished(self) -> tuple[dict[str, Claim], set[str]]:
+        """All claims by run, and the runs that are CANCELING, in one query."""
+        values, canceling = values_and_runs(self.instance, _PREFIX, DagsterRunStatus.CANCELING)
+        return {claim.run_id: claim for claim in map(_parsed, values)}, canceling
 
     # Changing
 

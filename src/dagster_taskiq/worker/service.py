@@ -52,6 +52,7 @@ from dagster_taskiq.worker.context import WorkerContext
 from dagster_taskiq.worker.ecs import Agent, Protection
 from dagster_taskiq.worker.health import answering
 from dagster_taskiq.worker.heart import Heart
+from dagster_taskiq.worker.reconciler import Reconciler
 from dagster_taskiq.worker.run_task import RunWork
 from dagster_taskiq.worker.status_poller import StatusPoller
 from dagster_taskiq.worker.step_task import StepWork
@@ -206,6 +207,7 @@ class Worker:
             # Any of the brokers: the queues share one cancel queue.
             listener = CancelListener(brokers[0], self._tasks, cancel_ttl_s=settings.cancel_ttl, is_over=self._is_over)
         receivers = [self._receiver(broker, context, listener, payloads) for broker in brokers]
+        reconciler = Reconciler(context, self._tasks, RunWork(context)) if settings.max_concurrent_runs else None
         poller = StatusPoller(self._instance, context.watched, self._tasks.cancel, settings.status_poll_seconds)
         async with asyncio.TaskGroup() as helpers:
             watch = ClaimWatch(context, self._tasks.cancel)
@@ -213,7 +215,7 @@ class Worker:
                 helpers.create_task(watch.run(), name="watch the claims"),
                 helpers.create_task(poller.run(), name="poll the status of runs"),
                 helpers.create_task(heart.run(), name="heartbeat"),
-                helpers.create_task(self._stop_what_does_not_finish(receivers, context), name="drain"),
+                helpers.create_task(self._stop_what_does_not_finish(receivers, reconciler, context), name="drain"),
                 helpers.create_task(self._announce(receivers, on_ready), name="announce"),
             ]
             if self._agent is not None and self._agent.can_protect:
@@ -225,6 +227,8 @@ class Worker:
                 async with asyncio.TaskGroup() as receiving:
                     for receiver in receivers:
                         receiving.create_task(receiver.listen(self._stopping), name="receive")
+                    if reconciler is not None:
+                        receiving.create_task(reconciler.run(self._stopping), name="look for lost runs")
             finally:
                 for task in side:
                     task.cancel()
@@ -307,7 +311,7 @@ class Worker:
             await self._lane.call(forget_old_claims, self._instance, self._heartbeats)
 
     async def _stop_what_does_not_finish(
-        self, receivers: Sequence[CancellableReceiver], context: WorkerContext
+        self, receivers: Sequence[CancellableReceiver], reconciler: Reconciler | None, context: WorkerContext
     ) -> None:
         await self._stopping.wait()
         with suppress(TimeoutError):
@@ -315,6 +319,8 @@ class Worker:
                 await self._drained.wait()
         shutdown = Cancellation(CancelKind.SHUTDOWN, "the worker is shutting down")
         context.shutdown.set(shutdown)
+        if reconciler is not None:
+            reconciler.stop_running(shutdown)
         await asyncio.gather(*[receiver.stop_running(shutdown) for receiver in receivers])
 
 

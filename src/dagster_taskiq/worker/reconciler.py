@@ -1,0 +1,219 @@
+"""Finish what nobody else will: runs whose worker is dead and whose message is gone.
+
+A message that comes again is the quick way, and this one waits until it would have come. Knows claims, heartbeats and
+run statuses; what becomes of a run is decided by `run_task`, as if its message had come. One worker at a time does it.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from dagster import DagsterRun, DagsterRunStatus, RunsFilter
+
+from dagster_taskiq._lane import Lane
+from dagster_taskiq._log_context import log_context
+from dagster_taskiq.cancellation.model import Cancellation
+from dagster_taskiq.queue_names import queue_name
+from dagster_taskiq.sqs.settlement import Settlement
+from dagster_taskiq.storage.claims import Claim, ClaimState
+from dagster_taskiq.storage.engine_events import Stage
+from dagster_taskiq.storage.event_log import read_engine_events
+from dagster_taskiq.storage.leadership import Leadership
+from dagster_taskiq.storage.tags import TASK_ID_TAG, own_tags
+from dagster_taskiq.tasks.running_task import RunningTask
+from dagster_taskiq.tasks.running_tasks import RunningTasks
+from dagster_taskiq.worker.admission import WorkKind
+from dagster_taskiq.worker.context import WorkerContext
+from dagster_taskiq.worker.run_task import RunWork
+
+logger = logging.getLogger(__name__)
+
+_LEADERS_TURNS: Final = 2.5
+"""So many intervals without a sign of life, and another worker takes over."""
+_RESIGNS_WITHIN_S: Final = 0.5
+_AT_ONCE: Final = 4
+"""Cancellations that are finished side by side. They take no slots: nothing but cleanup handlers is started."""
+_NO_CLAIM: Final = ""
+_GOES_ON: Final = {DagsterRunStatus.STARTING, DagsterRunStatus.STARTED}
+_IS_STOPPED: Final = {DagsterRunStatus.CANCELING, DagsterRunStatus.CANCELED}
+
+
+@dataclass(frozen=True, slots=True)
+class LostRun:
+    """A run that nobody works on. `mark`: what was seen of its claim; when that changes, somebody has it again."""
+
+    run: DagsterRun
+    task_id: str
+    kind: WorkKind
+    mark: str
+
+
+class LostRuns:
+    """Which runs are lost, and for how long already? Remembers what it has seen. `look` blocks on the database."""
+
+    def __init__(
+        self, context: WorkerContext, *, patience_s: float, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`patience_s`: how long a run must have been lost before it is due; its message may come within that."""
+        self._context = context
+        self._patience_s = patience_s
+        self._monotonic = monotonic
+        self._since: dict[str, tuple[str, float]] = {}
+        self._tried: dict[str, tuple[str, float]] = {}
+        self._queue = queue_name(context.settings.queue_url)
+
+    def look(self) -> list[LostRun]:
+        """Those that are due."""
+        claims = self._context.claims
+        rows, canceling = claims.unfinished()
+        me = self._context.worker_id
+        held = {claim.worker_id for claim in rows.values() if claim.state is ClaimState.HELD}
+        alive = claims.heartbeats.alive(held - {me}) | {me}
+        marks = dict.fromkeys(canceling - rows.keys(), _NO_CLAIM) | {
+            run_id: claim.stored
+            for run_id, claim in rows.items()
+            if claim.state is not ClaimState.HELD or claim.worker_id not in alive
+        }
+        now = self._monotonic()
+        self._since = {run_id: (mark, self._since_when(run_id, mark, now)) for run_id, mark in marks.items()}
+        for run_id in self._tried.keys() - marks.keys():
+            self._tried.pop(run_id, None)
+        due = [run_id for run_id, (_, since) in self._since.items() if now - since >= self._patience_s]
+        runs = self._context.instance.get_runs(RunsFilter(run_ids=due)) if due else []
+        found = [self._lost(run, rows.get(run.run_id), now) for run in runs]
+        return [lost for lost in found if lost is not None]
+
+    def next_look_in(self, every_s: float) -> float:
+        """Seconds until the next look: sooner when something is lost."""
+        now = self._monotonic()
+        left = min((self._patience_s - (now - since) for _, since in self._since.values()), default=every_s)
+        return min(every_s, max(left, self._patience_s / 4))
+
+    def was_tried(self, lost: LostRun) -> None:
+        """It was seen to. If it is still lost then, it is due again after the same time."""
+        over = lost.run.status is DagsterRunStatus.CANCELED  # whether there was something to clean up, or not
+        self._tried[lost.run.run_id] = (lost.mark, float("inf") if over else self._monotonic())
+
+    def _since_when(self, run_id: str, mark: str, now: float) -> float:
+        seen_as, since = self._since.get(run_id, (None, now))
+        tried_as, tried_at = self._tried.get(run_id, (None, 0.0))
+        return max(since if seen_as == mark else now, tried_at if tried_as == mark else 0.0)
+
+    def _lost(self, run: DagsterRun, claim: Claim | None, now: float) -> LostRun | None:
+        """None: not ours to finish, or not yet."""
+        task_id, status = own_tags(run).get(TASK_ID_TAG), run.status
+        mark, since = self._since[run.run_id]
+        goes_on = status in _GOES_ON and claim is not None
+        if goes_on and now - since < self._patience_s + self._monitoring_s():
+            return None
+        if task_id is None or not (goes_on or status in _IS_STOPPED) or not self._is_on_our_queue(run.run_id):
+            self._tried[run.run_id] = (mark, float("inf"))  # it stays so
+            return None
+        # A run that goes on has another task id than its claim when it was resumed, and nobody has got that message.
+        resumed = goes_on and status is DagsterRunStatus.STARTED and claim is not None and claim.task_id != task_id
+        return LostRun(run, task_id, "resume_run" if resumed else "execute_run", mark)
+
+    def _monitoring_s(self) -> float:
+        """Where Dagster's run monitoring resumes or fails lost runs it comes first, and has two looks for that."""
+        instance = self._context.instance
+        return 2.0 * instance.run_monitoring_poll_interval_seconds if instance.run_monitoring_enabled else 0.0
+
+    def _is_on_our_queue(self, run_id: str) -> bool:
+        """Other fleets may have other code. What no launcher's event names a queue for is everybody's."""
+        queues = [
+            facts.get("queue")
+            for stage, facts in read_engine_events(self._context.instance, run_id)
+            if stage is Stage.SUBMITTED
+        ]
+        return not queues or queues[-1] == self._queue
+
+
+class Reconciler:
+    """Looks for lost runs, if this worker is the one that does it, and has them carried out to their end."""
+
+    def __init__(
+        self,
+        context: WorkerContext,
+        tasks: RunningTasks,
+        work: RunWork,
+    ) -> None:
+        """`tasks`: those of the worker, which a cancellation finds."""
+        self._context = context
+        self._tasks = tasks
+        self._work = work
+        self._every_s = every_s = context.settings.reconcile_every_s
+        self._lost = LostRuns(context, patience_s=context.settings.lost_after_s)
+        self._lane = Lane("the database, for lost runs")
+        task = f"reconcile {queue_name(context.settings.queue_url)}"
+        self._leadership = Leadership(context.instance, task, context.worker_id, _LEADERS_TURNS * every_s)
+        self._mine: dict[str, RunningTask] = {}
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Until the worker stops, and what was begun here has ended. A database that is away is survived."""
+        pause_s = self._every_s * random.uniform(0.2, 1)  # noqa: S311 - so that not all look at the same time
+        async with asyncio.TaskGroup() as finishing:
+            while not await _happens(stopping, pause_s):
+                pause_s = self._every_s
+                try:
+                    if await self._lane.call(self._leadership.take):
+                        for lost in await self._lane.call(self._lost.look):
+                            self._begin(lost, finishing)
+                        pause_s = self._lost.next_look_in(self._every_s)
+                except Exception as error:  # noqa: BLE001 - the database, above all; the next look is soon
+                    logger.warning("cannot look for lost runs: %s", error)
+        try:
+            async with asyncio.timeout(_RESIGNS_WITHIN_S):
+                await self._lane.call(self._leadership.resign)
+        except Exception as error:  # noqa: BLE001 - then it lapses
+            logger.info("cannot let another worker look for lost runs: %s", error)
+        finally:
+            self._lane.close()
+
+    def stop_running(self, shutdown: Cancellation) -> None:
+        """Interrupt what was begun here: the worker's drain is over."""
+        for task in self._mine.values():
+            task.cancel(shutdown)
+
+    def _begin(self, lost: LostRun, finishing: asyncio.TaskGroup) -> None:
+        run_id = lost.run.run_id
+        takes_a_slot = lost.run.status in _GOES_ON
+        slots = self._context.settings.max_concurrent_runs - self._context.active_by_kind()["runs"]
+        if lost.task_id in self._tasks or (slots <= 0 if takes_a_slot else len(self._mine) >= _AT_ONCE):
+            return
+        logger.warning(
+            "run %s has no worker and its message does not come; going on with it here",
+            run_id[:8],
+            extra={"run_id": run_id, "task_id": lost.task_id, "status": lost.run.status.value},
+        )
+        task = RunningTask(lost.task_id, settle=_leave, awaits_signal=True)
+        self._tasks.add(task)
+        self._mine[run_id] = task
+        finishing.create_task(self._finish(lost, task), name=f"finish lost run {run_id}")
+
+    async def _finish(self, lost: LostRun, task: RunningTask) -> None:
+        run_id = lost.run.run_id
+        try:
+            with log_context(run_id=run_id, task_id=lost.task_id), task.entered():
+                task.outcome = await self._work.carry_out(lost.kind, run_id)
+        finally:
+            self._mine.pop(run_id)
+            self._tasks.remove(task)
+            task.settled.set()
+            self._lost.was_tried(lost)
+
+
+async def _leave(settlement: Settlement, delay_s: int = 0) -> None:
+    """There is no message."""
+
+
+async def _happens(event: asyncio.Event, within_s: float) -> bool:
+    try:
+        async with asyncio.timeout(within_s):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True

@@ -1,0 +1,67 @@
+"""Runs whose worker was killed and whose messages are gone: another worker finishes them all the same."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from dagster import DagsterRunStatus
+from tests.acceptance.conftest import open_platform
+from tests.acceptance.worker_death.test_redelivery import kill
+from tests.support.moto import sqs_client
+from tests.support.platform import CLEANUP_JOBS, JOBS, STEP_JOBS, Platform
+from tests.support.waiting import wait_until
+
+from dagster_taskiq.queue_names import queue_name
+from dagster_taskiq.storage.leadership import Leadership
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(300)]
+
+WITHIN_S = 150
+"""With these settings a death is known after ten seconds, its message is waited for for another sixteen, and somebody
+looks every 24."""
+
+
+def purge(platform: Platform) -> None:
+    """Nothing is left of the work: neither what waits nor what is in flight."""
+    client = sqs_client(platform.endpoint_url)
+    client.purge_queue(QueueUrl=platform.queue_url)
+    client.close()
+    wait_until(lambda: platform.waiting() == 0, "no message is left", seen=platform.waiting)
+
+
+@pytest.mark.parametrize(
+    "led_by_the_dead", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["", "led_by_a_dead_worker"]
+)
+def test_they_come_to_their_end(endpoint: str, led_by_the_dead: bool) -> None:
+    with open_platform(endpoint) as platform:
+        cleans, steps, plain = (replace(platform, jobs=jobs) for jobs in (CLEANUP_JOBS, STEP_JOBS, JOBS))
+        if led_by_the_dead:
+            task = f"reconcile {queue_name(platform.queue_url)}"
+            assert Leadership(platform.instance, task, "dead-1", 60).take()
+        with platform.worker("-n", "dies", "--runs-only") as dies, platform.worker("-n", "steps", "--steps-only"):
+            stopped = cleans.launch("uploads_job")
+            with_steps = steps.launch("sleepy_steps")
+            goes_on = plain.launch("sleepy_job")
+            for one, run_id in ((cleans, stopped), (steps, with_steps), (plain, goes_on)):
+                one.wait_started(run_id, 1)
+            kill(dies)
+            purge(platform)
+            for run_id in (stopped, with_steps):
+                assert platform.launcher.terminate(run_id)
+            # What Dagster's UI does with a run that is still STARTING: it marks it, and calls nobody.
+            marked = plain.launch("quick_job")
+            purge(platform)
+            platform.instance.report_run_canceling(platform.run(marked))
+            with platform.worker("-n", "heir") as heir:
+                expected: dict[str, Any] = {
+                    stopped: DagsterRunStatus.CANCELED,
+                    with_steps: DagsterRunStatus.CANCELED,
+                    marked: DagsterRunStatus.CANCELED,
+                    goes_on: DagsterRunStatus.FAILURE,
+                }
+                for run_id, status in expected.items():
+                    assert platform.finished(run_id, within=WITHIN_S) is status, (platform.story(run_id), heir.log())
+                    platform.assert_nothing_left(run_id)
+        assert cleans.mark_counts(stopped)["undo"] == 1, cleans.marks(stopped)
+        assert any("worker dies-" in line and "is gone" in line for line in platform.story(goes_on))
+        assert plain.mark_counts(marked)["started"] == 0

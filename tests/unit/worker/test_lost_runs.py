@@ -1,0 +1,174 @@
+"""Which runs are lost, and since when: row by row, on Dagster's own in-memory storage."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, job
+
+from dagster_taskiq.settings import Settings
+from dagster_taskiq.storage.claims import Claims
+from dagster_taskiq.storage.engine_events import submitted
+from dagster_taskiq.storage.event_log import append_event
+from dagster_taskiq.storage.heartbeats import Heartbeats
+from dagster_taskiq.storage.tags import TASK_ID_TAG
+from dagster_taskiq.worker.reconciler import LostRuns
+
+ME, OTHER, TASK = "me-1", "other-1", "task-1"
+PATIENCE_S, DEAD_AFTER_S, CONFIRM_S = 40.0, 15.0, 10.0
+START, CANCELING, CANCELED = (
+    DagsterEventType.RUN_START,
+    DagsterEventType.RUN_CANCELING,
+    DagsterEventType.RUN_CANCELED,
+)
+
+
+@job
+def nothing() -> None: ...
+
+
+@dataclass
+class World:
+    instance: DagsterInstance
+    now: float = 1000.0
+
+    def __post_init__(self) -> None:
+        clock: Any = lambda: self.now  # noqa: E731
+        heartbeats = Heartbeats(self.instance, DEAD_AFTER_S, CONFIRM_S, clock=clock, monotonic=clock)
+        self.claims = Claims(self.instance, heartbeats)
+        settings = Settings(queue_url="http://127.0.0.1/1/q", region_name="us-east-1")
+        context: Any = SimpleNamespace(instance=self.instance, settings=settings, claims=self.claims, worker_id=ME)
+        self.lost = LostRuns(context, patience_s=PATIENCE_S, monotonic=clock)
+
+    def run(self, *events: DagsterEventType, ours: bool = True, queue: str | None = None) -> DagsterRun:
+        run = self.instance.create_run_for_job(nothing, tags={TASK_ID_TAG: TASK} if ours else {})
+        for event in (DagsterEventType.RUN_STARTING, *events):
+            self.instance.report_dagster_event(DagsterEvent(event.value, "nothing", message=""), run.run_id)
+        if queue is not None:
+            append_event(self.instance, run, submitted(TASK, queue))
+        return run
+
+    def claimed(self, run: DagsterRun, *, alive: bool, worker_id: str = OTHER) -> None:
+        seen = self.claims.read([run.run_id]).get(run.run_id)
+        assert self.claims.take(run, worker_id, TASK, "there", seen)
+        self.claims.heartbeats.beat(worker_id) if alive else self.claims.heartbeats.gone(worker_id)
+
+    def due(self, *, after_s: float = 0.0) -> list[tuple[str, str]]:
+        """Run ids and kinds; the clock is put on first."""
+        self.now += after_s
+        return sorted((lost.run.run_id, lost.kind) for lost in self.lost.look())
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with DagsterInstance.ephemeral() as instance:
+        yield World(instance)
+
+
+@pytest.mark.parametrize("events", [(), (START,), (START, CANCELING), (START, CANCELING, CANCELED)], ids=len)
+def test_a_run_whose_worker_is_dead_is_due_when_its_message_would_have_come(
+    world: World, events: tuple[DagsterEventType, ...]
+) -> None:
+    run = world.run(*events)
+    world.claimed(run, alive=False)
+    assert world.due() == []
+    assert world.due(after_s=PATIENCE_S - 1) == []
+    assert world.due(after_s=1) == [(run.run_id, "execute_run")]
+
+
+def test_a_run_that_is_to_be_stopped_and_that_nobody_has_claimed(world: World) -> None:
+    """Dagster's UI marks a run that is still STARTING, and calls nobody."""
+    run = world.run(CANCELING)
+    assert world.due() == []
+    assert world.due(after_s=PATIENCE_S) == [(run.run_id, "execute_run")]
+
+
+def test_what_somebody_has_is_not_lost(world: World) -> None:
+    world.claimed(world.run(START, CANCELING), alive=True)
+    world.claimed(world.run(START), alive=True)
+    world.claimed(world.run(START, CANCELING), alive=False, worker_id=ME)
+    assert world.due() == []
+    world.claims.heartbeats.beat(OTHER)
+    world.now += PATIENCE_S
+    world.claims.heartbeats.beat(OTHER)
+    assert world.due() == [], "this worker itself does not look whether it is alive"
+
+
+def test_what_waits_for_its_first_worker_is_not_lost(world: World) -> None:
+    """Dagster's run monitoring has a limit for that; only it knows how long a run may wait."""
+    world.run()
+    world.due()
+    assert world.due(after_s=10 * PATIENCE_S) == []
+
+
+def test_a_worker_that_is_late_is_not_dead_before_that_is_confirmed(world: World) -> None:
+    run = world.run(START)
+    world.claimed(run, alive=True)
+    assert world.due(after_s=DEAD_AFTER_S) == []
+    assert world.due(after_s=CONFIRM_S) == [], "now it is known, and from now on the message may come"
+    assert world.due(after_s=PATIENCE_S - 1) == []
+    assert world.due(after_s=1) == [(run.run_id, "execute_run")]
+
+
+def test_who_takes_it_over_meanwhile_has_it(world: World) -> None:
+    run = world.run(START)
+    world.claimed(run, alive=False)
+    world.due()
+    world.claimed(run, alive=True, worker_id="heir-1")
+    assert world.due(after_s=PATIENCE_S) == []
+    world.claims.heartbeats.gone("heir-1")
+    assert world.due() == [], "it is another death, of which the message may come"
+    assert world.due(after_s=PATIENCE_S) == [(run.run_id, "execute_run")]
+
+
+def test_one_that_was_resumed_and_whose_message_is_gone_is_resumed(world: World) -> None:
+    """With Dagster's run monitoring: it has counted that attempt already."""
+    run = world.run(START)
+    world.claimed(run, alive=False)
+    world.instance.add_run_tags(run.run_id, {TASK_ID_TAG: "task-2"})
+    world.due()
+    assert world.due(after_s=PATIENCE_S) == [(run.run_id, "resume_run")]
+
+
+def test_dagsters_monitoring_comes_first(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(world.instance), "run_monitoring_enabled", property(lambda _: True))
+    run, stopped = world.run(START), world.run(START, CANCELING)
+    for one in (run, stopped):
+        world.claimed(one, alive=False)
+    world.due()
+    assert world.due(after_s=PATIENCE_S) == [(stopped.run_id, "execute_run")]
+    polls_s = 2.0 * world.instance.run_monitoring_poll_interval_seconds
+    assert run.run_id in dict(world.due(after_s=polls_s))
+
+
+def test_what_is_not_ours_is_left_alone(world: World) -> None:
+    ours = world.run(CANCELING, queue="q")
+    world.run(CANCELING, ours=False)
+    world.run(CANCELING, queue="another-fleets-queue")
+    world.claimed(world.run(START, DagsterEventType.RUN_SUCCESS), alive=False)
+    world.due()
+    assert world.due(after_s=PATIENCE_S) == [(ours.run_id, "execute_run")]
+
+
+def test_what_was_tried_and_is_still_lost_is_due_again_after_the_same_time(world: World) -> None:
+    run, cleaned = world.run(START, CANCELING), world.run(START, CANCELING, CANCELED)
+    for one in (run, cleaned):
+        world.claimed(one, alive=False)
+    world.due()
+    world.now += PATIENCE_S
+    for lost in world.lost.look():
+        world.lost.was_tried(lost)
+    assert world.due(after_s=PATIENCE_S - 1) == []
+    assert world.due(after_s=1) == [(run.run_id, "execute_run")], "what was canceled was looked at once"
+
+
+def test_while_something_is_lost_it_looks_more_often(world: World) -> None:
+    world.due()
+    assert world.lost.next_look_in(60) == 60
+    world.claimed(world.run(START, CANCELING), alive=False)
+    world.due()
+    assert world.lost.next_look_in(60) == PATIENCE_S
+    world.due(after_s=PATIENCE_S - 1)
+    assert world.lost.next_look_in(60) == PATIENCE_S / 4
