@@ -64,6 +64,7 @@ class LostRuns:
         self._monotonic = monotonic
         self._since: dict[str, tuple[str, float]] = {}
         self._tried: dict[str, tuple[str, float]] = {}
+        self._in_doubt = False
         self._queue = queue_name(context.settings.queue_url)
 
     def look(self) -> list[LostRun]:
@@ -72,7 +73,8 @@ class LostRuns:
         rows, canceling = claims.unfinished()
         me = self._context.worker_id
         held = {claim.worker_id for claim in rows.values() if claim.state is ClaimState.HELD}
-        alive = claims.heartbeats.alive(held - {me}) | {me}
+        alive, in_doubt = claims.heartbeats.look(held - {me})
+        self._in_doubt, alive = bool(in_doubt), alive | in_doubt | {me}
         marks = dict.fromkeys(canceling - rows.keys(), _NO_CLAIM) | {
             run_id: claim.stored
             for run_id, claim in rows.items()
@@ -88,7 +90,9 @@ class LostRuns:
         return [lost for lost in found if lost is not None]
 
     def next_look_in(self, every_s: float) -> float:
-        """Seconds until the next look: sooner when something is lost."""
+        """Seconds until the next look: sooner when something is lost, or may be."""
+        if self._in_doubt:
+            every_s = min(every_s, self._context.claims.heartbeats.confirm_s)
         now = self._monotonic()
         left = min((self._patience_s - (now - since) for _, since in self._since.values()), default=every_s)
         return min(every_s, max(left, self._patience_s / 4))

@@ -107,6 +107,7 @@ def test_a_worker_that_is_late_is_not_dead_before_that_is_confirmed(world: World
     run = world.run(START)
     world.claimed(run, alive=True)
     assert world.due(after_s=DEAD_AFTER_S) == []
+    assert world.lost.next_look_in(60) == CONFIRM_S
     assert world.due(after_s=CONFIRM_S) == [], "now it is known, and from now on the message may come"
     assert world.due(after_s=PATIENCE_S - 1) == []
     assert world.due(after_s=1) == [(run.run_id, "execute_run")]
