@@ -10,8 +10,10 @@ from typing import Any, Final
 
 from dagster import DagsterInstance, DagsterRun, Field, IntSource, QueuedRunCoordinator
 
+from dagster_taskiq._time_limit import CALL_S
 from dagster_taskiq.dagster_compat.api import ConfigurableClassData, RunQueueConfig, SubmitRunContext
 from dagster_taskiq.dagster_compat.cancelable import let_starting_runs_be_terminated
+from dagster_taskiq.dagster_compat.connections import bounded_calls
 from dagster_taskiq.errors import SettingsError
 from dagster_taskiq.launcher import TaskiqRunLauncher
 from dagster_taskiq.metrics import OLDEST_WAITS, RUN_SLOTS, RUNS_WAITING
@@ -122,9 +124,10 @@ class TaskiqRunCoordinator(QueuedRunCoordinator[DagsterInstance]):
         config = super().get_run_queue_config()
         if not self._dequeues:
             return config
-        slots = self._slots().count()
-        self._measure(slots)
-        self._notes().write()
+        with bounded_calls(self._instance, CALL_S):
+            slots = self._slots().count()
+            self._measure(slots)
+            self._notes().write()
         limit = slots + self._look_ahead
         if config.max_concurrent_runs != _NO_LIMIT:
             limit = min(limit, config.max_concurrent_runs)

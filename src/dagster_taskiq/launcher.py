@@ -11,7 +11,6 @@ from dagster import Any as Any_
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, Field, Permissive
 
 from dagster_taskiq._text import clean_text
-from dagster_taskiq._time_limit import time_limit
 from dagster_taskiq.cancellation.model import CancelOutcome
 from dagster_taskiq.dagster_compat.api import (
     FINISHED_STATUSES,
@@ -24,7 +23,7 @@ from dagster_taskiq.dagster_compat.api import (
     WorkerStatus,
 )
 from dagster_taskiq.dagster_compat.cancelable import let_starting_runs_be_terminated
-from dagster_taskiq.dagster_compat.connections import bound_connections
+from dagster_taskiq.dagster_compat.connections import bounded_calls
 from dagster_taskiq.errors import DagsterTaskiqError, QueueUnreachable
 from dagster_taskiq.messages import EXECUTE_RUN, RESUME_RUN
 from dagster_taskiq.metrics import REQUESTED, Metrics, on_ecs
@@ -71,8 +70,7 @@ def _in_time(
 
     @wraps(call)
     def limited(self: "TaskiqRunLauncher", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        bound_connections(self._instance, ours=False)
-        with time_limit(_DATABASE_S):
+        with bounded_calls(self._instance, _DATABASE_S):
             return call(self, *args, **kwargs)
 
     return limited

@@ -16,7 +16,7 @@ from dagster_taskiq.dagster_compat.storage import outages
 
 __all__ = ["open_in_child"]
 
-_SERVERS: Final = {"dagster_postgres", "dagster_mysql"}
+_POSTGRES: Final = "dagster_postgres"
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def _without_looking_for_tables(reference: InstanceRef) -> InstanceRef:
 
 
 def _configured(part: ConfigurableClassData | None) -> ConfigurableClassData | None:
-    if part is None or part.module_name.partition(".")[0] not in _SERVERS:
+    if part is None or part.module_name.partition(".")[0] != _POSTGRES:
         return part
     config = {"should_autocreate_tables": False} | yaml.safe_load(part.config_yaml)
     return ConfigurableClassData(part.module_name, part.class_name, yaml.safe_dump(config))

@@ -17,15 +17,15 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakSet, ref
 
 from dagster import DagsterInstance
 
-from dagster_taskiq._time_limit import limited_until
+from dagster_taskiq._time_limit import limited_until, time_limit
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -35,6 +35,7 @@ __all__ = [
     "READ_S",
     "STATEMENT_TIMEOUT_S",
     "bound_connections",
+    "bounded_calls",
     "configured_connection",
     "is_bounded",
 ]
@@ -84,6 +85,17 @@ def bound_connections(instance: DagsterInstance, *, ours: bool) -> None:
             _look_once_for_columns(storage)
         if engine not in _bounded:
             _Bound(engine, ours=ours).install(engine)
+
+
+@contextmanager
+def bounded_calls(instance: DagsterInstance, within_s: float) -> Iterator[None]:
+    """Calls to the database in a process of Dagster's, by this thread: they have so many seconds together.
+
+    Raises `TimeoutError`, see `time_limit`.
+    """
+    bound_connections(instance, ours=False)
+    with time_limit(within_s):
+        yield
 
 
 @dataclass(frozen=True, slots=True)

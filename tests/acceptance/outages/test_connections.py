@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from dagster import DagsterInstance, DagsterRunStatus
+from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
 from dagster._core.instance import InstanceRef
 from dagster._grpc.types import ExecuteRunArgs
 from dagster._serdes import serialize_value
@@ -24,7 +24,9 @@ from tests.support.query_counter import QueryCounter, query_counter
 from tests.support.tcp_proxy import tcp_proxy
 from tests.support.waiting import wait_until
 
+from dagster_taskiq import coordinator, launcher
 from dagster_taskiq._time_limit import time_limit
+from dagster_taskiq.coordinator import TaskiqRunCoordinator
 from dagster_taskiq.dagster_compat import connections
 from dagster_taskiq.dagster_compat.child_instance import open_in_child
 from dagster_taskiq.dagster_compat.connections import CONNECT_PARAMETERS, bound_connections
@@ -49,8 +51,8 @@ def target(postgres: str) -> tuple[str, int]:
 
 
 @contextmanager
-def opened(home: Path, url: str) -> Iterator[DagsterInstance]:
-    (home / "dagster.yaml").write_text(yaml.safe_dump({"storage": {"postgres": {"postgres_url": url}}}))
+def opened(home: Path, url: str, **parts: Any) -> Iterator[DagsterInstance]:
+    (home / "dagster.yaml").write_text(yaml.safe_dump({"storage": {"postgres": {"postgres_url": url}}, **parts}))
     with DagsterInstance.from_config(str(home)) as instance:
         yield instance
 
@@ -149,6 +151,45 @@ def test_a_statement_of_ours_has_a_bound_also_where_nobody_set_one(
             instance.run_storage.get_runs()
         proxy.heal()
         read(instance)
+
+
+OURS = {
+    "run_launcher": {
+        "module": "dagster_taskiq.launcher",
+        "class": "TaskiqRunLauncher",
+        "config": {"queue_url": "http://127.0.0.1:9/1/q", "region_name": "us-east-1"},
+    },
+    "run_coordinator": {"module": "dagster_taskiq.coordinator", "class": "TaskiqRunCoordinator"},
+}
+
+
+def test_launcher_and_coordinator_wait_for_nobody_for_ever(
+    postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In Dagster's webserver and daemon, with the connections that Dagster opens there."""
+    monkeypatch.setattr(launcher, "_DATABASE_S", BOUND_S)
+    monkeypatch.setattr(coordinator, "CALL_S", BOUND_S)
+    with tcp_proxy(*target(postgres)) as proxy, opened(tmp_path, by_way_of(postgres, proxy), **OURS) as instance:
+        instance.optimize_for_webserver(statement_timeout=60_000, pool_recycle=60, max_overflow=1)
+        queue, ours = instance.run_coordinator, instance.run_launcher
+        assert isinstance(queue, TaskiqRunCoordinator)
+        assert queue.dequeue_interval_seconds
+        run = DagsterRun("a_job", run_id="4a4a8a1c-2ff6-4a0c-9a52-7a4a5a6a7a8a", status=DagsterRunStatus.STARTED)
+        read(instance)
+        proxy.swallow()
+
+        def health() -> None:
+            assert "cannot tell" in str(ours.check_run_worker_health(run).msg)
+
+        def terminate() -> None:
+            with pytest.raises(TimeoutError):
+                ours.terminate(run.run_id)
+
+        for call in (health, terminate, queue.get_run_queue_config):
+            assert timed(call) < LATEST_S
+        proxy.heal()
+        assert not ours.terminate(run.run_id)
+        assert queue.get_run_queue_config().max_concurrent_runs == queue.look_ahead
 
 
 def test_a_child_reads_again_while_the_database_is_away(postgres: str, tmp_path: Path) -> None:
