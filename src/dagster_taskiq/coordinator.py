@@ -26,8 +26,25 @@ logger = logging.getLogger(__name__)
 DEFAULT_LOOK_AHEAD: Final = 1
 _NO_LIMIT: Final = -1
 _DEQUEUE_EVERY_S: Final = 1
+_REPEATED_AFTER_S: Final = 60
+_LOGGER_OF_THE_DAEMON: Final = "dagster.daemon.QueuedRunCoordinatorDaemon"
 _MEASURE_EVERY_S: Final = 30
 """Twice in each minute, the period of the alarms, so that none is without a value."""
+
+
+class _OnceAMinute(logging.Filter):
+    """Dagster's daemon would write the same line every second, as long as all slots are busy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: tuple[str, float] = ("", 0.0)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text, said_at = self._last
+        if record.getMessage() == text and record.created - said_at < _REPEATED_AFTER_S:
+            return False
+        self._last = (record.getMessage(), record.created)
+        return True
 
 
 class TaskiqRunCoordinator(QueuedRunCoordinator[DagsterInstance]):
@@ -102,7 +119,9 @@ class TaskiqRunCoordinator(QueuedRunCoordinator[DagsterInstance]):
 
         Dagster asks for it once, where it makes the daemon that hands runs over: in this process slots count.
         """
-        self._dequeues = True
+        if not self._dequeues:
+            self._dequeues = True
+            logging.getLogger(_LOGGER_OF_THE_DAEMON).addFilter(_OnceAMinute())
         return super().dequeue_interval_seconds
 
     def submit_run(self, context: SubmitRunContext) -> DagsterRun:

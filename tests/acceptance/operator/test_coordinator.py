@@ -1,6 +1,7 @@
 """What waits stays in Dagster's queue: the daemon's own iteration, on real storage, queues and heartbeats."""
 
 import json
+import logging
 import signal
 import time
 from collections.abc import Iterator
@@ -91,6 +92,18 @@ def test_configured_limits_stay_upper_bounds_and_priorities_count_until_the_last
         handed_over = platform.instance.get_runs(RunsFilter(statuses=[DagsterRunStatus.STARTING]))
         assert {small[0], urgent} <= {run.run_id for run in handed_over}
         assert platform.status(small[1]) is DagsterRunStatus.QUEUED
+
+
+def test_the_daemon_does_not_say_every_second_that_all_slots_are_busy(
+    endpoint: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("dagster.daemon"), "propagate", True)
+    with queued(endpoint, 1) as platform, caplog.at_level("INFO", "dagster.daemon"):
+        daemon = Daemon(platform.instance)
+        for _ in range(4):
+            daemon.iterate()
+        said = [record.getMessage() for record in caplog.records if "won't launch more" in record.getMessage()]
+        assert said == ["1 runs are currently in progress. Maximum is 1, won't launch more."]
 
 
 def test_elsewhere_it_tells_the_configured_limit_and_asks_nobody(endpoint: str) -> None:
