@@ -335,10 +335,12 @@ def test_dev_with_a_file_and_a_module_is_a_matter_of_usage(desk: Desk) -> None:
     assert desk.ask("dev", "-f", desk.write("defs.py", ""), "-m", "defs").code == 2
 
 
-def test_dev_leaves_a_dagster_yaml_of_somebody_else_alone(desk: Desk) -> None:
-    desk.write("dagster.yaml", "telemetry: {enabled: false}")
-    assert_one_line(desk.run("dev", "--dagster-home", str(desk.home)), "choose another folder for --dagster-home")
-    assert (desk.home / "dagster.yaml").read_text() == "telemetry: {enabled: false}"
+def test_dev_says_in_one_line_what_it_cannot_use(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk.write("dagster.yaml", "telemetry: [")
+    assert_one_line(desk.run("dev", "--dagster-home", str(desk.home)), f"{desk.home}/dagster.yaml cannot be read")
+    monkeypatch.chdir(desk.home)
+    desk.write(".env", "DAGSTER_HOME=/somewhere")
+    assert_one_line(desk.run("dev"), ".env sets DAGSTER_HOME", "export it instead")
 
 
 def test_the_entrypoint_says_what_is_wrong_in_one_line(desk: Desk) -> None:
