@@ -32,6 +32,7 @@ from dagster_taskiq.sqs.errors import MAX_MESSAGE_BYTES, is_missing_permission
 from dagster_taskiq.sqs.lease import Lease, Settle
 from dagster_taskiq.sqs.queue import Receipt, SQSQueue, grouping, history
 from dagster_taskiq.sqs.settlement import Settlement
+from dagster_taskiq.sqs.unusable import UnusableMessages
 from dagster_taskiq.tasks.cancel_queue import CancelQueue
 from dagster_taskiq.tasks.cancel_queue import CancelReport as CancelReport
 from dagster_taskiq.tasks.cancel_queue import ReceivedCancel as ReceivedCancel
@@ -88,6 +89,8 @@ class CancellableSQSBroker(SQSBroker):  # type: ignore[misc]  # taskiq_aws has n
         self._work = SQSQueue(queue_url, self._client)
         self._cancel_queue = SQSQueue(self.cancel_queue_url, self._client)
         self._cancels = CancelQueue(self._cancel_queue)
+        self.unusable = UnusableMessages(visibility_timeout_s)
+        """Work messages that nobody can use, as far as this broker has received them."""
         self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
         self._made_at = time.monotonic()
         self.free_slots: Callable[[], int] = lambda: MAX_BATCH
@@ -176,7 +179,9 @@ class CancellableSQSBroker(SQSBroker):  # type: ignore[misc]  # taskiq_aws has n
         try:
             while True:
                 received = await retry_async(self._receive, doing="receive work", on=QueueError)
-                waiting.extend(message for raw in received if (message := self._leased(raw)) is not None)
+                hidden: dict[str, int] = {}
+                waiting.extend(message for raw in received if (message := self._leased(raw, hidden)) is not None)
+                await self._work.hide(hidden)
                 while waiting:
                     yield waiting.popleft()
         finally:
@@ -186,12 +191,13 @@ class CancellableSQSBroker(SQSBroker):  # type: ignore[misc]  # taskiq_aws has n
         at_most = max(1, min(self.max_messages, self.free_slots()))
         return await self._work.receive(at_most=at_most, wait_s=self.wait_time, visibility_s=self.visibility_timeout_s)
 
-    def _leased(self, raw: "MessageTypeDef") -> LeasedMessage | None:
+    def _leased(self, raw: "MessageTypeDef", hidden: dict[str, int]) -> LeasedMessage | None:
+        """The message, with its lease; None when it is unreadable, and then its receipt is added to `hidden`."""
         message_id = raw["MessageId"]
         try:
             data = base64.b64decode(json.loads(raw["Body"])["message"], validate=True)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            self._work.log_unreadable(message_id, error)
+            hidden[raw["ReceiptHandle"]] = self.unusable.add(message_id, f"unreadable ({error!r})", history(raw)[0])
             return None
         receipt = Receipt(self._work, raw["ReceiptHandle"])
         lease = Lease(

@@ -5,6 +5,7 @@ Usable as it is: `taskiq worker module:broker --receiver dagster_taskiq.cancella
 """
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,12 +19,12 @@ from taskiq.receiver.receiver import _PrefetchedMessage, _QueueSignal, _StartedC
 
 from dagster_taskiq._log_context import log_context
 from dagster_taskiq._shield import shielded
-from dagster_taskiq._ttl_cache import TTLCache
 from dagster_taskiq.cancellable_broker import CancellableSQSBroker, LeasedMessage, settling
 from dagster_taskiq.cancellation.model import CancelChannel, CancelKind, Cancellation
 from dagster_taskiq.errors import CleanupFailed, QueueUnreachable
 from dagster_taskiq.sqs.lease import Settle
-from dagster_taskiq.sqs.settlement import Settlement
+from dagster_taskiq.sqs.settlement import Settled, Settlement
+from dagster_taskiq.sqs.unusable import LONGEST_PAUSE_S
 from dagster_taskiq.tasks.cancel_listener import CancelListener
 from dagster_taskiq.tasks.middleware import CancellationEvent, Stage, notify_all
 from dagster_taskiq.tasks.running_task import CURRENT_TASK, CancelledIsNoError, RunningTask, cancelled_result
@@ -102,7 +103,6 @@ class CancellableReceiver(Receiver):
         self._mine: set[RunningTask] = set()
         self._callbacks: set[asyncio.Task[Any]] = set()
         self._side_tasks: set[asyncio.Task[None]] = set()
-        self._unreadable: TTLCache[bool] = TTLCache()
         self._finish: asyncio.Event | None = None
 
     async def stop_running(self, cancellation: Cancellation) -> None:
@@ -201,23 +201,23 @@ class CancellableReceiver(Receiver):
     async def callback(self, message: bytes | AckableMessage, raise_err: bool = False) -> None:
         """Carry one message through: from receipt to exactly one settlement."""
         parsed = self._parsed(message)
-        task_id = parsed.task_id if parsed is not None else None
-        describe = self.hooks.describe
-        facts = describe(parsed) if parsed is not None and describe is not None else {}
+        if isinstance(parsed, str):
+            await settling(message)(*self._unusable(message, parsed))
+            return
+        task_id, describe = parsed.task_id, self.hooks.describe
+        facts = describe(parsed) if describe is not None else {}
         with log_context(task_id=task_id, **facts):
             if isinstance(message, LeasedMessage):
                 message.lease.about = {"task_id": task_id, **facts}
             await self._callback(task_id, message, raise_err=raise_err)
 
-    async def _callback(self, task_id: str | None, message: bytes | AckableMessage, *, raise_err: bool) -> None:
+    async def _callback(self, task_id: str, message: bytes | AckableMessage, *, raise_err: bool) -> None:
         settle = settling(message)
-        earlier = self.tasks.get(task_id or "")
+        earlier = self.tasks.get(task_id)
         if earlier is not None and earlier.over:
             # A retry has the id of the first try, and may come before that is settled.
             await earlier.settled.wait()
-        if task_id is None:
-            await settle(Settlement.LEAVE)
-        elif self._finish is not None and self._finish.is_set():
+        if self._finish is not None and self._finish.is_set():
             await settle(Settlement.HAND_BACK)
         elif task_id in self.tasks:
             logger.warning("task runs here already; its second message is handed back", extra={"task_id": task_id})
@@ -225,25 +225,26 @@ class CancellableReceiver(Receiver):
         else:
             await self._carry_through(task_id, message, settle, raise_err=raise_err)
 
-    def _parsed(self, message: bytes | AckableMessage) -> TaskiqMessage | None:
-        """The message, or None when it is unreadable or its task unknown here: another worker may know better."""
+    def _parsed(self, message: bytes | AckableMessage) -> TaskiqMessage | str:
+        """The message, or why it is of no use here: it is unreadable, or its task unknown."""
         body = message.data if isinstance(message, AckableMessage) else message
         try:
             parsed = self.broker.formatter.loads(message=body)
             parsed.parse_labels()
             self._get_ack_time(parsed)
         except Exception as error:  # noqa: BLE001  whatever a stranger wrote is no reason for the worker to fail
-            self._log_once(message, f"unreadable ({error})")
-            return None
+            return f"unreadable ({error})"
         if self.broker.find_task(parsed.task_name) is None:
-            self._log_once(message, f"task {parsed.task_name!r} is not known here; is its module imported?")
-            return None
+            return f"task {parsed.task_name!r} is not known here; is its module imported?"
         return parsed
 
-    def _log_once(self, message: bytes | AckableMessage, text: str) -> None:
-        key = message.message_id if isinstance(message, LeasedMessage) else str(hash(repr(message)))
-        if self._unreadable.add(key, True):
-            logger.warning("work message is left to expire: %s", " ".join(text.split())[:200])
+    def _unusable(self, message: bytes | AckableMessage, why: str, longest_s: int = LONGEST_PAUSE_S) -> Settled:
+        """It is to come again, the later the more often it came."""
+        if isinstance(message, LeasedMessage) and isinstance(self.broker, CancellableSQSBroker):
+            pause_s = self.broker.unusable.add(message.message_id, why, message.receive_count, longest_s)
+            return Settled(Settlement.HAND_BACK, pause_s)
+        logger.warning("work message is left to expire: %s", why[:200])
+        return Settled(Settlement.LEAVE)
 
     async def _carry_through(
         self, task_id: str, message: bytes | AckableMessage, settle: Settle, *, raise_err: bool
@@ -256,6 +257,7 @@ class CancellableReceiver(Receiver):
             sent_at=leased.sent_at if leased is not None else 0.0,
             awaits_signal=self.hooks.tasks_await_signal,
             on_cancelled=self._delivered,
+            on_unusable=functools.partial(self._unusable, message),
         )
         self.tasks.add(task)
         self._mine.add(task)

@@ -1,8 +1,9 @@
 """`dagster-taskiq queue`: create the queues, show their status."""
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,10 +12,11 @@ import click
 from dagster_taskiq.cli.options import config_option, soon_over
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from dagster_taskiq.settings import Settings
     from dagster_taskiq.sqs.admin import QueueStatus
+    from dagster_taskiq.storage.heartbeats import Heartbeat
 
 T = TypeVar("T")
 
@@ -72,7 +74,8 @@ def create_missing(settings: "Settings") -> tuple[str, ...]:
 def status(config_file: Path | None, *, as_json: bool) -> None:
     """Show how many messages wait in each queue, and what is wrong with it. Exit code 1 when a queue is missing.
 
-    Where there is a $DAGSTER_HOME, also how many runs wait for a worker, for how long, and why.
+    Where there is a $DAGSTER_HOME, also how many runs wait for a worker, for how long, and why; and which messages
+    living workers have found to be of no use: those come again, ever more rarely, until they expire or are purged.
 
     \b
     Example:
@@ -127,15 +130,35 @@ def _show_waiting(settings: "Settings") -> None:
     from dagster import DagsterInstance
 
     from dagster_taskiq.cli.explain import explain
+    from dagster_taskiq.queue_names import queue_name
+    from dagster_taskiq.storage.heartbeats import Heartbeats
     from dagster_taskiq.storage.waiting import describe_waiting
     from dagster_taskiq.storage.workers import list_workers
 
     try:
         with DagsterInstance.get() as instance:
             waiting = describe_waiting(instance, settings, list_workers(instance, settings))
+            unusable = _unusable(Heartbeats.of_runs(instance, settings).living(), queue_name(settings.queue_url))
     except Exception as error:  # noqa: BLE001 - what was asked for are the queues, and they have answered
-        waiting = f"runs that wait: {explain(error) or repr(error)}"
+        waiting, unusable = f"runs that wait: {explain(error) or repr(error)}", []
     click.echo(waiting or "no run waits for a worker")
+    for line in unusable:
+        click.echo(line)
+
+
+def _unusable(heartbeats: "Iterable[Heartbeat]", queue_name: str) -> list[str]:
+    """The messages of which workers report that nobody can use them: only workers know, by having received them."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for heartbeat in heartbeats:
+        for message in heartbeat.facts.get("unusable", ()) if heartbeat.facts.get("queue") == queue_name else ():
+            known = found.get(message["id"])
+            if known is None or known["received"] < message["received"]:
+                found[message["id"]] = message
+    return [
+        f"message {message['id']} is of no use to any worker: received {message['received']} times,"
+        f" comes again at {datetime.fromtimestamp(message['again_at'], UTC):%Y-%m-%d %H:%M} UTC: {message['why']}"
+        for message in sorted(found.values(), key=lambda one: -one["received"])
+    ]
 
 
 def _duration(seconds: int) -> str:

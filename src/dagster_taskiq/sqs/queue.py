@@ -164,6 +164,12 @@ class SQSQueue:
             else:
                 _log_refused("handed back", [*refused.values()])
 
+    async def hide(self, seconds: Mapping[str, int]) -> None:
+        """Hide messages, by receipt, for so long. A failure is ignored: they come again earlier."""
+        for batch in batches([*seconds.items()]):
+            with suppress(DagsterTaskiqError):
+                await self.change_visibilities(batch)
+
     async def check(self) -> None:
         """Check that the queue is there. Raises `QueueMissing`, `QueueUnreachable` or `AccessDenied`."""
         await self._ask(lambda client: client.get_queue_attributes(QueueUrl=self.url, AttributeNames=["QueueArn"]))

@@ -25,6 +25,7 @@ from dagster_taskiq.cancellation.signal import CancelSignal
 from dagster_taskiq.errors import TaskCancelled
 from dagster_taskiq.sqs.lease import Settle
 from dagster_taskiq.sqs.settlement import AFTER_CANCEL, Settled, Settlement
+from dagster_taskiq.sqs.unusable import LONGEST_PAUSE_OF_WORK_S, LONGEST_PAUSE_S
 from dagster_taskiq.tasks.cleanup import TaskCleanupContext, clean_up_task
 from dagster_taskiq.tasks.task_token import TaskToken
 
@@ -67,8 +68,9 @@ class RunningTask:
         sent_at: float = 0.0,
         awaits_signal: bool = False,
         on_cancelled: Callable[["RunningTask", Cancellation], None] = lambda *_: None,
+        on_unusable: Callable[[str, int], Settled] = lambda *_: Settled(Settlement.LEAVE),
     ) -> None:
-        """`on_cancelled` is called once, when the task is cancelled."""
+        """`on_cancelled` is called once, when the task is cancelled; `on_unusable`: see `unusable`."""
         self.task_id = task_id
         self.sent_at = sent_at
         self.receive_count = receive_count
@@ -88,6 +90,7 @@ class RunningTask:
         self._settle = settle
         self._awaits_signal = awaits_signal
         self._on_cancelled = on_cancelled
+        self._on_unusable = on_unusable
         self._message: TaskiqMessage | None = None
         self._coroutine: asyncio.Task[Any] | None = None
         self._is_sync = False
@@ -132,6 +135,14 @@ class RunningTask:
         if not self.over or self.acknowledges_itself:
             return Settled(Settlement.LEAVE)
         return Settled(Settlement.DELETE)
+
+    def unusable(self, why: str) -> Settled:
+        """For a function that finds that its message asks for nothing sensible: it is to come ever more rarely."""
+        return self._on_unusable(why, LONGEST_PAUSE_S)
+
+    def failing(self, why: str) -> Settled:
+        """The same, for work that could not even begin, and may do so later."""
+        return self._on_unusable(why, LONGEST_PAUSE_OF_WORK_S)
 
     async def acknowledge(self) -> None:
         """What taskiq calls when it is time to acknowledge; before the end, that is what the task asked for."""

@@ -18,6 +18,7 @@ from dagster_taskiq.metrics import DELIVERED, FORCED_KILLS, LEASES_LOST, TO_DELI
 from dagster_taskiq.process.supervise import ChildEnd, Processes
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.sqs.settlement import Settled, Settlement
+from dagster_taskiq.sqs.unusable import UnusableMessage
 from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.event_log import StepRef
 from dagster_taskiq.storage.heartbeats import Heartbeats
@@ -62,6 +63,8 @@ class WorkerContext:
     """Set when the worker's drain is over: whatever still goes on here has to end."""
     lane: Lane = field(default_factory=lambda: Lane("the database, for work"))
     """Calls to the database, for work; the heartbeat and others have lanes of their own."""
+    unusable: Callable[[], list[UnusableMessage]] = list
+    """Messages that this worker has received and that nobody can use, for the heartbeat."""
     active: dict[str, ActiveTask] = field(default_factory=dict)
     """By task id, the work that was admitted and has not ended."""
     heard_at: float = field(default_factory=monotonic)

@@ -49,6 +49,8 @@ class Heart:
             "slots": self._slots(),
             "work": work,
         }
+        if unusable := context.unusable():
+            facts["unusable"] = [message.to_json() for message in unusable]
         if context.metrics.wanted and time.monotonic() - self._measured_at > _MEASURE_EVERY_S:
             self._measured_at = time.monotonic()
             context.metrics.put({RUNNING: len(work)})

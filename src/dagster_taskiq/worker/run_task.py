@@ -60,9 +60,7 @@ class RunWork:
         """See one message through; what is to become of it."""
         task = current_task()
         if not is_run_id(run_id):
-            if task.receive_count == 1:
-                logger.warning("work message names no run; it is left to expire", extra={"task_id": task.task_id})
-            return Settled(Settlement.LEAVE)
+            return task.unusable("work message names no run")
         candidate = Candidate(kind, run_id, task.task_id, self._context.worker_id, self._context.where)
         return await see_through(self._carry_out(candidate, task), task.signal, name=f"{kind} {run_id}")
 
@@ -75,14 +73,15 @@ class RunWork:
             with self._working_on(candidate.run_id, task):
                 decision = await self._admit(candidate, task.signal)
                 return await self._follow(decision, candidate, task)
-        except Exception:  # the database, above all: the message stays, and is tried again when it is visible again
+        except Exception as error:  # the database, above all: the message stays, and is tried again later
+            why = f"run {candidate.run_id}: {error!r}"
             extra = {"run_id": candidate.run_id, "task_id": task.task_id}
             logger.exception("work could not be carried out; its message is handed back", extra=extra)
             try:  # or else our claim keeps the others from it for as long as we live
                 await self._context.through_outages(lambda: self._release(candidate), "release a claim", at_least_s=0)
             except Exception:
                 logger.exception("a claim could not be released", extra=extra)
-            return self._context.hand_back_later()
+            return task.failing(why)
 
     @contextmanager
     def _working_on(self, run_id: str, task: RunningTask) -> Iterator[None]:

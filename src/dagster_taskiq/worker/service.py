@@ -153,7 +153,7 @@ class Worker:
             for number in _SIGNALS:
                 asyncio.get_running_loop().add_signal_handler(number, self.stop)
         brokers = self._brokers()
-        context = self._context(brokers[0])
+        context = self._context(brokers)
         heart = Heart(self._heartbeats, context, self._stopping)
         bucket = self._settings.payload_bucket
         payloads = PayloadBucket(bucket, self._settings.region_name) if bucket else None
@@ -244,7 +244,7 @@ class Worker:
             broker.is_worker_process = True
         return brokers
 
-    def _context(self, broker: CancellableSQSBroker) -> WorkerContext:
+    def _context(self, brokers: Sequence[CancellableSQSBroker]) -> WorkerContext:
         settings = self._settings
         return WorkerContext(
             instance=self._instance,
@@ -256,7 +256,8 @@ class Worker:
             worker_id=self.worker_id,
             where=self._where,
             metrics=Metrics.chosen(settings.metrics, queue_name(settings.queue_url), on_ecs=on_ecs()),
-            cancel_tasks=partial(_cancel_tasks, broker, self.worker_id),
+            cancel_tasks=partial(_cancel_tasks, brokers[0], self.worker_id),
+            unusable=lambda: [message for broker in brokers for message in broker.unusable.told()],
         )
 
     def _receiver(

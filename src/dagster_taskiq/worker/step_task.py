@@ -55,9 +55,7 @@ class StepWork:
             if message.task_id != task.task_id:
                 raise MessageUnreadable("step message whose task id is not that of its step")  # noqa: TRY301
         except MessageUnreadable as error:
-            if task.receive_count == 1:
-                logger.warning("%s; it is left to expire", error, extra={"task_id": task.task_id})
-            return Settled(Settlement.LEAVE)
+            return task.unusable(str(error))
         return await see_through(self._carry_out(message, task), task.signal, name=f"execute_step {message.task_id}")
 
     async def _carry_out(self, message: StepMessage, task: RunningTask) -> Settled:
@@ -66,9 +64,9 @@ class StepWork:
         extra = {"run_id": message.run_id, "step_key": message.step_key, "task_id": message.task_id}
         try:
             decision = await self._admit(message, task)
-        except Exception:  # the database, above all: the message stays, and is tried again when it is visible again
+        except Exception as error:  # the database, above all: the message stays, and is tried again later
             logger.exception("step could not be looked up; its message is handed back", extra=extra)
-            return self._context.hand_back_later()
+            return task.failing(f"step {message.step_key} of run {message.run_id}: {error!r}")
         if decision.action is not Action.START:  # of which `_execute` logs that it begins
             extra["reason"] = decision.why
             logger.info("step not started: %s", decision.action.value, extra=extra)
