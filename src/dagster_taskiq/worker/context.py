@@ -111,6 +111,11 @@ class WorkerContext:
         if task is not None:
             task.lost.set(Cancellation(CancelKind.LEASE_LOST, "another worker has taken over"))
 
+    def forget_claims(self, run_id: str) -> None:
+        """Delete the claims on a run that is final, and on its steps. Blocks on the database."""
+        self.claims.forget(run_id)
+        self.step_claims.forget(run_id)
+
     async def through_outages(self, call: Callable[[], _T], doing: str, *, at_least_s: float = DATABASE_RETRY_S) -> _T:
         """Call it in a thread, until the database answers: for what nobody else can do, because only this worker knows.
 

@@ -92,7 +92,8 @@ class _Finalization:
         if conclusion.settlement is Settlement.LEAVE:
             await self._blocking(self._release_lost, "release a claim")
         else:
-            await self._blocking(self._forget_claims, "delete the claims on a run that is final")
+            forget = self._context.forget_claims
+            await self._blocking(lambda: forget(self._run.run_id), "delete the claims on a run that is final")
         return Settled(conclusion.settlement)
 
     async def _await_canceling(self) -> None:
@@ -111,10 +112,6 @@ class _Finalization:
                 return
             await asyncio.sleep(pause_s)
             pause_s *= 2
-
-    def _forget_claims(self) -> None:
-        self._context.claims.forget(self._run.run_id)
-        self._context.step_claims.forget(self._run.run_id)
 
     def _release_lost(self) -> None:
         self._context.claims.release(self._run, "the lease was lost")

@@ -148,6 +148,8 @@ class RunWork:
         if decision.action is Action.FAIL:
             await stop_steps(context, run)
             if await context.lane.call(fail, context.instance, run.run_id, decision.why):
+                forget = context.forget_claims
+                await context.through_outages(lambda: forget(run.run_id), "delete the claims on a run that is final")
                 return Settled(Settlement.DELETE)
             return await finalize_run(
                 context, run, task.task_id, None, Cancellation(CancelKind.REQUESTED, "terminated meanwhile")

@@ -206,8 +206,9 @@ class Worker:
         if settings.enable_cancellation:
             # Any of the brokers: the queues share one cancel queue.
             listener = CancelListener(brokers[0], self._tasks, cancel_ttl_s=settings.cancel_ttl, is_over=self._is_over)
-        receivers = [self._receiver(broker, context, listener, payloads) for broker in brokers]
-        reconciler = Reconciler(context, self._tasks, RunWork(context)) if settings.max_concurrent_runs else None
+        runs = RunWork(context)  # one for all: it knows which runs are worked on here
+        receivers = [self._receiver(broker, context, runs, listener, payloads) for broker in brokers]
+        reconciler = Reconciler(context, self._tasks, runs) if settings.max_concurrent_runs else None
         poller = StatusPoller(self._instance, context.watched, self._tasks.cancel, settings.status_poll_seconds)
         async with asyncio.TaskGroup() as helpers:
             watch = ClaimWatch(context, self._tasks.cancel)
@@ -264,13 +265,14 @@ class Worker:
         self,
         broker: CancellableSQSBroker,
         context: WorkerContext,
+        runs: RunWork,
         listener: CancelListener | None,
         payloads: PayloadBucket | None,
     ) -> CancellableReceiver:
         """With slots of its own: runs that wait for steps never take those that the steps need."""
         still_ours: Callable[[str], Awaitable[bool]]
         if broker.queue_url == self._settings.queue_url:
-            RunWork(context).register(broker)
+            runs.register(broker)
             slots, still_ours = self._settings.max_concurrent_runs, context.still_ours
         else:
             StepWork(context, payloads).register(broker)

@@ -12,6 +12,8 @@ from tests.support.platform import CLEANUP_JOBS, JOBS, STEP_JOBS, Platform
 from tests.support.waiting import wait_until
 
 from dagster_taskiq.queue_names import queue_name
+from dagster_taskiq.storage.claims import Claims
+from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.leadership import Leadership
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(300)]
@@ -71,5 +73,7 @@ def test_they_come_to_their_end(endpoint: str, led_by_the_dead: bool) -> None:
                     assert platform.finished(run_id, within=WITHIN_S) is status, (platform.story(run_id), heir.log())
                     platform.assert_nothing_left(run_id)
         assert cleans.mark_counts(stopped)["undo"] == 1, cleans.marks(stopped)
+        claims = Claims(platform.instance, Heartbeats.of_runs(platform.instance, platform.launcher.settings))
+        assert claims.unfinished() == ({}, set()), "nothing is left of them"
         assert any("worker dies-" in line and "is gone" in line for line in platform.story(goes_on))
         assert plain.mark_counts(marked)["started"] == 0
