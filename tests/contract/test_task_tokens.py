@@ -27,11 +27,6 @@ from dagster_taskiq.cancellation.model import Cancellation
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture(autouse=True)
-def _brisk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dagster_taskiq.sqs.queue._LAST_RECEIVE_S", 0.0)
-
-
 async def test_a_function_has_its_token_as_a_dependency(standard_url: str, endpoint: str) -> None:
     seen: dict[str, Any] = {}
     started = threading.Event()
