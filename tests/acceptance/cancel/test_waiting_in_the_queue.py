@@ -1,7 +1,10 @@
 """Runs that no worker has picked up yet."""
 
+from typing import Any
+
 import pytest
-from dagster import DagsterRunStatus
+from dagster import DagsterEventType, DagsterRunStatus
+from dagster._core.launcher import LaunchRunContext
 from tests.support.moto import sqs_client
 from tests.support.platform import Platform
 from tests.support.waiting import wait_until
@@ -46,3 +49,18 @@ def test_a_run_that_is_canceling_in_the_queue_is_finished_by_its_receiver(platfo
         assert platform.finished(run_id) is DagsterRunStatus.CANCELED
         work_is_drained(platform)
     assert platform.marks(run_id) == []
+
+
+def test_a_run_cancelled_while_dagsters_daemon_took_it_from_its_queue_does_nothing(working: Platform) -> None:
+    """The webserver saw it QUEUED and cancelled it, the daemon saw it QUEUED and made it STARTING a moment later."""
+    run = working.create("quick_job")
+    working.report(run, DagsterEventType.RUN_CANCELING, DagsterEventType.RUN_CANCELED, DagsterEventType.RUN_STARTING)
+    workspace: Any = None
+    working.launcher.launch_run(LaunchRunContext(run, workspace))
+    working.wait_for_stage(run.run_id, Stage.PICKED_UP)
+    wait_until(
+        lambda: working.status(run.run_id) is DagsterRunStatus.CANCELED and depth(working) == 0,
+        "it is canceled again, and its message is gone",
+        seen=lambda: working.story(run.run_id),
+    )
+    assert working.marks(run.run_id) == []
