@@ -166,6 +166,7 @@ def _dagster(instance: DagsterInstance, settings: Settings, queues: Mapping[str,
     yield from _monitoring(instance, settings)
     workers = list_workers(instance, settings, everybody=True)
     yield from _workers(workers, queues)
+    yield from _without_message(instance, settings, workers)
     yield _stuck(instance, settings)
 
 
@@ -238,13 +239,35 @@ def _workers(workers: Sequence[WorkerInfo], queues: Mapping[str, QueueFacts]) ->
         yield Finding("clock of workers", "warning", reason, "start a time service there: timedatectl set-ntp true")
 
 
+def _without_message(instance: DagsterInstance, settings: Settings, workers: Sequence[WorkerInfo]) -> Iterator[Finding]:
+    """Runs that were handed over and that nobody takes, although somebody could: they count as in progress for ever."""
+    alive = [worker for worker in workers if worker.state == ALIVE]
+    busy = sum(work.step_key is None for worker in alive for work in worker.work)
+    patience_s = 2 * settings.visibility_timeout_seconds + settings.wait_time_seconds
+    found = _longer_than(instance, DagsterRunStatus.STARTING, patience_s)
+    if found and sum(worker.runs or 0 for worker in alive) > busy:
+        reason = f"STARTING for more than {patience_s:.0f} s, and a worker has a free slot: {_some(found)}"
+        reason += "; if the queue is empty, their messages are gone (purged, expired?)"
+        repair = "terminate them; with 'run_monitoring: {enabled: true}' Dagster fails them after start_timeout_seconds"
+        yield Finding("waiting runs", "warning", reason, repair)
+
+
+def _longer_than(instance: DagsterInstance, status: DagsterRunStatus, patience_s: float) -> list[str]:
+    """Runs that have had that status for so long, a hundred at most."""
+    records = instance.get_run_records(RunsFilter(statuses=[status]), limit=100)
+    now = time.time()
+    return [one.dagster_run.run_id for one in records if now - one.update_timestamp.timestamp() > patience_s]
+
+
+def _some(run_ids: Sequence[str]) -> str:
+    return ", ".join(run_ids[:5]) + (" …" if len(run_ids) > 5 else "")
+
+
 def _stuck(instance: DagsterInstance, settings: Settings) -> Finding:
     patience_s = settings.grace_seconds + settings.status_poll_seconds + 2 * settings.visibility_timeout_seconds
-    records = instance.get_run_records(RunsFilter(statuses=[DagsterRunStatus.CANCELING]), limit=100)
-    now = time.time()
-    stuck = [one.dagster_run.run_id for one in records if now - one.update_timestamp.timestamp() > patience_s]
+    stuck = _longer_than(instance, DagsterRunStatus.CANCELING, patience_s)
     if not stuck:
         return ok("cancellations", "none takes too long")
-    reason = f"CANCELING for more than {patience_s:.0f} s: {', '.join(stuck[:5])}{' …' if len(stuck) > 5 else ''}"
+    reason = f"CANCELING for more than {patience_s:.0f} s: {_some(stuck)}"
     repair = "dagster-taskiq worker list: one has to be alive to finish them; the run's event log says what is missing"
     return Finding("cancellations", "warning", reason, repair)

@@ -214,6 +214,14 @@ def a_run_that_hangs(at: Clinic) -> None:
     at.later_s = 1_000
 
 
+def a_message_that_is_gone(at: Clinic) -> None:
+    at.write()
+    with at.instance() as instance:
+        instance.create_run_for_job(a_job, status=DagsterRunStatus.STARTING)
+    at.later_s = 1_000
+    worker(ago=-1_000)(at)
+
+
 def work_that_was_lost(at: Clinic) -> None:
     at.write()
     with at.instance() as instance:
@@ -298,6 +306,7 @@ MISTAKES: dict[str, tuple[Callable[[Clinic], None], str, str, str]] = {
         "aws s3 mb s3://nowhere-to-be-found",
     ),
     "one machine's database": (lambda at: None, "storage", "warning", "postgres"),
+    "a message that is gone": (a_message_that_is_gone, "waiting runs", "warning", "terminate them"),
     "a cancellation that hangs": (a_run_that_hangs, "cancellations", "warning", "dagster-taskiq worker list"),
 }
 
