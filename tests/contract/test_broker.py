@@ -22,12 +22,14 @@ from dagster_taskiq.errors import (
     AccessDenied,
     DagsterTaskiqError,
     MessageTooLarge,
+    PayloadUnavailable,
     QueueError,
     QueueMissing,
     QueueUnreachable,
 )
 from dagster_taskiq.queue_names import is_fifo, queue_name
 from dagster_taskiq.sqs.admin import create_queues, queue_status, queue_urls
+from dagster_taskiq.sqs.s3_payloads import PayloadBucket
 from dagster_taskiq.sqs.settlement import Settlement
 from dagster_taskiq.tasks.producer import Producer
 
@@ -502,3 +504,23 @@ async def test_a_failing_receive_is_logged_once_and_survived(
     await listening.aclose()
     await broker.shutdown()
     assert caplog.messages == ["cannot receive work, trying again: down", "can receive work again after 3 tries"]
+
+
+async def test_a_bucket_that_does_not_answer_is_given_up(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = urlsplit(endpoint)
+    with tcp_proxy(str(url.hostname), url.port or 80) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://{proxy.host}:{proxy.port}")
+        bucket = PayloadBucket("never-created", REGION)
+        with pytest.raises(PayloadUnavailable, match="NoSuchBucket"):
+            await bucket.get("t-1")
+        proxy.swallow()
+        monkeypatch.setattr("dagster_taskiq.sqs.s3_payloads.WITHIN_S", 1.0)
+        for request in (bucket.get("t-1"), bucket.put("t-1", "x"), bucket.delete("t-1")):
+            async with asyncio.timeout(5):
+                with pytest.raises(PayloadUnavailable, match="no answer within 1 s"):
+                    await request
+        proxy.heal()
+        monkeypatch.setattr("dagster_taskiq.sqs.s3_payloads.WITHIN_S", 30.0)
+        with pytest.raises(PayloadUnavailable, match="NoSuchBucket"):
+            await bucket.get("t-1")
+        await bucket.close()

@@ -11,6 +11,10 @@ from dagster_taskiq.errors import PayloadUnavailable
 
 _PREFIX: Final = "dagster-taskiq/payloads/"
 MAX_PAYLOAD_BYTES: Final = 64 * 1024 * 1024
+WITHIN_S: Final = 60.0
+"""For one object, further tries included. An attempt that hears nothing for ten seconds is given up before that."""
+_CONNECT_WITHIN_S: Final = 3
+_HEAR_WITHIN_S: Final = 10
 
 
 class PayloadBucket:
@@ -29,11 +33,7 @@ class PayloadBucket:
 
     async def get(self, task_id: str) -> str:
         """The payload of a task. Raises `PayloadUnavailable`, also when there is none."""
-        answer = await self._request("get_object", task_id)
-        if answer["ContentLength"] > MAX_PAYLOAD_BYTES:
-            raise PayloadUnavailable(f"s3://{self.bucket}/{_PREFIX}{task_id}: over {MAX_PAYLOAD_BYTES:,} bytes")
-        async with answer["Body"] as body:
-            data: bytes = await body.read()
+        data: bytes = await self._request("get_object", task_id, read=True)
         return data.decode("ascii", errors="replace")
 
     async def delete(self, task_id: str) -> None:
@@ -46,19 +46,40 @@ class PayloadBucket:
             self._client = None
             await self._stack.aclose()
 
-    async def _request(self, operation: str, task_id: str, **arguments: Any) -> Any:
-        import aioboto3
+    async def _request(self, operation: str, task_id: str, *, read: bool = False, **arguments: Any) -> Any:
+        """The answer; `read`: the object that comes with it."""
+        import aiohttp
         from botocore.exceptions import BotoCoreError, ClientError
 
         key = f"{_PREFIX}{task_id}"
         try:
-            async with self._opening:
-                if self._client is None:
-                    opening = aioboto3.Session().client("s3", region_name=self._region_name)
-                    self._client = await self._stack.enter_async_context(opening)
-            return await getattr(self._client, operation)(Bucket=self.bucket, Key=key, **arguments)
-        except (ClientError, BotoCoreError, OSError) as error:
-            cause = " ".join(str(error).split())
+            async with asyncio.timeout(WITHIN_S):
+                await self._open()
+                answer = await getattr(self._client, operation)(Bucket=self.bucket, Key=key, **arguments)
+                return await self._read(answer, key) if read else answer
+        except (ClientError, BotoCoreError, aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
+            cause = " ".join(str(error).split()) or f"no answer within {WITHIN_S:g} s"
             raise PayloadUnavailable(
                 f"s3://{self.bucket}/{key}: {cause}; check payload_bucket and the permissions on it"
             ) from error
+
+    async def _open(self) -> None:
+        import aioboto3
+        from botocore.config import Config
+
+        async with self._opening:
+            if self._client is None:
+                config = Config(
+                    connect_timeout=_CONNECT_WITHIN_S,
+                    read_timeout=_HEAR_WITHIN_S,
+                    retries={"mode": "standard", "total_max_attempts": 3},
+                )
+                opening = aioboto3.Session().client("s3", region_name=self._region_name, config=config)
+                self._client = await self._stack.enter_async_context(opening)
+
+    async def _read(self, answer: Any, key: str) -> bytes:
+        if answer["ContentLength"] > MAX_PAYLOAD_BYTES:
+            raise PayloadUnavailable(f"s3://{self.bucket}/{key}: over {MAX_PAYLOAD_BYTES:,} bytes")
+        async with answer["Body"] as body:
+            data: bytes = await body.read()
+        return data

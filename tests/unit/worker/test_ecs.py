@@ -2,9 +2,12 @@
 
 import asyncio
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
+import aiohttp
 import pytest
 from tests.support.ecs_agent import FakeAgent, ecs_agent
+from tests.support.tcp_proxy import tcp_proxy
 
 from dagster_taskiq.metrics import on_ecs
 from dagster_taskiq.worker import ecs
@@ -56,6 +59,20 @@ async def test_an_agent_that_does_not_answer_is_survived(caplog: pytest.LogCaptu
     assert "does not answer which task this is" in caplog.text
     with pytest.raises(AgentRefused):
         await away.protect()
+
+
+async def test_an_agent_that_never_answers_is_given_up(agent: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ecs, "_TIMEOUT", aiohttp.ClientTimeout(total=0.5))
+    url = urlsplit(agent.url)
+    with tcp_proxy(str(url.hostname), url.port or 80) as proxy:
+        silent = Agent(agent_uri=f"http://{proxy.host}:{proxy.port}", metadata_uri=f"http://{proxy.host}:{proxy.port}")
+        proxy.swallow()
+        protection = asyncio.create_task(Protection(silent, is_busy=lambda: True).run())
+        async with asyncio.timeout(5):
+            assert await silent.task() is None
+            protection.cancel()
+            await asyncio.wait({protection})
+    assert protection.cancelled()
 
 
 @pytest.mark.parametrize(
