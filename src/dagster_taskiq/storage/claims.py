@@ -7,7 +7,7 @@ Knows that storage and the workers' heartbeats; not SQS, not processes. All call
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Final
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 _PREFIX: Final = "dagster-taskiq/claim/"
 """With a run's id, a UUID, it is shorter than the 64 characters that MySQL's unique index has of a key."""
 _BATCH: Final = 500
+_CLEANUP_WITHIN_S: Final = 86_400
 
 
 class ClaimState(StrEnum):
@@ -218,8 +219,12 @@ class Claims:
             logger.exception("engine event could not be written", extra={"run_id": run.run_id})
 
 
-def forget_old_claims(instance: DagsterInstance, heartbeats: Heartbeats) -> None:
-    """Delete the claims on runs that are finished, or were deleted, and whose worker did not come to do it."""
+def forget_old_claims(instance: DagsterInstance, heartbeats: Heartbeats, now: Callable[[], float] = time.time) -> None:
+    """Delete the claims on runs that are finished, or were deleted, and whose worker did not come to do it.
+
+    Those on CANCELED runs are kept for a day: the cleanup of such a run may be outstanding, because it was marked by
+    force before its worker died.
+    """
     claims = [_parsed(value) for value in values_under(instance, _PREFIX).values()]
     alive = heartbeats.alive(claim.worker_id for claim in claims)
     left = [claim for claim in claims if claim.worker_id not in alive or claim.state is not ClaimState.HELD]
@@ -227,7 +232,11 @@ def forget_old_claims(instance: DagsterInstance, heartbeats: Heartbeats) -> None
         some = left[start : start + _BATCH]
         runs = instance.get_runs(RunsFilter(run_ids=[claim.run_id for claim in some]))
         going_on = {run.run_id for run in runs if run.status not in FINISHED_STATUSES}
-        delete_values(instance, [_key(claim.run_id) for claim in some if claim.run_id not in going_on])
+        canceled = {run.run_id for run in runs if run.status is DagsterRunStatus.CANCELED}
+        kept = going_on | {
+            claim.run_id for claim in some if claim.run_id in canceled and now() - claim.since < _CLEANUP_WITHIN_S
+        }
+        delete_values(instance, [_key(claim.run_id) for claim in some if claim.run_id not in kept])
 
 
 def _key(run_id: str) -> str:

@@ -261,15 +261,19 @@ def test_the_claim_of_a_run_that_is_final_is_deleted(world: World) -> None:
 
 
 def test_claims_that_nobody_came_to_delete_are_forgotten(world: World) -> None:
-    going_on, finished, deleted, being_written = runs = [world.run(START) for _ in range(4)]
+    going_on, finished, deleted, being_written, canceled = runs = [world.run(START) for _ in range(5)]
     for run in runs:
         world.claimed_by(run, OTHER + run.run_id, alive=run is being_written)
     world.report(finished, DagsterEventType.RUN_SUCCESS)
     world.report(being_written, DagsterEventType.RUN_SUCCESS)
     world.instance.delete_run(deleted.run_id)
+    world.report(canceled, DagsterEventType.RUN_CANCELED)
     forget_old_claims(world.instance, world.claims.heartbeats)
     left = world.claims.read([run.run_id for run in runs])
-    assert set(left) == {going_on.run_id, being_written.run_id}
+    assert set(left) == {going_on.run_id, being_written.run_id, canceled.run_id}, "its cleanup may be outstanding"
+    tomorrow = time.time() + 2 * 86_400
+    forget_old_claims(world.instance, world.claims.heartbeats, now=lambda: tomorrow)
+    assert canceled.run_id not in world.claims.read([canceled.run_id])
 
 
 def test_a_run_of_which_monitoring_was_told_is_left_to_it_for_a_while(world: World) -> None:
