@@ -227,13 +227,17 @@ class SQSStepHandler(TaskiqStepHandler):
             logger.warning("steps not cancelled by message; their workers see the run's status: %s", why)
 
     def workers_alive(self, instance: DagsterInstance, worker_ids: set[str]) -> set[str]:
-        """Those whose heartbeat is not so old that their children must be gone, too."""
+        """Those whose heartbeat is not so old that their children must be gone, too.
+
+        That takes minutes, because they may only lack the database. If one of them is dead, its messages come again,
+        and whoever gets them reports its steps lost much sooner.
+        """
         return self._judging(instance).alive(worker_ids)
 
     def _judging(self, instance: DagsterInstance) -> Heartbeats:
         """One object for all looks: it remembers whom it has seen late."""
         if self._heartbeats is None:
-            self._heartbeats = Heartbeats.of_steps(instance, self._settings)
+            self._heartbeats = Heartbeats.without_a_message(instance, self._settings)
         return self._heartbeats
 
     def patience_s(self, run: DagsterRun) -> float:
@@ -253,14 +257,14 @@ class SQSStepHandler(TaskiqStepHandler):
         (message,) = self._messages([step_handler_context])
         instance = step_handler_context.instance
         try:
-            worker_id = StepClaims(instance).owner(message.run_id, StepRef(message.step_key, message.task_id))
-            alive = worker_id is None or worker_id in self._judging(instance).alive({worker_id})
+            claim = StepClaims(instance).find(message.run_id, StepRef(message.step_key, message.task_id))
+            alive = claim is None or claim.worker_id in self._judging(instance).alive({claim.worker_id})
         except Exception:
             logger.exception("cannot tell whether a step is healthy", extra={"run_id": message.run_id})
             return CheckStepHealthResult.healthy()
-        if alive:
+        if alive or claim is None:
             return CheckStepHealthResult.healthy()
-        return CheckStepHealthResult.unhealthy(f"worker {worker_id}, which had step {message.step_key}, is gone")
+        return CheckStepHealthResult.unhealthy(f"worker {claim.worker_id}, which had step {message.step_key}, is gone")
 
     def terminate_step(self, step_handler_context: StepHandlerContext) -> Iterator[DagsterEvent]:
         """Ask for one step to be stopped; may be called again, and never raises."""

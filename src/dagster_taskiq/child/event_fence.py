@@ -168,7 +168,7 @@ class StepFence(EventFence):
     def _holds(self, event: Any, kind: DagsterEventType | None) -> bool:
         # What a worker's death did to a step is no failure of the op: the run's executor finds the worker dead, and
         # decides. A success is one.
-        return kind in _UNLESS_ORPHANED and self._control.worker_is_gone()
+        return kind in _UNLESS_ORPHANED and (self._control.worker_is_gone() or self._control.is_lost())
 
     def _to_store(self, event: Any, kind: DagsterEventType | None) -> Any:
         # For Dagster an interrupt is an error like any other, of which an op with a RetryPolicy recovers.

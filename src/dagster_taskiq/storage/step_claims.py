@@ -80,19 +80,19 @@ class StepClaims:
         self._note(run, step, picked_up(worker_id, step.task_id, where))
         return worker_id
 
-    def owner(self, run_id: str, step: StepRef) -> str | None:
-        """The worker that has, or had, the attempt, alive or not: it is never started a second time."""
+    def find(self, run_id: str, step: StepRef) -> StepClaim | None:
+        """The claim of who has, or had, the attempt, alive or not: it is never started a second time."""
         found = self.read(run_id, [step.task_id]).get(step.task_id)
-        return found.worker_id if found is not None and found.state is not StepState.RELEASED else None
+        return found if found is not None and found.state is not StepState.RELEASED else None
 
     def release(self, run: DagsterRun, step: StepRef, worker_id: str, why: str) -> None:
         """Give up an attempt that was not begun, so that another worker may have it."""
         if self._change(run.run_id, step, worker_id, StepState.RELEASED):
             self._note(run, step, released(worker_id, step.task_id, why))
 
-    def end(self, run_id: str, step: StepRef, worker_id: str) -> None:
-        """The process tree of the attempt is gone."""
-        self._change(run_id, step, worker_id, StepState.OVER)
+    def end(self, run_id: str, step: StepRef, worker_id: str) -> bool:
+        """The process tree of that worker's attempt is gone. False: it had not got it, or this was known."""
+        return self._change(run_id, step, worker_id, StepState.OVER)
 
     def read(self, run_id: str, task_ids: Iterable[str]) -> dict[str, StepClaim]:
         """The claims on these attempts, by task id, in one query."""

@@ -17,8 +17,10 @@ from dagster_taskiq.cleanup.record import cleanup_record
 from dagster_taskiq.dagster_compat.api import BACKFILL_ID_TAG, FINISHED_STATUSES
 from dagster_taskiq.dagster_compat.storage import backfill_status
 from dagster_taskiq.storage.claims import Claim, Claims, ClaimState
-from dagster_taskiq.storage.event_log import StepRef, run_will_resume
-from dagster_taskiq.storage.step_claims import StepClaims
+from dagster_taskiq.storage.engine_events import step_lost
+from dagster_taskiq.storage.event_log import StepRef, append_event, run_will_resume
+from dagster_taskiq.storage.heartbeats import Heartbeats
+from dagster_taskiq.storage.step_claims import StepClaims, StepState
 from dagster_taskiq.storage.tags import TASK_ID_TAG, add_own_tags, own_tags
 
 logger = logging.getLogger(__name__)
@@ -162,10 +164,31 @@ def _its_backfill_is_cancelled(instance: DagsterInstance, run: DagsterRun) -> bo
     return backfill_id is not None and backfill_status(instance, backfill_id) in _CANCELLED_BACKFILL
 
 
-def admit_step_again(claims: StepClaims, step: StepRef, candidate: Candidate) -> Decision | None:
-    """For a message that was received before: DROP if anybody has claimed the step, this worker included."""
-    owner = claims.owner(candidate.run_id, step)
-    return Decision(Action.DROP, f"worker {owner} had it before") if owner is not None else None
+def admit_step_again(
+    instance: DagsterInstance, claims: StepClaims, heartbeats: Heartbeats, step: StepRef, candidate: Candidate
+) -> Decision | None:
+    """For a message that was received before: if anybody has claimed the step, this worker included, it is not started.
+
+    DROP, unless that worker is dead: the message has come again because nobody renews its lease, and the heartbeat is
+    old, too. Then LOST, which is the first one's to say. LOOK_AGAIN: call this again after `heartbeats.confirm_s`.
+    """
+    claim = claims.find(candidate.run_id, step)
+    if claim is None:
+        return None
+    had_it = Decision(Action.DROP, f"worker {claim.worker_id} had it before")
+    if claim.state is StepState.OVER or claim.worker_id == candidate.worker_id:
+        return had_it
+    alive, in_doubt = heartbeats.look([claim.worker_id])
+    if in_doubt:
+        return Decision(Action.LOOK_AGAIN, f"the heartbeat of worker {claim.worker_id}, which had it, is old")
+    if alive or not claims.end(candidate.run_id, step, claim.worker_id):
+        return had_it
+    run = instance.get_run_by_id(candidate.run_id)
+    if run is not None:
+        why = f"worker {claim.worker_id}, which had step {step.step_key}, is gone"
+        may_retry = run.status is DagsterRunStatus.STARTED
+        append_event(instance, run, step_lost(claim.worker_id, step.task_id, why, retry=may_retry), step.step_key)
+    return had_it
 
 
 def admit_step(instance: DagsterInstance, claims: StepClaims, step: StepRef, candidate: Candidate) -> Decision:

@@ -100,10 +100,21 @@ class WorkerContext:
         except Exception:
             # Nothing is killed because only the database, or only SQS, did not answer. If neither does, others see an
             # old heartbeat, and get the message.
-            ours = monotonic() - self.heard_at < self.settings.dead_after_s
+            ours = self._was_heard()
             text = "cannot read the claims; %s"
             logger.exception(text, "going on" if ours else "stopping the run", extra={"run_id": task.run_id})
             return ours
+
+    async def step_still_ours(self, _: str) -> bool:
+        """Whether an attempt of a step whose lease is lost is ours all the same.
+
+        It is started once, whoever gets its message; but a worker whose heartbeat is old as well has lost it.
+        """
+        return self._was_heard()
+
+    def _was_heard(self) -> bool:
+        """Whether this worker's heartbeat is not old."""
+        return monotonic() - self.heard_at < self.settings.dead_after_s
 
     def lose(self, task_id: str) -> None:
         """Another worker has taken over what runs here under that task id: what goes on for it has to end."""

@@ -276,7 +276,7 @@ class Worker:
             slots, still_ours = self._settings.max_concurrent_runs, context.still_ours
         else:
             StepWork(context, payloads).register(broker)
-            slots, still_ours = self._settings.max_concurrent_steps, _steps_stay_ours
+            slots, still_ours = self._settings.max_concurrent_steps, context.step_still_ours
         hooks = ReceiverHooks(
             tasks_await_signal=True,
             still_ours=still_ours,
@@ -357,11 +357,6 @@ def _describe_message(message: TaskiqMessage) -> dict[str, str]:
     """Run and step that a message names, if it does, for the log."""
     facts = {name: message.kwargs.get(name) for name in ("run_id", "step_key")}
     return {name: value[:_LONGEST_FACT] for name, value in facts.items() if isinstance(value, str)}
-
-
-async def _steps_stay_ours(_: str) -> bool:
-    """An attempt of a step is started once, whoever gets its message: a lost lease changes nothing."""
-    return True
 
 
 def fork_server(reference: InstanceRef, settings: Settings) -> ForkServer:

@@ -4,6 +4,7 @@ How a step ends is written by its own process, as Dagster does it. What that pro
 never began) is written here, and the run's executor, which follows the log, makes a failure or a retry of it.
 """
 
+import asyncio
 import logging
 from typing import Any
 
@@ -70,6 +71,8 @@ class StepWork:
         if decision.action is not Action.START:  # of which `_execute` logs that it begins
             extra["reason"] = decision.why
             logger.info("step not started: %s", decision.action.value, extra=extra)
+        if decision.action is Action.HAND_BACK:
+            return self._context.hand_back_later()
         if decision.action is not Action.START or decision.run is None:
             return Settled(Settlement.DELETE)
         return await self._execute(message, decision, decision.run, task)
@@ -83,17 +86,31 @@ class StepWork:
 
         def look_and_claim() -> Decision:
             nonlocal looked
-            had_before = None if looked else admit_step_again(context.step_claims, step, candidate)
+            had_before = (
+                None
+                if looked
+                else admit_step_again(
+                    context.instance, context.step_claims, context.heartbeats_of_steps, step, candidate
+                )
+            )
+            if had_before is not None and had_before.action is Action.LOOK_AGAIN:
+                return had_before
             # From here on a claim of ours may be this one: a database that fails in between must not make us drop it.
             looked = True
             return had_before or admit_step(context.instance, context.step_claims, step, candidate)
 
-        return await retry_async(
-            lambda: context.lane.call(look_and_claim),
-            doing="look up a step",
-            for_s=DATABASE_RETRY_S,
-            until=lambda: task.signal.is_shutdown,
-        )
+        while True:
+            decision = await retry_async(
+                lambda: context.lane.call(look_and_claim),
+                doing="look up a step",
+                for_s=DATABASE_RETRY_S,
+                until=lambda: task.signal.is_shutdown,
+            )
+            if decision.action is not Action.LOOK_AGAIN:
+                return decision
+            if task.signal.is_shutdown:
+                return Decision(Action.HAND_BACK, "the worker shuts down")
+            await asyncio.sleep(context.heartbeats_of_steps.confirm_s)
 
     async def _execute(self, message: StepMessage, decision: Decision, run: DagsterRun, task: RunningTask) -> Settled:
         context, signal, step = self._context, task.signal, StepRef(message.step_key, message.task_id)

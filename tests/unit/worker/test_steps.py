@@ -19,6 +19,7 @@ from dagster_taskiq.messages import step_task_id
 from dagster_taskiq.process.supervise import ChildEnd
 from dagster_taskiq.storage.engine_events import EngineEvent, Stage, picked_up, released, step_lost, tree_gone
 from dagster_taskiq.storage.event_log import RunLog, StepRef, append_event, read_engine_events
+from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.running_steps import RunningSteps
 from dagster_taskiq.storage.step_claims import StepClaims, StepState
 from dagster_taskiq.worker.admission import Action, Candidate, Decision, admit_step, admit_step_again
@@ -37,6 +38,8 @@ class World:
     instance: DagsterInstance
     claims: StepClaims
     run: DagsterRun
+    heartbeats: Heartbeats
+    now: float = 1000.0
 
     def task(self, attempt: int = 1) -> str:
         return step_task_id(self.run.run_id, STEP, attempt)
@@ -75,7 +78,9 @@ class World:
     def decide(self, attempt: int = 1, *, received_before: bool = False) -> Decision:
         candidate = Candidate("execute_step", self.run.run_id, self.task(attempt), ME, "here")
         step = StepRef(STEP, candidate.task_id)
-        again = admit_step_again(self.claims, step, candidate) if received_before else None
+        again = (
+            admit_step_again(self.instance, self.claims, self.heartbeats, step, candidate) if received_before else None
+        )
         return again or admit_step(self.instance, self.claims, step, candidate)
 
     def stages(self) -> list[Stage]:
@@ -92,7 +97,9 @@ def of(worker_id: str, task_id: str, note: EngineEvent) -> EngineEvent:
 def world() -> Iterator[World]:
     with DagsterInstance.ephemeral() as instance:
         run = instance.create_run_for_job(nothing)
-        made = World(instance, StepClaims(instance), run)
+        heartbeats = Heartbeats(instance, 10, 4, clock=lambda: made.now, monotonic=lambda: made.now)
+        made: World = World(instance, StepClaims(instance), run, heartbeats)
+        made.heartbeats.beat(OTHER)
         made.report(DagsterEventType.RUN_START)
         yield made
 
@@ -260,9 +267,33 @@ def test_an_attempt_that_another_worker_claimed_is_never_started_again(
     decision = world.decide(received_before=received_before)
     assert decision.action is Action.DROP
     assert OTHER in decision.why
-    assert world.claims.owner(world.run.run_id, world.step()) == OTHER
+    found = world.claims.find(world.run.run_id, world.step())
+    assert found is not None
+    assert found.worker_id == OTHER
     assert world.claimed() == ({} if over else {world.task(): OTHER})
     assert world.at_work() == {world.task(): OTHER}
+
+
+@pytest.mark.parametrize("going_on", [True, False])
+def test_a_step_whose_message_comes_again_and_whose_worker_is_silent_is_reported_lost(
+    world: World, going_on: bool
+) -> None:
+    """Once, and only when both signs are there: its run waits for the step."""
+    world.claims.claim(world.run, world.step(), OTHER, "there")
+    if not going_on:
+        world.report(DagsterEventType.RUN_CANCELING)
+    world.now += 10
+    assert world.decide(received_before=True).action is Action.LOOK_AGAIN
+    world.now += 4
+    for _ in range(2):
+        decision = world.decide(received_before=True)
+        assert (decision.action, decision.why) == (Action.DROP, f"worker {OTHER} had it before")
+    assert world.stages() == [Stage.PICKED_UP, Stage.STEP_LOST]
+    assert world.claimed() == world.at_work() == {}
+    step = StepRef(STEP, world.task())
+    *_, (_, facts) = read_engine_events(world.instance, world.run.run_id, step)
+    assert f"worker {OTHER}" in facts["why"]
+    assert bool(facts["may be tried again"]) is going_on
 
 
 def test_an_attempt_that_was_given_back_is_started(world: World) -> None:
