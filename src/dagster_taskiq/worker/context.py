@@ -1,5 +1,6 @@
 """What all work of one worker shares. Knows who is working where; not what is worked on."""
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -67,6 +68,8 @@ class WorkerContext:
     """Messages that this worker has received and that nobody can use, for the heartbeat."""
     active: dict[str, ActiveTask] = field(default_factory=dict)
     """By task id, the work that was admitted and has not ended."""
+    at_work: dict[str, tuple[RunningTask, asyncio.Event]] = field(default_factory=dict)
+    """By run id, the one task of this worker that works on it, and what is set at its end."""
     heard_at: float = field(default_factory=monotonic)
     """When the last heartbeat that was written was begun, by this process's monotonic clock."""
     is_cut_off: bool = False

@@ -65,6 +65,8 @@ class LostRuns:
         self._since: dict[str, tuple[str, float]] = {}
         self._tried: dict[str, tuple[str, float]] = {}
         self._in_doubt = False
+        self._may_live: set[str] = set()
+        """Workers that may only lack the database: what they have goes on there."""
         self._queue = queue_name(context.settings.queue_url)
 
     def look(self) -> list[LostRun]:
@@ -75,6 +77,7 @@ class LostRuns:
         held = {claim.worker_id for claim in rows.values() if claim.state is ClaimState.HELD}
         alive, in_doubt = claims.heartbeats.look(held - {me})
         self._in_doubt, alive = bool(in_doubt), alive | in_doubt | {me}
+        self._may_live = claims.without_message.alive(held - alive)
         marks = dict.fromkeys(canceling - rows.keys(), _NO_CLAIM) | {
             run_id: claim.stored
             for run_id, claim in rows.items()
@@ -112,6 +115,8 @@ class LostRuns:
         task_id, status = own_tags(run).get(TASK_ID_TAG), run.status
         mark, since = self._since[run.run_id]
         goes_on = status in _GOES_ON and claim is not None
+        if goes_on and claim is not None and claim.state is ClaimState.HELD and claim.worker_id in self._may_live:
+            return None
         if goes_on and now - since < self._patience_s + self._monitoring_s():
             return None
         if task_id is None or not (goes_on or status in _IS_STOPPED) or not self._is_on_our_queue(run.run_id):

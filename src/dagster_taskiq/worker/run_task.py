@@ -40,8 +40,6 @@ class RunWork:
 
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
-        self._at_work: dict[str, tuple[RunningTask, asyncio.Event]] = {}
-        """By run id, the task that works on it, and what is set at its end."""
 
     def register(self, broker: AsyncBroker) -> None:
         """Make the tasks known to a worker's broker."""
@@ -87,11 +85,11 @@ class RunWork:
     def _working_on(self, run_id: str, task: RunningTask) -> Iterator[None]:
         """One task of this worker works on a run at a time."""
         ended = asyncio.Event()
-        self._at_work[run_id] = task, ended
+        self._context.at_work[run_id] = task, ended
         try:
             yield
         finally:
-            del self._at_work[run_id]
+            del self._context.at_work[run_id]
             ended.set()
 
     async def _end_older_work(self, candidate: Candidate) -> bool:
@@ -100,7 +98,7 @@ class RunWork:
         Returns when its child is gone. False: it is this message that is worthless.
         """
         context = self._context
-        while (older := self._at_work.get(candidate.run_id)) is not None:
+        while (older := context.at_work.get(candidate.run_id)) is not None:
             run = await context.lane.call(context.instance.get_run_by_id, candidate.run_id)
             if run is None or own_tags(run).get(TASK_ID_TAG) != candidate.task_id:
                 return False

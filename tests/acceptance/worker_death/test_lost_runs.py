@@ -16,11 +16,13 @@ from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.leadership import Leadership
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(400)]
 
 WITHIN_S = 150
 """With these settings a death is known after ten seconds, its message is waited for for another sixteen, and somebody
 looks every 24."""
+GOES_ON_WITHIN_S = 260
+"""A run that goes on is left to its worker for another two minutes: that may only lack the database."""
 
 
 def purge(platform: Platform) -> None:
@@ -51,8 +53,10 @@ def test_they_come_to_their_end(endpoint: str, led_by_the_dead: bool) -> None:
         with platform.worker("-n", "dies", "--runs-only") as dies, platform.worker("-n", "steps", "--steps-only"):
             stopped = cleans.launch("uploads_job")
             with_steps = steps.launch("sleepy_steps")
-            goes_on = plain.launch("sleepy_job")
-            for one, run_id in ((cleans, stopped), (steps, with_steps), (plain, goes_on)):
+            begun = [(cleans, stopped), (steps, with_steps)]
+            if led_by_the_dead:
+                begun.append((plain, plain.launch("sleepy_job")))
+            for one, run_id in begun:
                 one.wait_started(run_id, 1)
             kill(dies)
             purge(platform)
@@ -67,13 +71,16 @@ def test_they_come_to_their_end(endpoint: str, led_by_the_dead: bool) -> None:
                     stopped: DagsterRunStatus.CANCELED,
                     with_steps: DagsterRunStatus.CANCELED,
                     marked: DagsterRunStatus.CANCELED,
-                    goes_on: DagsterRunStatus.FAILURE,
                 }
+                expected |= {run_id: DagsterRunStatus.FAILURE for one, run_id in begun if one is plain}
                 for run_id, status in expected.items():
-                    assert platform.finished(run_id, within=WITHIN_S) is status, (platform.story(run_id), heir.log())
+                    within_s = WITHIN_S if status is DagsterRunStatus.CANCELED else GOES_ON_WITHIN_S
+                    assert platform.finished(run_id, within=within_s) is status, (platform.story(run_id), heir.log())
                     platform.assert_nothing_left(run_id)
         assert cleans.mark_counts(stopped)["undo"] == 1, cleans.marks(stopped)
         claims = Claims(platform.instance, Heartbeats.of_runs(platform.instance, platform.launcher.settings))
         assert claims.unfinished() == ({}, set()), "nothing is left of them"
-        assert any("worker dies-" in line and "is gone" in line for line in platform.story(goes_on))
+        for one, run_id in begun:
+            named = any("worker dies-" in line and "is gone" in line for line in platform.story(run_id))
+            assert named or one is not plain, platform.story(run_id)
         assert plain.mark_counts(marked)["started"] == 0

@@ -64,7 +64,8 @@ def test_a_run_that_is_resumed_on_the_worker_that_still_has_it_has_one_child_at_
         assert platform.mark_counts(run_id)["slept"] == 1
         marks = [mark.split()[0] for mark in platform.marks(run_id)]
         assert marks.index("cleanup-end") < marks.index("started", 1), "the old one had time to clean up"
-        assert Claims(platform.instance, Heartbeats(platform.instance, 60, 5)).read([run_id]) == {}, "deleted"
+        claims = Claims(platform.instance, Heartbeats(platform.instance, 60, 5))
+        wait_until(lambda: not claims.read([run_id]), "its claim is deleted", within=20, seen=only.log)
 
 
 def test_a_healthy_worker_is_not_given_up_because_of_an_old_heartbeat_alone(endpoint: str) -> None:

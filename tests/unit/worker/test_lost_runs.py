@@ -17,7 +17,7 @@ from dagster_taskiq.storage.tags import TASK_ID_TAG
 from dagster_taskiq.worker.reconciler import LostRuns
 
 ME, OTHER, TASK = "me-1", "other-1", "task-1"
-PATIENCE_S, DEAD_AFTER_S, CONFIRM_S = 40.0, 15.0, 10.0
+PATIENCE_S, DEAD_AFTER_S, CONFIRM_S, GIVEN_UP_AFTER_S = 40.0, 15.0, 10.0, 300.0
 START, CANCELING, CANCELED = (
     DagsterEventType.RUN_START,
     DagsterEventType.RUN_CANCELING,
@@ -37,7 +37,8 @@ class World:
     def __post_init__(self) -> None:
         clock: Any = lambda: self.now  # noqa: E731
         heartbeats = Heartbeats(self.instance, DEAD_AFTER_S, CONFIRM_S, clock=clock, monotonic=clock)
-        self.claims = Claims(self.instance, heartbeats)
+        lasting = Heartbeats(self.instance, GIVEN_UP_AFTER_S, CONFIRM_S, clock=clock, monotonic=clock)
+        self.claims = Claims(self.instance, heartbeats, lasting)
         settings = Settings(queue_url="http://127.0.0.1/1/q", region_name="us-east-1")
         context: Any = SimpleNamespace(instance=self.instance, settings=settings, claims=self.claims, worker_id=ME)
         self.lost = LostRuns(context, patience_s=PATIENCE_S, monotonic=clock)
@@ -96,6 +97,21 @@ def test_what_somebody_has_is_not_lost(world: World) -> None:
     assert world.due() == [], "this worker itself does not look whether it is alive"
 
 
+@pytest.mark.parametrize("events", [(START,), (START, CANCELING)], ids=["goes on", "is to be stopped"])
+def test_a_run_that_goes_on_is_left_to_a_worker_that_may_only_lack_the_database(
+    world: World, events: tuple[DagsterEventType, ...]
+) -> None:
+    """Its message does not come again, because that worker renews the lease over SQS."""
+    run = world.run(*events)
+    world.claimed(run, alive=True)
+    due_at_once = [(run.run_id, "execute_run")] if CANCELING in events else []
+    for after_s in (DEAD_AFTER_S, CONFIRM_S):
+        assert world.due(after_s=after_s) == []
+    assert world.due(after_s=PATIENCE_S) == due_at_once
+    assert world.due(after_s=GIVEN_UP_AFTER_S) == due_at_once
+    assert world.due(after_s=CONFIRM_S) == [(run.run_id, "execute_run")]
+
+
 def test_what_waits_for_its_first_worker_is_not_lost(world: World) -> None:
     """Dagster's run monitoring has a limit for that; only it knows how long a run may wait."""
     world.run()
@@ -104,7 +120,7 @@ def test_what_waits_for_its_first_worker_is_not_lost(world: World) -> None:
 
 
 def test_a_worker_that_is_late_is_not_dead_before_that_is_confirmed(world: World) -> None:
-    run = world.run(START)
+    run = world.run(START, CANCELING)
     world.claimed(run, alive=True)
     assert world.due(after_s=DEAD_AFTER_S) == []
     assert world.lost.next_look_in(60) == CONFIRM_S
