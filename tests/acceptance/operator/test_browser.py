@@ -252,6 +252,7 @@ def all_are_canceled(it: Served, many: int, started: set[str], **filters: object
     assert it.dagster.runs(**filters).started == started, "nothing has started after the click"
 
 
+@pytest.mark.long
 def test_terminate_all_stops_what_runs_and_what_waits(browser: Browser, at_work: Served, tmp_path: Path) -> None:
     many = 50
     ids = [at_work.dagster.launch(FILE, WAITS) for _ in range(many)]
@@ -265,6 +266,7 @@ def test_terminate_all_stops_what_runs_and_what_waits(browser: Browser, at_work:
     at_work.queues_are_empty()
 
 
+@pytest.mark.long
 def test_a_cancelled_backfill_starts_nothing_more(browser: Browser, at_work: Served, tmp_path: Path) -> None:
     """Dagster's daemon terminates its runs half a minute later. Meanwhile slots become free."""
     backfill_id = at_work.dagster.launch_backfill(FILE, WAITS, DAYS)

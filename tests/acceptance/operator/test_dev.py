@@ -101,6 +101,7 @@ defs = dg.Definitions(jobs=[tells_job])
 """
 
 
+@pytest.mark.long
 def test_runs_have_the_users_own_environment_and_storage(tmp_path: Path) -> None:
     here, home = tmp_path / "project", tmp_path / "my-home"
     here.mkdir()
