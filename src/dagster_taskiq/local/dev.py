@@ -55,7 +55,7 @@ class Playground:
         """`environ`: what the children's environment begins with."""
         self.home = config.folder
         self.changes: list[str] = []
-        """What of the user's own `dagster.yaml` is not as he wrote it, in words."""
+        """What the user has to know of `dagster.yaml`, in words, if it is his own."""
         self._config = config
         self._manager = manager
         self._environ = environ

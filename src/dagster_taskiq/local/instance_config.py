@@ -48,11 +48,12 @@ class InstanceConfig:
         return cls(temporary, temporary, _read(here / FILE) or {}, str(here / FILE))
 
     def write(self, queue: Mapping[str, str], config_source: Mapping[str, Any]) -> list[str]:
-        """Write the file. What of the user's own is not as he wrote it, in words.
+        """Write the file. What the user has to know, in words: that it is his own, and what of it is not used.
 
         `queue`: where the launcher's queue is. `config_source`: of the launcher, if the user has none.
         """
-        changes, document = [], dict(self.own)
+        document = dict(self.own)
+        changes = [f"using {self.source}, and its storage"] if self.own else []
         launcher = dict(document.get("run_launcher") or _LAUNCHER)
         if launcher.get("class") != _LAUNCHER["class"]:
             changes.append(f"run_launcher of {self.source} is not used: here it is TaskiqRunLauncher")
