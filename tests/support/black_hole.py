@@ -64,8 +64,11 @@ class Fleet:
 
     def told(self, run_id: str) -> str:
         story = "\n".join(self.platform.story(run_id))
-        logs = "\n".join(f"{name}: {worker.log()[-4000:]}" for name, worker in self.workers.items())
-        return f"{self.stages[run_id]}: {self.platform.status(run_id)}\n{story}\n{logs}"
+        return f"{self.stages[run_id]}: {self.platform.status(run_id)}\n{story}"
+
+    def logs(self) -> str:
+        """Of the workers."""
+        return "\n".join(f"--- {name}\n{worker.log()[-20_000:]}" for name, worker in self.workers.items())
 
     def verdict(self, within: float) -> tuple[list[str], list[str]]:
         """When all runs are over: those that were executed twice, and those whose end is wrong, with their story."""

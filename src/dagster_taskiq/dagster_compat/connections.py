@@ -81,9 +81,9 @@ def bound_connections(instance: DagsterInstance, *, ours: bool) -> None:
             if key not in shared:
                 shared[key] = _pooled(storage)
             storage._engine = engine = shared[key]  # type: ignore[union-attr]  # noqa: SLF001
-        if ours and storage is instance.run_storage:
-            _look_once_for_columns(storage)
         if engine not in _bounded:
+            if storage is instance.run_storage:
+                _look_once_for_columns(storage)
             _Bound(engine, ours=ours).install(engine)
 
 
