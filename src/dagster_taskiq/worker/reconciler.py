@@ -163,7 +163,7 @@ class Reconciler:
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Until the worker stops, and what was begun here has ended. A database that is away is survived."""
-        pause_s = self._every_s * random.uniform(0.2, 1)  # noqa: S311 - so that not all look at the same time
+        pause_s = self._every_s * random.uniform(0.05, 0.1)  # noqa: S311 - workers are often started together
         async with asyncio.TaskGroup() as finishing:
             while not await _happens(stopping, pause_s):
                 pause_s = self._every_s
