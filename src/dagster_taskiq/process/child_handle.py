@@ -58,6 +58,7 @@ class Child:
     """What the child asks for instead of the grace, because it waits for others (a run for its steps)."""
     abandoned: bool = False
     """Whether its shim has interrupted it because the worker hung."""
+    _shim: int | None = None
     _control: AsyncLines | None = None
     _channel: AsyncLines | None = None
     _readers: tuple[asyncio.Task[None], ...] = ()
@@ -85,6 +86,12 @@ class Child:
     def kill(self) -> None:
         """SIGKILL to the leader, its group and every descendant."""
         self._command("kill")
+
+    def kill_shim(self) -> None:
+        """For a shim that hangs: the kernel kills the leader with it, and the rest of the tree is looked for."""
+        if self._shim is not None and not self.gone.done():
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(self._shim, signal.SIGKILL)
 
     def _command(self, what: str) -> None:
         if self._control is not None:
@@ -124,7 +131,8 @@ async def connect(spec: ChildSpec, control: socket.socket, channel: socket.socke
         raise EOFError("the fork server is gone")
     loop = asyncio.get_running_loop()
     child = Child(hello["started"], spec, loop.create_future(), loop.create_future())
-    child._control, child._channel = to_shim, to_child  # noqa: SLF001 - made here
+    child._shim = hello["shim"]  # noqa: SLF001 - made here
+    child._control, child._channel = to_shim, to_child  # noqa: SLF001
     read_child = loop.create_task(_read_child(child, to_child), name=f"read child {child.pid}")
     child._readers = (  # noqa: SLF001
         read_child,

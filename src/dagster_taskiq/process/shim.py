@@ -195,7 +195,7 @@ class _Shim:
         self._control.setblocking(False)
         self._selector.register(self._control, selectors.EVENT_READ, self._read_worker)
         self._selector.register(wake_read, selectors.EVENT_READ, lambda: os.read(wake_read, 4096))
-        self._send(started=self._leader)
+        self._send(started=self._leader, shim=os.getpid())
         while not self._reap():
             if self._kill_at is not None and monotonic() >= self._kill_at:
                 self._killing = True

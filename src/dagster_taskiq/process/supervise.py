@@ -20,6 +20,8 @@ from dagster_taskiq.process.child_handle import Child, ChildSpec
 logger = logging.getLogger(__name__)
 
 _MOMENT_S: Final = 2.0
+SHIM_ANSWERS_S: Final = 30.0
+"""A shim that was told to kill its tree and has not said by then that it is gone hangs. It takes milliseconds."""
 
 
 class Processes(Protocol):
@@ -127,6 +129,10 @@ class _Ladder:
             for helper in (cancelled, finished):
                 helper.cancel()
             await asyncio.wait({cancelled, finished})
+        await asyncio.wait({self._child.gone}, timeout=SHIM_ANSWERS_S if self._kill_at is not None else None)
+        if not self._child.gone.done():
+            logger.warning("the shim of a child does not answer; killing it", extra={"pid": self._child.pid})
+            self._child.kill_shim()
         killed = await self._child.gone
         alive.cancel()
         await asyncio.wait({alive})

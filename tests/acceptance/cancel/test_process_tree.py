@@ -19,6 +19,7 @@ from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.cancellation.signal import CancelSignal
 from dagster_taskiq.errors import ChildStartFailed
 from dagster_taskiq.process import fork_server
+from dagster_taskiq.process import supervise as supervise_module
 from dagster_taskiq.process.child_handle import Child, ChildSpec, find_processes
 from dagster_taskiq.process.fork_server import ForkServer
 from dagster_taskiq.process.supervise import ChildEnd, supervise
@@ -266,6 +267,22 @@ def test_a_keeper_that_is_killed_takes_its_tree_with_it() -> None:
         os.kill(psutil.Process(work.child.pid).ppid(), signal.SIGKILL)
         end = await work.end()
         assert end.exit_code == -signal.SIGKILL
+        assert not [pid for pid in pids if alive(pid)]
+
+    run(test)
+
+
+def test_a_keeper_that_hangs_is_killed_and_its_tree_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise_module, "SHIM_ANSWERS_S", 0.5)
+
+    async def test(server: ForkServer) -> None:
+        work = Work(server, "stubborn", grace_s=0.3).start()
+        pids = await work.said("pids")
+        assert work.child is not None
+        psutil.Process(psutil.Process(work.child.pid).ppid()).suspend()
+        work.cancel()
+        end = await work.end()
+        assert (end.exit_code, work.killings) == (-signal.SIGKILL, 1)
         assert not [pid for pid in pids if alive(pid)]
 
     run(test)
