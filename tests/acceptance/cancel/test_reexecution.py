@@ -49,7 +49,7 @@ def test_a_reexecuted_run_knows_nothing_of_why_its_parent_was_cancelled(working:
     instance = platform.instance
     parent_id = platform.launch("uploads_job")
     platform.wait_started(parent_id, 1)
-    assert cancel_run(parent_id, reason="wrong vintage", requested_by="ada", instance=instance)
+    assert cancel_run(parent_id, reason="wrong vintage", requested_by="adele", instance=instance)
     assert platform.finished(parent_id) is STATUS.CANCELED
     parent = platform.run(parent_id)
     began = platform.mark_counts(parent_id)["started"]
@@ -71,13 +71,13 @@ def test_a_reexecuted_run_knows_nothing_of_why_its_parent_was_cancelled(working:
     tags = platform.run(run.run_id).tags
     assert tags[TASK_ID_TAG] != parent.tags[TASK_ID_TAG]
     assert tags.keys() & {CANCEL_REASON_TAG, CANCELLED_BY_TAG} == set()
-    assert list(instance.get_run_ids(RunsFilter(tags={CANCELLED_BY_TAG: "ada"}))) == [parent_id]
+    assert list(instance.get_run_ids(RunsFilter(tags={CANCELLED_BY_TAG: "adele"}))) == [parent_id]
     assert platform.launcher.terminate(run.run_id)
     assert platform.finished(run.run_id) is STATUS.CANCELED
     assert platform.run(run.run_id).tags.keys() & {CANCEL_REASON_TAG, CANCELLED_BY_TAG} == set()
     interrupted = [mark for mark in platform.marks(run.run_id) if mark.startswith("interrupted")]
     assert interrupted == [
-        "interrupted True REQUESTED wrong vintage ada",
+        "interrupted True REQUESTED wrong vintage adele",
         "interrupted True REQUESTED None ui",
     ]
     assert "wrong vintage" not in platform.wait_for_stage(run.run_id, Stage.REACHED)

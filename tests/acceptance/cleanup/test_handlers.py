@@ -315,4 +315,4 @@ def test_a_run_is_cancelled_from_the_command_line(cleaning: Platform) -> None:
     assert (late.returncode, late.stdout) == (1, f"{run_id}: nothing to stop, it is CANCELED\n")
     unknown = cleaning.command("run", "cancel", "no-such-run")
     assert unknown.returncode == 1
-    assert unknown.stderr.startswith("Error: there is no run no-such-run in this Dagster instance;"), unknown
+    assert unknown.stderr.startswith("no-such-run: there is no run no-such-run in this Dagster instance;"), unknown
