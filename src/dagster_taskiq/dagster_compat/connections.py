@@ -215,11 +215,15 @@ class _Watch:
         """By thread: the connection on which it waits for an answer, and until when."""
         self._used: dict[Engine, float] = {}
         """Since when nobody has used the connections that the pool of an engine holds."""
-        self._lock = threading.Lock()
+        # The collector of garbage may close a connection in the thread that has it, which then comes here.
+        self._lock = threading.RLock()
         self._is_needed = threading.Event()
         self._runs = False
 
     def wait(self, connection: Any, until: float) -> None:
+        if until == math.inf:
+            self.answered()
+            return
         self._waits[threading.get_ident()] = (connection, until)
         if not self._is_needed.is_set():
             self._is_needed.set()

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 STOP_TIMEOUT_S: Final = 5
 _NEVER_S: Final = 3600.0
 _POLL_WHILE_KILLING_S: Final = 0.02
+_KILLED_WITHIN_S: Final = 30.0
+"""The kernel kills within milliseconds, unless a process waits in it for a device or a file system that hangs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +171,13 @@ async def _read_shim(child: Child, messages: AsyncIterator[Any], read_child: asy
 
 def _kill_stragglers(leader: int, mark: str) -> tuple[str, ...]:
     killed: dict[int, str] = {}
+    give_up_at = time.monotonic() + _KILLED_WITHIN_S
     while left := find_processes(mark, session=leader):
+        if time.monotonic() > give_up_at:
+            # It has its SIGKILL: should the kernel let go of it, it ends before it does anything else.
+            text = "processes of a child hang in the kernel, or are another user's; going on without them: %s"
+            logger.error(text, ", ".join(f"{procfs.program_of(pid)}[{pid}]" for pid in left), extra={"pid": leader})
+            break
         for pid in left:
             name = procfs.program_of(pid)
             counts = not procfs.ends_with_its_parent(pid)

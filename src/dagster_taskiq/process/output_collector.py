@@ -16,7 +16,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from datetime import UTC, datetime
-from time import time
+from time import monotonic, time
 from typing import Any, Final, NoReturn
 
 from dagster_taskiq.process.forked import Forked, fork_into
@@ -28,7 +28,8 @@ _LONGEST_BEGINNING: Final = 3 * _CHUNK
 _FLUSH_AFTER_S: Final = 1.0
 """The beginning of a line, whose end does not come, is written after so long a silence."""
 _LAST_LINES_WITHIN_S: Final = 5.0
-_MOST_REPLACEMENTS: Final = 10
+_PAUSE_S: Final = 1.0
+"""Between two tries to replace a collector: none may work, or each end at once."""
 _LOG_LINE: Final = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4} - (\S+) - ([A-Z]+) - (.*)")
 _RUN_ID: Final = re.compile(r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b")
 _TRACEBACK: Final = "Traceback (most recent call last):"
@@ -45,13 +46,13 @@ class OutputCollector:
     def __init__(self) -> None:
         """Fork it, and have it collect what is written to the descriptors 1 and 2 from now on. Raises `OSError`.
 
-        Takes over SIGCHLD: a collector that was killed is replaced.
+        Takes over SIGCHLD and SIGALRM: a collector that was killed is replaced.
         """
         pipes = [os.pipe() for _ in range(3)]
         # Kept open: without a reader, even for an instant, who prints would fail.
         self._reads = [read for read, _ in pipes]
         self._real = {fd: os.dup(fd) for fd in (1, 2)}
-        self._replacements_left = _MOST_REPLACEMENTS
+        self._next_at = 0.0
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
@@ -62,25 +63,32 @@ class OutputCollector:
         for fd, (_, write) in zip((1, 2), pipes[1:], strict=True):
             os.dup2(write, fd)
             os.close(write)
-        signal.signal(signal.SIGCHLD, lambda *_: self._replace())
+        for number in (signal.SIGCHLD, signal.SIGALRM):
+            signal.signal(number, self._replace)
 
-    def _replace(self) -> None:
-        if self._process.poll() is None or not self._replacements_left:
+    def _replace(self, *_: object) -> None:
+        if self._process.poll() is None:
             return
-        self._replacements_left -= 1
+        left_s = self._next_at - monotonic()
+        signal.setitimer(signal.ITIMER_REAL, left_s if left_s > 0 else _PAUSE_S)  # then it is looked at again
+        if left_s > 0:
+            return
+        self._next_at = monotonic() + _PAUSE_S
         # Executed: this process has threads by now.
         program = f"from {__name__} import collect_from_argv; collect_from_argv()"
-        self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
-            [sys.executable, "-c", program, *map(str, self._reads)],
-            stdin=subprocess.DEVNULL,
-            stdout=self._real[1],
-            stderr=self._real[2],
-            pass_fds=self._reads,
-            start_new_session=True,
-        )
+        with suppress(OSError):  # no memory, say; raised from here, it would hit whatever this process is doing
+            self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
+                [sys.executable, "-c", program, *map(str, self._reads)],
+                stdin=subprocess.DEVNULL,
+                stdout=self._real[1],
+                stderr=self._real[2],
+                pass_fds=self._reads,
+                start_new_session=True,
+            )
 
     def finish(self) -> None:
         """Give this process its own stdout and stderr back, and wait until the last lines of all others are written."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for stream in (sys.stdout, sys.stderr):
             with suppress(Exception):

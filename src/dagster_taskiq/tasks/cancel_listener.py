@@ -81,6 +81,8 @@ class CancelListener:
         self._questions: asyncio.Queue[ReceivedCancel] = asyncio.Queue(_QUESTIONS)
         self._asked: set[str] = set()
         """The messages in `_questions`, and the one that is being asked about."""
+        self._fails = False
+        """Whether the last question had no answer: what has none after it is the same outage."""
 
     def cancelled_ahead(self, task_id: str) -> Cancellation | None:
         """The cancel that was received before the work came, if there was one lately."""
@@ -136,12 +138,14 @@ class CancelListener:
         """Find out, one by one, which messages are about tasks that are over: such a message is then deleted."""
         while True:
             cancel = await self._questions.get()
-            task_id = cancel.request.task_id
             try:
-                if self._is_over is not None and await self._is_over(task_id):
+                if self._is_over is not None and await self._is_over(cancel.request.task_id):
                     self._over.add(cancel.message_id, True)
-            except Exception:  # whoever cannot answer is asked again when the message comes back
-                logger.exception("could not find out whether a task is over", extra={"task_id": task_id})
+                self._fails = False
+            except Exception as error:  # noqa: BLE001 - whoever cannot answer is asked again when the message comes back
+                if not self._fails:
+                    logger.warning("cannot find out whether cancelled tasks are over, trying again: %s", error)
+                self._fails = True
             finally:
                 self._asked.discard(cancel.message_id)
 

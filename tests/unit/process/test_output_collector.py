@@ -1,6 +1,8 @@
 """What becomes of lines that are no JSON objects."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -44,3 +46,26 @@ def test_of_an_event_of_dagsters_the_run_is_named() -> None:
     (line,) = json_lines([EVENT.encode()], "stderr", AT)
     assert json.loads(line)["run_id"] == "1dc80e42-cefb-4add-9b4e-77c668a79ced"
     assert json.loads(line)["logger"] == "dagster"
+
+
+NO_MEMORY = """
+import os, signal, sys, time
+from dagster_taskiq.process.output_collector import OutputCollector
+
+collector = OutputCollector()
+killed, python, sys.executable = collector._process, sys.executable, "/nowhere"
+os.kill(killed.pid, signal.SIGKILL)
+while killed.poll() is None:
+    time.sleep(0.01)
+print("said meanwhile", flush=True)
+sys.executable = python
+while collector._process is killed:
+    time.sleep(0.01)
+collector.finish()
+"""
+
+
+def test_a_collector_that_cannot_be_replaced_now_is_replaced_later() -> None:
+    ended = subprocess.run([sys.executable, "-c", NO_MEMORY], capture_output=True, text=True, timeout=20, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert json.loads(ended.stdout)["message"] == "said meanwhile"

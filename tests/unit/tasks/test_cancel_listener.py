@@ -159,7 +159,7 @@ async def test_it_asks_whether_work_is_over_only_when_a_message_comes_back() -> 
     asking.cancel()
 
 
-async def test_who_cannot_answer_is_asked_again_later() -> None:
+async def test_who_cannot_answer_is_asked_again_later_and_that_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     queue, over = Queue(), Over(RuntimeError("database is away"))
     listening = listener(queue, Here(), over)
     asking = asyncio.create_task(listening.ask())
@@ -167,6 +167,8 @@ async def test_who_cannot_answer_is_asked_again_later() -> None:
         await listening.handle([cancel_of("t")])
         await eventually(lambda tries=tries: over.asked == tries, "it is asked")  # type: ignore[misc]
     assert queue.handed_back == ["m-t", "m-t", "m-t"]
+    assert caplog.messages == ["cannot find out whether cancelled tasks are over, trying again: database is away"]
+    assert "Traceback" not in caplog.text
     asking.cancel()
 
 
