@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from dagster_taskiq.settings import Settings
     from dagster_taskiq.sqs.admin import QueueStatus
     from dagster_taskiq.storage.heartbeats import Heartbeat
+    from dagster_taskiq.storage.waiting import WaitingRuns
 
 T = TypeVar("T")
+_ANSWER_S: Final = 15.0
+"""For the database; the queues are shown without it."""
 
 
 @click.group()
@@ -76,23 +79,40 @@ def status(config_file: Path | None, *, as_json: bool) -> None:
 
     Where there is a $DAGSTER_HOME, also how many runs wait for a worker, for how long, and why; and which messages
     living workers have found to be of no use: those come again, ever more rarely, until they expire or are purged.
+    With --json that is in `runs_waiting` and `unusable` of the work queue; null: the database was not asked.
 
     \b
     Example:
       dagster-taskiq queue status
       dagster-taskiq queue status --json | jq '.[] | select(.role == "work").visible'
     """
+    import asyncio
+
+    from dagster_taskiq._lane import Lane
     from dagster_taskiq.cli.configured import configured
+    from dagster_taskiq.cli.explain import explain
     from dagster_taskiq.errors import QueueMissing
     from dagster_taskiq.sqs.admin import queue_status
 
     settings = configured(config_file)
     queues = _ask(settings, lambda client: queue_status(client, settings.queue_url))
+    trouble = None
+    try:
+        runs = asyncio.run(Lane("the database", _ANSWER_S).call(_look_at_runs, settings))
+    except Exception as error:  # noqa: BLE001 - what was asked for are the queues, and they have answered
+        runs, trouble = None, f"runs that wait: {explain(error) or repr(error)}"
     if as_json:
-        click.echo(json.dumps([{"name": queue.name, **asdict(queue)} for queue in queues], indent=2))
+        of_work = {
+            "runs_waiting": runs and {**asdict(runs.waiting), "why": runs.why},
+            "unusable": runs and runs.unusable,
+        }
+        listed = [{"name": one.name, **asdict(one), **(of_work if one.role == "work" else {})} for one in queues]
+        click.echo(json.dumps(listed, indent=2))
     else:
         _show(queues)
-        _show_waiting(settings)
+        _show_runs(runs)
+    if trouble is not None:
+        click.echo(trouble, err=True)
     missing = [warning for queue in queues if not queue.exists for warning in queue.warnings]
     if missing:
         raise QueueMissing(missing[0])
@@ -121,32 +141,51 @@ def _show(queues: "Sequence[QueueStatus]") -> None:
         console.print(f"[yellow]warning[/yellow] {warning}", highlight=False, soft_wrap=True)
 
 
-def _show_waiting(settings: "Settings") -> None:
-    """Messages are not runs: some wait in Dagster's own queue, and of others only the message is left."""
+@dataclass(frozen=True, slots=True)
+class _Runs:
+    """What Dagster's database knows. Messages are not runs: some wait in Dagster's queue, others are only messages."""
+
+    waiting: "WaitingRuns"
+    why: str
+    unusable: "Sequence[Mapping[str, Any]]"
+    """Of the work queue and the steps queue."""
+
+
+def _look_at_runs(settings: "Settings") -> _Runs | None:
+    """None where no instance is configured. Raises what Dagster and its database raise."""
     import os
 
     if not os.environ.get("DAGSTER_HOME"):
-        return
+        return None
     from dagster import DagsterInstance
 
-    from dagster_taskiq.cli.explain import explain
     from dagster_taskiq.queue_names import queue_name
     from dagster_taskiq.storage.heartbeats import Heartbeats
-    from dagster_taskiq.storage.waiting import describe_waiting
+    from dagster_taskiq.storage.waiting import waiting_runs, why_runs_wait
     from dagster_taskiq.storage.workers import list_workers
 
-    try:
-        with DagsterInstance.get() as instance:
-            waiting = describe_waiting(instance, settings, list_workers(instance, settings))
-            unusable = _unusable(Heartbeats.of_runs(instance, settings).living(), queue_name(settings.queue_url))
-    except Exception as error:  # noqa: BLE001 - what was asked for are the queues, and they have answered
-        waiting, unusable = f"runs that wait: {explain(error) or repr(error)}", []
-    click.echo(waiting or "no run waits for a worker")
-    for line in unusable:
-        click.echo(line)
+    with DagsterInstance.get() as instance:
+        living = Heartbeats.of_runs(instance, settings).living()
+        return _Runs(
+            waiting_runs(instance),
+            why_runs_wait(list_workers(instance, settings), settings),
+            _unusable(living, queue_name(settings.queue_url)),
+        )
 
 
-def _unusable(heartbeats: "Iterable[Heartbeat]", queue_name: str) -> list[str]:
+def _show_runs(runs: _Runs | None) -> None:
+    if runs is None:
+        return
+    click.echo(runs.waiting.described(runs.why) or "no run waits for a worker")
+    for message in runs.unusable:
+        again = datetime.fromtimestamp(message["again_at"], UTC)
+        click.echo(
+            f"message {message['id']} is of no use to any worker: received {message['received']} times,"
+            f" comes again at {again:%Y-%m-%d %H:%M} UTC: {message['why']}"
+        )
+
+
+def _unusable(heartbeats: "Iterable[Heartbeat]", queue_name: str) -> "list[Mapping[str, Any]]":
     """The messages of which workers report that nobody can use them: only workers know, by having received them."""
     found: dict[str, Mapping[str, Any]] = {}
     for heartbeat in heartbeats:
@@ -154,11 +193,7 @@ def _unusable(heartbeats: "Iterable[Heartbeat]", queue_name: str) -> list[str]:
             known = found.get(message["id"])
             if known is None or known["received"] < message["received"]:
                 found[message["id"]] = message
-    return [
-        f"message {message['id']} is of no use to any worker: received {message['received']} times,"
-        f" comes again at {datetime.fromtimestamp(message['again_at'], UTC):%Y-%m-%d %H:%M} UTC: {message['why']}"
-        for message in sorted(found.values(), key=lambda one: -one["received"])
-    ]
+    return sorted(found.values(), key=lambda one: -one["received"])
 
 
 def _duration(seconds: int) -> str:

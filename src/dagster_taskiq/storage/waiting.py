@@ -34,6 +34,13 @@ class WaitingRuns:
     count: int
     oldest_s: float
 
+    def described(self, why: str) -> str | None:
+        """One line about all of them; None when there is none. `why`: as `why_runs_wait` says it."""
+        if not self.count:
+            return None
+        many = f"{self.count} runs wait, the oldest" if self.count > 1 else "1 run waits,"
+        return f"{many} for {self.oldest_s:.0f} s: {why}"
+
 
 def waiting_runs(instance: DagsterInstance) -> WaitingRuns:
     """The runs in Dagster's queue, and those that were handed over and are not at work yet. Blocks on the database.
@@ -47,16 +54,12 @@ def waiting_runs(instance: DagsterInstance) -> WaitingRuns:
 
 def describe_waiting(instance: DagsterInstance, settings: Settings, workers: Sequence[WorkerInfo]) -> str | None:
     """One line about all runs that wait; None when none does. `workers`: those of `list_workers`."""
-    waiting = waiting_runs(instance)
-    if not waiting.count:
-        return None
-    many = f"{waiting.count} runs wait, the oldest" if waiting.count > 1 else "1 run waits,"
-    return f"{many} for {waiting.oldest_s:.0f} s: {_why(workers, settings)}"
+    return waiting_runs(instance).described(why_runs_wait(workers, settings))
 
 
 def describe_wait(instance: DagsterInstance, settings: Settings, run_id: str) -> str:
     """One line about a run that no worker has: for how long it has waited, how many are older, and why."""
-    why = _why(list_workers(instance, settings), settings)
+    why = why_runs_wait(list_workers(instance, settings), settings)
     record = instance.get_run_record_by_id(run_id)
     if record is None:
         return "it was deleted"
@@ -100,7 +103,7 @@ class WaitNotes:
         records = self._instance.get_run_records(due, limit=_NOTES_AT_ONCE, ascending=True)
         if not records:
             return
-        why = _why(list_workers(self._instance, self._settings), self._settings)
+        why = why_runs_wait(list_workers(self._instance, self._settings), self._settings)
         first = records[0].create_timestamp
         older = self._instance.get_runs_count(RunsFilter(statuses=_STATUSES, created_before=first))
         for number, record in enumerate(records):
@@ -113,7 +116,8 @@ def _utc(at: float) -> datetime:
     return datetime.fromtimestamp(at, UTC)
 
 
-def _why(workers: Sequence[WorkerInfo], settings: Settings) -> str:
+def why_runs_wait(workers: Sequence[WorkerInfo], settings: Settings) -> str:
+    """What keeps runs from a worker, as far as the heartbeats tell. `workers`: those of `list_workers`."""
     queue = queue_name(settings.queue_url)
     serving = [one for one in workers if one.state == ALIVE and one.runs and one.queue in (None, queue)]
     if not serving:

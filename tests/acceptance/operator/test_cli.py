@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,10 +14,13 @@ from uuid import uuid4
 import pytest
 import yaml
 from click.testing import CliRunner
+from dagster import DagsterInstance, DagsterRunStatus
+from dagster._core.test_utils import create_run_for_test
 from tests.support.moto import CREDENTIALS, create_queues, free_port, sqs_client
 from tests.support.platform import ENTRYPOINT
 
 from dagster_taskiq.cli import main
+from dagster_taskiq.storage.heartbeats import Heartbeats
 
 pytestmark = pytest.mark.acceptance
 
@@ -164,6 +168,36 @@ def test_status_counts_what_waits(desk: Desk) -> None:
     desk.launcher()
     listed = json.loads(desk.ask("queue", "status", "--json").out)
     assert [(queue["role"], queue["visible"]) for queue in listed] == [("work", 1), ("steps", 0), ("cancels", 0)]
+
+
+def test_status_for_programs_says_what_waits_and_what_is_of_no_use(desk: Desk) -> None:
+    desk.launcher()
+    message = {"id": "m", "why": "unreadable", "received": 3, "again_at": 1_800_000_000}
+    with DagsterInstance.from_config(str(desk.home)) as instance:
+        create_run_for_test(instance, status=DagsterRunStatus.STARTING)
+        facts = {"slots": [1, 0], "queue": desk.queue_url.rpartition("/")[2], "unusable": [message]}
+        Heartbeats(instance, 15, 10).beat("worker", facts)
+    work, steps, _ = json.loads(desk.ask("queue", "status", "--json").out)
+    assert (work["runs_waiting"]["count"], work["unusable"]) == (1, [message])
+    assert work["runs_waiting"]["oldest_s"] >= 0
+    assert "1 of 1 slots are free" in work["runs_waiting"]["why"]
+    assert "runs_waiting" not in steps
+    shown = desk.ask("queue", "status").out
+    assert "1 run waits, for " in shown
+    assert "message m is of no use to any worker: received 3 times" in shown
+
+
+def test_status_of_the_queues_comes_without_the_database(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["dagster_taskiq.cli.queue"], "_ANSWER_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it accepts, and never answers
+        url = f"postgresql+psycopg2://nobody@127.0.0.1:{silent.getsockname()[1]}/dagster"
+        desk.launcher()
+        configured = yaml.safe_load((desk.home / "dagster.yaml").read_text())
+        desk.write("dagster.yaml", configured | {"storage": {"postgres": {"postgres_url": url}}})
+        ended = desk.ask("queue", "status", "--json")
+        work = json.loads(ended.out)[0]
+        assert (ended.code, work["exists"], work["runs_waiting"], work["unusable"]) == (0, True, None, None)
+        assert "runs that wait: " in ended.err
 
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["executor's run configuration", "bare keys"])
