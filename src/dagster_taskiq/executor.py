@@ -44,14 +44,13 @@ from dagster_taskiq.storage.event_log import StepRef
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.step_claims import StepClaims
 from dagster_taskiq.storage.tags import grace_of
-from dagster_taskiq.tasks.producer import Producer, work_message
+from dagster_taskiq.tasks.producer import Producer, result_of, work_message
 
 if TYPE_CHECKING:
     from dagster_taskiq.cancellable_broker import CancellableSQSBroker
 
 logger = logging.getLogger(__name__)
 
-_REQUEST_TIMEOUT_S: Final = 30.0
 _MOST_STATE: Final = 750_000
 """Characters of packed state that fit into a message of SQS (1 MiB), which has them in base64 once more."""
 
@@ -178,7 +177,7 @@ class SQSStepHandler(TaskiqStepHandler):
         `PayloadUnavailable` when that cannot be written, a `QueueError` or `TimeoutError`.
         """
         group = job_name if self._settings.is_fair_queue else None
-        return self._producer.submit(lambda broker: self._send(broker, messages, group)).result(_REQUEST_TIMEOUT_S)
+        return result_of(self._producer.submit(lambda broker: self._send(broker, messages, group)))
 
     async def _send(
         self, broker: "CancellableSQSBroker", messages: Sequence[StepMessage], group: str | None
@@ -220,7 +219,7 @@ class SQSStepHandler(TaskiqStepHandler):
             reason = cancellation.reason if cancellation is not None else None
             by = (cancellation.requested_by if cancellation is not None else None) or "the run of the step"
             asking = self._producer.submit(lambda broker: broker.cancel_tasks(task_ids, reason=reason, requested_by=by))
-            failed = asking.result(_REQUEST_TIMEOUT_S).failed
+            failed = result_of(asking).failed
         except (DagsterTaskiqError, TimeoutError, RuntimeError) as error:
             failed = {"all": str(error) or repr(error)}
         for why in sorted(set(failed.values())):

@@ -42,7 +42,7 @@ from dagster_taskiq.storage.tags import (
     tag_launched_run,
 )
 from dagster_taskiq.storage.waiting import describe_wait
-from dagster_taskiq.tasks.producer import Producer, work_message
+from dagster_taskiq.tasks.producer import REQUEST_TIMEOUT_S, Producer, result_of, work_message
 
 if TYPE_CHECKING:
     from dagster_taskiq.cancellable_broker import CancellableSQSBroker
@@ -51,7 +51,6 @@ logger = logging.getLogger(__name__)
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-_REQUEST_TIMEOUT_S: Final = 10
 _DATABASE_S: Final = 60.0
 """For all that one call of Dagster needs of the database."""
 _HEAD_START_S: Final = 0.05
@@ -175,12 +174,13 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
     def _send(self, run: DagsterRun, task_name: str, task_id: str) -> None:
         group = run.job_name if self.settings.is_fair_queue else None
         try:
-            self._producer.submit(
+            request = self._producer.submit(
                 lambda broker: broker.kick(work_message(broker, task_name, task_id, group, {"run_id": run.run_id}))
-            ).result(_REQUEST_TIMEOUT_S)
+            )
+            result_of(request)
         except TimeoutError as error:
             raise QueueUnreachable(
-                f"{self.settings.queue_url} did not answer within {_REQUEST_TIMEOUT_S} s; the run was not launched."
+                f"{self.settings.queue_url} did not answer within {REQUEST_TIMEOUT_S} s; the run was not launched."
                 " Look at the endpoint and at the network, then launch it again"
             ) from error
 
@@ -261,7 +261,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             return CancelOutcome.WITHDRAWN
         outcome = CancelOutcome.ASKED
         try:
-            (request or self._request_cancel(task_id, **asked_by)).result(_REQUEST_TIMEOUT_S)
+            result_of(request or self._request_cancel(task_id, **asked_by))
         except Exception as error:  # noqa: BLE001 - whatever it is, the status is written, and the run will be stopped
             outcome = CancelOutcome.MARKED
             self._append(
