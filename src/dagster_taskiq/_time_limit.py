@@ -34,6 +34,16 @@ def time_limit(within_s: float) -> Iterator[None]:
         _limits.until = outer
 
 
+def check_time() -> None:
+    """Raise `TimeoutError` when the time of this thread is over: nobody waits for it any more.
+
+    To be called before a write that somebody else may have made, or must no longer be made, by then.
+    """
+    until = limited_until()
+    if until is not None and time.monotonic() > until:
+        raise TimeoutError("the time for this is over")
+
+
 def limited_until() -> float | None:
     """When the time of this thread is over, by `time.monotonic`; None without a limit."""
     until: float | None = getattr(_limits, "until", None)

@@ -7,6 +7,7 @@ import asyncio
 import getpass
 import logging
 import socket
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, Final
@@ -140,7 +141,8 @@ def clean_up_run(
     with ExitStack() as stack:
         instance = instance or stack.enter_context(DagsterInstance.get())
         run, launcher = _run(instance, run_id), _launcher(instance)
-        owner = Claims(instance, Heartbeats.of_runs(instance, launcher.settings)).owner(run_id)
+        claims = Claims(instance, Heartbeats.of_runs(instance, launcher.settings))
+        owner = claims.owner(run_id)
         if run.status not in FINISHED_STATUSES:
             who = f"worker {owner.worker_id} has it" if owner is not None else "no worker has it yet"
             raise DagsterTaskiqError(f"run {run_id} is {run.status.value}, and {who}; cancel it, and wait for its end")
@@ -148,6 +150,9 @@ def clean_up_run(
         cancelled = run.status is DagsterRunStatus.CANCELED
         if not record.failures and not (cancelled and record.due):
             return False
+        if cancelled and record.due and owner is not None and owner.in_doubt:
+            time.sleep(claims.heartbeats.confirm_s)  # one look cannot tell that a worker is dead
+            owner = claims.owner(run_id)
         if cancelled and record.due and owner is not None and owner.alive:
             raise DagsterTaskiqError(f"worker {owner.worker_id} is cleaning up after run {run_id}; wait for its end")
         with capture_interrupts():

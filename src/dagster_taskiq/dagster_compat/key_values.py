@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from dagster import DagsterInstance, DagsterRunStatus
 
+from dagster_taskiq._time_limit import check_time
 from dagster_taskiq.errors import DagsterTaskiqError
 
 if TYPE_CHECKING:
@@ -34,10 +35,14 @@ def read_values(instance: DagsterInstance, keys: Iterable[str]) -> dict[str, str
 
 
 def insert_value(instance: DagsterInstance, key: str, value: str) -> bool:
-    """Set a key of Dagster's key-value storage that is not there yet. False: it is. One statement decides that."""
+    """Set a key of Dagster's key-value storage that is not there yet. False: it is. One statement decides that.
+
+    Raises `TimeoutError` when the thread's `time_limit` is over.
+    """
     from dagster._core.storage.runs.schema import KeyValueStoreTable
     from sqlalchemy.exc import IntegrityError
 
+    check_time()  # a claim that comes late would be nobody's
     try:
         with _sql_storage(instance).connect() as connection:
             connection.execute(KeyValueStoreTable.insert().values(key=key, value=value))
@@ -49,11 +54,13 @@ def insert_value(instance: DagsterInstance, key: str, value: str) -> bool:
 def replace_value(instance: DagsterInstance, key: str, old: str, new: str) -> bool:
     """Set a key of Dagster's key-value storage that has the value `old`. False: it has another one, or is not there.
 
-    One statement decides that. `new` must differ from `old`: MySQL counts only rows that have changed.
+    One statement decides that. `new` must differ from `old`: MySQL counts only rows that have changed. Raises
+    `TimeoutError` when the thread's `time_limit` is over.
     """
     from dagster._core.storage.runs.schema import KeyValueStoreTable
 
     table = KeyValueStoreTable.c
+    check_time()
     update = KeyValueStoreTable.update().where(table.key == key).where(table.value == old).values(value=new)
     with _sql_storage(instance).connect() as connection:
         return int(connection.execute(update).rowcount) == 1
@@ -68,8 +75,10 @@ def delete_value(instance: DagsterInstance, key: str, value: str) -> None:
         connection.execute(KeyValueStoreTable.delete().where(table.key == key).where(table.value == value))
 
 
-def values_between(instance: DagsterInstance, low: str, high: str) -> dict[str, str]:
+def values_between(instance: DagsterInstance, low: str, high: str, at_most: int | None = None) -> dict[str, str]:
     """The keys of Dagster's key-value storage from `low` to before `high`, and their values: by its index.
+
+    `at_most`: only so many of them, the first ones.
 
     A search for a prefix reads the whole table of a PostgreSQL whose collation is not "C". In any other one punctuation
     may not count, so the keys and both limits must begin with the same characters, and go on with digits and letters.
@@ -79,6 +88,8 @@ def values_between(instance: DagsterInstance, low: str, high: str) -> dict[str, 
 
     table = KeyValueStoreTable.c
     query = db_select([table.key, table.value]).where(table.key >= low).where(table.key < high)
+    if at_most is not None:
+        query = query.order_by(table.key).limit(at_most)
     with _sql_storage(instance).connect() as connection:
         return {row[0]: row[1] for row in connection.execute(query).fetchall()}
 

@@ -88,6 +88,8 @@ class Claims:
         self.heartbeats = heartbeats
         self.without_message = without_message or heartbeats
         self._mine: dict[str, Claim] = {}
+        self._over: dict[str, Claim] = {}
+        """Those that are to be deleted, until the database has answered."""
 
     @classmethod
     def of(cls, instance: DagsterInstance, settings: Settings) -> "Claims":
@@ -170,10 +172,17 @@ class Claims:
         return self._swap(run_id, seen, seen.worker_id, seen.task_id, ClaimState.GIVEN_UP) is not None
 
     def forget(self, run_id: str) -> None:
-        """Delete this process's claim on a run that is final."""
-        claim = self._mine.pop(run_id, None)
+        """Delete this process's claim on a run that is final. When that raises, it may be tried again."""
+        # No longer ours before the row is gone, or `lost` would find it lost.
+        claim = self._mine.pop(run_id, None) or self._over.get(run_id)
         if claim is not None:
+            self._over[run_id] = claim
             delete_value(self.instance, _key(run_id), claim.stored)
+            self._over.pop(run_id, None)
+
+    def disown(self, run_id: str) -> None:
+        """Know no longer of a claim whose row is another worker's, or gone."""
+        self._mine.pop(run_id, None)
 
     # Is it still ours?
 
@@ -188,8 +197,14 @@ class Claims:
         return {
             run_id: claim
             for run_id, claim in mine.items()
+            # What has ended meanwhile, or was claimed anew, is not lost; nor is what this worker is just releasing.
+            if self._mine.get(run_id) is claim
             # A row that was deleted belongs to a run that somebody else has brought to its end.
-            if run_id not in now or (now[run_id].epoch, now[run_id].state) != (claim.epoch, ClaimState.HELD)
+            and (
+                run_id not in now
+                or now[run_id].worker_id != claim.worker_id
+                or now[run_id].state is ClaimState.GIVEN_UP
+            )
         }
 
     def holds(self, run_id: str) -> bool:

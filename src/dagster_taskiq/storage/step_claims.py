@@ -1,19 +1,21 @@
 """Who works on one attempt of a step? One row per attempt in Dagster's key-value storage: claimed once, and for ever.
 
-Knows that storage; not SQS, not processes, not who is alive. All calls block on the database. As in `claims`, the
+Knows that storage; not SQS, not processes. All calls block on the database. As in `claims`, the
 events are written after the row, and decide nothing; the run's executor follows the events.
 """
 
 import hashlib
 import json
 import logging
+import secrets
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Final
 
-from dagster import DagsterInstance, DagsterRun
+from dagster import DagsterInstance, DagsterRun, RunsFilter
 
+from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
 from dagster_taskiq.dagster_compat.key_values import (
     delete_values_between,
     insert_value,
@@ -21,9 +23,10 @@ from dagster_taskiq.dagster_compat.key_values import (
     replace_value,
     values_between,
 )
-from dagster_taskiq.dagster_compat.retry import retry_storage
+from dagster_taskiq.dagster_compat.storage import delete_values, outages
 from dagster_taskiq.storage.engine_events import EngineEvent, picked_up, released
 from dagster_taskiq.storage.event_log import StepRef, append_event
+from dagster_taskiq.storage.heartbeats import Heartbeats
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +34,8 @@ _PREFIX: Final = "dagster-taskiq/step/"
 _DIGEST_BYTES: Final = 10
 """Two of these, in hexadecimal, and the prefix fit into the 64 characters that MySQL's unique index has of a key."""
 _AFTER_HEX: Final = "g"
+_LOOKED_AT_ONCE: Final = 2_000
+_BATCH: Final = 500
 
 
 class StepState(StrEnum):
@@ -65,20 +70,26 @@ class StepClaims:
     def __init__(self, instance: DagsterInstance) -> None:
         self._instance = instance
 
-    def claim(self, run: DagsterRun, step: StepRef, worker_id: str, where: str) -> str:
-        """Claim an attempt that nobody has; the worker that has it now: this one, or the one that was quicker."""
+    def claim(self, run: DagsterRun, step: StepRef, worker_id: str, where: str) -> StepClaim:
+        """Claim an attempt that nobody has. The claim as it is now: this worker's, or that of who has it, or had it.
+
+        An earlier try of this worker, whose answer was lost, is gone on with. Raises what the database raises also when
+        only the event could not be written, for which the run's executor waits: then try again.
+        """
         mine = StepClaim(run.run_id, step.step_key, step.task_id, worker_id, StepState.HELD)
         key = _key(run.run_id, step.task_id)
         while not insert_value(self._instance, key, mine.stored):
             found = self.read(run.run_id, [step.task_id]).get(step.task_id)
             if found is None:
                 continue  # deleted in between
+            if found == mine:
+                break  # the event may be missing; twice does no harm
             if found.state is not StepState.RELEASED:
-                return found.worker_id
+                return found
             if replace_value(self._instance, key, found.stored, mine.stored):
                 break
         self._note(run, step, picked_up(worker_id, step.task_id, where))
-        return worker_id
+        return mine
 
     def find(self, run_id: str, step: StepRef) -> StepClaim | None:
         """The claim of who has, or had, the attempt, alive or not: it is never started a second time."""
@@ -86,8 +97,11 @@ class StepClaims:
         return found if found is not None and found.state is not StepState.RELEASED else None
 
     def release(self, run: DagsterRun, step: StepRef, worker_id: str, why: str) -> None:
-        """Give up an attempt that was not begun, so that another worker may have it."""
-        if self._change(run.run_id, step, worker_id, StepState.RELEASED):
+        """Give up an attempt that was not begun, so that another worker may have it.
+
+        Raises what the database raises also when only the event could not be written: then try again.
+        """
+        if self._change(run.run_id, step, worker_id, StepState.RELEASED) or self._has_released(run, step, worker_id):
             self._note(run, step, released(worker_id, step.task_id, why))
 
     def end(self, run_id: str, step: StepRef, worker_id: str) -> bool:
@@ -116,12 +130,43 @@ class StepClaims:
         new = replace(held, state=state)
         return replace_value(self._instance, _key(run_id, step.task_id), held.stored, new.stored)
 
+    def _has_released(self, run: DagsterRun, step: StepRef, worker_id: str) -> bool:
+        """At an earlier try, of which the answer or the event was lost."""
+        found = self.read(run.run_id, [step.task_id]).get(step.task_id)
+        return found is not None and (found.worker_id, found.state) == (worker_id, StepState.RELEASED)
+
     def _note(self, run: DagsterRun, step: StepRef, event: EngineEvent) -> None:
         try:
-            # The run's executor waits for it.
-            retry_storage(lambda: append_event(self._instance, run, event, step.step_key), "write an engine event")
+            append_event(self._instance, run, event, step.step_key)
+        except outages():
+            raise  # it is worth another try: the run's executor waits for it
         except Exception:  # the row decides
             logger.exception("engine event could not be written", extra={"run_id": run.run_id})
+
+
+def forget_old_step_claims(instance: DagsterInstance, heartbeats: Heartbeats) -> None:
+    """Delete the claims on steps of runs that are finished, or were deleted, and that nobody works on any more.
+
+    For runs that no worker of ours has ended: those of another run launcher, and those whose worker died. Looks at a
+    part of the rows, where there are many.
+    """
+    values = values_between(instance, _PREFIX + "0", _PREFIX + _AFTER_HEX, _LOOKED_AT_ONCE)
+    if len(values) == _LOOKED_AT_ONCE:  # or else what goes on there would hide the others
+        start = _PREFIX + secrets.token_hex(2)
+        values |= values_between(instance, start, _PREFIX + _AFTER_HEX, _LOOKED_AT_ONCE)
+    claims = {key: _parsed(value) for key, value in values.items()}
+    alive = heartbeats.alive({claim.worker_id for claim in claims.values() if claim.state is StepState.HELD})
+    left = {
+        key: claim.run_id
+        for key, claim in claims.items()
+        if claim.state is not StepState.HELD or claim.worker_id not in alive
+    }
+    run_ids = sorted(set(left.values()))
+    for start_at in range(0, len(run_ids), _BATCH):
+        some = run_ids[start_at : start_at + _BATCH]
+        runs = instance.get_runs(RunsFilter(run_ids=some))
+        over = set(some) - {run.run_id for run in runs if run.status not in FINISHED_STATUSES}
+        delete_values(instance, [key for key, run_id in left.items() if run_id in over])
 
 
 def _range(run_id: str) -> tuple[str, str]:

@@ -203,8 +203,10 @@ def admit_step(instance: DagsterInstance, claims: StepClaims, step: StepRef, can
     if why is not None or run is None:
         return Decision(Action.DROP, why or "")  # without a trace in the log
     owner = claims.claim(run, step, candidate.worker_id, candidate.where)
-    if owner != candidate.worker_id:
-        return Decision(Action.DROP, f"worker {owner} claimed it first")
+    if owner.worker_id != candidate.worker_id:
+        return Decision(Action.DROP, f"worker {owner.worker_id} claimed it first")
+    if owner.state is StepState.OVER:
+        return Decision(Action.DROP, "this worker had it before, under another message")
     run = instance.get_run_by_id(candidate.run_id)
     why = _reason_to_drop_step(run)
     if why is None:

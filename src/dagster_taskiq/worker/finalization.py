@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from dagster import DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus
 
+from dagster_taskiq._time_limit import check_time
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.cleanup.record import NO_CLEANUP, CleanupRecord, cleanup_record
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES, MAX_RETRIES_TAG
@@ -19,6 +20,7 @@ from dagster_taskiq.dagster_compat.execution import failure_of_a_handler, unexpe
 from dagster_taskiq.dagster_compat.storage import deserialize_entry
 from dagster_taskiq.process.supervise import ChildEnd
 from dagster_taskiq.sqs.settlement import Settlement
+from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.engine_events import cleanup_failed, finished_all_the_same, left_behind
 from dagster_taskiq.storage.event_log import append_event, run_will_resume
 from dagster_taskiq.storage.status_repair import restore, terminal_events, true_status
@@ -171,15 +173,17 @@ def _is_cancelled(
     return forced and kind is not CancelKind.LEASE_LOST
 
 
-def fail(instance: DagsterInstance, run_id: str, why: str) -> bool:
+def fail(instance: DagsterInstance, claims: Claims, run_id: str, why: str) -> bool:
     """The worker that had the run is gone, and nobody goes on with it: report that, and free what it held.
 
-    False, and nothing is written, when the run is no longer STARTED.
+    False, and nothing is written, when the run is no longer STARTED, or no longer this worker's: its steps had time to
+    stop, or the database was away, and somebody else may have resumed it meanwhile.
     """
     run = instance.get_run_by_id(run_id)
-    if run is None or run.status is not DagsterRunStatus.STARTED:
+    if run is None or run.status is not DagsterRunStatus.STARTED or not claims.holds(run_id):
         return False
     instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+    check_time()
     instance.report_run_failed(run, why, unexpected_termination())
     return True
 
@@ -190,6 +194,7 @@ def conclude(instance: DagsterInstance, conclusion: Conclusion, end: ChildEnd | 
     if run is None:
         return
     _free_what_it_held(instance, run, end)
+    check_time()  # another try looks again how the run has to end
     failures = conclusion.cleanup.failures
     if action is FinalAction.CANCELED and failures:
         if instance.run_retries_enabled:

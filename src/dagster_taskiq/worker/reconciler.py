@@ -37,6 +37,9 @@ _LEADERS_TURNS: Final = 2.5
 _RESIGNS_WITHIN_S: Final = 0.5
 _AT_ONCE: Final = 4
 """Cancellations that are finished side by side. They take no slots: nothing but cleanup handlers is started."""
+_BATCH: Final = 100
+_ENOUGH: Final = 100
+"""Lost runs of one look, each of which takes a query: a look has seconds, and no more can be begun at once anyway."""
 _NO_CLAIM: Final = ""
 _GOES_ON: Final = {DagsterRunStatus.STARTING, DagsterRunStatus.STARTED}
 _IS_STOPPED: Final = {DagsterRunStatus.CANCELING, DagsterRunStatus.CANCELED}
@@ -70,7 +73,7 @@ class LostRuns:
         self._queue = queue_name(context.settings.queue_url)
 
     def look(self) -> list[LostRun]:
-        """Those that are due."""
+        """Those that are due; when there are very many, some of them, what is to be stopped first."""
         claims = self._context.claims
         rows, canceling = claims.unfinished()
         me = self._context.worker_id
@@ -88,9 +91,16 @@ class LostRuns:
         for run_id in self._tried.keys() - marks.keys():
             self._tried.pop(run_id, None)
         due = [run_id for run_id, (_, since) in self._since.items() if now - since >= self._patience_s]
-        runs = self._context.instance.get_runs(RunsFilter(run_ids=due)) if due else []
-        found = [self._lost(run, rows.get(run.run_id), now) for run in runs]
-        return [lost for lost in found if lost is not None]
+        random.shuffle(due)  # those for which there is no slot must not stand before the others for ever
+        due.sort(key=lambda run_id: run_id not in canceling)
+        found: list[LostRun] = []
+        for start in range(0, len(due), _BATCH):
+            runs = self._context.instance.get_runs(RunsFilter(run_ids=due[start : start + _BATCH]))
+            lost = [self._lost(run, rows.get(run.run_id), now) for run in runs]
+            found += [run for run in lost if run is not None]
+            if len(found) >= _ENOUGH:
+                break
+        return found
 
     def next_look_in(self, every_s: float) -> float:
         """Seconds until the next look: sooner when something is lost, or may be."""

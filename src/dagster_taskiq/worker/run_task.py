@@ -130,10 +130,13 @@ class RunWork:
         run = context.instance.get_run_by_id(candidate.run_id)
         # As it is stored: the answer to a claim may have been lost.
         claim = context.claims.read([candidate.run_id]).get(candidate.run_id)
-        if run is None or claim is None or claim.state is not ClaimState.HELD:
+        ours = claim is not None and (
+            (claim.worker_id, claim.task_id, claim.state) == (candidate.worker_id, candidate.task_id, ClaimState.HELD)
+        )
+        if run is None or not ours:
+            context.claims.disown(candidate.run_id)
             return
-        if (claim.worker_id, claim.task_id) == (candidate.worker_id, candidate.task_id):
-            context.claims.release(run, "it could not be carried out here", claim)
+        context.claims.release(run, "it could not be carried out here", claim)
 
     async def _follow(self, decision: Decision, candidate: Candidate, task: RunningTask) -> Settled:
         context, run = self._context, decision.run
@@ -145,7 +148,7 @@ class RunWork:
             return Settled(Settlement.DELETE)
         if decision.action is Action.FAIL:
             await stop_steps(context, run)
-            if await context.lane.call(fail, context.instance, run.run_id, decision.why):
+            if await context.lane.call(fail, context.instance, context.claims, run.run_id, decision.why):
                 forget = context.forget_claims
                 await context.through_outages(lambda: forget(run.run_id), "delete the claims on a run that is final")
                 return Settled(Settlement.DELETE)

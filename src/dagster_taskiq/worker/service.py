@@ -7,6 +7,7 @@ still received); then, or at a second signal, children are interrupted without a
 import asyncio
 import logging
 import os
+import random
 import secrets
 import signal
 import socket
@@ -42,7 +43,7 @@ from dagster_taskiq.sqs.client import WARM_UP as SQS_WARM_UP
 from dagster_taskiq.sqs.s3_payloads import PayloadBucket
 from dagster_taskiq.storage.claims import Claims, forget_old_claims
 from dagster_taskiq.storage.heartbeats import Heartbeats
-from dagster_taskiq.storage.step_claims import StepClaims
+from dagster_taskiq.storage.step_claims import StepClaims, forget_old_step_claims
 from dagster_taskiq.storage.step_state import forget_old_states
 from dagster_taskiq.storage.tags import TASK_ID_TAG
 from dagster_taskiq.tasks.cancel_listener import CancelListener
@@ -60,8 +61,9 @@ from dagster_taskiq.worker.step_task import StepWork
 logger = logging.getLogger(__name__)
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
-_MEASURE_EVERY_S: Final = 60
 _LONGEST_FACT: Final = 256
+_HOUSEKEEPING_EVERY_S: Final = 6 * 3_600
+"""And at the start of each worker."""
 _IS_OVER_S: Final = 5.0
 """Whether a run is over, for messages that may as well be handed on."""
 
@@ -308,10 +310,17 @@ class Worker:
         logger.debug("worker is ready")
         if on_ready is not None:
             on_ready(self.worker_id)
-        with suppress(Exception):  # housekeeping; the next worker does it as well
+        while True:
+            await self._keep_house()
+            await asyncio.sleep(_HOUSEKEEPING_EVERY_S * random.uniform(0.5, 1.5))  # noqa: S311 - not all at once
+
+    async def _keep_house(self) -> None:
+        """Delete what nobody came to delete."""
+        with suppress(Exception):  # the next worker does it as well
             await self._lane.call(self._heartbeats.forget_the_long_dead)
             await self._lane.call(forget_old_states, self._instance)
             await self._lane.call(forget_old_claims, self._instance, self._heartbeats)
+            await self._lane.call(forget_old_step_claims, self._instance, self._heartbeats)
 
     async def _stop_what_does_not_finish(
         self, receivers: Sequence[CancellableReceiver], reconciler: Reconciler | None, context: WorkerContext

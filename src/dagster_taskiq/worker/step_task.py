@@ -100,17 +100,35 @@ class StepWork:
             return had_before or admit_step(context.instance, context.step_claims, step, candidate)
 
         while True:
-            decision = await retry_async(
-                lambda: context.lane.call(look_and_claim),
-                doing="look up a step",
-                for_s=DATABASE_RETRY_S,
-                until=lambda: task.signal.is_shutdown,
-            )
+            try:
+                decision = await retry_async(
+                    lambda: context.lane.call(look_and_claim),
+                    doing="look up a step",
+                    for_s=DATABASE_RETRY_S,
+                    until=lambda: task.signal.is_shutdown,
+                )
+            except Exception:
+                if looked:  # a claim of ours would keep everybody, this worker included, from ever beginning it
+                    await self._release_unbegun(message.run_id, step)
+                raise
             if decision.action is not Action.LOOK_AGAIN:
                 return decision
             if task.signal.is_shutdown:
                 return Decision(Action.HAND_BACK, "the worker shuts down")
             await asyncio.sleep(context.heartbeats_of_steps.confirm_s)
+
+    async def _release_unbegun(self, run_id: str, step: StepRef) -> None:
+        context = self._context
+
+        def release() -> None:
+            run = context.instance.get_run_by_id(run_id)
+            if run is not None:
+                context.step_claims.release(run, step, context.worker_id, "it could not be carried out here")
+
+        try:
+            await context.through_outages(release, "release a claim", at_least_s=0)
+        except Exception:
+            logger.exception("a claim could not be released", extra={"run_id": run_id, "task_id": step.task_id})
 
     async def _execute(self, message: StepMessage, decision: Decision, run: DagsterRun, task: RunningTask) -> Settled:
         context, signal, step = self._context, task.signal, StepRef(message.step_key, message.task_id)

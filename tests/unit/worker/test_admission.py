@@ -6,16 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, job
+from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus, job
 from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
 from dagster._core.storage.tags import BACKFILL_ID_TAG
 
+from dagster_taskiq._time_limit import time_limit
 from dagster_taskiq.storage.claims import Claim, Claims, ClaimState, forget_old_claims
 from dagster_taskiq.storage.engine_events import Stage
 from dagster_taskiq.storage.event_log import read_engine_events
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.tags import TASK_ID_TAG
 from dagster_taskiq.worker.admission import Action, Candidate, admit_run
+from dagster_taskiq.worker.finalization import fail
 
 ME, OTHER, TASK = "me-1", "other-1", "task-1"
 START, CANCELING = DagsterEventType.RUN_START, DagsterEventType.RUN_CANCELING
@@ -258,6 +260,50 @@ def test_the_claim_of_a_run_that_is_final_is_deleted(world: World) -> None:
     world.claims.forget(run.run_id)
     assert world.claims.read([run.run_id]) == {}
     assert not world.claims.holds(run.run_id)
+
+
+def test_a_claim_that_could_not_be_deleted_is_deleted_at_the_next_try(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = world.run()
+    assert world.decide(run.run_id) is Action.START
+
+    def refuse() -> None:
+        raise OSError("the database is away")
+
+    with monkeypatch.context() as away:
+        away.setattr(world.instance.run_storage, "connect", refuse)
+        with pytest.raises(OSError, match="away"):
+            world.claims.forget(run.run_id)
+    world.claims.forget(run.run_id)
+    assert world.claims.read([run.run_id]) == {}
+
+
+def test_a_claim_that_comes_too_late_is_not_made(world: World) -> None:
+    """Who asked for it has given up, and has released what it found; a claim now would be nobody's."""
+    run = world.run()
+    theirs = world.claimed_by(run, OTHER, alive=False)
+    seen = world.row(run)
+    for claimed in (None, seen):
+        with time_limit(0), pytest.raises(TimeoutError):
+            world.claims.take(run, ME, TASK, "here", claimed)
+    assert world.row(run) == seen
+    theirs.forget(run.run_id)
+    with time_limit(0), pytest.raises(TimeoutError):
+        world.claims.take(run, ME, TASK, "here", None)
+    assert world.claims.read([run.run_id]) == {}
+
+
+def test_a_run_that_was_taken_over_is_not_failed_by_who_had_it_before(world: World) -> None:
+    """Its steps had their time to stop, or the database was away for long."""
+    run = world.run(START)
+    world.claimed_by(run, OTHER, alive=False)
+    assert world.decide(run.run_id) is Action.FAIL
+    third = Claims(world.instance, world.claims.heartbeats)
+    assert third.take(run, "third", "task-2", "there", world.row(run))
+    assert not fail(world.instance, world.claims, run.run_id, "worker other-1, which had it, is gone")
+    assert world.instance.get_runs()[0].status is DagsterRunStatus.STARTED
+    assert fail(world.instance, third, run.run_id, "worker me-1, which had it, is gone")
 
 
 def test_claims_that_nobody_came_to_delete_are_forgotten(world: World) -> None:

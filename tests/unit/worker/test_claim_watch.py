@@ -80,6 +80,19 @@ async def test_what_is_still_its_own_goes_on(world: World) -> None:
     assert await world.context.still_ours(RUN)
 
 
+async def test_what_it_releases_or_claims_anew_itself_is_not_lost(world: World) -> None:
+    """The watch may look between the change of the row and the moment that this process knows of it."""
+    mine, same_worker = (
+        world.context.claims.mine(world.run.run_id),
+        Claims(world.instance, world.context.claims.heartbeats),
+    )
+    same_worker.release(world.run, "no child could be started", mine)
+    await world.watch.look()
+    assert same_worker.take(world.run, "me", RUN, "here", same_worker.read([world.run.run_id])[world.run.run_id])
+    await world.watch.look()
+    assert world.cancelled == {}
+
+
 async def test_a_run_that_another_worker_has_taken_over_is_stopped_and_a_step_of_it_is_not(world: World) -> None:
     take_over(world)
     await world.watch.look()

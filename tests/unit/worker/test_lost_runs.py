@@ -14,6 +14,7 @@ from dagster_taskiq.storage.engine_events import submitted
 from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.tags import TASK_ID_TAG
+from dagster_taskiq.worker import reconciler
 from dagster_taskiq.worker.reconciler import LostRuns
 
 ME, OTHER, TASK = "me-1", "other-1", "task-1"
@@ -189,3 +190,19 @@ def test_while_something_is_lost_it_looks_more_often(world: World) -> None:
     assert world.lost.next_look_in(60) == PATIENCE_S
     world.due(after_s=PATIENCE_S - 1)
     assert world.lost.next_look_in(60) == PATIENCE_S / 4
+
+
+def test_of_very_many_it_gives_some_and_first_those_that_are_to_be_stopped(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes a query, and a look has seconds: it must not fail because a whole region has died."""
+    monkeypatch.setattr(reconciler, "_BATCH", 2)
+    monkeypatch.setattr(reconciler, "_ENOUGH", 2)
+    for _ in range(6):
+        world.claimed(world.run(START), alive=False)
+    stopped = world.run(START, CANCELING)
+    world.claimed(stopped, alive=False)
+    assert world.due() == []
+    found = world.due(after_s=PATIENCE_S)
+    assert len(found) == 2
+    assert (stopped.run_id, "execute_run") in found

@@ -1,9 +1,10 @@
 """What the event log tells of steps, and what may be started: on Dagster's own in-memory storage."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, job
@@ -15,15 +16,22 @@ from dagster_taskiq import _retry
 from dagster_taskiq._lane import Lane
 from dagster_taskiq.cancellation.signal import CancelSignal
 from dagster_taskiq.dagster_compat.execution import KnownExecutionState, describe_state, needs_history, rebuild_state
-from dagster_taskiq.messages import step_task_id
+from dagster_taskiq.messages import StepMessage, step_task_id
 from dagster_taskiq.process.supervise import ChildEnd
+from dagster_taskiq.settings import Settings
+from dagster_taskiq.storage import step_claims
+from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.engine_events import EngineEvent, Stage, picked_up, released, step_lost, tree_gone
 from dagster_taskiq.storage.event_log import RunLog, StepRef, append_event, read_engine_events
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.running_steps import RunningSteps
-from dagster_taskiq.storage.step_claims import StepClaims, StepState
+from dagster_taskiq.storage.step_claims import StepClaim, StepClaims, StepState, forget_old_step_claims
+from dagster_taskiq.tasks.running_task import RunningTask
+from dagster_taskiq.worker import step_task
 from dagster_taskiq.worker.admission import Action, Candidate, Decision, admit_step, admit_step_again
+from dagster_taskiq.worker.context import WorkerContext
 from dagster_taskiq.worker.event_writer import EventWriter
+from dagster_taskiq.worker.step_task import StepWork
 
 ME, OTHER = "me-1", "other-1"
 STEP = "load"
@@ -226,7 +234,7 @@ def test_a_step_of_no_run_is_dropped(world: World) -> None:
 def test_a_cancel_between_the_claim_and_the_second_look_is_seen(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     claim = world.claims.claim
 
-    def claim_and_be_overtaken(*args: Any) -> str:
+    def claim_and_be_overtaken(*args: Any) -> StepClaim:
         owner = claim(*args)
         world.report(DagsterEventType.RUN_CANCELING)
         return owner
@@ -261,7 +269,7 @@ def test_a_claim_that_failed_half_way_is_gone_on_with(world: World, monkeypatch:
 def test_an_attempt_that_another_worker_claimed_is_never_started_again(
     world: World, over: bool, received_before: bool
 ) -> None:
-    assert world.claims.claim(world.run, world.step(), OTHER, "there") == OTHER
+    assert world.claims.claim(world.run, world.step(), OTHER, "there").worker_id == OTHER
     if over:
         world.claims.end(world.run.run_id, world.step(), OTHER)
     decision = world.decide(received_before=received_before)
@@ -294,6 +302,96 @@ def test_a_step_whose_message_comes_again_and_whose_worker_is_silent_is_reported
     *_, (_, facts) = read_engine_events(world.instance, world.run.run_id, step)
     assert f"worker {OTHER}" in facts["why"]
     assert bool(facts["may be tried again"]) is going_on
+
+
+def test_a_second_message_of_an_attempt_that_has_ended_here_is_dropped(world: World) -> None:
+    """SQS delivers a message twice now and then, and a run that is resumed sends it again: each for the first time."""
+    assert world.decide().action is Action.START
+    world.claims.end(world.run.run_id, world.step(), ME)
+    assert world.decide().action is Action.DROP
+
+
+@contextmanager
+def events_are_refused(world: World) -> Iterator[None]:
+    """The database fails between the row and the event."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OperationalError("insert", None, OSError("away"))
+
+    with pytest.MonkeyPatch.context() as away:
+        away.setattr(world.instance, "handle_new_event", refuse)
+        yield
+
+
+def test_what_the_executor_waits_for_is_written_at_the_next_try(world: World) -> None:
+    with events_are_refused(world), pytest.raises(OperationalError):
+        world.decide()
+    assert world.decide().action is Action.START
+    assert world.at_work() == world.claimed() == {world.task(): ME}
+    with events_are_refused(world), pytest.raises(OperationalError):
+        world.claims.release(world.run, world.step(), ME, "no child could be started")
+    world.claims.release(world.run, world.step(), ME, "no child could be started")
+    assert world.at_work() == world.claimed() == {}
+
+
+@pytest.mark.anyio
+async def test_a_step_that_could_not_be_looked_up_is_not_kept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its claim was written; the worker, which lives on, would keep everybody from ever beginning it."""
+    answers = iter([world.run])  # the first look; then the database is away until the worker has given up
+    get_run = world.instance.get_run_by_id
+
+    def look(run_id: str) -> DagsterRun | None:
+        if world.stages() != [Stage.PICKED_UP]:
+            return get_run(run_id)
+        if next(answers, None) is None:
+            return get_run(run_id)
+        raise OSError("the database is away")
+
+    monkeypatch.setattr(world.instance, "get_run_by_id", look)
+    monkeypatch.setattr(step_task, "DATABASE_RETRY_S", 0.0)
+    message = StepMessage(world.run.run_id, STEP, 1, "deferred", reexecution=False, state="")
+    context: Any = WorkerContext(
+        instance=world.instance,
+        settings=Settings(queue_url="http://127.0.0.1/1/q", region_name="us-east-1"),
+        claims=Claims(world.instance, world.heartbeats),
+        step_claims=world.claims,
+        heartbeats_of_steps=world.heartbeats,
+        processes=cast("Any", None),
+        worker_id=ME,
+        where="here",
+        cancel_tasks=cast("Any", None),
+    )
+
+    task = RunningTask(message.task_id, settle=cast("Any", None), awaits_signal=True)
+    with task.entered():
+        await StepWork(context, None).carry_out(message.to_kwargs())
+    assert world.stages() == [Stage.PICKED_UP, Stage.RELEASED]
+    assert world.decide(received_before=True).action is Action.START
+
+
+def test_claims_on_steps_that_nobody_came_to_delete_are_forgotten(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run that another launcher has ended, no worker deletes them; however many go on."""
+    monkeypatch.setattr(step_claims, "_LOOKED_AT_ONCE", 2)
+    monkeypatch.setattr(step_claims, "_BATCH", 1)
+    finished, deleted, at_work = (world.instance.create_run_for_job(nothing) for _ in range(3))
+    for run in (world.run, finished, deleted, at_work):
+        world.claims.claim(run, world.step(), OTHER, "there")
+        if run is not at_work:
+            world.claims.end(run.run_id, world.step(), OTHER)
+    for run in (finished, at_work):
+        world.instance.report_run_canceled(run)
+    world.instance.delete_run(deleted.run_id)
+    world.heartbeats.beat(OTHER)
+    left: set[str] = set()
+    for _ in range(200):  # each time a part, from another place on
+        forget_old_step_claims(world.instance, world.heartbeats)
+        runs = (world.run, finished, deleted, at_work)
+        left = {run.run_id for run in runs if world.claims.read(run.run_id, [world.task()])}
+        if len(left) == 2:
+            break
+    assert left == {world.run.run_id, at_work.run_id}
 
 
 def test_an_attempt_that_was_given_back_is_started(world: World) -> None:
