@@ -169,8 +169,9 @@ def admit_step_again(
 ) -> Decision | None:
     """For a message that was received before: if anybody has claimed the step, this worker included, it is not started.
 
-    DROP, unless that worker is dead: the message has come again because nobody renews its lease, and the heartbeat is
-    old, too. Then LOST, which is the first one's to say. LOOK_AGAIN: call this again after `heartbeats.confirm_s`.
+    DROP, when it is over. HAND_BACK, as long as that worker may be alive: a message comes again up to a quarter of the
+    visibility timeout before the heartbeat of a dead one is old enough, and it is the only one who tells of the death.
+    LOOK_AGAIN: call this again after `heartbeats.confirm_s`. When it is dead, the step is reported lost, and then DROP.
     """
     claim = claims.find(candidate.run_id, step)
     if claim is None:
@@ -181,7 +182,9 @@ def admit_step_again(
     alive, in_doubt = heartbeats.look([claim.worker_id])
     if in_doubt:
         return Decision(Action.LOOK_AGAIN, f"the heartbeat of worker {claim.worker_id}, which had it, is old")
-    if alive or not claims.end(candidate.run_id, step, claim.worker_id):
+    if alive:
+        return Decision(Action.HAND_BACK, f"worker {claim.worker_id} is at work on it")
+    if not claims.end(candidate.run_id, step, claim.worker_id):
         return had_it
     run = instance.get_run_by_id(candidate.run_id)
     if run is not None:
