@@ -183,7 +183,9 @@ class Fleet:
         return sorted(self._home.glob("worker-*.log"))
 
     def is_up(self) -> bool:
-        return sum(b" ready" in log.read_bytes() for log in self.logs) >= WORKERS
+        """Whether each worker, in its present life, receives."""
+        logs = [max(self._home.glob(f"worker-{which}-*.log"), default=None) for which in range(WORKERS)]
+        return all(log is not None and b" ready" in log.read_bytes() for log in logs)
 
     def pid(self, which: int) -> int | None:
         with self._lock:
@@ -491,6 +493,8 @@ def bad_day(
             wait_until(fleet.is_up, "the fleet is up", within=90)
             day.carry_out(plan_of(seed, seconds))
             _wait_for_the_end(platform, day, sqs)
+            # One that is stopped before it can handle signals ends as any program does.
+            wait_until(fleet.is_up, "every worker is up again", within=90)
         finally:
             codes = fleet.close()
         faults = Counter({f"{fault.name} {action}": count for (fault, action, _), count in sqs.done.items()})
