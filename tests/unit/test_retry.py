@@ -1,12 +1,15 @@
 """What failed and may work later is tried again, and the log says so once."""
 
 import asyncio
+import time
 
 import pytest
 from tests.support.eventually import eventually
 
 from dagster_taskiq import _retry
 from dagster_taskiq._retry import retry_async, retry_blocking
+from dagster_taskiq._time_limit import time_limit
+from dagster_taskiq.dagster_compat.retry import retry_storage
 
 pytestmark = pytest.mark.anyio
 
@@ -81,3 +84,12 @@ async def test_a_cancellation_ends_the_waiting(monkeypatch: pytest.MonkeyPatch) 
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
+
+
+def test_patience_with_the_database_ends_with_the_time_of_its_thread() -> None:
+    """Nobody waits for it any more; it must not go on for minutes, and write when the database is back."""
+    service, began = Service(*[TimeoutError("away")] * 1_000), time.monotonic()
+    with pytest.raises(TimeoutError), time_limit(0.1):
+        retry_storage(service.ask, "ask")
+    assert time.monotonic() - began < 20
+    assert 0 < service.calls < 1_000

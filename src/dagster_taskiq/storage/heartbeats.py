@@ -3,6 +3,7 @@
 Knows that storage and time; not runs, not SQS, not processes. All calls block on the database.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +17,9 @@ from dagster_taskiq.dagster_compat.storage import delete_values, put_value, valu
 from dagster_taskiq.settings import Settings
 
 _PREFIX: Final = "dagster-taskiq/heartbeat/"
+_LONGEST_KEY: Final = 64
+"""MySQL's unique index has so many characters of a key, and names of hosts are long."""
+_DIGEST_BYTES: Final = 10
 _FORGOTTEN_AFTER_S: Final = 7 * 24 * 3_600
 
 
@@ -95,8 +99,8 @@ class Heartbeats:
         if not wanted:
             return set(), set()
         cursors = self._instance.daemon_cursor_storage
-        found = self._read(lambda: cursors.get_cursor_values({_PREFIX + name for name in wanted}))
-        verdicts = {name: self._judge(name, found.get(_PREFIX + name)) for name in wanted}
+        found = self._read(lambda: cursors.get_cursor_values({_key(name) for name in wanted}))
+        verdicts = {name: self._judge(name, found.get(_key(name))) for name in wanted}
         return {name for name in wanted if verdicts[name] == "alive"}, {
             name for name in wanted if verdicts[name] == "in doubt"
         }
@@ -108,7 +112,7 @@ class Heartbeats:
         """
         found = self._read(lambda: values_under(self._instance, _PREFIX))
         beats = [_heartbeat(key, value) for key, value in found.items()]
-        verdicts = {beat.worker_id: self._judge(beat.worker_id, found[_PREFIX + beat.worker_id]) for beat in beats}
+        verdicts = {beat.worker_id: self._judge(beat.worker_id, found[_key(beat.worker_id)]) for beat in beats}
         known = self._living
         self._living = {
             name
@@ -124,7 +128,7 @@ class Heartbeats:
     def forget_the_long_dead(self) -> None:
         """Delete the heartbeats of workers that have written none for a week."""
         oldest = self._clock() - _FORGOTTEN_AFTER_S
-        delete_values(self._instance, [_PREFIX + last.worker_id for last in self.last() if last.at < oldest])
+        delete_values(self._instance, [_key(last.worker_id) for last in self.last() if last.at < oldest])
 
     def _read(self, read: Callable[[], Mapping[str, str]]) -> Mapping[str, str]:
         try:
@@ -135,7 +139,7 @@ class Heartbeats:
             raise
 
     def _judge(self, worker_id: str, value: str | None) -> str:
-        last = _heartbeat(_PREFIX + worker_id, value) if value is not None else None
+        last = _heartbeat("", value) if value is not None else None
         with self._lock:
             if last is not None and last.gone:
                 return "dead"
@@ -154,7 +158,17 @@ class Heartbeats:
             return "dead" if now - since >= self._confirm_s else "in doubt"
 
     def _write(self, worker_id: str, value: Mapping[str, Any]) -> None:
-        put_value(self._instance, _PREFIX + worker_id, json.dumps(value))
+        key = _key(worker_id)
+        named = {} if key == _PREFIX + worker_id else {"worker": worker_id}
+        put_value(self._instance, key, json.dumps({**value, **named}))
+
+
+def _key(worker_id: str) -> str:
+    key = _PREFIX + worker_id
+    if len(key) <= _LONGEST_KEY:
+        return key
+    digest = hashlib.blake2s(worker_id.encode(), digest_size=_DIGEST_BYTES).hexdigest()
+    return f"{key[: _LONGEST_KEY - len(digest) - 1]}~{digest}"
 
 
 def _is_older(value: str | None, before: str | None) -> bool:
@@ -164,4 +178,5 @@ def _is_older(value: str | None, before: str | None) -> bool:
 def _heartbeat(key: str, value: str) -> Heartbeat:
     facts = json.loads(value)
     at, gone = float(facts.pop("at")), bool(facts.pop("gone", False))
-    return Heartbeat(key.removeprefix(_PREFIX), at, gone, facts)
+    worker_id = str(facts.pop("worker", key.removeprefix(_PREFIX)))
+    return Heartbeat(worker_id, at, gone, facts)

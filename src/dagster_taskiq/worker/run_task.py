@@ -130,13 +130,14 @@ class RunWork:
         run = context.instance.get_run_by_id(candidate.run_id)
         # As it is stored: the answer to a claim may have been lost.
         claim = context.claims.read([candidate.run_id]).get(candidate.run_id)
-        ours = claim is not None and (
-            (claim.worker_id, claim.task_id, claim.state) == (candidate.worker_id, candidate.task_id, ClaimState.HELD)
-        )
-        if run is None or not ours:
+        if claim is None or claim.worker_id != candidate.worker_id:
             context.claims.disown(candidate.run_id)
-            return
-        context.claims.release(run, "it could not be carried out here", claim)
+        elif (claim.task_id, claim.state) != (candidate.task_id, ClaimState.HELD):
+            return  # that of older work on the run, which goes on here
+        elif run is None:
+            context.claims.forget(candidate.run_id)
+        else:
+            context.claims.release(run, "it could not be carried out here", claim)
 
     async def _follow(self, decision: Decision, candidate: Candidate, task: RunningTask) -> Settled:
         context, run = self._context, decision.run

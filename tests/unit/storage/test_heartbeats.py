@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 from dagster import DagsterInstance
 
+from dagster_taskiq.dagster_compat.storage import values_under
 from dagster_taskiq.storage.heartbeats import Heartbeats
 
 DEAD_AFTER, CONFIRM = 15.0, 10.0
@@ -155,3 +156,18 @@ def test_all_of_them_are_listed_until_they_are_forgotten(world: World) -> None:
     world.here.forget_the_long_dead()
     (left,) = world.here.last()
     assert (left.worker_id, left.at, left.facts) == ("w", world.workers_clock, {"work": []})
+
+
+def test_long_names_are_told_apart_by_what_mysql_has_of_a_key(world: World) -> None:
+    """Its unique index has 64 characters: of two lives of a worker on a host with a long name the key was the same."""
+    first, second = (f"ip-10-0-112-123.eu-central-1.compute.internal-{life}" for life in ("1a2b3c4d", "5e6f7a8b"))
+    world.there.beat(first, {"where": "here"})
+    world.there.gone(second)
+    keys = values_under(world.instance, "dagster-taskiq/heartbeat/")
+    assert len({key[:64] for key in keys}) == 2
+    assert world.here.look({first, second, "w"}) == ({first}, {"w"})
+    assert [(beat.worker_id, dict(beat.facts)) for beat in world.here.living()] == [(first, {"where": "here"})]
+    assert {beat.worker_id for beat in world.here.last()} == {first, second}
+    world.wait(8 * 86_400)
+    world.here.forget_the_long_dead()
+    assert world.here.last() == []

@@ -1,5 +1,6 @@
 """What a worker does that has lost a run, or may lose it soon: on Dagster's own in-memory storage."""
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -15,8 +16,11 @@ from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.step_claims import StepClaims
+from dagster_taskiq.tasks.running_task import RunningTask
+from dagster_taskiq.worker import run_task
 from dagster_taskiq.worker.claim_watch import ClaimWatch
 from dagster_taskiq.worker.context import WorkerContext
+from dagster_taskiq.worker.run_task import RunWork
 
 pytestmark = pytest.mark.anyio
 
@@ -91,6 +95,44 @@ async def test_what_it_releases_or_claims_anew_itself_is_not_lost(world: World) 
     assert same_worker.take(world.run, "me", RUN, "here", same_worker.read([world.run.run_id])[world.run.run_id])
     await world.watch.look()
     assert world.cancelled == {}
+
+
+async def test_a_message_that_cannot_be_followed_takes_nothing_from_older_work(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run was resumed, and its new message is here, where the older work still goes on; the database fails."""
+    older, newer = (RunningTask(task_id, settle=cast("Any", None), awaits_signal=True) for task_id in (RUN, "task-2"))
+    world.context.at_work[world.run.run_id] = older, asyncio.Event()
+    get_run, answers = world.instance.get_run_by_id, iter(["away"])
+
+    def look(run_id: str) -> DagsterRun | None:
+        if next(answers, None) is None:
+            return get_run(run_id)
+        raise OSError("the database is away")
+
+    monkeypatch.setattr(world.instance, "get_run_by_id", look)
+    with newer.entered():
+        await RunWork(world.context).carry_out("resume_run", world.run.run_id)
+    assert world.context.claims.holds(world.run.run_id)
+    await world.watch.look()
+    assert world.cancelled == {}
+
+
+async def test_work_that_another_worker_has_meanwhile_is_known_no_longer(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or else the watch would look after it as long as the worker lives."""
+
+    def look(_: str) -> DagsterRun | None:
+        raise OSError("the database is away")
+
+    take_over(world)
+    newer = RunningTask(RUN, settle=cast("Any", None), awaits_signal=True)
+    with monkeypatch.context() as away, newer.entered():
+        away.setattr(run_task, "DATABASE_RETRY_S", 0.0)
+        away.setattr(run_task, "admit_run", lambda *_: look(""))
+        await RunWork(world.context).carry_out("execute_run", world.run.run_id)
+    assert world.context.claims.mine(world.run.run_id) is None
 
 
 async def test_a_run_that_another_worker_has_taken_over_is_stopped_and_a_step_of_it_is_not(world: World) -> None:
