@@ -54,8 +54,9 @@ class ClaimWatch:
         context.is_cut_off = silent_s > context.settings.cut_off_after_s
         if context.is_cut_off:
             why = Cancellation(CancelKind.SHUTDOWN, f"{CUT_OFF} for {silent_s:.0f} s")
-            for task_id in list(context.active):
+            for task_id, active in list(context.active.items()):
                 self._cancel(task_id, why)
+                active.lost.set(why)  # a cleanup goes on when its run was cancelled, but not beside another one
 
     async def _watch_rows(self) -> NoReturn:
         while True:

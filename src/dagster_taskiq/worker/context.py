@@ -40,7 +40,7 @@ class ActiveTask:
     step_key: str | None = None
     since: float = field(default_factory=time)
     lost: CancelSignal = field(default_factory=CancelSignal, compare=False)
-    """Set when another worker has taken it over."""
+    """Set when another worker has taken it over, or soon may."""
 
 
 @dataclass(slots=True)

@@ -154,6 +154,7 @@ async def test_a_worker_that_cannot_beat_stops_everything_before_others_may_take
     assert {task_id: one.kind for task_id, one in world.cancelled.items()} == dict.fromkeys(
         (RUN, STEP), CancelKind.SHUTDOWN
     )
+    assert world.context.active[RUN].lost.is_set, "its cleanup, too"
     gone_by = SETTINGS.cut_off_after_s + SETTINGS.heartbeat_every_s + world.context.grace_s(world.run)
     assert gone_by < SETTINGS.given_up_after_s + SETTINGS.death_confirmed_after_s
     world.context.heard_at = world.now
