@@ -38,7 +38,7 @@ from dagster_taskiq.launcher import CONFIG_FIELDS, TaskiqRunLauncher
 from dagster_taskiq.messages import EXECUTE_STEP, StepMessage, pack
 from dagster_taskiq.queue_names import queue_name
 from dagster_taskiq.settings import TOP_LEVEL_KEYS, Settings
-from dagster_taskiq.sqs.s3_payloads import PayloadBucket
+from dagster_taskiq.sqs.s3_payloads import WITHIN_S, PayloadBucket
 from dagster_taskiq.storage import engine_events
 from dagster_taskiq.storage.event_log import StepRef
 from dagster_taskiq.storage.heartbeats import Heartbeats
@@ -53,6 +53,8 @@ logger = logging.getLogger(__name__)
 
 _MOST_STATE: Final = 750_000
 """Characters of packed state that fit into a message of SQS (1 MiB), which has them in base64 once more."""
+_KEEP_APART_S: Final = WITHIN_S + 5
+"""For one state, in S3; closing the client included."""
 
 EXECUTOR_FIELDS: Final[Mapping[str, Any]] = {
     **CONFIG_FIELDS,
@@ -101,6 +103,10 @@ def taskiq_executor(init_context: InitExecutorContext) -> Executor:
         tag_concurrency_limits=config.get("tag_concurrency_limits"),
         step_dependency_config=dependencies,
     )
+
+
+def _is_large(message: StepMessage) -> bool:
+    return len(message.state or "") > _MOST_STATE
 
 
 class SQSStepHandler(TaskiqStepHandler):
@@ -177,12 +183,13 @@ class SQSStepHandler(TaskiqStepHandler):
         `PayloadUnavailable` when that cannot be written, a `QueueError` or `TimeoutError`.
         """
         group = job_name if self._settings.is_fair_queue else None
+        self._keep_apart_what_is_large(messages)
         return result_of(self._producer.submit(lambda broker: self._send(broker, messages, group)))
 
     async def _send(
         self, broker: "CancellableSQSBroker", messages: Sequence[StepMessage], group: str | None
     ) -> dict[str, str]:
-        arguments = [await self._arguments(message) for message in messages]
+        arguments = [self._arguments(message) for message in messages]
         return await broker.kick_all(
             [
                 work_message(broker, EXECUTE_STEP, message.task_id, group, given)
@@ -190,11 +197,17 @@ class SQSStepHandler(TaskiqStepHandler):
             ]
         )
 
-    async def _arguments(self, message: StepMessage) -> dict[str, Any]:
-        if len(message.state or "") > _MOST_STATE:
-            await self._keep_apart(message)
-            return {**message.to_kwargs(), "state": None}
-        return message.to_kwargs()
+    def _arguments(self, message: StepMessage) -> dict[str, Any]:
+        return {**message.to_kwargs(), "state": None} if _is_large(message) else message.to_kwargs()
+
+    def _keep_apart_what_is_large(self, messages: Sequence[StepMessage]) -> None:
+        """One after the other, each with the time that a slow S3 may need: SQS has to answer much sooner."""
+
+        def keep_apart(message: StepMessage) -> None:
+            result_of(self._producer.submit(lambda _: self._keep_apart(message), within_s=_KEEP_APART_S), _KEEP_APART_S)
+
+        for message in filter(_is_large, messages):
+            keep_apart(message)
 
     async def _keep_apart(self, message: StepMessage) -> None:
         if self._settings.payload_bucket is None:

@@ -46,15 +46,18 @@ class Producer(Generic[_Broker]):
         self._stop_when_dropped: weakref.finalize[..., Producer[_Broker]] | None = None
         _producers.add(self)
 
-    def submit(self, request: Callable[[_Broker], Awaitable[_T]]) -> "Future[_T]":
-        """Begin a request. Its future has a `TimeoutError` when it has taken `REQUEST_TIMEOUT_S`; then it is over."""
+    def submit(self, request: Callable[[_Broker], Awaitable[_T]], *, within_s: float | None = None) -> "Future[_T]":
+        """Begin a request. Its future has a `TimeoutError` when it has taken so many seconds; then it is over.
+
+        `within_s`: default `REQUEST_TIMEOUT_S`.
+        """
         with self._lock:
             if self._open is None:
                 self._open = _Connection(self._make_broker(), self._name)
                 # For who drops a producer and does not close it. At exit there is `_close_all`, which also waits.
                 self._stop_when_dropped = weakref.finalize(self, self._open.stop)
                 self._stop_when_dropped.atexit = False
-            return self._open.submit(request)
+            return self._open.submit(request, REQUEST_TIMEOUT_S if within_s is None else within_s)
 
     def close(self) -> None:
         """Close the client and end its thread, within 1.5 s; the next request opens another one."""
@@ -89,11 +92,11 @@ class _Connection(Generic[_Broker]):
         self._thread = threading.Thread(target=self._live, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, request: Callable[[_Broker], Awaitable[_T]]) -> "Future[_T]":
-        return asyncio.run_coroutine_threadsafe(self._bounded(request), self._loop)
+    def submit(self, request: Callable[[_Broker], Awaitable[_T]], within_s: float) -> "Future[_T]":
+        return asyncio.run_coroutine_threadsafe(self._bounded(request, within_s), self._loop)
 
-    async def _bounded(self, request: Callable[[_Broker], Awaitable[_T]]) -> _T:
-        async with asyncio.timeout(REQUEST_TIMEOUT_S):
+    async def _bounded(self, request: Callable[[_Broker], Awaitable[_T]], within_s: float) -> _T:
+        async with asyncio.timeout(within_s):
             return await request(self._broker)
 
     def stop(self) -> None:
@@ -149,13 +152,13 @@ os.register_at_fork(after_in_child=_forget_all)
 atexit.register(_close_all)
 
 
-def result_of(request: "Future[_T]") -> _T:
-    """What a request answers, or raises; `TimeoutError` after `REQUEST_TIMEOUT_S`. Ctrl-C ends the wait soon.
+def result_of(request: "Future[_T]", within_s: float | None = None) -> _T:
+    """What a request answers, or raises; `TimeoutError` after its bound, as in `submit`. Ctrl-C ends the wait soon.
 
     It waits in pieces: CPython loses the wake-up of a signal that comes just before a wait on a lock begins, and would
     handle that signal when the wait is over (seen once in forty times on a busy machine).
     """
-    until = time.monotonic() + REQUEST_TIMEOUT_S
+    until = time.monotonic() + (REQUEST_TIMEOUT_S if within_s is None else within_s)
     while not request.done() and (left_s := until - time.monotonic()) > 0:
         wait({request}, timeout=min(_WAIT_S, left_s))
     return request.result(0)
