@@ -44,6 +44,8 @@ class StepState(StrEnum):
     HELD = "held"
     OVER = "over"
     """Its process tree is gone. Nobody else ever has this attempt."""
+    LOST = "lost"
+    """As OVER, because its worker was found dead. Whoever found it may not have written the event yet."""
     RELEASED = "released"
     """It has not been begun, and another worker may have it."""
 
@@ -107,6 +109,10 @@ class StepClaims:
     def end(self, run_id: str, step: StepRef, worker_id: str) -> bool:
         """The process tree of that worker's attempt is gone. False: it had not got it, or this was known."""
         return self._change(run_id, step, worker_id, StepState.OVER)
+
+    def lose(self, run_id: str, step: StepRef, worker_id: str) -> bool:
+        """That worker, which has the attempt, is dead. False: it has not got it any more."""
+        return self._change(run_id, step, worker_id, StepState.LOST)
 
     def read(self, run_id: str, task_ids: Iterable[str]) -> dict[str, StepClaim]:
         """The claims on these attempts, by task id, in one query."""

@@ -17,8 +17,8 @@ from dagster_taskiq.cleanup.record import cleanup_record
 from dagster_taskiq.dagster_compat.api import BACKFILL_ID_TAG, FINISHED_STATUSES
 from dagster_taskiq.dagster_compat.storage import backfill_status
 from dagster_taskiq.storage.claims import Claim, Claims, ClaimState
-from dagster_taskiq.storage.engine_events import step_lost
-from dagster_taskiq.storage.event_log import StepRef, append_event, run_will_resume
+from dagster_taskiq.storage.engine_events import Stage, step_lost
+from dagster_taskiq.storage.event_log import StepRef, append_event, read_engine_events, run_will_resume
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.step_claims import StepClaims, StepState
 from dagster_taskiq.storage.tags import TASK_ID_TAG, add_own_tags, own_tags
@@ -179,19 +179,24 @@ def admit_step_again(
     had_it = Decision(Action.DROP, f"worker {claim.worker_id} had it before")
     if claim.state is StepState.OVER or claim.worker_id == candidate.worker_id:
         return had_it
-    alive, in_doubt = heartbeats.look([claim.worker_id])
-    if in_doubt:
-        return Decision(Action.LOOK_AGAIN, f"the heartbeat of worker {claim.worker_id}, which had it, is old")
-    if alive:
-        return Decision(Action.HAND_BACK, f"worker {claim.worker_id} is at work on it")
-    if not claims.end(candidate.run_id, step, claim.worker_id):
-        return had_it
+    if claim.state is StepState.HELD:
+        alive, in_doubt = heartbeats.look([claim.worker_id])
+        if in_doubt:
+            return Decision(Action.LOOK_AGAIN, f"the heartbeat of worker {claim.worker_id}, which had it, is old")
+        if alive:
+            return Decision(Action.HAND_BACK, f"worker {claim.worker_id} is at work on it")
+        if not claims.lose(candidate.run_id, step, claim.worker_id):
+            return had_it
     run = instance.get_run_by_id(candidate.run_id)
-    if run is not None:
+    if run is not None and not _is_reported_lost(instance, run, step):
         why = f"worker {claim.worker_id}, which had step {step.step_key}, is gone"
         may_retry = run.status is DagsterRunStatus.STARTED
         append_event(instance, run, step_lost(claim.worker_id, step.task_id, why, retry=may_retry), step.step_key)
     return had_it
+
+
+def _is_reported_lost(instance: DagsterInstance, run: DagsterRun, step: StepRef) -> bool:
+    return any(stage is Stage.STEP_LOST for stage, _ in read_engine_events(instance, run.run_id, step))
 
 
 def admit_step(instance: DagsterInstance, claims: StepClaims, step: StepRef, candidate: Candidate) -> Decision:
@@ -208,7 +213,7 @@ def admit_step(instance: DagsterInstance, claims: StepClaims, step: StepRef, can
     owner = claims.claim(run, step, candidate.worker_id, candidate.where)
     if owner.worker_id != candidate.worker_id:
         return Decision(Action.DROP, f"worker {owner.worker_id} claimed it first")
-    if owner.state is StepState.OVER:
+    if owner.state is not StepState.HELD:
         return Decision(Action.DROP, "this worker had it before, under another message")
     run = instance.get_run_by_id(candidate.run_id)
     why = _reason_to_drop_step(run)

@@ -396,6 +396,19 @@ def test_claims_on_steps_that_nobody_came_to_delete_are_forgotten(
     assert left == {world.run.run_id, at_work.run_id}
 
 
+def test_that_a_step_is_lost_is_said_at_the_next_try(world: World) -> None:
+    """The database fails between the row and the event: then the run would learn of it only minutes later."""
+    world.claims.claim(world.run, world.step(), OTHER, "there")
+    world.now += 10
+    assert world.decide(received_before=True).action is Action.LOOK_AGAIN
+    world.now += 4
+    with events_are_refused(world), pytest.raises(OperationalError):
+        world.decide(received_before=True)
+    assert world.decide(received_before=True).action is Action.DROP
+    assert world.stages() == [Stage.PICKED_UP, Stage.STEP_LOST]
+    assert world.claimed() == world.at_work() == {}
+
+
 def test_an_attempt_that_was_given_back_is_started(world: World) -> None:
     world.claims.claim(world.run, world.step(), OTHER, "there")
     world.claims.release(world.run, world.step(), OTHER, "no child could be started")
