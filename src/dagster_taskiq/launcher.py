@@ -253,7 +253,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             if (over := repair_late_canceling(self._instance, run.run_id)) is not None:
                 # Our own message can have been that quick.
                 return CancelOutcome.ASKED if over is DagsterRunStatus.CANCELED else CancelOutcome.NOTHING
-        if waiting and self._owner(run.run_id) is None:
+        if waiting and self._is_unclaimed(run.run_id):
             # Status written, then the claims read: a worker that claims from now on reads CANCELING.
             if reason or requested_by != engine_events.UNKNOWN_AUTHOR:
                 self._append(run, engine_events.requested(task_id, reason, requested_by))
@@ -362,6 +362,14 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         if self._known_claims is None:
             self._known_claims = Claims.of(self._instance, self.settings)
         return self._known_claims
+
+    def _is_unclaimed(self, run_id: str) -> bool:
+        """Whether no worker has it. False when that cannot be read: a worker that may have it is told."""
+        try:
+            return self._owner(run_id) is None
+        except Exception:
+            logger.exception("cannot look for the run's worker", extra={"run_id": run_id})
+            return False
 
     def _owner(self, run_id: str) -> Owner | None:
         return self._claims().owner(run_id)

@@ -11,6 +11,7 @@ from tests.acceptance.conftest import SNAPPY, open_platform
 from tests.support.moto import sqs_client
 from tests.support.platform import Platform
 
+from dagster_taskiq.dagster_compat.storage import put_value
 from dagster_taskiq.launcher import TaskiqRunLauncher
 from dagster_taskiq.storage import engine_events
 from dagster_taskiq.storage.claims import Claims
@@ -173,6 +174,15 @@ def test_with_an_unreachable_queue_the_status_does_the_work(endpoint: str) -> No
         launcher.dispose()
         assert platform.status(run_id) is STATUS.CANCELING
         assert "could not be sent" in platform.story(run_id)[-1]
+
+
+def test_a_worker_that_cannot_be_looked_for_is_told(platform: Platform) -> None:
+    run_id = starting_not_claimed(platform)
+    put_value(platform.instance, f"dagster-taskiq/claim/{run_id}", "no claim of this version")
+    before = platform.waiting("-cancels")
+    assert platform.launcher.terminate(run_id)
+    assert platform.status(run_id) is STATUS.CANCELING
+    assert platform.waiting("-cancels") == before + 1
 
 
 def test_a_run_that_ended_while_terminate_looked_keeps_its_state(
