@@ -1,8 +1,10 @@
 """A proxy in front of PostgreSQL that counts connections and keeps the queries: libpq's simple protocol, no TLS."""
 
 import asyncio
+import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from anyio.from_thread import start_blocking_portal
 
@@ -98,3 +100,15 @@ def query_counter(host: str, port: int) -> Iterator[QueryCounter]:
         finally:
             portal.call(server.close)
             portal.call(counter.close)
+
+
+def by_way_of(postgres: str, proxy: Any, query: str = "") -> str:
+    """The URL of that database through a proxy."""
+    parts = urllib.parse.urlsplit(postgres)
+    return parts._replace(netloc=f"{parts.username}@{proxy.host}:{proxy.port}", query=query).geturl()
+
+
+def target(postgres: str) -> tuple[str, int]:
+    """Host and port of a database's URL."""
+    parts = urllib.parse.urlsplit(postgres)
+    return parts.hostname or "127.0.0.1", parts.port or 5432

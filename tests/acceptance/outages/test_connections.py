@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from dagster._grpc.types import ExecuteRunArgs
 from dagster._serdes import serialize_value
 from tests.acceptance.conftest import open_platform
 from tests.support.platform import Platform
-from tests.support.query_counter import QueryCounter, query_counter
+from tests.support.query_counter import QueryCounter, by_way_of, query_counter, target
 from tests.support.tcp_proxy import tcp_proxy
 from tests.support.waiting import wait_until
 
@@ -38,16 +37,6 @@ LATEST_S = BOUND_S + 3
 """A connect has two seconds at least, and the watch looks twice a second."""
 
 LONGER_THAN_DAGSTER_TRIES_S = 9
-
-
-def by_way_of(postgres: str, proxy: Any, query: str = "") -> str:
-    parts = urllib.parse.urlsplit(postgres)
-    return parts._replace(netloc=f"{parts.username}@{proxy.host}:{proxy.port}", query=query).geturl()
-
-
-def target(postgres: str) -> tuple[str, int]:
-    parts = urllib.parse.urlsplit(postgres)
-    return parts.hostname or "127.0.0.1", parts.port or 5432
 
 
 @contextmanager
