@@ -4,14 +4,16 @@ import os
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 from dagster import DagsterInstance
 
 from dagster_taskiq.dagster_compat.api import ConfigurableClassData, InstanceRef
 
-__all__ = ["default_parts", "import_what_opening_takes", "read_env_file", "read_instance_ref"]
+__all__ = ["default_parts", "import_what_opening_takes", "open_instance", "read_env_file", "read_instance_ref"]
+
+_CONNECT_S: Final = "10"
 
 
 def read_instance_ref() -> InstanceRef:
@@ -57,3 +59,17 @@ def import_what_opening_takes(reference: InstanceRef) -> None:
         if isinstance(part, ConfigurableClassData):
             with suppress(Exception):
                 import_module(part.module_name)
+
+
+def open_instance() -> DagsterInstance:
+    """As `DagsterInstance.get`; a database that accepts connections and never answers makes it raise, not hang.
+
+    Our own bounds hold once the instance is open. Until then libpq has one, and users' code does not see it later.
+    """
+    if "PGCONNECT_TIMEOUT" in os.environ:
+        return DagsterInstance.get()
+    os.environ["PGCONNECT_TIMEOUT"] = _CONNECT_S
+    try:
+        return DagsterInstance.get()
+    finally:
+        del os.environ["PGCONNECT_TIMEOUT"]

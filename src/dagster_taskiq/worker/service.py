@@ -32,7 +32,7 @@ from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.child.main import PRELOAD, WARM_UP
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES, InstanceRef, serialize_value
 from dagster_taskiq.dagster_compat.connections import bound_connections
-from dagster_taskiq.dagster_compat.instance import import_what_opening_takes, read_instance_ref
+from dagster_taskiq.dagster_compat.instance import import_what_opening_takes, open_instance, read_instance_ref
 from dagster_taskiq.dagster_compat.storage import read_migration_scripts_once
 from dagster_taskiq.messages import run_of_step_task
 from dagster_taskiq.metrics import Metrics, on_ecs
@@ -83,7 +83,7 @@ def run_worker(
     """
     server = _forked_server(settings)
     try:
-        with DagsterInstance.get() as instance:
+        with open_instance() as instance:
             bound_connections(instance, ours=True)
             server.warm_up()
             if instance.run_monitoring_enabled:
