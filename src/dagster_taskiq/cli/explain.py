@@ -6,6 +6,7 @@ import yaml
 from dagster import DagsterError, DagsterInvalidConfigError
 from sqlalchemy.exc import SQLAlchemyError
 
+from dagster_taskiq.dagster_compat.storage import outages
 from dagster_taskiq.errors import DagsterTaskiqError
 
 _NO_HOME = "DAGSTER_HOME is not set"
@@ -29,8 +30,10 @@ def explain(error: BaseException) -> str | None:
         )
     if isinstance(error, yaml.YAMLError):
         return _one_line(f"not readable as YAML: {error}")
-    if isinstance(error, SQLAlchemyError):
-        return _one_line(f"Dagster's database does not answer, see storage in $DAGSTER_HOME/dagster.yaml: {error}")
+    if isinstance(error, (SQLAlchemyError, *outages())) and not isinstance(error, OSError):  # a `TimeoutError` is any
+        return _one_line(
+            "Dagster's database does not answer, see storage in $DAGSTER_HOME/dagster.yaml: " + _with_causes(error)
+        )
     if isinstance(error, DagsterError | OSError | ImportError):
         return _one_line(_with_causes(error))
     return None

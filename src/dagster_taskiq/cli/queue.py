@@ -157,14 +157,13 @@ def _look_at_runs(settings: "Settings") -> _Runs | None:
 
     if not os.environ.get("DAGSTER_HOME"):
         return None
-    from dagster import DagsterInstance
-
+    from dagster_taskiq.dagster_compat.instance import open_instance
     from dagster_taskiq.queue_names import queue_name
     from dagster_taskiq.storage.heartbeats import Heartbeats
     from dagster_taskiq.storage.waiting import waiting_runs, why_runs_wait
     from dagster_taskiq.storage.workers import list_workers
 
-    with DagsterInstance.get() as instance:
+    with open_instance() as instance:
         living = Heartbeats.of_runs(instance, settings).living()
         return _Runs(
             waiting_runs(instance),

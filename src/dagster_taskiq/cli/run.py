@@ -41,13 +41,12 @@ def cancel(run_ids: tuple[str, ...], reason: str | None, requested_by: str | Non
     Says of each run what came of it, and returns at once. Exit code 1: at least one of them could not be stopped (it
     is finished, or unknown).
     """
-    from dagster import DagsterInstance
-
     from dagster_taskiq.cli.explain import explain
+    from dagster_taskiq.dagster_compat.instance import open_instance
     from dagster_taskiq.runs import describe_user, find_run_id
 
     stopped = []
-    with DagsterInstance.get() as instance:
+    with open_instance() as instance:
         by = requested_by or describe_user(instance)
         for given in dict.fromkeys(map(clean_text, run_ids)):
             try:
@@ -84,8 +83,7 @@ def cleanup(run_id: str) -> None:
       dagster-taskiq run cleanup 3e4a...
     The run's code must be importable here, as on a worker. When all succeed, the run becomes CANCELED.
     """
-    from dagster import DagsterInstance
-
+    from dagster_taskiq.dagster_compat.instance import open_instance
     from dagster_taskiq.runs import clean_up_run, find_run_id
 
     def print_attempt(what: Mapping[str, Any]) -> None:
@@ -93,7 +91,7 @@ def cleanup(run_id: str) -> None:
             of = f" of {what['of']}" if what["of"] else ""
             click.echo(f"{what['handler']}{of}, attempt {what['attempt']}, {what['timeout_s']:g} s at most")
 
-    with DagsterInstance.get() as instance:
+    with open_instance() as instance:
         run_id = find_run_id(instance, clean_text(run_id))
         done = clean_up_run(run_id, instance=instance, tell=print_attempt)
     click.echo(f"{run_id}: {'cleaned up' if done else 'nothing to clean up'}")

@@ -148,14 +148,13 @@ def list_workers(config_file: Path | None, *, everybody: bool, as_json: bool) ->
     """
     from dataclasses import asdict
 
-    from dagster import DagsterInstance
-
     from dagster_taskiq.cli.configured import configured
+    from dagster_taskiq.dagster_compat.instance import open_instance
     from dagster_taskiq.storage.waiting import describe_waiting
     from dagster_taskiq.storage.workers import ALIVE, list_workers
 
     settings = configured(config_file)
-    with DagsterInstance.get() as instance:
+    with open_instance() as instance:
         workers = list_workers(instance, settings, everybody=everybody)
         waiting = None if as_json else describe_waiting(instance, settings, workers)
     if as_json:

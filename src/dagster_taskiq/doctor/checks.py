@@ -18,6 +18,7 @@ from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
 from dagster_taskiq._lane import Lane
 from dagster_taskiq.coordinator import TaskiqRunCoordinator
+from dagster_taskiq.dagster_compat.instance import open_instance
 from dagster_taskiq.doctor.aws_checks import look_at_aws
 from dagster_taskiq.doctor.database_checks import connection_bounds
 from dagster_taskiq.doctor.finding import Finding, line, ok
@@ -97,7 +98,7 @@ def _home() -> Finding:
 
 def _instance() -> tuple[DagsterInstance | None, Finding]:
     try:
-        instance = DagsterInstance.get()
+        instance = open_instance()
     except Exception as error:  # noqa: BLE001 - any error is the answer
         settings_error = _settings_error(error)
         if settings_error is not None:  # with run monitoring Dagster loads the launcher at once
