@@ -4,6 +4,8 @@ import asyncio
 import base64
 import json
 import logging
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,7 +15,7 @@ from taskiq import BrokerMessage
 from taskiq_aws import SQSBroker
 from tests.support.eventually import eventually
 from tests.support.moto import REGION, free_port
-from tests.support.proxy import sqs_proxy
+from tests.support.proxy import SqsProxy, sqs_proxy
 from tests.support.tcp_proxy import tcp_proxy
 from tests.support.workers import Outside, broker_for
 
@@ -218,10 +220,15 @@ async def test_leases_are_renewed_together_and_lost_alone(standard_url: str, end
         assert await broker.kick_all([task_message(f"t-{number}") for number in range(12)]) == {}
         listening = broker.listen()
         messages = [await next_of(listening) for _ in range(12)]
-        await asyncio.sleep(3)
-        renewals = {action: count for (action, _), count in proxy.seen.items() if "Visibility" in action}
-        assert set(renewals) == {"ChangeMessageVisibilityBatch"}
-        assert renewals["ChangeMessageVisibilityBatch"] <= 2 * (3 / 0.5 + 1)
+
+        def renewals() -> Counter[str]:
+            return Counter({action: count for (action, _), count in proxy.seen.items() if "Visibility" in action})
+
+        began = time.monotonic()
+        await eventually(lambda: renewals().total() >= 8, "the leases are renewed")
+        moments = (time.monotonic() - began) / 0.5 + 2
+        assert set(renewals()) == {"ChangeMessageVisibilityBatch"}
+        assert renewals().total() <= 2 * moments, "twelve are two batches"
         assert outside.work() == (0, 12)
         gone = messages[3]
         await broker._work.delete(gone.lease._calls._handle)  # type: ignore[attr-defined]
@@ -234,29 +241,36 @@ async def test_leases_are_renewed_together_and_lost_alone(standard_url: str, end
     assert outside.work() == (0, 0)
 
 
+def asked_for_messages(proxy: SqsProxy) -> bool:
+    return any(action == "ReceiveMessage" for action, _ in proxy.seen)
+
+
 async def test_a_receive_that_is_cancelled_hands_back_what_it_brings(standard_url: str, endpoint: str) -> None:
-    broker, outside = broker_for(standard_url, endpoint, wait_time=1), Outside(standard_url, endpoint)
-    await broker.startup()
-    receiving = asyncio.create_task(anext(broker.listen()))
-    await asyncio.sleep(0.2)
-    receiving.cancel()
-    await asyncio.sleep(0)
-    await broker.kick(task_message("t-1"))
-    with pytest.raises(asyncio.CancelledError):
-        await receiving
-    assert outside.work() == (1, 0)
-    await broker.shutdown()
+    outside = Outside(standard_url, endpoint)
+    with sqs_proxy(endpoint) as proxy:
+        broker = broker_for(proxy.through(standard_url), proxy.url, wait_time=1)
+        await broker.startup()
+        receiving = asyncio.create_task(anext(broker.listen()))
+        await eventually(lambda: asked_for_messages(proxy), "it polls")
+        receiving.cancel()
+        await asyncio.sleep(0)
+        await broker.kick(task_message("t-1"))
+        with pytest.raises(asyncio.CancelledError):
+            await receiving
+        assert outside.work() == (1, 0)
+        await broker.shutdown()
 
 
 async def test_a_long_receive_that_is_cancelled_ends_at_once(standard_url: str, endpoint: str) -> None:
-    broker = broker_for(standard_url, endpoint, wait_time=20)
-    await broker.startup()
-    receiving = asyncio.create_task(anext(broker.listen()))
-    await asyncio.sleep(0.2)
-    receiving.cancel()
-    async with asyncio.timeout(1):
-        await asyncio.wait({receiving})
-    await broker.shutdown()
+    with sqs_proxy(endpoint) as proxy:
+        broker = broker_for(proxy.through(standard_url), proxy.url, wait_time=20)
+        await broker.startup()
+        receiving = asyncio.create_task(anext(broker.listen()))
+        await eventually(lambda: asked_for_messages(proxy), "it polls")
+        receiving.cancel()
+        async with asyncio.timeout(10):  # half of what the poll would take
+            await asyncio.wait({receiving})
+        await broker.shutdown()
 
 
 async def test_no_request_waits_for_an_answer_that_never_comes(
