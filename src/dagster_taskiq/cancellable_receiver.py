@@ -160,7 +160,7 @@ class CancellableReceiver(Receiver):
         if not working.done():
             working.cancel()
             await asyncio.wait({working})
-        await self.stop_running(Cancellation(CancelKind.SHUTDOWN, reason=_SHUTDOWN))
+        await self.stop_running(Cancellation(CancelKind.SHUTDOWN, cause=_SHUTDOWN))
         for task in (*helpers, *self._side_tasks):
             task.cancel()
         if helpers or self._side_tasks:
@@ -311,7 +311,7 @@ class CancellableReceiver(Receiver):
                 return
         except Exception:  # what is not known to be ours must not go on as if it were
             logger.exception("could not find out whether work is still ours", extra=task.about)
-        task.cancel(Cancellation(CancelKind.LEASE_LOST, reason="lease lost", channel=CancelChannel.LEASE))
+        task.cancel(Cancellation(CancelKind.LEASE_LOST, cause="lease lost", channel=CancelChannel.LEASE))
 
     async def run_task(
         self, target: Callable[..., Any], message: TaskiqMessage, ack_controller: AckController | None = None
@@ -372,7 +372,7 @@ class CancellableReceiver(Receiver):
                 await asyncio.wait({inner})
             except asyncio.CancelledError as error:  # the loop is torn down; the work is not left behind
                 interrupted = error
-                task.cancel(Cancellation(CancelKind.SHUTDOWN, reason=_SHUTDOWN))
+                task.cancel(Cancellation(CancelKind.SHUTDOWN, cause=_SHUTDOWN))
         result = cancelled_result(message) if inner.cancelled() else inner.result()
         if interrupted is not None:
             task.end(succeeded=not result.is_err)

@@ -51,7 +51,7 @@ class FakeToken(CancellationToken):
     def _look(self) -> None:
         self.checks += 1
         if self._cancel_after is not None and self.checks > self._cancel_after and not self._fake.signal.is_set:
-            self.cancel("fake_token(cancel_after=…)")
+            self.cancel()
 
 
 class _Fake:

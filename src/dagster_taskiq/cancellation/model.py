@@ -51,6 +51,7 @@ class Cancellation:
 
     Times are seconds since the epoch. `attempt` counts the deliveries of the cancel message, this one included.
     `deadline`: when the process of the work is killed, as far as its own process knows.
+    `reason`: what a person said, or None. Code of the user's sees it. `cause`: why, in our words, for logs alone.
     """
 
     kind: CancelKind
@@ -61,6 +62,7 @@ class Cancellation:
     attempt: int = 1
     received_at: float = field(default_factory=time, compare=False)
     deadline: float | None = None
+    cause: str | None = None
     status_follows: bool = False
     """Whether whoever has asked also marks the run as CANCELING: then that is in the database, or will be soon."""
 

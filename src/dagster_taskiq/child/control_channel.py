@@ -17,7 +17,7 @@ from dagster_taskiq.process.json_lines import Splitter, line_of
 
 ADDRESS_VARIABLE: Final = "DAGSTER_TASKIQ_INTENTS"
 """In the environment of what a child starts: where the child's intents can be received."""
-_WORKER_GONE: Final = Cancellation(CancelKind.SHUTDOWN, "the worker is gone")
+_WORKER_GONE: Final = Cancellation(CancelKind.SHUTDOWN, cause="the worker is gone")
 _GUESTS_PATIENCE_S: Final = 0.5
 
 

@@ -202,6 +202,8 @@ def reached(worker_id: str, cancellation: Cancellation) -> EngineEvent:
     facts: dict[str, str | int | float] = {WORKER_KEY: worker_id, "kind": cancellation.kind.name}
     if cancellation.reason:
         facts[REASON_KEY] = cancellation.reason
+    if cancellation.cause:
+        facts[WHY_KEY] = cancellation.cause
     if cancellation.requested_by:
         facts[BY_KEY] = cancellation.requested_by
     what = "cancellation" if cancellation.kind.name == "REQUESTED" else f"{cancellation.kind.name.lower()}"

@@ -45,7 +45,7 @@ class ClaimWatch:
         """Compare the rows once. Raises what the database raises, and `TimeoutError`."""
         for claim in (await self._lane.call(self._context.claims.lost)).values():
             self._context.lose(claim.task_id)
-            self._cancel(claim.task_id, Cancellation(CancelKind.LEASE_LOST, TAKEN_OVER))
+            self._cancel(claim.task_id, Cancellation(CancelKind.LEASE_LOST, cause=TAKEN_OVER))
 
     def check_heartbeat(self) -> None:
         """Stop everything when no heartbeat has been written for so long that others may soon take the runs over."""
@@ -53,7 +53,7 @@ class ClaimWatch:
         silent_s = self._clock() - context.heard_at
         context.is_cut_off = silent_s > context.settings.cut_off_after_s
         if context.is_cut_off:
-            why = Cancellation(CancelKind.SHUTDOWN, f"{CUT_OFF} for {silent_s:.0f} s")
+            why = Cancellation(CancelKind.SHUTDOWN, cause=f"{CUT_OFF} for {silent_s:.0f} s")
             for task_id, active in list(context.active.items()):
                 self._cancel(task_id, why)
                 active.lost.set(why)  # a cleanup goes on when its run was cancelled, but not beside another one

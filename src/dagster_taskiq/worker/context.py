@@ -123,7 +123,7 @@ class WorkerContext:
         """Another worker has taken over what runs here under that task id: what goes on for it has to end."""
         task = self.active.get(task_id)
         if task is not None:
-            task.lost.set(Cancellation(CancelKind.LEASE_LOST, "another worker has taken over"))
+            task.lost.set(Cancellation(CancelKind.LEASE_LOST, cause="another worker has taken over"))
 
     def forget_claims(self, run_id: str) -> None:
         """Delete the claims on a run that is final, and on its steps. Blocks on the database."""

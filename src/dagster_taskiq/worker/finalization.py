@@ -121,10 +121,10 @@ class Conclusion:
         if self.cleanup.failures:
             return cleanup_failed(self.cleanup.failures)
         if cancellation is not None and cancellation.kind is CancelKind.LEASE_LOST:
-            return cancellation.reason
+            return cancellation.cause
         if self.outcome == "CANCELED" and cancellation is not None:
             by = f"by {cancellation.requested_by}" if cancellation.requested_by else None
-            return ": ".join(filter(None, [by, cancellation.reason])) or None
+            return ": ".join(filter(None, [by, cancellation.reason or cancellation.cause])) or None
         if self.outcome == "FAILURE":
             return self.failure if self.action is FinalAction.FAILURE else _last(end, "failed").get("failed")
         return None
@@ -222,13 +222,11 @@ def _last(end: ChildEnd | None, key: str) -> dict[str, Any]:
 def _failure_message(end: ChildEnd | None, cancellation: Cancellation | None, worker_id: str) -> str:
     if end is not None and end.abandoned:
         return f"worker {worker_id} hung, and its run was interrupted"
-    reason = cancellation.reason or "" if cancellation is not None else ""
-    if reason.startswith(CUT_OFF):
-        return f"worker {worker_id} stopped the run, because others could have taken it over: {reason}"
+    cause = cancellation.cause or "" if cancellation is not None else ""
+    if cause.startswith(CUT_OFF):
+        return f"worker {worker_id} stopped the run, because others could have taken it over: {cause}"
     if cancellation is not None and cancellation.kind is CancelKind.SHUTDOWN:
-        return (
-            f"worker shut down: {worker_id} was stopped while it ran this ({cancellation.reason or 'no reason given'})"
-        )
+        return f"worker shut down: {worker_id} was stopped while it ran this ({cause or 'no cause is known'})"
     if end is None:
         return f"worker {worker_id} could not start the run"
     return how_it_ended(end, "the run's process")

@@ -126,7 +126,7 @@ class _Finalization:
     def _look(self) -> Conclusion:
         context, run_id = self._context, self._run.run_id
         if not context.claims.holds(run_id):
-            self._cancellation = Cancellation(CancelKind.LEASE_LOST, TAKEN_OVER)
+            self._cancellation = Cancellation(CancelKind.LEASE_LOST, cause=TAKEN_OVER)
         return examine(context.instance, run_id, self._end, self._cancellation, context.worker_id)
 
     async def _keep_reason(self, run: DagsterRun | None) -> None:

@@ -77,5 +77,5 @@ def _not_even_started(signal: CancelSignal) -> NotStarted | None:
 
 async def see_through(body: Coroutine[Any, Any, _T], signal: CancelSignal, *, name: str) -> _T:
     """Await the body to its end. A `Task.cancel()` does not tear it: it counts as a shutdown of the worker."""
-    shutdown = Cancellation(CancelKind.SHUTDOWN, "the worker's task was cancelled")
+    shutdown = Cancellation(CancelKind.SHUTDOWN, cause="the worker's task was cancelled")
     return await shielded(body, name=name, on_cancel=lambda: signal.set(shutdown))

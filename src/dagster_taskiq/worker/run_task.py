@@ -105,7 +105,7 @@ class RunWork:
             task, ended = older
             extra = {"run_id": candidate.run_id, "task_id": task.task_id}
             logger.warning("the run was resumed, and its process still runs here; stopping that first", extra=extra)
-            task.cancel(Cancellation(CancelKind.LEASE_LOST, "the run was resumed as another task"))
+            task.cancel(Cancellation(CancelKind.LEASE_LOST, cause="the run was resumed as another task"))
             await ended.wait()
         return True
 
@@ -154,11 +154,11 @@ class RunWork:
                 await context.through_outages(lambda: forget(run.run_id), "delete the claims on a run that is final")
                 return Settled(Settlement.DELETE)
             return await finalize_run(
-                context, run, task.task_id, None, Cancellation(CancelKind.REQUESTED, "terminated meanwhile")
+                context, run, task.task_id, None, Cancellation(CancelKind.REQUESTED, cause="terminated meanwhile")
             )
         if decision.action is Action.FINISH_CANCELLATION:
             return await finalize_run(
-                context, run, task.task_id, None, Cancellation(CancelKind.REQUESTED, decision.why)
+                context, run, task.task_id, None, Cancellation(CancelKind.REQUESTED, cause=decision.why)
             )
         kind: WorkKind = "resume_run" if decision.action is Action.RESUME else "execute_run"
         if kind == "resume_run" and candidate.kind == "execute_run":
@@ -199,8 +199,8 @@ class RunWork:
         logger.warning("this worker hung; its run was interrupted", extra={"run_id": run.run_id})
         ours = await retry_async(lambda: context.lane.call(context.claims.holds, run.run_id), doing="read the claims")
         if not ours:
-            return Cancellation(CancelKind.LEASE_LOST, TAKEN_OVER)
-        return cancellation or Cancellation(CancelKind.SHUTDOWN, "the worker hung")
+            return Cancellation(CancelKind.LEASE_LOST, cause=TAKEN_OVER)
+        return cancellation or Cancellation(CancelKind.SHUTDOWN, cause="the worker hung")
 
 
 def _about(candidate: Candidate, decision: Decision) -> dict[str, str]:

@@ -65,7 +65,8 @@ class StatusPoller:
             why = _WHY.get(run.status) if run is not None else "the run was deleted"
             if why is not None:
                 tags = own_tags(run) if run is not None else {}
-                reason, by = tags.get(CANCEL_REASON_TAG) or why, tags.get(CANCELLED_BY_TAG)
-                self._cancel(
-                    task_id, Cancellation(CancelKind.REQUESTED, reason, by, channel=CancelChannel.STATUS_WATCH)
+                reason, by = tags.get(CANCEL_REASON_TAG), tags.get(CANCELLED_BY_TAG)
+                cancellation = Cancellation(
+                    CancelKind.REQUESTED, reason, by, channel=CancelChannel.STATUS_WATCH, cause=why
                 )
+                self._cancel(task_id, cancellation)

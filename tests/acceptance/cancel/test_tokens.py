@@ -147,7 +147,7 @@ def test_a_shutdown_is_told_as_one(endpoint: str) -> None:
             run_id = platform.launch("uploads_job", seconds=30)
             platform.wait_started(run_id, 1)
             stops.stop()
-        assert platform.marked(run_id, "interrupted").startswith("True SHUTDOWN the worker is shutting down")
+        assert platform.marked(run_id, "interrupted").startswith("True SHUTDOWN None")
         # The work goes on elsewhere; what an earlier attempt has kept is there when it is cancelled then.
         with platform.worker("-n", "heir"):
             wait_until(lambda: platform.mark_counts(run_id)["started"] == 2, "it is resumed", within=60)

@@ -54,7 +54,7 @@ def test_outside_of_everything_its_state_is_its_own() -> None:
 
 
 def test_a_fake_token_is_cancelled_at_the_look_that_the_test_wants() -> None:
-    with fake_token(cancel_after=2, state={"step": 0}) as token, pytest.raises(OpCancelled):
+    with fake_token(cancel_after=2, state={"step": 0}) as token, pytest.raises(OpCancelled, match=r"^cancelled$"):
         counts()
     assert token.checks == 3
     assert token.state["step"] == 2

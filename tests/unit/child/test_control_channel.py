@@ -41,6 +41,16 @@ def test_a_shutdown_is_no_cancellation_and_a_worker_that_is_gone_is_one_reason_t
         assert not voice.is_cancelled()
 
 
+def test_a_worker_that_is_gone_has_given_no_reason() -> None:
+    ours, theirs = socket.socketpair()
+    with ours:
+        voice = ControlChannel(ours)
+        theirs.close()
+        voice.listen()
+        assert voice.signal.cancellation is not None
+        assert (voice.signal.cancellation.kind, voice.signal.cancellation.reason) == (CancelKind.SHUTDOWN, None)
+
+
 def test_a_guest_whose_interrupt_is_quicker_than_the_intent_waits_a_moment_for_it() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:

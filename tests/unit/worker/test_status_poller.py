@@ -7,6 +7,7 @@ from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRunS
 from dagster._core.test_utils import create_run_for_test
 
 from dagster_taskiq.cancellation.model import Cancellation
+from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, RUN_ID_TAG
 from dagster_taskiq.worker.status_poller import StatusPoller
 
 pytestmark = pytest.mark.anyio
@@ -18,11 +19,13 @@ class World:
         self.instance = instance
         self.run_id: str = create_run_for_test(instance, job_name="a_job", status=DagsterRunStatus.STARTED).run_id
         self.stopped: list[str | None] = []
+        self.reasons: list[str | None] = []
         self.poller = StatusPoller(instance, lambda: {"task": self.run_id}, self.cancel, 5)
 
     def cancel(self, task_id: str, cancellation: Cancellation) -> bool:
         assert task_id == "task"
-        self.stopped.append(cancellation.reason)
+        self.stopped.append(cancellation.cause)
+        self.reasons.append(cancellation.reason)
         return True
 
     def report(self, kind: DagsterEventType) -> None:
@@ -49,10 +52,21 @@ async def test_a_run_that_fails_by_itself_has_a_moment_to_end(world: World) -> N
     await world.poller.look()
     assert world.stopped == []
     await world.poller.look()
-    assert world.stopped == ["the run was marked FAILURE"]
+    assert (world.stopped, world.reasons) == (["the run was marked FAILURE"], [None])
 
 
 async def test_a_run_that_was_deleted_is_stopped(world: World) -> None:
     world.instance.delete_run(world.run_id)
     await world.poller.look()
-    assert world.stopped == ["the run was deleted"]
+    assert (world.stopped, world.reasons) == (["the run was deleted"], [None])
+
+
+async def test_the_reason_is_what_a_person_gave_for_this_very_run(world: World) -> None:
+    """Else there is none, however the run's status was seen; a copy of another run's tag does not count."""
+    world.report(EVENTS.RUN_CANCELING)
+    await world.poller.look()
+    world.instance.add_run_tags(world.run_id, {CANCEL_REASON_TAG: "of the first run", RUN_ID_TAG: "the first run"})
+    await world.poller.look()
+    world.instance.add_run_tags(world.run_id, {CANCEL_REASON_TAG: "wrong input", RUN_ID_TAG: world.run_id})
+    await world.poller.look()
+    assert world.reasons == [None, None, "wrong input"]
