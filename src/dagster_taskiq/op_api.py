@@ -5,7 +5,6 @@ Imports Dagster only where it is in use.
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from dagster_taskiq.cancellation.current import current_token
@@ -21,6 +20,7 @@ from dagster_taskiq.cancellation.token import CancellationToken, never
 
 DEFAULT_TIMEOUT_S: Final = 30.0
 MAX_TIMEOUT_S: Final = 3_600.0
+_FOR_WHAT: Final = "it is for functions, ops, assets, asset checks, graphs, jobs and taskiq tasks"
 _Target = TypeVar("_Target")
 
 
@@ -45,15 +45,17 @@ def on_cancel(
 ) -> Callable[[_Target], _Target]:
     """Have `handler` called when the work is cancelled, after it has stopped and before its run is CANCELED.
 
-    For ops, assets, multi-assets, graphs and graph-backed assets, jobs, and taskiq tasks; above or below Dagster's own
-    decorator. May be used several times: each handler has attempts of its own, and the errors of all are kept.
+    For ops, assets, multi-assets, asset checks, graphs and graph-backed assets, jobs, and taskiq tasks; above or below
+    Dagster's own decorator, below taskiq's. Of two definitions that are made of one function it is for the one that it
+    stands on. May be used several times: each handler has attempts of its own, and the errors of all are kept.
 
     The handler, a function or a coroutine function, is called with a `CleanupContext`; further parameters of it are
     resources of the job, by their names. It may be called more than once, so it has to bear that, and it runs in
     another process than the work, perhaps on another worker: what it needs to know is in `context.state`.
 
     `retry_policy`: when an attempt fails; default: that of the op. `timeout`: seconds for one attempt, up to an hour.
-    When all attempts have failed the run is a FAILURE, "cleanup failed". Raises `ValueError` for what makes no sense.
+    When all attempts have failed the run is a FAILURE, "cleanup failed". Raises `ValueError` for what makes no sense,
+    and where the handler could never run: on a sensor, a resource, an external asset.
     """
     if not callable(handler):
         raise ValueError(f"on_cancel needs a function, not {handler!r}")  # noqa: TRY004 - one error for all of it
@@ -63,37 +65,45 @@ def on_cancel(
     def decorate(target: _Target) -> _Target:
         if "dagster" in sys.modules:
             from dagster_taskiq.child.child_process import join_worker
+            from dagster_taskiq.dagster_compat.definitions import let_copies_keep
 
             join_worker()  # in a process of Dagster's own this may be the only use of this package
-        job, home = _unresolved(target), home_of(target)
-        known = job.handlers if job is not None else own_handlers(home)
-        base = str(getattr(handler, "__name__", type(handler).__name__))
-        taken = [one.name for one in known]
-        name = base if base not in taken else f"{base}-{1 + sum(one.startswith(base) for one in taken)}"
-        handlers = (*known, Handler(handler, name, retry_policy, float(timeout)))
-        if job is not None:
-            return job.having(handlers)  # type: ignore[no-any-return]
+            let_copies_keep(ATTRIBUTE)
+        _refuse_what_never_runs(target)
+        home = home_of(target)
+        name = str(getattr(handler, "__name__", type(handler).__name__))
+        place = f"{_described(home)} #{len(handlers_of(target)) + 1}"
+        handlers = (*own_handlers(home), Handler(handler, name, retry_policy, float(timeout), place))
+        if type(target).__name__ == "UnresolvedAssetJobDefinition":
+            # Dagster puts it together later: its metadata are what survives that.
+            from dagster_taskiq.dagster_compat.definitions import with_object_in_metadata
+
+            return with_object_in_metadata(target, ATTRIBUTE, handlers)  # type: ignore[no-any-return]
         setattr(home, ATTRIBUTE, handlers)
         return target
 
     return decorate
 
 
-@dataclass(frozen=True, slots=True)
-class _UnresolvedJob:
-    """A job of assets that Dagster puts together later: its metadata are what survives that."""
-
-    job: Any
-
-    @property
-    def handlers(self) -> tuple[Handler, ...]:
-        return handlers_of(self.job)
-
-    def having(self, handlers: tuple[Handler, ...]) -> Any:
-        from dagster_taskiq.dagster_compat.definitions import with_object_in_metadata
-
-        return with_object_in_metadata(self.job, ATTRIBUTE, handlers)
+def _described(home: object) -> str:
+    """What a handler was declared on, the same in every process."""
+    if (name := getattr(home, "name", None)) is not None:
+        return f"{type(home).__name__} {name}"
+    return f"{getattr(home, '__module__', '')}.{getattr(home, '__qualname__', type(home).__name__)}"
 
 
-def _unresolved(target: object) -> _UnresolvedJob | None:
-    return _UnresolvedJob(target) if type(target).__name__ == "UnresolvedAssetJobDefinition" else None
+def _refuse_what_never_runs(target: object) -> None:
+    """Raise `ValueError` for what is never executed by one of our workers, or hands its function to others."""
+    why: str | None = None
+    if isinstance(target, type):
+        why = f"the class {target.__name__} is never run; {_FOR_WHAT}"
+    elif type(target).__module__.startswith("taskiq."):
+        why = f"write it below the decorator that makes a task of {getattr(target, 'task_name', 'the function')}"
+    elif type(target).__module__.startswith(("dagster.", "dagster_shared.")):
+        from dagster_taskiq.dagster_compat.definitions import why_it_never_runs
+
+        why = why_it_never_runs(target)
+    elif not callable(target):
+        why = f"{target!r} is never run; {_FOR_WHAT}"
+    if why is not None:
+        raise ValueError(f"on_cancel: {why}")

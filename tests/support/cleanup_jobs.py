@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -396,6 +396,26 @@ def with_a_graph_job() -> None:
     inner()
 
 
+def a_handler(succeeds: bool) -> Callable[[CleanupContext], None]:
+    def tidy(context: CleanupContext) -> None:
+        mark(marks_of(context), f"tidied {succeeds}")
+        if not succeeds:
+            raise RuntimeError("on purpose")
+
+    return tidy
+
+
+@on_cancel(a_handler(succeeds=False))
+@dg.graph
+def of_one_name() -> None:
+    uploads()
+
+
+same_names_job = on_cancel(a_handler(succeeds=True))(
+    of_one_name.to_job(name="same_names_job", executor_def=dg.in_process_executor)
+)
+
+
 @dg.asset
 @on_cancel(undo)
 def an_asset(config: Marks) -> int:
@@ -430,6 +450,7 @@ defs = dg.Definitions(
     jobs=[
         *(globals()[f"{op.name}_job"] for op in OPS),
         with_resources_job,
+        same_names_job,
         whole_job,
         processes_job,
         coroutine_processes_job,

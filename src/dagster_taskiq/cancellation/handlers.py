@@ -3,11 +3,13 @@
 Knows functions, and Dagster's definitions by what they hold; neither runs nor processes.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
 ATTRIBUTE: Final = "__dagster_taskiq_on_cancel__"
+_OBSERVED: Final = "observe_fn"
+"""What Dagster's function that observes a source asset calls the user's function."""
 
 
 class RetryPolicyLike(Protocol):
@@ -23,53 +25,73 @@ class RetryPolicyLike(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Handler:
-    """One cleanup handler. `name` is unique among those of one piece of work."""
+    """One cleanup handler, as it was declared."""
 
     call: Callable[..., Any]
     name: str
+    """For people; unique among those that `handlers_of` has found together."""
     retry_policy: RetryPolicyLike | None
     timeout_s: float
+    place: str = ""
+    """What it was declared on, and as which of the handlers there: with the name what identifies it in the log."""
+
+    @property
+    def identity(self) -> str:
+        """The same in every process that has loaded the same code. Another handler never has it."""
+        return f"{self.place} {getattr(self.call, '__name__', type(self.call).__name__)}"
 
 
 def handlers_of(target: object) -> tuple[Handler, ...]:
-    """The handlers of a function or definition; of a job, with those of its whole graph."""
+    """The handlers of a function or definition, the innermost first; of a job, with those of its whole graph."""
     found: dict[int, Handler] = {}
     for place in _places(target):
         for handler in own_handlers(place):
             found.setdefault(id(handler), handler)
-    metadata = getattr(target, "metadata", None)
-    if isinstance(metadata, Mapping) and ATTRIBUTE in metadata:
-        found |= {id(handler): handler for handler in metadata[ATTRIBUTE].instance or ()}
-    return tuple(found.values())
+    return tuple(_with_names_of_their_own(found.values()))
 
 
-def _places(target: object) -> Iterator[object]:
-    """Where handlers may be kept."""
-    place: object | None = home_of(target)
-    while place is not None:
-        yield place
-        if own_handlers(place):
-            break
-        # A decorator of the user's between the function and us, or a copy of a job.
-        place = getattr(place, "__wrapped__", None)
-    graph = getattr(target, "graph", None)
-    if graph is not None and graph is not target:
-        yield from _places(graph)
+def _with_names_of_their_own(handlers: Iterable[Handler]) -> Iterator[Handler]:
+    taken: set[str] = set()
+    for handler in handlers:
+        name, number = handler.name, 1
+        while name in taken:
+            number += 1
+            name = f"{handler.name}-{number}"
+        taken.add(name)
+        yield handler if name == handler.name else replace(handler, name=name)
 
 
 def own_handlers(place: object) -> tuple[Handler, ...]:
     """Those that are kept at this very place."""
     own: tuple[Handler, ...] = getattr(place, "__dict__", {}).get(ATTRIBUTE, ())
+    metadata = getattr(place, "metadata", None)
+    if isinstance(metadata, Mapping) and ATTRIBUTE in metadata:  # a job of assets
+        own = (*(metadata[ATTRIBUTE].instance or ()), *own)
     return own
 
 
 def home_of(target: object) -> object:
-    """What survives the copies that Dagster makes of a definition: the function it was made from, if there is one."""
-    for inner in ("node_def", "compute_fn", "composition_fn", "decorated_fn", "parent_graph_def"):
+    """Where a function or definition keeps what was declared on it: of an asset the op or the graph that it is."""
+    held = getattr(target, "node_def", None)
+    return target if held is None else held
+
+
+def _places(target: object) -> Iterator[object]:
+    """Where handlers may be kept, the innermost first."""
+    for inner in ("graph", "node_def", "compute_fn", "composition_fn", "parent_graph_def", "decorated_fn"):
         held = getattr(target, inner, None)
-        if held is not None:
-            return home_of(held)
-    if hasattr(target, "graph"):  # a job: of a copy the original
-        while (original := getattr(target, "__wrapped__", None)) is not None:
-            target = original
-    return target
+        if held is not None and held is not target:
+            yield from _places(held)
+    # A decorator of the user's between the function and us; of a copy of a job the original.
+    for inside in (getattr(target, "__wrapped__", None), _observed_by(target)):
+        if inside is not None:
+            yield from _places(inside)
+    yield target
+
+
+def _observed_by(function: object) -> object:
+    """The function of an observable source asset: Dagster makes an op of another function, which calls it."""
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    if code is None or not cells or _OBSERVED not in code.co_freevars:
+        return None
+    return cells[code.co_freevars.index(_OBSERVED)].cell_contents

@@ -14,7 +14,7 @@ from dagster_taskiq.dagster_compat.definitions import nodes_of, op_config, paren
 from dagster_taskiq.dagster_compat.execution import was_interrupted
 from dagster_taskiq.dagster_compat.retry import retry_storage
 from dagster_taskiq.dagster_compat.storage import event_of
-from dagster_taskiq.storage.engine_events import BY_KEY, FAILED_KEY, HANDLER_KEY, OF_KEY, REASON_KEY, Stage
+from dagster_taskiq.storage.engine_events import BY_KEY, FAILED_KEY, IDENTITY_KEY, OF_KEY, REASON_KEY, Stage
 from dagster_taskiq.storage.event_log import parse_event
 from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, own_tags
 
@@ -44,11 +44,13 @@ class PendingHandler:
     whole: bool
     """Whether it is the handler of a graph or of the job."""
     failed: list[str]
+    """How each attempt failed."""
+    done: bool = False
 
     @property
     def key(self) -> tuple[str | None, str]:
-        """What identifies it in the event log."""
-        return self.step_key, self.handler.name
+        """What identifies it in the event log: what it is for, and where it was declared; names need not differ."""
+        return self.step_key, self.handler.identity
 
     @property
     def name(self) -> str:
@@ -72,7 +74,7 @@ class CleanupHistory:
     """Step key to node handle and how it is: "cut short", "over", "failed"."""
     done: set[tuple[str | None, str]] = field(default_factory=set)
     attempts: dict[tuple[str | None, str], list[str]] = field(default_factory=dict)
-    """By step key and handler: how each attempt failed."""
+    """How each attempt failed, by `PendingHandler.key`, as `done`."""
     beginnings: int = 0
     reason: str | None = None
     requested_by: str | None = None
@@ -105,7 +107,7 @@ class CleanupHistory:
             self.beginnings += 1
         elif stage is Stage.CLEANUP:
             self.beginnings = 0
-            key = (facts.get(OF_KEY) or None, str(facts[HANDLER_KEY]))
+            key = (facts.get(OF_KEY) or None, str(facts[IDENTITY_KEY]))
             if FAILED_KEY in facts:
                 self.attempts.setdefault(key, []).append(str(facts[FAILED_KEY]))
             else:
@@ -141,8 +143,9 @@ class CleanupHistory:
         *,
         whole: bool,
     ) -> Iterator[PendingHandler]:
-        if (step_key, handler.name) not in self.done:
-            failed = self.attempts.get((step_key, handler.name), [])
+        key = step_key, handler.identity
+        if key not in self.done:
+            failed = self.attempts.get(key, [])
             yield PendingHandler(step_key, handler, handler.retry_policy or default, config, steps, whole, list(failed))
 
 

@@ -124,9 +124,7 @@ class Cleanup:
             self._run_all(handlers)
         except Stopped:
             return Outcome(stopped=True)
-        failures = [
-            f"{pending.name}: {pending.failed[-1]}" for pending in handlers if pending.key not in self._history.done
-        ]
+        failures = [f"{pending.name}: {pending.failed[-1]}" for pending in handlers if not pending.done]
         return self._end(failures)
 
     def _end(self, failures: Sequence[str]) -> Outcome:
@@ -155,6 +153,7 @@ class Cleanup:
                 "of": pending.step_key,
                 "whole": pending.whole,
                 "handler": pending.handler.name,
+                "identity": pending.handler.identity,
                 "attempt": attempt,
                 "timeout_s": pending.handler.timeout_s,
                 "at": time.time(),
@@ -169,14 +168,15 @@ class Cleanup:
             traceback.print_exc()
             pending.failed.append(_in_words(error))
         else:
-            self._history.done.add(pending.key)
+            pending.done = True
         seconds = time.monotonic() - began
-        failure = None if pending.key in self._history.done else pending.failed[-1]
+        failure = None if pending.done else pending.failed[-1]
         pause_s, then = None, "" if failure is None else "no attempt is left"
         if failure is not None and not pending.exhausted and pending.policy is not None:
             pause_s = float(pending.policy.calculate_delay(attempt))
             then = f"the next one in {pause_s:.3g} s"
-        event = engine_events.cleanup(pending.handler.name, attempt, seconds, failure, then)
+        handler = pending.handler
+        event = engine_events.cleanup(handler.name, handler.identity, attempt, seconds, failure, then)
         write_attempt(self._instance, self._run, pending.step_key, event, whole=pending.whole)
         self._tell({"ended": "failed" if failure else "succeeded"})
         return pause_s

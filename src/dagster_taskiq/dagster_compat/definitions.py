@@ -1,18 +1,24 @@
 """Jobs, nodes, resources and ops as Dagster defines them; for cleanup handlers, above all."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from dagster import (
+    AssetsDefinition,
     DagsterInstance,
     DagsterLogManager,
     DagsterRun,
     GraphDefinition,
     JobDefinition,
+    OpDefinition,
     ResourceDefinition,
+    SourceAsset,
 )
+from dagster._core.definitions.composition import PendingNodeInvocation
 from dagster._core.definitions.dependency import Node, NodeHandle
 from dagster._core.definitions.metadata.metadata_value import ObjectMetadataValue
+from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 from dagster._core.execution.context.compute import current_execution_context
 from dagster._core.execution.context.op_execution_context import OpExecutionContext
 from dagster._core.system_config.objects import ResolvedRunConfig
@@ -22,12 +28,14 @@ from dagster._utils.hosted_user_process import recon_job_from_origin
 __all__ = [
     "current_op",
     "job_of",
+    "let_copies_keep",
     "nodes_of",
     "op_config",
     "parents_of",
     "resource_config",
     "resources_for",
     "run_logger",
+    "why_it_never_runs",
     "with_object_in_metadata",
 ]
 
@@ -41,6 +49,47 @@ def current_op() -> OpExecutionContext | None:
 def with_object_in_metadata(job: Any, key: str, value: object) -> Any:
     """A copy of an unresolved job of assets with an object in its metadata, of which only the class is serialised."""
     return copy(job, metadata={**(job.metadata or {}), key: ObjectMetadataValue("cleanup handlers", instance=value)})
+
+
+def let_copies_keep(attribute: str) -> None:
+    """From now on a copy that Dagster makes of an op or a graph (`configured`) has this attribute of the original.
+
+    And a graph's copy has the function that it was made from, which Dagster leaves out.
+    """
+    for kind, method in ((OpDefinition, "with_replaced_properties"), (GraphDefinition, "copy")):
+        original = getattr(kind, method)
+        if not hasattr(original, "__wrapped__"):
+            setattr(kind, method, _keeping(original, attribute))
+
+
+def _keeping(make_copy: Callable[..., Any], attribute: str) -> Callable[..., Any]:
+    @functools.wraps(make_copy)
+    def copy_and_keep(self: Any, *args: Any, **kwargs: Any) -> Any:
+        copied = make_copy(self, *args, **kwargs)
+        if attribute in vars(self):
+            setattr(copied, attribute, vars(self)[attribute])
+        if isinstance(copied, GraphDefinition):
+            copied._composition_fn = self.composition_fn  # noqa: SLF001
+        return copied
+
+    return copy_and_keep
+
+
+def why_it_never_runs(definition: object) -> str | None:
+    """Why nothing of this definition of Dagster's is ever cut short in a run; None: something may be."""
+    for_what = "it is for ops, assets, asset checks, graphs and jobs"
+    if isinstance(definition, SourceAsset):
+        if definition.is_observable:
+            return f"write it below @observable_source_asset of {definition.key.to_user_string()}, next to the function"
+        return f"the source asset {definition.key.to_user_string()} is never run; {for_what}"
+    if isinstance(definition, AssetsDefinition):
+        names = ", ".join(sorted(key.to_user_string() for key in definition.keys))
+        return None if definition.is_executable else f"the external asset {names} is never run; {for_what}"
+    if isinstance(definition, PendingNodeInvocation):
+        return f"decorate the definition {definition.node_def.name}, not one use of it (alias, tag, with_hooks)"
+    if isinstance(definition, (OpDefinition, GraphDefinition, JobDefinition, UnresolvedAssetJobDefinition)):
+        return None
+    return f"{type(definition).__name__} is nothing that is run by itself, so nobody cancels it; {for_what}"
 
 
 def job_of(run: DagsterRun, instance: DagsterInstance) -> JobDefinition:

@@ -19,6 +19,7 @@ WHY_KEY: Final = "why"
 REASON_KEY: Final = "reason"
 BY_KEY: Final = "requested by"
 HANDLER_KEY: Final = "handler"
+IDENTITY_KEY: Final = "declared on"
 ATTEMPT_KEY: Final = "attempt"
 FAILED_KEY: Final = "failed"
 OF_KEY: Final = "of"
@@ -123,9 +124,16 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED_STEPS]) + (", …" if len(names) > _NAMED_STEPS else "")
 
 
-def cleanup(handler: str, attempt: int, seconds: float, error: str | None, then: str = "") -> EngineEvent:
-    """One attempt of one handler. `then`: what happens next when it has failed."""
-    facts: dict[str, str | int | float] = {HANDLER_KEY: handler, ATTEMPT_KEY: attempt, "seconds": round(seconds, 3)}
+def cleanup(
+    handler: str, identity: str, attempt: int, seconds: float, error: str | None, then: str = ""
+) -> EngineEvent:
+    """One attempt of one handler. `identity`: see `Handler`. `then`: what happens next when it has failed."""
+    facts: dict[str, str | int | float] = {
+        HANDLER_KEY: handler,
+        IDENTITY_KEY: identity,
+        ATTEMPT_KEY: attempt,
+        "seconds": round(seconds, 3),
+    }
     how = f"(attempt {attempt}, {seconds:.1f} s{f'; {then}' if then else ''})"
     if error is None:
         return EngineEvent(Stage.CLEANUP, f'cleanup "{handler}" succeeded {how}', facts)

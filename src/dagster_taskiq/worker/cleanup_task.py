@@ -75,5 +75,5 @@ def _write_lost(context: WorkerContext, run: DagsterRun, report: dict[str, Any],
     why = how_it_ended(end, "its process")
     if seconds >= float(report["timeout_s"]) + HARD_TIMEOUT_S:
         why = f"it did not react to its timeout of {report['timeout_s']:g} s, and its process was ended"
-    event = engine_events.cleanup(str(report["handler"]), int(report["attempt"]), seconds, why)
+    event = engine_events.cleanup(str(report["handler"]), str(report["identity"]), int(report["attempt"]), seconds, why)
     write_attempt(context.instance, run, report["of"], event, whole=bool(report["whole"]))

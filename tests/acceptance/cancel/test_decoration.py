@@ -94,7 +94,7 @@ def test_no_text_keeps_a_run_from_its_end(stored: Platform) -> None:
 
 def test_what_handlers_and_ops_say_can_be_stored_and_shown(stored: Platform) -> None:
     run = stored.run(started(stored))
-    append_event(stored.instance, run, cleanup(f"undo {HALF}", 1, 0.1, f"OSError: {BAD} {HALF}"))
+    append_event(stored.instance, run, cleanup(f"undo {HALF}", f"op {BAD}", 1, 0.1, f"OSError: {BAD} {HALF}"))
     told = [facts for stage, facts in read_engine_events(stored.instance, run.run_id) if stage is Stage.CLEANUP]
     assert [facts["failed"] for facts in told] == [f"OSError: bad{MARK}file caf{MARK}"]
     for line in stored.story(run.run_id):

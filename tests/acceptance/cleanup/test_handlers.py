@@ -120,6 +120,16 @@ def test_exhausted_handlers_make_it_a_failure_with_all_reasons(cleaning: Platfor
     assert "undo" not in last
 
 
+def test_one_of_two_handlers_of_the_same_name_fails(cleaning: Platform) -> None:
+    """That of the graph; the one of its job succeeds, and hides nothing."""
+    run_id = terminated(cleaning, "same_names_job", expected=FAILURE)
+    assert sorted(mark for mark in cleaning.marks(run_id) if "tidied" in mark) == ["tidied False", "tidied True"]
+    story = "\n".join(cleaning.story(run_id))
+    assert 'cleanup "tidy" failed (attempt 1' in story
+    assert 'cleanup "tidy-2" succeeded (attempt 1' in story
+    assert end_of(cleaning, run_id) == "PIPELINE_FAILURE: cleanup failed: tidy: RuntimeError: on purpose"
+
+
 def will_be_retried(platform: Platform, run_id: str) -> str:
     """What Dagster has decided; it writes that a moment after the failure."""
 

@@ -12,7 +12,7 @@ from dagster._core.execution.plan.objects import ErrorSource, StepFailureData, S
 
 from dagster_taskiq import CleanupContext, on_cancel
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
-from dagster_taskiq.cleanup.plan import handler_names, read_history
+from dagster_taskiq.cleanup.plan import PendingHandler, handler_names, read_history
 from dagster_taskiq.storage import engine_events
 from dagster_taskiq.storage.event_log import append_event
 
@@ -46,7 +46,7 @@ class Log:
             data = StepFailureData(error=None, user_failure_data=None, error_source=ErrorSource.USER_CODE_ERROR)  # type: ignore[no-untyped-call]
         if kind is DagsterEventType.STEP_SUCCESS:
             data = StepSuccessData(duration_ms=1.0)  # type: ignore[no-untyped-call]
-        handle = NodeHandle("upload", None)
+        handle = NodeHandle(step_key or "upload", None)
         event = DagsterEvent(kind.value, "job", node_handle=handle, step_key=step_key, event_specific_data=data)
         self.instance.report_dagster_event(event, self.run.run_id)
 
@@ -114,13 +114,49 @@ def test_what_was_done_is_not_done_again() -> None:
     with DagsterInstance.ephemeral() as instance:
         log = Log(instance)
         log.starts()
-        done = engine_events.with_facts(engine_events.cleanup("undo", 1, 0.1, None), {engine_events.OF_KEY: "upload"})
+        of_op, of_job = (
+            pending.handler.identity for pending in read_history(instance, log.run).outstanding(job, log.run)
+        )
+        assert of_op != of_job
+        succeeded = engine_events.cleanup("undo", of_op, 1, 0.1, None)
+        done = engine_events.with_facts(succeeded, {engine_events.OF_KEY: "upload"})
         append_event(instance, log.run, done, "upload")
         assert log.outstanding() == ["undo"]
-        failed = engine_events.with_facts(engine_events.cleanup("undo", 1, 0.1, "it broke"), {engine_events.OF_KEY: ""})
-        append_event(instance, log.run, failed)
+        broke = engine_events.cleanup("undo", of_job, 1, 0.1, "it broke")
+        append_event(instance, log.run, engine_events.with_facts(broke, {engine_events.OF_KEY: ""}))
         (left,) = read_history(instance, log.run).outstanding(job, log.run)
         assert (left.failed, left.exhausted) == (["it broke"], True)
+
+
+@on_cancel(undo)
+@dg.graph
+def twice() -> None:
+    upload()
+    upload.alias("again")()
+
+
+def test_handlers_of_one_name_are_told_apart_by_where_they_were_declared() -> None:
+    """One function on an op that is in the graph twice, on the graph, on its job, and there twice: five handlers."""
+    whole = on_cancel(undo)(on_cancel(undo)(twice.to_job(name="job")))
+    with DagsterInstance.ephemeral() as instance:
+        log = Log(instance)
+        log.starts()
+        log.event(DagsterEventType.STEP_START, "again")
+
+        def left() -> list[PendingHandler]:
+            return list(read_history(instance, log.run).outstanding(whole, log.run))
+
+        names = ["undo of again", "undo of upload", "undo", "undo-2", "undo-3"]
+        assert [pending.name for pending in left()] == names
+        assert len({pending.key for pending in left()}) == len(names)
+        while todo := left():
+            assert [pending.name for pending in todo] == names
+            event = engine_events.cleanup(todo[0].handler.name, todo[0].handler.identity, 1, 0.1, None)
+            append_event(
+                instance, log.run, engine_events.with_facts(event, {engine_events.OF_KEY: todo[0].step_key or ""})
+            )
+            del names[0]
+        assert not names
 
 
 def test_their_names() -> None:

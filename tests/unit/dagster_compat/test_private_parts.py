@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRunStatus
+from dagster import (
+    DagsterEvent,
+    DagsterEventType,
+    DagsterInstance,
+    DagsterRunStatus,
+    GraphDefinition,
+    OpDefinition,
+)
 from dagster._cli.api import _execute_run_command_body, _execute_step_command_body, _resume_run_command_body
 from dagster._core.events.log import EventLogEntry
 from dagster._core.execution import api, backfill, context_creation_job
@@ -20,8 +27,10 @@ from dagster._daemon.monitoring import run_monitoring
 from dagster_graphql.implementation import execution
 from dagster_graphql.schema import backfill as graphql_backfill
 
+from dagster_taskiq.cancellation.handlers import ATTRIBUTE
 from dagster_taskiq.dagster_compat.api import RESUME_RUN_LOG_MESSAGE, serialize_value
 from dagster_taskiq.dagster_compat.cancelable import let_starting_runs_be_terminated
+from dagster_taskiq.dagster_compat.definitions import let_copies_keep
 from dagster_taskiq.dagster_compat.execution import ActiveExecution, KnownExecutionState, StepDelegatingExecutor
 from dagster_taskiq.dagster_compat.interrupts import (
     DagsterExecutionInterruptedError,
@@ -39,6 +48,19 @@ def test_all_of_dagster_asks_one_list_which_runs_may_be_terminated() -> None:
     assert CANCELABLE_RUN_STATUSES.count(DagsterRunStatus.STARTING) == 1
     for user in (backfill, execution, graphql_backfill):
         assert user.CANCELABLE_RUN_STATUSES is CANCELABLE_RUN_STATUSES, user.__name__
+
+
+def test_what_copies_ops_and_graphs() -> None:
+    """Each is wrapped once; `configured` and all else that copies goes through them, and a graph keeps its function."""
+    let_copies_keep(ATTRIBUTE)
+    let_copies_keep(ATTRIBUTE)
+    for kind, method, caller in (
+        (OpDefinition, "with_replaced_properties", "copy_for_configured"),
+        (GraphDefinition, "copy", "copy_for_configured"),
+    ):
+        assert inspect.unwrap(getattr(kind, method)) is getattr(kind, method).__wrapped__
+        assert f"self.{method}(" in inspect.getsource(getattr(kind, caller))
+    assert "self._composition_fn" in inspect.getsource(vars(GraphDefinition)["composition_fn"].fget)
 
 
 def test_the_bodies_of_the_commands_take_what_we_give() -> None:
