@@ -84,7 +84,8 @@ class CancellableSQSBroker(SQSBroker):  # type: ignore[misc]  # taskiq_aws has n
         self.endpoint_url = endpoint_url
         self.enable_cancellation = enable_cancellation
         self.visibility_timeout_s = visibility_timeout_s
-        self.cancel_visibility_timeout_s = cancel_visibility_timeout_s
+        # A cancel that a killed worker had is to be visible before the work is.
+        self.cancel_visibility_timeout_s = min(cancel_visibility_timeout_s, max(1, visibility_timeout_s // 2))
         self._connection: Connection | None = None
         self._work = SQSQueue(queue_url, self._client)
         self._cancel_queue = SQSQueue(self.cancel_queue_url, self._client)
@@ -257,9 +258,25 @@ class CancellableSQSBroker(SQSBroker):  # type: ignore[misc]  # taskiq_aws has n
         if not self.enable_cancellation:
             raise DagsterTaskiqError("cancellation is disabled; set enable_cancellation to true in the configuration")
 
-    async def receive_cancels(self) -> list[ReceivedCancel]:
-        """Wait for cancel messages (one long poll). Unreadable ones are logged once and left to expire."""
-        return await self._cancels.receive(wait_s=self.wait_time, visibility_s=self.cancel_visibility_timeout_s)
+    async def receive_cancels(self, wait_s: int | None = None) -> list[ReceivedCancel]:
+        """Wait for cancel messages (one long poll, of `wait_time` seconds unless given).
+
+        Unreadable ones are logged once and left to expire.
+        """
+        wait_s = self.wait_time if wait_s is None else min(wait_s, self.wait_time)
+        return await self._cancels.receive(wait_s=wait_s, visibility_s=self.cancel_visibility_timeout_s)
+
+    def lease_of_cancel(self, cancel: ReceivedCancel) -> Lease:
+        """A lease that keeps a cancel message from others; to be started."""
+        lease = Lease(
+            Receipt(self._cancel_queue, cancel.receipt_handle),
+            visibility_timeout_s=self.cancel_visibility_timeout_s,
+            renew_every_s=self.cancel_visibility_timeout_s / 2,
+            in_step_with=self._made_at,
+            name=f"cancel message {cancel.message_id}",
+        )
+        self._leases.add(lease)
+        return lease
 
     async def delete_cancels(self, cancels: Sequence[ReceivedCancel]) -> None:
         """Nobody needs them any more. A failure is logged: they come again, and are deleted then."""

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from logging import getLogger
-from typing import Any, Literal
+from typing import Any
 
 from taskiq import AckableMessage, TaskiqMessage, TaskiqResult
 from taskiq.acks import AckController, AcknowledgeType
@@ -26,15 +26,19 @@ from dagster_taskiq.sqs.lease import Settle
 from dagster_taskiq.sqs.settlement import Settled, Settlement
 from dagster_taskiq.sqs.unusable import LONGEST_PAUSE_S
 from dagster_taskiq.tasks.cancel_listener import CancelListener
+from dagster_taskiq.tasks.held_cancels import HeldCancels
 from dagster_taskiq.tasks.middleware import CancellationEvent, Stage, notify_all
 from dagster_taskiq.tasks.running_task import CURRENT_TASK, CancelledIsNoError, RunningTask, cancelled_result
 from dagster_taskiq.tasks.running_tasks import RunningTasks
+from dagster_taskiq.tasks.slots import Slots
 
 logger = getLogger(__name__)
 
 _Queue = asyncio.Queue[_PrefetchedMessage | _QueueSignal]
 _SHUTDOWN = "the worker stops"
 _LOOK_UP_S = 0.5
+_LATER_THAN_VISIBLE = 4 / 3
+"""The share of the visibility timeout after which the work of a dead worker has come again."""
 getLogger("taskiq.receiver.receiver").addFilter(CancelledIsNoError())
 
 
@@ -56,23 +60,6 @@ class ReceiverHooks:
     """What lines of the log about a task have in `extra`, beside its id."""
 
 
-class _Slots(asyncio.Semaphore):
-    """A semaphore that tells how often it can be acquired at once."""
-
-    def __init__(self, like: asyncio.Semaphore) -> None:
-        self.free = like._value  # noqa: SLF001 - taskiq's own, which it does not tell: it has a random part
-        super().__init__(self.free)
-
-    async def acquire(self) -> Literal[True]:
-        await super().acquire()
-        self.free -= 1
-        return True
-
-    def release(self) -> None:
-        self.free += 1
-        super().release()
-
-
 class CancellableReceiver(Receiver):
     """Receives work, listens to cancels, settles messages."""
 
@@ -91,7 +78,7 @@ class CancellableReceiver(Receiver):
         super().__init__(*args, **kwargs)
         self.hooks = hooks or ReceiverHooks()
         if self.sem is not None and isinstance(self.broker, CancellableSQSBroker):
-            slots = self.sem_prefetch = _Slots(self.sem_prefetch)
+            slots = self.sem_prefetch = Slots(self.sem_prefetch)
             # The one for which it is asked is taken already. Nobody else takes any, so these stay free.
             self.broker.free_slots = lambda: 1 + slots.free
         self.listening = asyncio.Event()
@@ -134,7 +121,12 @@ class CancellableReceiver(Receiver):
         broker = self.broker
         if self._shared_listener is None and isinstance(broker, CancellableSQSBroker) and broker.enable_cancellation:
             self._listener = CancelListener(
-                broker, self.tasks, cancel_ttl_s=self.hooks.cancel_ttl_s, is_over=self.hooks.is_over
+                broker,
+                self.tasks,
+                cancel_ttl_s=self.hooks.cancel_ttl_s,
+                is_over=self.hooks.is_over,
+                held=HeldCancels(broker.lease_of_cancel),
+                comes_back_s=broker.visibility_timeout_s * _LATER_THAN_VISIBLE,
             )
             helpers.add(asyncio.create_task(self._listener.run(), name="listen to cancels"))
         working = asyncio.create_task(super().listen(finish_event), name="receive work")
@@ -263,11 +255,9 @@ class CancellableReceiver(Receiver):
         self._mine.add(task)
         if leased is not None:
             leased.lease.when_lost(lambda: self._on_lost(task))
-        ahead = self._listener.cancelled_ahead(task_id) if self._listener is not None else None
-        if ahead is not None:
-            task.cancel(ahead)
         body = message.data if isinstance(message, AckableMessage) else message
         try:
+            await self._cancel_ahead(task)
             with task.entered():
                 await super().callback(AckableMessage(data=body, ack=task.acknowledge), raise_err)
         except Exception:
@@ -277,15 +267,32 @@ class CancellableReceiver(Receiver):
             if raise_err:
                 raise
         finally:
-            await shielded(self._conclude(task), name=f"conclude {task_id}")
+            await shielded(self._conclude(task, leased), name=f"conclude {task_id}")
 
-    async def _conclude(self, task: RunningTask) -> None:
+    async def _conclude(self, task: RunningTask, leased: LeasedMessage | None) -> None:
+        lease = leased.lease if leased is not None else None
         try:
             await task.settle()
         finally:
-            self.tasks.remove(task)
+            over = lease.deleted if lease is not None else task.verdict().settlement is Settlement.DELETE
+            self.tasks.remove(task, comes_again=not over)
             self._mine.discard(task)
+            if self._listener is not None:
+                await self._listener.settled(task.task_id, over=over)
             task.settled.set()
+
+    async def _cancel_ahead(self, task: RunningTask) -> None:
+        """If its cancel has come before it, it is not to begin."""
+        listener = self._listener
+        if listener is None:
+            return
+        ahead = listener.cancelled_ahead(task.task_id)
+        if ahead is None and task.receive_count > 1:
+            # Whoever had it may have died, and had its cancel, too.
+            await listener.look()
+            ahead = listener.cancelled_ahead(task.task_id)
+        if ahead is not None:
+            task.cancel(ahead)
 
     def _delivered(self, task: RunningTask, cancellation: Cancellation) -> None:
         if self.hooks.on_delivered is not None:
@@ -321,6 +328,7 @@ class CancellableReceiver(Receiver):
         if task is None:
             return await super().run_task(target, message, ack_controller)
         task.attach(message)
+        task.may_have_begun(target)
         task.acknowledges_itself = self._get_ack_time(message) is AcknowledgeType.MANUAL
         if task.dropped:
             result = cancelled_result(message)

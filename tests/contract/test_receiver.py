@@ -4,6 +4,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -19,12 +20,13 @@ from taskiq import (
     TaskiqMiddleware,
 )
 from tests.support.eventually import eventually
+from tests.support.proxy import sqs_proxy
 from tests.support.workers import Outside, broker_for, leftovers, working
 
 from dagster_taskiq.cancellable_broker import CancellableSQSBroker
 from dagster_taskiq.cancellable_receiver import CancellableReceiver, ReceiverHooks
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
-from dagster_taskiq.errors import QueueMissing, TaskCancelled
+from dagster_taskiq.errors import QueueMissing, QueueUnreachable, TaskCancelled
 from dagster_taskiq.sqs.settlement import Settled, Settlement
 from dagster_taskiq.tasks.running_task import current_task
 
@@ -203,6 +205,50 @@ async def test_with_many_workers_every_cancel_reaches_its_owner(standard_url: st
         await eventually(lambda: benches[0].outside.work() == (0, 0), "no work message is left")
 
 
+async def test_a_cancel_is_kept_until_the_work_is_settled(queue_url: str, endpoint: str) -> None:
+    async with bench(queue_url, endpoint, visibility_timeout_s=2) as at:
+        task = await at.start(3.0)
+        await at.broker.cancel_task(task.task_id)
+        await eventually(lambda: at.diary.cancelled, "the task is cancelled")
+        while not at.diary.cleaned_up:
+            assert sum(at.outside.cancels()) == 1
+            await asyncio.sleep(0.1)
+        assert isinstance(await error_of(task), TaskCancelled)
+        await at.all_quiet()
+
+
+async def test_what_is_never_cancelled_costs_no_request_more(standard_url: str, endpoint: str) -> None:
+    with sqs_proxy(endpoint) as proxy:
+        async with bench(proxy.through(standard_url), proxy.url) as at:
+            before = proxy.seen.copy()
+            at.diary.release.set()
+            tasks = [await at.wait.kiq() for _ in range(5)]
+            assert [await error_of(task) for task in tasks] == [None] * 5
+            await eventually(lambda: not at.receiver.tasks, "all are settled")
+            spent = Counter({action: count for (action, _), count in (proxy.seen - before).items()})
+    del spent["ReceiveMessage"]
+    assert spent == {"SendMessage": 5, "DeleteMessage": 5}
+
+
+async def test_a_cancel_is_needed_while_its_work_may_come_again(
+    standard_url: str, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dagster_taskiq.sqs.lease._DELETE_TRIES", 1)
+
+    async def fails(receipt_handle: str) -> None:
+        raise QueueUnreachable("down")
+
+    async with bench(standard_url, endpoint, visibility_timeout_s=2) as at:
+        delete = at.broker._work.delete
+        at.broker._work.delete = fails  # type: ignore[method-assign]
+        task = await at.start()
+        await at.broker.cancel_task(task.task_id)
+        await eventually(lambda: at.diary.cleaned_up and not at.receiver.tasks, "the task is cancelled")
+        at.broker._work.delete = delete  # type: ignore[method-assign]
+        await at.all_quiet()
+        assert at.diary.started == [task.task_id]
+
+
 async def test_two_workers_on_fifo_queues(endpoint: str, queue_url: str) -> None:
     async with bench(queue_url, endpoint) as one, bench(queue_url, endpoint) as other:
         tasks = [await one.wait.kiq() for _ in range(3)]
@@ -217,7 +263,7 @@ async def test_two_workers_on_fifo_queues(endpoint: str, queue_url: str) -> None
 
 
 async def test_a_cancel_for_nobody_is_deleted_in_the_end(standard_url: str, endpoint: str) -> None:
-    async with bench(standard_url, endpoint, ReceiverHooks(cancel_ttl_s=2)) as at:
+    async with bench(standard_url, endpoint, ReceiverHooks(cancel_ttl_s=2), visibility_timeout_s=2) as at:
         await at.broker.cancel_task("nobody")
         await asyncio.sleep(1)
         assert sum(at.outside.cancels()) == 1

@@ -78,6 +78,8 @@ class Lease:
         self._failing = False
         self._lost = False
         self._settled = False
+        self.deleted = False
+        """Whether the message is known to be gone, deleted by us."""
 
     @property
     def lost(self) -> bool:
@@ -147,6 +149,8 @@ class Lease:
                 await asyncio.sleep(pause_s)
                 pause_s *= 2
                 continue
+            else:
+                self.deleted = True
             return
 
     async def _keep(self) -> None:

@@ -15,7 +15,10 @@ from dagster_taskiq._shield import shielded
 from dagster_taskiq._ttl_cache import TTLCache
 from dagster_taskiq.cancellation.model import CancelChannel, CancelKind, Cancellation
 from dagster_taskiq.errors import QueueError
+from dagster_taskiq.sqs.lease import Lease
+from dagster_taskiq.sqs.settlement import Settlement
 from dagster_taskiq.tasks.cancel_queue import ReceivedCancel
+from dagster_taskiq.tasks.held_cancels import HeldCancels
 
 logger = getLogger(__name__)
 
@@ -26,11 +29,18 @@ _QUESTIONS: Final = 100
 """So many messages at most wait for an answer; about the others it is asked when they come back."""
 
 
+_LOOKS: Final = 5
+_LOOK_S: Final = 1
+"""One second is enough for SQS to ask all of its servers, which it does not do without any waiting."""
+_ROUND_S: Final = 10.0
+"""A message that goes round comes to each worker more often than that, unless there are very many."""
+
+
 class CancelSource(Protocol):
     """Where cancel messages come from."""
 
-    async def receive_cancels(self) -> list[ReceivedCancel]:
-        """Wait for some. May raise a `QueueError`."""
+    async def receive_cancels(self, wait_s: int | None = None) -> list[ReceivedCancel]:
+        """Wait for some, so many seconds at most. May raise a `QueueError`."""
 
     async def delete_cancels(self, cancels: Sequence[ReceivedCancel]) -> None:
         """Nobody needs them any more."""
@@ -55,6 +65,10 @@ class CancelListener:
 
     `is_over` answers for a task id whether its work is known to be finished, wherever it ran. It is asked beside the
     receiving, for one at a time, and must have a bound: the worker hears its own cancels meanwhile.
+
+    `held`: where the queue alone knows of a cancellation, the owner keeps the message until the work is settled.
+    `comes_back_s`: after so many seconds the work of a worker that was killed has come again; until then its cancel is
+    needed, however old it is.
     """
 
     def __init__(
@@ -64,6 +78,8 @@ class CancelListener:
         *,
         cancel_ttl_s: float,
         is_over: Callable[[str], Awaitable[bool]] | None = None,
+        held: HeldCancels | None = None,
+        comes_back_s: float = 0.0,
         now: Callable[[], float] = time.time,
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
@@ -72,10 +88,14 @@ class CancelListener:
         self._tasks = tasks
         self._cancel_ttl_s = cancel_ttl_s
         self._is_over = is_over
+        self._held = held
+        self._comes_back_s = comes_back_s
         self._now = now
         self._uniform = uniform
         self._ahead: TTLCache[Cancellation] = TTLCache(ttl_s=cancel_ttl_s)
         self._seen: TTLCache[bool] = TTLCache(ttl_s=cancel_ttl_s)
+        self._round: TTLCache[float] = TTLCache(ttl_s=_ROUND_S)
+        """Since when a message has been going round: one that somebody has held begins anew."""
         self._over: TTLCache[bool] = TTLCache(ttl_s=cancel_ttl_s)
         """Messages, not tasks: for a task that was over, or not known, work may come later."""
         self._questions: asyncio.Queue[ReceivedCancel] = asyncio.Queue(_QUESTIONS)
@@ -83,10 +103,40 @@ class CancelListener:
         """The messages in `_questions`, and the one that is being asked about."""
         self._fails = False
         """Whether the last question had no answer: what has none after it is the same outage."""
+        self._looking: asyncio.Task[None] | None = None
 
     def cancelled_ahead(self, task_id: str) -> Cancellation | None:
         """The cancel that was received before the work came, if there was one lately."""
         return self._ahead.get(task_id)
+
+    async def look(self) -> None:
+        """Receive what is on the cancel queue now, for work that may have been cancelled in a worker that has died.
+
+        Those who ask at the same time share one look. Takes a few seconds at most; without an answer it is given up.
+        """
+        if self._held is None:
+            return
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._look(), name="look for cancels")
+        await asyncio.wait({self._looking})
+
+    async def _look(self) -> None:
+        known: set[str] = set()
+        for _ in range(_LOOKS):
+            try:
+                received = await self._source.receive_cancels(_LOOK_S)
+            except QueueError as error:
+                logger.warning("cannot look for cancels of work that comes again, it begins: %s", error)
+                return
+            await shielded(self.handle(received), name="sort cancels")
+            if {one.message_id for one in received} <= known:
+                return
+            known |= {one.message_id for one in received}
+
+    async def settled(self, task_id: str, *, over: bool) -> None:
+        """Work of this worker is settled. `over`: it will not come again, and its cancels are not needed any more."""
+        if self._held is not None:
+            await self._held.release(task_id, over=over)
 
     async def run(self) -> None:
         """Listen until cancelled."""
@@ -99,31 +149,48 @@ class CancelListener:
                 )
                 await asyncio.sleep(await shielded(self.handle(received), name="sort cancels"))
         finally:
-            asking.cancel()
-            await asyncio.wait({asking})
+            helpers = {asking} if self._looking is None else {asking, self._looking}
+            for helper in helpers:
+                helper.cancel()
+            await asyncio.wait(helpers)
 
     async def handle(self, received: Sequence[ReceivedCancel]) -> float:
         """Take what is ours, hand on what is not; for how many seconds to sit out before the next receive."""
         # Ours first, and without awaiting anything: a cancel does not wait for the bookkeeping of others.
-        ours = {one.message_id for one in received if self._tasks.cancel(one.request.task_id, _cancellation(one))}
-        done = [one for one in received if one.message_id in ours or self._needs_nobody(one)]
-        others = [one for one in received if one not in done]
+        ours = [one for one in received if self._tasks.cancel(one.request.task_id, _cancellation(one))]
+        held, earlier = self._hold(ours)
+        done = [one for one in received if one not in held and (one in ours or self._needs_nobody(one))]
+        others = [one for one in received if one not in held and one not in done]
         again = [one for one in others if one.message_id in self._seen]
         for one in others:
             self._ahead.add(one.request.task_id, _cancellation(one))
             self._seen.add(one.message_id, True)
         for one in again:
             self._ask_about(one)
-        await asyncio.gather(self._source.hand_back_cancels(others), self._source.delete_cancels(done))
+        await asyncio.gather(
+            self._source.hand_back_cancels(others),
+            self._source.delete_cancels(done),
+            *[lease.settle(Settlement.LEAVE) for lease in earlier],
+        )
         # Polling at once would bring the same message to the same worker for ever; having seen it before, let it
         # visit the others. Meanwhile this worker is deaf, so it does so for no other reason.
         return max((self._sit_out_s(one) for one in again), default=0.0)
+
+    def _hold(self, ours: Sequence[ReceivedCancel]) -> tuple[Sequence[ReceivedCancel], Sequence[Lease]]:
+        """Those that are held now, and the leases that they no longer have."""
+        if self._held is None:
+            return [], []
+        earlier = [self._held.hold(one.request.task_id, one) for one in ours]
+        return ours, [lease for lease in earlier if lease is not None]
 
     def _needs_nobody(self, cancel: ReceivedCancel) -> bool:
         task_id = cancel.request.task_id
         if task_id in self._tasks.finished or cancel.message_id in self._over:
             return True
-        if self._now() - cancel.sent_at <= self._cancel_ttl_s:
+        now = self._now()
+        since = self._round.get(cancel.message_id) or now
+        self._round.add(cancel.message_id, since)
+        if now - cancel.sent_at <= self._cancel_ttl_s or now - since < self._comes_back_s:
             return False
         logger.info("cancel message that nobody claimed is dropped", extra={"task_id": task_id})
         self._ahead.add(task_id, _cancellation(cancel))

@@ -171,6 +171,11 @@ class RunningTask:
         if self.signal.is_set:
             self._forbid_retry()
 
+    def may_have_begun(self, target: Callable[..., Any]) -> None:
+        """Before it begins here: if its message comes again, its cleanup handlers may be due without a beginning."""
+        if self.receive_count > 1:
+            self.handlers = handlers_of(target)
+
     def begin(self, coroutine: "asyncio.Task[Any]") -> None:
         """The asyncio task that runs the function (and resolves its dependencies first)."""
         self._coroutine = coroutine

@@ -30,10 +30,10 @@ class RunningTasks(Mapping[str, RunningTask]):
         """It was received."""
         self._tasks[task.task_id] = task
 
-    def remove(self, task: RunningTask) -> None:
-        """It is settled."""
+    def remove(self, task: RunningTask, *, comes_again: bool = False) -> None:
+        """It is settled. `comes_again`: its message could not be deleted."""
         del self._tasks[task.task_id]
-        if task.finished:
+        if task.finished and not comes_again:
             self.finished.add(task.task_id, True)
 
     def cancel(self, task_id: str, cancellation: Cancellation) -> bool:

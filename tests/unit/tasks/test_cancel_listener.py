@@ -10,8 +10,10 @@ from dagster_taskiq._ttl_cache import TTLCache
 from dagster_taskiq.cancellation.model import CancelChannel, CancelKind, Cancellation
 from dagster_taskiq.errors import QueueUnreachable
 from dagster_taskiq.messages import CancelRequest
+from dagster_taskiq.sqs.lease import Lease
 from dagster_taskiq.tasks.cancel_listener import LONGEST_SIT_OUT_S, SIT_OUT_S, CancelListener
 from dagster_taskiq.tasks.cancel_queue import ReceivedCancel
+from dagster_taskiq.tasks.held_cancels import HeldCancels
 
 pytestmark = pytest.mark.anyio
 
@@ -31,7 +33,7 @@ class Queue:
         self.handed_back: list[str] = []
         self.receives: list[list[ReceivedCancel] | Exception] = []
 
-    async def receive_cancels(self) -> list[ReceivedCancel]:
+    async def receive_cancels(self, wait_s: int | None = None) -> list[ReceivedCancel]:
         if not self.receives:
             await asyncio.Event().wait()
         answer = self.receives.pop(0)
@@ -142,6 +144,65 @@ async def test_an_old_cancel_of_running_work_still_counts() -> None:
     here = Here("t")
     await listener(Queue(), here).handle([cancel_of("t", age_s=500)])
     assert "t" in here.cancelled
+
+
+class Kept:
+    """What the lease of a held message does with it."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    async def renew(self, timeout_s: int) -> None:
+        self.calls.append("renew")
+
+    async def delete(self) -> None:
+        self.calls.append("delete")
+
+    async def hand_back(self, delay_s: int) -> None:
+        self.calls.append("hand back")
+
+
+@pytest.mark.parametrize(("over", "call"), [(True, "delete"), (False, "hand back")])
+async def test_the_owner_keeps_the_cancel_until_its_work_is_settled(over: bool, call: str) -> None:
+    queue, kept = Queue(), Kept()
+    held = HeldCancels(lambda _: Lease(kept, visibility_timeout_s=30, renew_every_s=0.01))
+    listening = CancelListener(queue, Here("t"), cancel_ttl_s=120, held=held, now=lambda: NOW)
+    await listening.handle([cancel_of("t")])
+    await eventually(lambda: "renew" in kept.calls, "it is kept")
+    await listening.handle([cancel_of("t")])  # it has come again, so the first receipt is of no use
+    assert (queue.deleted, queue.handed_back) == ([], [])
+    assert set(kept.calls) == {"renew"}
+    await listening.settled("t", over=over)
+    assert kept.calls.count(call) == 1
+    assert set(kept.calls) == {"renew", call}
+    await listening.settled("t", over=over)
+    assert kept.calls.count(call) == 1
+
+
+async def test_an_old_cancel_that_was_held_stays_until_the_work_has_come_again() -> None:
+    queue, now = Queue(), NOW
+    listening = CancelListener(queue, Here(), cancel_ttl_s=120, comes_back_s=40, now=lambda: now)
+    for _ in range(9):
+        await listening.handle([cancel_of("t", age_s=500)])
+        now += 5
+    assert (queue.deleted, len(queue.handed_back)) == (["m-t"], 8)
+    assert listening.cancelled_ahead("t") is not None
+
+
+async def test_a_look_ends_when_it_brings_nothing_new() -> None:
+    queue = Queue()
+    held = HeldCancels(lambda _: Lease(Kept(), visibility_timeout_s=30))
+    listening = CancelListener(queue, Here(), cancel_ttl_s=120, held=held, now=lambda: NOW)
+    queue.receives = [[cancel_of("u")], [cancel_of("u"), cancel_of("t")], [cancel_of("t")], [cancel_of("v")]]
+    await asyncio.gather(listening.look(), listening.look())
+    assert listening.cancelled_ahead("t") is not None
+    assert len(queue.receives) == 1
+    queue.receives = [QueueUnreachable("down")]
+    await listening.look()
+    queue.receives = []
+    looking = asyncio.create_task(CancelListener(queue, Here(), cancel_ttl_s=120).look())
+    await asyncio.wait({looking}, timeout=5)
+    assert looking.done()  # without a queue that alone knows of cancellations there is nothing to look for
 
 
 async def test_it_asks_whether_work_is_over_only_when_a_message_comes_back() -> None:

@@ -1,0 +1,32 @@
+"""Cancel messages of work that is ending here: hidden from others until that work is settled. Knows leases, no tasks.
+
+A worker that is killed takes no cancel with it: the message becomes visible again, before the work does.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+from dagster_taskiq.sqs.lease import Lease
+from dagster_taskiq.sqs.settlement import Settlement
+from dagster_taskiq.tasks.cancel_queue import ReceivedCancel
+
+
+class HeldCancels:
+    """By task id. `lease_of` leases a message; the lease is started here."""
+
+    def __init__(self, lease_of: Callable[[ReceivedCancel], Lease]) -> None:
+        self._lease_of = lease_of
+        self._leases: dict[str, dict[str, Lease]] = {}
+
+    def hold(self, task_id: str, cancel: ReceivedCancel) -> Lease | None:
+        """Keep it from others. Returns the lease of an earlier receive of the same message, which is to be left."""
+        of_task = self._leases.setdefault(task_id, {})
+        earlier = of_task.get(cancel.message_id)
+        of_task[cancel.message_id] = self._lease_of(cancel).start()
+        return earlier
+
+    async def release(self, task_id: str, *, over: bool) -> None:
+        """The work is settled. `over`: its message is gone, so nobody needs its cancels; otherwise others may."""
+        leases = self._leases.pop(task_id, {}).values()
+        what = Settlement.DELETE if over else Settlement.HAND_BACK
+        await asyncio.gather(*[lease.settle(what) for lease in leases])
