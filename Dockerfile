@@ -11,7 +11,7 @@ WORKDIR /build
 RUN python -m venv /opt/venv
 COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY src ./src
-RUN /opt/venv/bin/pip install --no-cache-dir --constraint constraints.txt . dagster-postgres
+RUN /opt/venv/bin/pip install --no-cache-dir --constraint constraints.txt '.[postgres]'
 
 FROM python:3.11-slim
 RUN useradd --system --create-home --home-dir /opt/dagster --uid 10001 dagster

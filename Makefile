@@ -7,6 +7,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 4
 PYTEST_ARGS ?=
 EMULATOR := .venv-localstack
+FLOOR := .venv-floor
 SEEDS ?= 1 2 3 4
 SECONDS ?= 40
 
@@ -51,6 +52,14 @@ $(EMULATOR)/.installed: tests/localstack-requirements.txt tests/localstack-const
 contract: $(STAMP) ## Check what we assume of SQS (DAGSTER_TASKIQ_TEST_ENDPOINT=https://... checks that one, AWS too)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "" tests/contract $(PYTEST_ARGS)
 
+.PHONY: floor
+floor: $(FLOOR)/.installed ## Run the unit tests and those of cancellation with the oldest versions that we admit
+	$(FLOOR)/bin/python -m pytest -n $(WORKERS) --dist loadgroup tests/unit tests/acceptance/cancel $(PYTEST_ARGS)
+$(FLOOR)/.installed: pyproject.toml constraints-floor.txt
+	test -x $(FLOOR)/bin/python || $(PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[local,test]' --constraint constraints-floor.txt
+	@touch $@
+
 .PHONY: chaos
 chaos: $(STAMP) ## Put a fleet through bad days (SEEDS="1 2 3 4" SECONDS=40; needs PostgreSQL; ten minutes at most)
 	DAGSTER_TASKIQ_TEST_REQUIRE_ALL=1 DAGSTER_TASKIQ_TEST_CHAOS_SEEDS="$(SEEDS)" DAGSTER_TASKIQ_TEST_CHAOS_SECONDS="$(SECONDS)" \
@@ -94,7 +103,7 @@ dist: $(STAMP) ## Build the sdist and, from it, the wheel; check both as the pac
 
 .PHONY: clean
 clean: ## Remove the virtual environment and everything that was built
-	rm -rf $(VENV) $(EMULATOR) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(EMULATOR) $(FLOOR) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: audit

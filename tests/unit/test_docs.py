@@ -66,6 +66,7 @@ def issubclass_of_exception(name: str) -> bool:
         "docs/cleanup.md",
         "docs/deploy-on-ecs.md",
         "docs/glossary.md",
+        "docs/installation.md",
         "docs/promises.md",
         "docs/releasing.md",
         "docs/security.md",
