@@ -11,6 +11,7 @@ WORKDIR /build
 RUN python -m venv /opt/venv
 COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY src ./src
+COPY infra ./infra
 RUN /opt/venv/bin/pip install --no-cache-dir --constraint constraints.txt '.[postgres]'
 
 FROM python:3.11-slim

@@ -11,7 +11,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+WHOLE = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, TOOLS = WHOLE["project"], WHOLE["tool"]
 INSTALLED_BY_USERS = [
     *PROJECT["dependencies"],
     *(one for name in ("otel", "local", "postgres") for one in PROJECT["optional-dependencies"][name]),
@@ -63,3 +64,10 @@ def test_the_readme_names_the_versions_of_dagster_that_were_tested(file: str) ->
     row = re.search(r"^\| Dagster \| (.+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert row
     assert pinned(file)["dagster"] in re.findall(r"\d+\.\d+\.\d+", row[1])
+
+
+def test_the_repository_has_one_address() -> None:
+    home = PROJECT["urls"]["Homepage"]
+    assert [url for url in PROJECT["urls"].values() if not url.startswith(home)] == []
+    (rewritten,) = TOOLS["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]
+    assert rewritten["replacement"] == f"]({home}/blob/main/"

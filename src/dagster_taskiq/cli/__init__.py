@@ -10,6 +10,7 @@ import click
 from dagster_taskiq.cli.demo import demo
 from dagster_taskiq.cli.dev import dev
 from dagster_taskiq.cli.doctor import doctor
+from dagster_taskiq.cli.infra import infra
 from dagster_taskiq.cli.queue import queue
 from dagster_taskiq.cli.run import run
 from dagster_taskiq.cli.worker import worker
@@ -53,3 +54,4 @@ main.add_command(dev)
 main.add_command(demo)
 main.add_command(run)
 main.add_command(doctor)
+main.add_command(infra)

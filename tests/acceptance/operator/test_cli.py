@@ -39,6 +39,7 @@ COMMANDS = (
     ["run", "cleanup", "--help"],
     ["dev", "--help"],
     ["demo", "--help"],
+    ["infra", "--help"],
 )
 
 

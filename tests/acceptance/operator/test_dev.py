@@ -4,8 +4,7 @@ import os
 import re
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
@@ -15,6 +14,7 @@ from tests.support.browser import Dagster
 from tests.support.environment import clean_environment, processes_of
 from tests.support.waiting import wait_until
 
+from dagster_taskiq.local.dev import COMMAND_LINE
 from dagster_taskiq.local.process_manager import answers
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(480)]
@@ -42,11 +42,12 @@ class Dev:
 
 
 @contextmanager
-def dev(home: Path, *arguments: str, here: Path | None = None, **environ: str) -> Iterator[Dev]:
+def dev(
+    home: Path, *arguments: str, here: Path | None = None, program: Sequence[str] = COMMAND_LINE, **environ: str
+) -> Iterator[Dev]:
     """`here`: the current folder."""
-    command = [sys.executable, "-m", "dagster_taskiq.cli", "dev", *arguments]
     process = subprocess.Popen(
-        command,
+        [*program, "dev", *arguments],
         env=clean_environment(home) | environ,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

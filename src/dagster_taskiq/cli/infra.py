@@ -1,0 +1,19 @@
+"""`dagster-taskiq infra`: the CloudFormation templates of this version, for whoever has only installed the package."""
+
+import click
+
+
+@click.command()
+@click.option("--show", "template", type=click.Choice(["queues", "workers"]), required=True, help="Which one.")
+def infra(template: str) -> None:
+    """Print a CloudFormation template: `queues` (with their permissions), or `workers` (a service of ECS).
+
+    \b
+    Example:
+      dagster-taskiq infra --show queues > queues.yaml
+      aws cloudformation deploy --stack-name dagster-queues --template-file queues.yaml --capabilities CAPABILITY_IAM
+    """
+    from importlib.resources import files
+
+    text = files("dagster_taskiq").joinpath("infra", f"{template}.yaml").read_text(encoding="utf-8")
+    click.echo(text, nl=False)
