@@ -51,7 +51,10 @@ class ChildStartFailed(DagsterTaskiqError):
 
 
 class StateError(DagsterTaskiqError):
-    """The new value in `token.state` is not JSON, or too large. Raised by the assignment; nothing is stored."""
+    """The new value in `token.state` is not JSON, or too large; or it is not known whose state it would be.
+
+    Raised by the assignment, or already by `token.state`. Nothing is stored.
+    """
 
 
 class CleanupFailed(DagsterTaskiqError):

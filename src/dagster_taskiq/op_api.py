@@ -17,11 +17,23 @@ from dagster_taskiq.cancellation.handlers import (
     own_handlers,
 )
 from dagster_taskiq.cancellation.token import CancellationToken, never
+from dagster_taskiq.child.control_channel import invitation
 
 DEFAULT_TIMEOUT_S: Final = 30.0
 MAX_TIMEOUT_S: Final = 3_600.0
 _FOR_WHAT: Final = "it is for functions, ops, assets, asset checks, graphs, jobs and taskiq tasks"
 _Target = TypeVar("_Target")
+
+
+def _join_worker() -> None:
+    """In a process of Dagster's own, this may be the only use of this package: and the steps begin after it."""
+    if "dagster" in sys.modules and invitation() is not None:
+        from dagster_taskiq.child.child_process import join_worker
+
+        join_worker()
+
+
+_join_worker()
 
 
 def cancellation_token() -> CancellationToken:
@@ -63,11 +75,10 @@ def on_cancel(
         raise ValueError(f"on_cancel: timeout must be more than 0 and at most {MAX_TIMEOUT_S:g} seconds, not {timeout}")
 
     def decorate(target: _Target) -> _Target:
+        _join_worker()
         if "dagster" in sys.modules:
-            from dagster_taskiq.child.child_process import join_worker
             from dagster_taskiq.dagster_compat.definitions import let_copies_keep
 
-            join_worker()  # in a process of Dagster's own this may be the only use of this package
             let_copies_keep(ATTRIBUTE)
         _refuse_what_never_runs(target)
         home = home_of(target)

@@ -36,6 +36,7 @@ from tests.support.warm import CLI, Lines, Process, start_command, start_program
 JOBS = Path(__file__).parent / "jobs.py"
 STEP_JOBS = Path(__file__).parent / "step_jobs.py"
 CLEANUP_JOBS = Path(__file__).parent / "cleanup_jobs.py"
+STATE_JOBS = Path(__file__).parent / "state_jobs.py"
 REAL_WORKER = (*CLI, "worker", "start")
 """For a worker with an interpreter of its own, as people start it."""
 ENTRYPOINT = Path(__file__).parents[2] / "worker_entrypoint.py"

@@ -82,6 +82,7 @@ MAY_READ_ENVIRONMENT = {
     "metrics",
     "process.shim",
     "child.child_process",
+    "child.control_channel",
     "worker.ecs",
     "doctor",
     "local",

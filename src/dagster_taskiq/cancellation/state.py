@@ -1,6 +1,7 @@
 """A small dictionary that outlives its process. Knows JSON and two callables; not where it is kept."""
 
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, Final
 
@@ -14,7 +15,8 @@ class State(MutableMapping[str, Any]):
     """What an op, or a task, keeps for its cleanup handler, and for its own next attempt.
 
     Each change is stored before it returns, so change several keys with one `update`. What is read is a copy: to
-    change a list in it, assign the list anew. Raises `StateError` for what is not JSON, or too large.
+    change a list in it, assign the list anew. Threads may change it at the same time.
+    Raises `StateError` for what is not JSON, or too large.
     """
 
     def __init__(
@@ -23,17 +25,20 @@ class State(MutableMapping[str, Any]):
         self._load = load
         self._save = save
         self._known: str | None = None
+        self._changing = threading.RLock()
 
     def __getitem__(self, key: str) -> Any:
         return self._values()[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
-        self._store(self._values() | {key: value})
+        with self._changing:
+            self._store(self._values() | {key: value})
 
     def __delitem__(self, key: str) -> None:
-        values = self._values()
-        del values[key]
-        self._store(values)
+        with self._changing:
+            values = self._values()
+            del values[key]
+            self._store(values)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values())
@@ -46,7 +51,8 @@ class State(MutableMapping[str, Any]):
 
     def update(self, other: Any = (), /, **more: Any) -> None:
         """As that of a dict, stored at once."""
-        self._store({**self._values(), **dict(other), **more})
+        with self._changing:
+            self._store({**self._values(), **dict(other), **more})
 
     def _values(self) -> dict[str, Any]:
         if self._known is None:

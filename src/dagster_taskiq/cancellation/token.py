@@ -88,7 +88,10 @@ class CancellationToken:
 
     @property
     def state(self) -> State:
-        """What is to outlive this process: see `State`. Its cleanup handler finds it on whichever worker."""
+        """What is to outlive this process: see `State`. Its cleanup handler finds it on whichever worker.
+
+        Raises `StateError` where it is not known for which step the token is.
+        """
         if self._state is None:
             self._state = self._backend.state()
         return self._state

@@ -11,18 +11,19 @@ from contextlib import contextmanager
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
-from dagster import DagsterInstance
-
 from dagster_taskiq._retry import poll_until
 from dagster_taskiq.cancellation.current import NO_WORKER, CancellableProcess, current_process, enter_process
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.cancellation.state import State
 from dagster_taskiq.cancellation.token import CancellationToken, never
-from dagster_taskiq.child.control_channel import ADDRESS_VARIABLE, ControlChannel, join
+from dagster_taskiq.child.control_channel import ADDRESS_VARIABLE, ControlChannel, invitation, join
 from dagster_taskiq.child.control_listener import ControlListener
+from dagster_taskiq.child.current_step import CurrentStep, StepOfRun
 from dagster_taskiq.child.op_token import OpToken, interrupt_of_op
 from dagster_taskiq.dagster_compat.definitions import current_op
 from dagster_taskiq.dagster_compat.interrupts import capture_interrupts, check_captured_interrupt, watch_interrupts
+from dagster_taskiq.dagster_compat.step_scope import watch_process_of_step, watch_steps
+from dagster_taskiq.storage.step_state import state_of
 
 _ON_ITS_WAY_S: Final = 2.0
 """The signal follows the intent within milliseconds; in a process of Dagster's own it is passed on by its parent."""
@@ -31,19 +32,24 @@ _ON_ITS_WAY_S: Final = 2.0
 class ChildProcess:
     """This process, as everything in it may ask it: is it cancelled, was it interrupted, what is the op's token?"""
 
-    def __init__(self, control: ControlChannel, instance: DagsterInstance | None = None, run_id: str = "") -> None:
-        """Makes itself the process that `current_process` answers, and watches Dagster's interrupts."""
+    def __init__(self, control: ControlChannel, of_step: StepOfRun | None = None) -> None:
+        """Makes itself the process that `current_process` answers, and watches Dagster's interrupts and its steps.
+
+        `of_step`: the only step that it is made for.
+        """
         self.control = control
         self.interrupted = False
         """Whether an interrupt was raised inside an op, or inside Dagster."""
         self.state_kept = False
         """Whether an op has a state that is to be deleted in the end."""
-        self._instance = instance
-        self._run_id = run_id
-        self._step_key: str | None = None
+        self._step = CurrentStep(of_step)
+        self._states: dict[StepOfRun, State] = {}
+        self._opening = threading.Lock()
         self._listener: ControlListener | None = None
         self._admits = False
         watch_interrupts(self.record_interrupt, lambda: control.signal.is_set)
+        watch_steps(self._step.began, self._step.ended)
+        watch_process_of_step(self._step.is_made_for)
         enter_process(self)
 
     # What `current_process` is asked
@@ -70,18 +76,10 @@ class ChildProcess:
         if self._listener is not None:
             self._listener.wake()
 
-    def token(self) -> CancellationToken | None:
+    def token(self) -> CancellationToken:
         """See `CancellableProcess`. Whoever asks has a listener from then on."""
         self.listener()
-        context = current_op()
-        if context is not None:
-            self._instance, self._run_id = context.instance, context.run_id
-            self._step_key = context.get_step_execution_context().step.key
-        if self._instance is None:
-            return None
-        # In a thread of the op's there is no context; the step is the one that asked last.
-        backend = OpToken(self, self._instance, self._run_id, self._step_key, self._record_state)
-        return CancellationToken(self.control.signal, backend)
+        return CancellationToken(self.control.signal, OpToken(self, self._step.asked(), self._state_of))
 
     # Interrupts that wait
 
@@ -137,6 +135,13 @@ class ChildProcess:
         if relayed:
             self.control.send(**relayed)
 
+    def _state_of(self, step: StepOfRun) -> State:
+        # One for all of the step's threads: each has what the others have kept.
+        with self._opening:
+            if step not in self._states:
+                self._states[step] = state_of(step.instance, step.run_id, step.step_key, self._record_state)
+            return self._states[step]
+
     def _record_state(self) -> None:
         if not self.state_kept:
             self.state_kept = True
@@ -148,10 +153,24 @@ _states: Final[WeakKeyDictionary[Any, State]] = WeakKeyDictionary()
 
 def join_worker() -> CancellableProcess:
     """Where this is a process that Dagster has started below a child of a worker: listen to what the child receives."""
-    address = os.environ.get(ADDRESS_VARIABLE)
+    address = invitation()
     if current_process() is NO_WORKER and address is not None and (control := join(address)) is not None:
-        return ChildProcess(control)
+        os.register_at_fork(after_in_child=_Guest(control).join_again)
     return current_process()
+
+
+class _Guest(ChildProcess):
+    """A process that has joined."""
+
+    def join_again(self) -> None:
+        """In a fork of it, as a step's of the process that Dagster's multiprocess executor forks its steps from.
+
+        What comes through a connection comes to one process: each has its own.
+        """
+        if current_process() is self:
+            self.control.channel.close()
+            enter_process(NO_WORKER)
+            join_worker()
 
 
 def token_of_op() -> CancellationToken | None:

@@ -4,6 +4,7 @@ Knows sockets; neither Dagster nor what the work is. A process that the child st
 Dagster's in its turn, can join (`ControlListener.admit`, `join`): it receives the intents that the child receives.
 """
 
+import os
 import select
 import socket
 import threading
@@ -94,6 +95,11 @@ class ControlChannel:
             )
             self.intents.append(intent)
             self.signal.record(cancellation)
+
+
+def invitation() -> str | None:
+    """The address of the child above this process, if Dagster has started this one to work for it."""
+    return os.environ.get(ADDRESS_VARIABLE)
 
 
 def join(address: str) -> ControlChannel | None:

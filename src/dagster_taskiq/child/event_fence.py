@@ -164,6 +164,12 @@ class StepFence(EventFence):
         super().__init__(instance, message.run_id, process.control)
         self._process = process
         self._step_key = message.step_key
+        self._succeeded = False
+
+    def forget_state(self) -> None:
+        """When the step is over with its hooks and resources, which may keep a state, too: delete it, if it is done."""
+        if self._succeeded and self._process.state_kept:
+            forget_states(self._instance, self._run_id, self._step_key)
 
     def _holds(self, event: Any, kind: DagsterEventType | None) -> bool:
         # What a worker's death did to a step is no failure of the op: the run's executor finds the worker dead, and
@@ -178,7 +184,7 @@ class StepFence(EventFence):
     def _stored(self, event: Any, kind: DagsterEventType | None) -> None:
         if kind in _STEP_ENDS and event.dagster_event.step_key == self._step_key:
             self._control.send(step_ended=kind.value)
-        if kind is DagsterEventType.STEP_SUCCESS and self._process.state_kept:
-            forget_states(self._instance, self._run_id, self._step_key)
+        if kind is DagsterEventType.STEP_SUCCESS:
+            self._succeeded = True
         if kind in _BEFORE_MORE_WORK and self._control.must_stop():
             raise DagsterExecutionInterruptedError

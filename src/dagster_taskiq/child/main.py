@@ -17,6 +17,7 @@ from dagster import DagsterInstance
 from dagster_taskiq._text import clean_text
 from dagster_taskiq.child.child_process import ChildProcess
 from dagster_taskiq.child.control_channel import ControlChannel
+from dagster_taskiq.child.current_step import StepOfRun
 from dagster_taskiq.child.event_fence import RunFence, StepFence
 from dagster_taskiq.cleanup.runner import Cleanup
 from dagster_taskiq.dagster_compat.api import InstanceRef, deserialize_value
@@ -94,7 +95,7 @@ def _work(body: Callable[[dict[str, Any], DagsterInstance, ControlChannel], int]
 
 def _run(argument: dict[str, Any], instance: DagsterInstance, control: ControlChannel) -> int:
     run_id = argument["run_id"]
-    process = ChildProcess(control, instance, run_id)
+    process = ChildProcess(control)
     instance.handle_new_event = RunFence(instance, run_id, process)  # type: ignore[method-assign]
     return _BODIES[argument["kind"]](run_id, instance)
 
@@ -104,11 +105,12 @@ def _step(argument: dict[str, Any], instance: DagsterInstance, control: ControlC
     run = retry_storage(lambda: instance.get_run_by_id(message.run_id), "read the run")
     if run is None:
         raise LookupError(f"run {message.run_id} was deleted")
-    process = ChildProcess(control, instance, message.run_id)
-    instance.handle_new_event = StepFence(instance, message, process)  # type: ignore[method-assign]
+    process = ChildProcess(control, StepOfRun(instance, message.run_id, message.step_key))
+    fence = instance.handle_new_event = StepFence(instance, message, process)  # type: ignore[method-assign]
     state = rebuild_state(unpack(message.state or ""), run, instance, history=message.reexecution)
     for _ in execute_step(run, instance, message.step_key, state, RetryMode(message.retries)):
         pass  # the events are in the database; nobody reads them here
+    fence.forget_state()
     return 0
 
 

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from dagster import DagsterExecutionInterruptedError, DagsterInstance
+from dagster import DagsterExecutionInterruptedError
 
 from dagster_taskiq.cancellation.current import current_process
 from dagster_taskiq.cancellation.model import Cancellation
 from dagster_taskiq.cancellation.state import State
-from dagster_taskiq.storage.step_state import state_of
+from dagster_taskiq.child.current_step import StepOfRun
+from dagster_taskiq.errors import StateError
 
 
 class OpCancelled(DagsterExecutionInterruptedError):
@@ -49,21 +50,18 @@ class InterruptedProcess(Protocol):
 
 
 class OpToken:
-    """The `TokenBackend` of the op `step_key` of a run. `on_state` is called when the op keeps something."""
+    """The `TokenBackend` of one step."""
 
     def __init__(
         self,
         process: InterruptedProcess,
-        instance: DagsterInstance,
-        run_id: str,
-        step_key: str | None,
-        on_state: Callable[[], None],
+        step: StepOfRun | str,
+        state_of: Callable[[StepOfRun], State],
     ) -> None:
+        """`step`: or why it is not known."""
         self._process = process
-        self._instance = instance
-        self._run_id = run_id
-        self._step_key = step_key
-        self._on_state = on_state
+        self._step = step
+        self._state_of = state_of
 
     def error(self, cancellation: Cancellation) -> BaseException:
         """See `TokenBackend`."""
@@ -75,7 +73,10 @@ class OpToken:
         return self._process.holding_interrupts()
 
     def state(self) -> State:
-        """See `TokenBackend`."""
-        if self._step_key is None:
-            return State()
-        return state_of(self._instance, self._run_id, self._step_key, self._on_state)
+        """See `TokenBackend`. Raises `StateError` where it is not known for which step."""
+        step = self._step
+        if isinstance(step, str):
+            raise StateError(
+                f"{step}, so its state is unknown: call cancellation_token() in the op, and pass the token on"
+            )
+        return self._state_of(step)

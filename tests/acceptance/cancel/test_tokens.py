@@ -10,7 +10,7 @@ from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobO
 from tests.acceptance.cleanup.test_handlers import terminated
 from tests.acceptance.conftest import open_platform
 from tests.support.moto import sqs_client
-from tests.support.platform import CLEANUP_JOBS, Platform
+from tests.support.platform import CLEANUP_JOBS, STATE_JOBS, Platform
 from tests.support.waiting import wait_until
 
 from dagster_taskiq import cancel_run
@@ -30,7 +30,7 @@ def tokens(working: Platform) -> Platform:
 
 def cancelled(platform: Platform, job: str) -> str:
     run_id = platform.launch(job)
-    platform.wait_started(run_id, {"processes_job": 2, "steps_job": 3}.get(job, 1))
+    platform.wait_started(run_id, {"processes_job": 2, "steps_job": 3, "in_forked_processes_job": 2}.get(job, 1))
     assert cancel_run(run_id, reason="wrong input", requested_by="ada", instance=platform.instance)
     assert platform.finished(run_id) is CANCELED, platform.story(run_id)
     platform.assert_nothing_left(run_id)
@@ -71,6 +71,40 @@ def test_an_interrupt_waits_outside_of_a_shield(tokens: Platform) -> None:
     run_id = cancelled(tokens, "safe_point_job")
     assert [mark.split()[0] for mark in tokens.marks(run_id)] == ["started", "completed", "OpCancelled"]
     assert tokens.marked(run_id, "OpCancelled") == "wrong input"
+
+
+OF_FIRST = {"hooked", "own", "own-again", "saved", "threaded", "threaded-meanwhile"}
+OF_SECOND = {"loaded", "threaded-too"}
+OF_BOTH = {"given-back", "made"}
+
+
+@pytest.mark.parametrize(
+    ("job", "of_first", "of_second"),
+    [
+        ("in_one_process_job", OF_FIRST | {"late-by-its-own-token"}, OF_SECOND),
+        ("in_processes_job", OF_FIRST | OF_BOTH, OF_SECOND | OF_BOTH),
+        ("in_forked_processes_job", OF_FIRST | OF_BOTH, OF_SECOND | OF_BOTH),
+        ("on_workers_job", {"nothing"}, OF_SECOND | OF_BOTH),  # the state of a step that has succeeded is deleted
+    ],
+)
+def test_a_state_is_kept_for_the_step_that_is_at_work_or_refused(
+    working: Platform, job: str, of_first: set[str], of_second: set[str]
+) -> None:
+    """By threads that ask first, resources, hooks and I/O managers."""
+    platform = replace(working, jobs=STATE_JOBS)
+    run_id = cancelled(platform, job)
+    kept = {
+        step: set(platform.marked(run_id, f"state-of-{step}").split()[0].split(",")) for step in ("first", "second")
+    }
+    assert kept == {"first": of_first, "second": of_second}, platform.marks(run_id)
+    interrupted = [mark for mark in platform.marks(run_id) if mark.startswith("interrupted")]
+    told = {" ".join(mark.split()[1:3]) for mark in interrupted}
+    assert (told, len(interrupted)) == ({"REQUESTED ada"}, 2 if job == "in_forked_processes_job" else 1)
+    if job == "in_one_process_job":
+        for name in ("made", "given-back", "late"):
+            refusal = platform.marked(run_id, name)
+            assert refusal.startswith("refused: "), platform.marks(run_id)
+            assert "call cancellation_token() in the op, and pass the token on" in refusal
 
 
 def test_it_raises(tokens: Platform) -> None:

@@ -12,11 +12,9 @@ from dagster_taskiq import OpCancelled
 from dagster_taskiq.dagster_compat.interrupts import DagsterExecutionInterruptedError, raise_interrupts_as
 from dagster_taskiq.child.child_process import ChildProcess
 from dagster_taskiq.child.control_channel import ControlChannel
-from dagster import DagsterInstance
 
 ours, theirs = socket.socketpair()
-instance = DagsterInstance.ephemeral()
-token = ChildProcess(ControlChannel(theirs), instance, "run").token()
+token = ChildProcess(ControlChannel(theirs)).token()
 
 
 def cancel(signal_after_s):

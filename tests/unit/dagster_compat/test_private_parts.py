@@ -19,6 +19,7 @@ from dagster import (
 from dagster._cli.api import _execute_run_command_body, _execute_step_command_body, _resume_run_command_body
 from dagster._core.events.log import EventLogEntry
 from dagster._core.execution import api, backfill, context_creation_job
+from dagster._core.execution.plan import execute_plan
 from dagster._core.executor import multiprocess
 from dagster._core.storage.dagster_run import CANCELABLE_RUN_STATUSES
 from dagster._core.storage.runs.sqlite.sqlite_run_storage import __file__ as run_storage_module
@@ -61,6 +62,17 @@ def test_what_copies_ops_and_graphs() -> None:
         assert inspect.unwrap(getattr(kind, method)) is getattr(kind, method).__wrapped__
         assert f"self.{method}(" in inspect.getsource(getattr(kind, caller))
     assert "self._composition_fn" in inspect.getsource(vars(GraphDefinition)["composition_fn"].fget)
+
+
+def test_the_loop_over_the_steps_calls_what_we_watch() -> None:
+    """By their names in its module, with the step's context first; and a process of a step is given its one step."""
+    loop = inspect.getsource(execute_plan.inner_plan_execution_iterator)
+    assert "check.generator(dagster_event_sequence_for_step(step_context))" in loop
+    assert "yield from _trigger_hook(step_context, step_event_list)" in loop
+    process = inspect.getsource(multiprocess.MultiprocessExecutorChildProcessCommand.execute)
+    assert "step_keys_to_execute=[self.step_key]" in process
+    assert "yield from execute_plan_iterator(" in process
+    assert "instance=instance" in process
 
 
 def test_the_bodies_of_the_commands_take_what_we_give() -> None:
