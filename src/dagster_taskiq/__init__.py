@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from dagster_taskiq.op_api import cancellation_token, on_cancel
     from dagster_taskiq.runs import cancel_run, clean_up_run
     from dagster_taskiq.settings import Settings
+    from dagster_taskiq.tasks.cancel_report import TaskCancelOutcome, TaskCancelReport
     from dagster_taskiq.tasks.cleanup import TaskCleanupContext
     from dagster_taskiq.tasks.middleware import CancellationEvent, CancellationMiddleware
+    from dagster_taskiq.tasks.predicates import TaskView
     from dagster_taskiq.testing import FakeToken, fake_token
 
 __all__ = [
@@ -40,8 +42,11 @@ __all__ = [
     "RunNotFound",
     "Settings",
     "StateError",
+    "TaskCancelOutcome",
+    "TaskCancelReport",
     "TaskCancelled",
     "TaskCleanupContext",
+    "TaskView",
     "TaskiqRunCoordinator",
     "TaskiqRunLauncher",
     "__version__",
@@ -68,8 +73,11 @@ _HOME = {
     "RunNotFound": "errors",
     "Settings": "settings",
     "StateError": "errors",
+    "TaskCancelOutcome": "tasks.cancel_report",
+    "TaskCancelReport": "tasks.cancel_report",
     "TaskCancelled": "errors",
     "TaskCleanupContext": "tasks.cleanup",
+    "TaskView": "tasks.predicates",
     "TaskiqRunCoordinator": "coordinator",
     "TaskiqRunLauncher": "launcher",
     "cancel_run": "runs",

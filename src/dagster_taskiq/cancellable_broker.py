@@ -11,7 +11,7 @@ import json
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from logging import getLogger
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,7 +24,7 @@ from taskiq_aws import SQSBroker
 from dagster_taskiq import queue_names
 from dagster_taskiq._retry import retry_async
 from dagster_taskiq._shield import shielded
-from dagster_taskiq.errors import AccessDenied, DagsterTaskiqError, MessageTooLarge, QueueError
+from dagster_taskiq.errors import AccessDenied, MessageTooLarge, QueueError
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.sqs.admin import CANCEL_VISIBILITY_S
 from dagster_taskiq.sqs.client import MAX_BATCH, Connection
@@ -33,10 +33,11 @@ from dagster_taskiq.sqs.lease import Lease, Settle
 from dagster_taskiq.sqs.queue import Receipt, SQSQueue, grouping, history
 from dagster_taskiq.sqs.settlement import Settlement
 from dagster_taskiq.sqs.unusable import UnusableMessages
-from dagster_taskiq.tasks.cancel_queue import CancelQueue
-from dagster_taskiq.tasks.cancel_queue import CancelReport as CancelReport
+from dagster_taskiq.tasks.cancel_queue import CancelQueue, Received
 from dagster_taskiq.tasks.cancel_queue import ReceivedCancel as ReceivedCancel
-from dagster_taskiq.tasks.middleware import CancellationEvent, notify_all
+from dagster_taskiq.tasks.canceller import Canceller
+from dagster_taskiq.tasks.middleware import CancellableTask, Listener
+from dagster_taskiq.tasks.predicates import Predicates
 
 if TYPE_CHECKING:
     from types_aiobotocore_sqs import SQSClient
@@ -59,7 +60,7 @@ class LeasedMessage(AckableMessage):
     sent_at: float = 0.0
 
 
-class CancellableSQSBroker(SQSBroker):  # type: ignore[misc]  # taskiq_aws has no type marker
+class CancellableSQSBroker(SQSBroker, Canceller):  # type: ignore[misc]  # taskiq_aws has no type marker
     """`taskiq_aws.SQSBroker` with one warm client, renewed leases, FIFO and fair queues, and cancellation."""
 
     def __init__(
@@ -94,6 +95,10 @@ class CancellableSQSBroker(SQSBroker):  # type: ignore[misc]  # taskiq_aws has n
         """Work messages that nobody can use, as far as this broker has received them."""
         self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
         self._made_at = time.monotonic()
+        self.decorator_class = CancellableTask
+        self.cancelled_listeners: list[Listener] = []
+        self.predicates = Predicates()
+        """What `predicate` has registered."""
         self.free_slots: Callable[[], int] = lambda: MAX_BATCH
         """How many messages the receiver takes, now. No more are received: what waits for a slot waits in SQS."""
 
@@ -218,47 +223,7 @@ class CancellableSQSBroker(SQSBroker):  # type: ignore[misc]  # taskiq_aws has n
             sent_at=sent_at,
         )
 
-    async def cancel_task(
-        self,
-        task_id: str,
-        *,
-        reason: str | None = None,
-        requested_by: str | None = None,
-        status_follows: bool = False,
-    ) -> None:
-        """Ask whichever worker runs the task to cancel it. Raises a `DagsterTaskiqError` when that cannot be sent.
-
-        `status_follows`: the caller also marks the task's run as CANCELING, so its worker may wait for that.
-        """
-        self._require_cancellation()
-        # Notified as it is sent: a worker may be quick, and nobody should learn of the delivery first.
-        await asyncio.gather(
-            self._notify([task_id], reason, requested_by),
-            self._cancels.send(task_id, reason, requested_by, status_follows=status_follows),
-        )
-
-    async def cancel_tasks(
-        self, task_ids: Iterable[str], *, reason: str | None = None, requested_by: str | None = None
-    ) -> CancelReport:
-        """Ask for many, ten to a request. What fails is in the report, and does not stop the rest."""
-        self._require_cancellation()
-        wanted = list(task_ids)
-        _, report = await asyncio.gather(
-            self._notify(wanted, reason, requested_by), self._cancels.send_all(wanted, reason, requested_by)
-        )
-        return report
-
-    async def _notify(self, task_ids: Iterable[str], reason: str | None, requested_by: str | None) -> None:
-        if self.middlewares:
-            for task_id in task_ids:
-                event = CancellationEvent("requested", task_id, reason=reason, requested_by=requested_by)
-                await notify_all(self.middlewares, event)
-
-    def _require_cancellation(self) -> None:
-        if not self.enable_cancellation:
-            raise DagsterTaskiqError("cancellation is disabled; set enable_cancellation to true in the configuration")
-
-    async def receive_cancels(self, wait_s: int | None = None) -> list[ReceivedCancel]:
+    async def receive_cancels(self, wait_s: int | None = None) -> list[Received]:
         """Wait for cancel messages (one long poll, of `wait_time` seconds unless given).
 
         Unreadable ones are logged once and left to expire.
@@ -278,13 +243,17 @@ class CancellableSQSBroker(SQSBroker):  # type: ignore[misc]  # taskiq_aws has n
         self._leases.add(lease)
         return lease
 
-    async def delete_cancels(self, cancels: Sequence[ReceivedCancel]) -> None:
+    async def delete_cancels(self, cancels: Sequence[Received]) -> None:
         """Nobody needs them any more. A failure is logged: they come again, and are deleted then."""
         await self._cancels.delete(cancels)
 
-    async def hand_back_cancels(self, cancels: Sequence[ReceivedCancel]) -> None:
+    async def hand_back_cancels(self, cancels: Sequence[Received]) -> None:
         """Let another worker have them at once. A failure is logged: they come back by themselves."""
         await self._cancels.hand_back(cancels)
+
+    async def pause_cancels(self, seconds: Mapping[str, int]) -> None:
+        """Let any worker have them later: after so many seconds, by receipt. A failure means: earlier."""
+        await self._cancels.pause(seconds)
 
 
 def _envelope(message: BrokerMessage) -> str:

@@ -28,9 +28,11 @@ from dagster_taskiq.sqs.unusable import LONGEST_PAUSE_S
 from dagster_taskiq.tasks.cancel_listener import CancelListener
 from dagster_taskiq.tasks.held_cancels import HeldCancels
 from dagster_taskiq.tasks.middleware import CancellationEvent, Stage, notify_all
+from dagster_taskiq.tasks.predicates import TaskView
 from dagster_taskiq.tasks.running_task import CURRENT_TASK, CancelledIsNoError, RunningTask, cancelled_result
 from dagster_taskiq.tasks.running_tasks import RunningTasks
 from dagster_taskiq.tasks.slots import Slots
+from dagster_taskiq.tasks.standing_cancels import StandingCancels
 
 logger = getLogger(__name__)
 
@@ -126,6 +128,7 @@ class CancellableReceiver(Receiver):
                 cancel_ttl_s=self.hooks.cancel_ttl_s,
                 is_over=self.hooks.is_over,
                 held=HeldCancels(broker.lease_of_cancel),
+                standing=StandingCancels(broker.predicates),
                 comes_back_s=broker.visibility_timeout_s * _LATER_THAN_VISIBLE,
             )
             helpers.add(asyncio.create_task(self._listener.run(), name="listen to cancels"))
@@ -201,9 +204,10 @@ class CancellableReceiver(Receiver):
         with log_context(task_id=task_id, **facts):
             if isinstance(message, LeasedMessage):
                 message.lease.about = {"task_id": task_id, **facts}
-            await self._callback(task_id, message, raise_err=raise_err)
+            await self._callback(parsed, message, raise_err=raise_err)
 
-    async def _callback(self, task_id: str, message: bytes | AckableMessage, *, raise_err: bool) -> None:
+    async def _callback(self, parsed: TaskiqMessage, message: bytes | AckableMessage, *, raise_err: bool) -> None:
+        task_id = parsed.task_id
         settle = settling(message)
         earlier = self.tasks.get(task_id)
         if earlier is not None and earlier.over:
@@ -215,7 +219,7 @@ class CancellableReceiver(Receiver):
             logger.warning("task runs here already; its second message is handed back", extra={"task_id": task_id})
             await settle(Settlement.HAND_BACK, int(getattr(self.broker, "visibility_timeout_s", 0)))
         else:
-            await self._carry_through(task_id, message, settle, raise_err=raise_err)
+            await self._carry_through(parsed, message, settle, raise_err=raise_err)
 
     def _parsed(self, message: bytes | AckableMessage) -> TaskiqMessage | str:
         """The message, or why it is of no use here: it is unreadable, or its task unknown."""
@@ -239,14 +243,17 @@ class CancellableReceiver(Receiver):
         return Settled(Settlement.LEAVE)
 
     async def _carry_through(
-        self, task_id: str, message: bytes | AckableMessage, settle: Settle, *, raise_err: bool
+        self, parsed: TaskiqMessage, message: bytes | AckableMessage, settle: Settle, *, raise_err: bool
     ) -> None:
+        task_id = parsed.task_id
         leased = message if isinstance(message, LeasedMessage) else None
+        sent_at = leased.sent_at if leased is not None else 0.0
         task = RunningTask(
             task_id,
             settle=settle,
             receive_count=leased.receive_count if leased is not None else 1,
-            sent_at=leased.sent_at if leased is not None else 0.0,
+            sent_at=sent_at,
+            view=TaskView.of(parsed, sent_at) if not self.hooks.tasks_await_signal else None,
             awaits_signal=self.hooks.tasks_await_signal,
             on_cancelled=self._delivered,
             on_unusable=functools.partial(self._unusable, message),
@@ -286,11 +293,11 @@ class CancellableReceiver(Receiver):
         listener = self._listener
         if listener is None:
             return
-        ahead = listener.cancelled_ahead(task.task_id)
+        ahead = listener.cancelled_ahead(task.task_id, task.view)
         if ahead is None and task.receive_count > 1:
             # Whoever had it may have died, and had its cancel, too.
             await listener.look()
-            ahead = listener.cancelled_ahead(task.task_id)
+            ahead = listener.cancelled_ahead(task.task_id, task.view)
         if ahead is not None:
             task.cancel(ahead)
 
@@ -369,7 +376,8 @@ class CancellableReceiver(Receiver):
         error: BaseException | None = None,
     ) -> None:
         event = CancellationEvent(stage, task_id, cause.kind, cause.reason, cause.requested_by, task_name, error)
-        await notify_all(self.broker.middlewares, event)
+        listeners = self.broker.listeners_of(task_name) if isinstance(self.broker, CancellableSQSBroker) else ()
+        await notify_all(self.broker.middlewares, event, listeners)
 
     async def _result_of(
         self, inner: "asyncio.Task[TaskiqResult[Any]]", task: RunningTask, message: TaskiqMessage

@@ -9,7 +9,7 @@ import json
 import re
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, TypeGuard
 
@@ -18,6 +18,9 @@ from dagster_taskiq.errors import MessageUnreadable
 
 CANCEL_MESSAGE_VERSION: Final = 1
 _MAX_CANCEL_BODY: Final = 64 * 1024
+_MAX_NAME: Final = 256
+_MAX_TTL_S: Final = 1_209_600
+"""Fourteen days, the longest that SQS keeps a message."""
 _TASK_ID = re.compile(r"[\x21-\x7e]{1,256}")
 _RUN_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 _STEP_TASK_ID = re.compile(r"([0-9A-Za-z_-]{1,64})\.[0-9a-f]{16}\.[0-9]{1,5}")
@@ -60,17 +63,11 @@ class CancelRequest:
 
         Raises `MessageUnreadable` with the reason for anything else, also for an unknown version.
         """
-        if len(body) > _MAX_CANCEL_BODY:
-            raise MessageUnreadable(f"cancel message of {len(body)} characters; at most {_MAX_CANCEL_BODY}")
-        try:
-            data = json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise MessageUnreadable("cancel message is not JSON") from error
-        if not isinstance(data, dict):
-            raise MessageUnreadable("cancel message is not a JSON object")
-        version = data.get("version", CANCEL_MESSAGE_VERSION)
-        if version != CANCEL_MESSAGE_VERSION or isinstance(version, bool):
-            raise MessageUnreadable(f"cancel message of an unknown version {str(version)[:20]!r}")
+        return cls.from_data(_cancel_data(body))
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> "CancelRequest":
+        """The same, from the JSON object."""
         task_id = data.get("task_id")
         if not is_task_id(task_id):
             raise MessageUnreadable("cancel message without a valid task_id")
@@ -81,6 +78,88 @@ class CancelRequest:
             _moment(data.get("requested_at")),
             status_follows=data.get("status_follows") is True,
         )
+
+
+Scope = Literal["group", "task_name", "predicate"]
+_SCOPES: Final[tuple[Scope, ...]] = ("group", "task_name", "predicate")
+
+
+@dataclass(frozen=True, slots=True)
+class StandingCancel:
+    """One message on the cancel queue that is about many plain taskiq tasks: those that were sent before it.
+
+    `value` is the group, the task's name, or the name under which a predicate is registered; code never travels.
+    """
+
+    scope: Scope
+    value: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Of the predicate: JSON."""
+    reason: str | None = None
+    requested_by: str | None = None
+    requested_at: float | None = None
+    """In seconds since the epoch."""
+    ttl_s: float | None = None
+    """For how many seconds after it was sent it counts; None: the default of the workers."""
+
+    def to_json(self) -> str:
+        """The message body. Raises `MessageUnreadable` for what `from_data` would refuse."""
+        body: dict[str, Any] = {"version": CANCEL_MESSAGE_VERSION, self.scope: self.value}
+        if self.arguments:
+            body["arguments"] = dict(self.arguments)
+        if self.reason is not None:
+            body["reason"] = clean_text(self.reason)
+        if self.requested_by is not None:
+            body["requested_by"] = clean_text(self.requested_by)
+        if self.requested_at is not None:
+            body["requested_at"] = datetime.fromtimestamp(self.requested_at, UTC).isoformat()
+        if self.ttl_s is not None:
+            body["ttl_s"] = self.ttl_s
+        try:
+            text = json.dumps(body)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise MessageUnreadable(f"the arguments of a predicate have to be JSON: {error}") from error
+        self.from_data(_cancel_data(text))
+        return text
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> "StandingCancel":
+        """Read the JSON object of a message; unknown fields are ignored. Raises `MessageUnreadable` with the reason."""
+        scope = next((key for key in _SCOPES if data.get(key) is not None), None)
+        value = data.get(scope) if scope is not None else None
+        if scope is None or not isinstance(value, str) or not 1 <= len(value) <= _MAX_NAME:
+            raise MessageUnreadable(f"cancel message without a valid {scope or 'group'}")
+        arguments, ttl_s = data.get("arguments"), data.get("ttl_s")
+        if arguments is not None and (not isinstance(arguments, dict) or scope != "predicate"):
+            raise MessageUnreadable("cancel message whose arguments are not those of a predicate")
+        if ttl_s is not None and (not isinstance(ttl_s, int | float) or not 0 < ttl_s <= _MAX_TTL_S):
+            raise MessageUnreadable(f"cancel message whose ttl_s is not between 0 and {_MAX_TTL_S:,}")
+        reason, by, at = _text(data, "reason"), _text(data, "requested_by"), _moment(data.get("requested_at"))
+        return cls(scope, value, arguments or {}, reason, by, at, float(ttl_s) if ttl_s is not None else None)
+
+
+def read_cancel(body: str) -> CancelRequest | StandingCancel:
+    """Read any message of the cancel queue. Raises `MessageUnreadable` with the reason."""
+    data = _cancel_data(body)
+    named = [key for key in ("task_id", *_SCOPES) if data.get(key) is not None]
+    if len(named) > 1:
+        raise MessageUnreadable(f"cancel message with {' and '.join(named)}: it has to name one of them")
+    return CancelRequest.from_data(data) if named in ([], ["task_id"]) else StandingCancel.from_data(data)
+
+
+def _cancel_data(body: str) -> Mapping[str, Any]:
+    if len(body) > _MAX_CANCEL_BODY:
+        raise MessageUnreadable(f"cancel message of {len(body)} characters; at most {_MAX_CANCEL_BODY}")
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise MessageUnreadable("cancel message is not JSON") from error
+    if not isinstance(data, dict):
+        raise MessageUnreadable("cancel message is not a JSON object")
+    version = data.get("version", CANCEL_MESSAGE_VERSION)
+    if version != CANCEL_MESSAGE_VERSION or isinstance(version, bool):
+        raise MessageUnreadable(f"cancel message of an unknown version {str(version)[:20]!r}")
+    return data
 
 
 RetryKind = Literal["deferred", "disabled"]

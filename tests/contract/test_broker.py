@@ -29,6 +29,7 @@ from dagster_taskiq.errors import (
     QueueMissing,
     QueueUnreachable,
 )
+from dagster_taskiq.messages import CancelRequest
 from dagster_taskiq.queue_names import is_fifo, queue_name
 from dagster_taskiq.sqs.admin import create_queues, queue_status, queue_urls
 from dagster_taskiq.sqs.s3_payloads import PayloadBucket
@@ -352,6 +353,7 @@ async def test_a_cancel_reaches_who_receives_it(broker: CancellableSQSBroker, ou
     await broker.cancel_task("t-1", reason="why", requested_by="who")
     (received,) = await broker.receive_cancels()
     request = received.request
+    assert isinstance(request, CancelRequest)
     assert (request.task_id, request.reason, request.requested_by) == ("t-1", "why", "who")
     assert request.requested_at == pytest.approx(received.sent_at, abs=5)
     assert received.receive_count == 1
@@ -375,6 +377,7 @@ async def test_a_second_cancel_of_the_same_task_is_a_message_of_its_own(
 async def test_anybody_can_cancel_with_a_line_of_json(broker: CancellableSQSBroker, outside: Outside) -> None:
     outside.send(outside.cancel_url, '{"task_id": "t-1"}')
     (received,) = await broker.receive_cancels()
+    assert isinstance(received.request, CancelRequest)
     assert received.request.task_id == "t-1"
 
 

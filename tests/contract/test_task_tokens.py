@@ -203,3 +203,51 @@ async def test_who_wants_to_hear_of_cancellations_does(standard_url: str, endpoi
     assert {(event.task_id, event.reason, event.requested_by) for event in heard} == {(task.task_id, "enough", "me")}
     assert [event.task_name for event in heard] == [None, "wait", "wait"]
     assert isinstance(heard[2].error, TaskCancelled)
+
+
+async def test_who_wants_to_hear_that_a_task_was_cancelled_does(
+    standard_url: str, endpoint: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("dagster_taskiq.tasks.middleware.LISTENER_S", 0.3)
+    of_one: list[CancellationEvent] = []
+    of_all: list[CancellationEvent] = []
+    never = threading.Event()
+    async with bench(standard_url, endpoint, receiver={"max_async_tasks": 1}) as at:
+        at.wait.on_cancelled(of_one.append)
+
+        @at.broker.on_task_cancelled
+        async def hear(event: CancellationEvent) -> None:
+            of_all.append(event)
+
+        @at.broker.on_task_cancelled
+        def fails(event: CancellationEvent) -> None:
+            raise RuntimeError("on purpose")
+
+        @at.broker.on_task_cancelled
+        async def hangs(event: CancellationEvent) -> None:
+            await asyncio.Event().wait()
+
+        @at.broker.on_task_cancelled
+        def blocks(event: CancellationEvent) -> None:
+            never.wait(20)
+
+        running = await at.start()
+        waiting = await at.wait.kiq()
+        other = await at.broker.register_task(asyncio.sleep, task_name="other").kiq(60)
+        for task in (running, waiting, other):
+            await at.broker.cancel_task(task.task_id, reason="enough", requested_by="me")
+        for task in (running, waiting, other):
+            assert isinstance(await error_of(task), TaskCancelled)
+        await at.all_quiet()
+        elsewhere = await at.start()
+        await at.receiver.stop_running(Cancellation(CancelKind.SHUTDOWN))
+        await eventually(lambda: at.diary.started.count(elsewhere.task_id) == 2, "it begins again")
+        at.diary.release.set()
+        await at.all_quiet()
+        never.set()
+    names = {running.task_id: "wait", waiting.task_id: "wait", other.task_id: "other"}
+    assert {event.task_id: event.task_name for event in of_all} == names
+    assert {event.task_id for event in of_one} == {running.task_id, waiting.task_id}
+    assert {(event.stage, event.reason, event.requested_by) for event in of_all} == {("finished", "enough", "me")}
+    assert caplog.messages.count("a listener for cancellations failed") == 3
+    assert caplog.messages.count("a listener for cancellations is not waited for any more") == 6

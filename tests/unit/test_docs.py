@@ -67,6 +67,7 @@ def issubclass_of_exception(name: str) -> bool:
         "docs/deploy-on-ecs.md",
         "docs/glossary.md",
         "docs/installation.md",
+        "docs/plain-taskiq.md",
         "docs/promises.md",
         "docs/releasing.md",
         "docs/security.md",

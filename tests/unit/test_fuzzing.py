@@ -3,6 +3,7 @@
 import base64
 import json
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,49 +12,69 @@ from hypothesis import strategies as st
 
 from dagster_taskiq._text import MAX_TEXT_LENGTH
 from dagster_taskiq.errors import MessageUnreadable
-from dagster_taskiq.messages import CancelRequest, StepMessage, is_run_id, is_task_id, pack, unpack
+from dagster_taskiq.messages import (
+    CancelRequest,
+    StandingCancel,
+    StepMessage,
+    is_run_id,
+    is_task_id,
+    pack,
+    read_cancel,
+    unpack,
+)
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=50),
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=20), inner, max_size=5),
     max_leaves=20,
 )
-KEYS = st.sampled_from(["version", "task_id", "reason", "requested_by", "requested_at", "run_id", "step_key"])
+SCOPES = ["group", "task_name", "predicate"]
+OTHERS = ["version", "task_id", "reason", "requested_by", "requested_at", "ttl_s", "arguments", "run_id", "step_key"]
+KEYS = st.sampled_from([*OTHERS, *SCOPES])
 
 
-def read_cancel(body: str) -> None:
+def read(body: str) -> None:
     try:
-        request = CancelRequest.from_json(body)
+        request = read_cancel(body)
     except MessageUnreadable:
         return
-    assert is_task_id(request.task_id)
     for text in (request.reason, request.requested_by):
         assert text is None or len(text) <= MAX_TEXT_LENGTH
-    again = CancelRequest.from_json(request.to_json())
-    assert (again.task_id, again.reason, again.requested_by) == (
-        request.task_id,
-        request.reason,
-        request.requested_by,
-    )
+    if isinstance(request, StandingCancel):
+        assert 1 <= len(request.value) <= 256
+        assert request.scope in SCOPES
+    else:
+        assert is_task_id(request.task_id)
+    again = read_cancel(request.to_json())
+    assert repr(replace(again, requested_at=request.requested_at)) == repr(request)
 
 
 @given(st.text(max_size=2_000))
 def test_any_text_as_a_cancel_message(body: str) -> None:
-    read_cancel(body)
+    read(body)
 
 
 @given(st.dictionaries(KEYS | st.text(max_size=10), JSON, max_size=8))
 def test_any_object_as_a_cancel_message(body: dict[str, Any]) -> None:
-    read_cancel(json.dumps(body))
+    read(json.dumps(body))
 
 
 @example("0", "", "", 253402300800.0)  # the year 10000, which no date can say
 @example("0", "", "", "0001-01-01T00:00:00+23:59")
 @given(st.text(max_size=300), st.text(max_size=3_000), st.text(max_size=3_000), st.floats() | st.text(max_size=80))
 def test_nearly_a_cancel_message(task_id: str, reason: str, by: str, at: float | str) -> None:
-    read_cancel(
-        json.dumps({"version": 1, "task_id": task_id, "reason": reason, "requested_by": by, "requested_at": at})
-    )
+    read(json.dumps({"version": 1, "task_id": task_id, "reason": reason, "requested_by": by, "requested_at": at}))
+
+
+@example("group", "a", {}, float("inf"))
+@given(
+    st.sampled_from(SCOPES),
+    st.text(max_size=300),
+    st.none() | st.dictionaries(st.text(max_size=20), JSON, max_size=5),
+    st.none() | st.floats() | st.integers(),
+)
+def test_nearly_a_cancel_of_many_tasks(scope: str, value: str, arguments: Any, ttl_s: Any) -> None:
+    read(json.dumps({scope: value, "arguments": arguments, "ttl_s": ttl_s, "reason": value}))
 
 
 @given(st.dictionaries(st.sampled_from([*StepMessage.__slots__, "other"]), JSON, max_size=8))

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from logging import getLogger
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 from dagster_taskiq._shield import shielded
 from dagster_taskiq._ttl_cache import TTLCache
@@ -173,6 +173,12 @@ class SQSQueue:
     async def check(self) -> None:
         """Check that the queue is there. Raises `QueueMissing`, `QueueUnreachable` or `AccessDenied`."""
         await self._ask(lambda client: client.get_queue_attributes(QueueUrl=self.url, AttributeNames=["QueueArn"]))
+
+    async def retention_s(self) -> int:
+        """For how many seconds it keeps a message. Raises a `QueueError`."""
+        name: Literal["MessageRetentionPeriod"] = "MessageRetentionPeriod"
+        answer = await self._ask(lambda client: client.get_queue_attributes(QueueUrl=self.url, AttributeNames=[name]))
+        return int(answer["Attributes"][name])
 
     def log_unreadable(self, message_id: str, error: Exception) -> None:
         """Log once for each message that it stays until it expires."""

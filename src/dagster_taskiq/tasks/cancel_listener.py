@@ -6,7 +6,8 @@ Knows which ids to ask about and how cancels travel among competing workers; not
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from logging import getLogger
 from typing import Final, NoReturn, Protocol
 
@@ -15,10 +16,13 @@ from dagster_taskiq._shield import shielded
 from dagster_taskiq._ttl_cache import TTLCache
 from dagster_taskiq.cancellation.model import CancelChannel, CancelKind, Cancellation
 from dagster_taskiq.errors import QueueError
+from dagster_taskiq.messages import CancelRequest
 from dagster_taskiq.sqs.lease import Lease
 from dagster_taskiq.sqs.settlement import Settlement
-from dagster_taskiq.tasks.cancel_queue import ReceivedCancel
+from dagster_taskiq.tasks.cancel_queue import Received, ReceivedCancel, ReceivedStanding
 from dagster_taskiq.tasks.held_cancels import HeldCancels
+from dagster_taskiq.tasks.predicates import TaskView
+from dagster_taskiq.tasks.standing_cancels import EVERY_S, StandingCancels
 
 logger = getLogger(__name__)
 
@@ -39,14 +43,17 @@ _ROUND_S: Final = 10.0
 class CancelSource(Protocol):
     """Where cancel messages come from."""
 
-    async def receive_cancels(self, wait_s: int | None = None) -> list[ReceivedCancel]:
+    async def receive_cancels(self, wait_s: int | None = None) -> list[Received]:
         """Wait for some, so many seconds at most. May raise a `QueueError`."""
 
-    async def delete_cancels(self, cancels: Sequence[ReceivedCancel]) -> None:
+    async def delete_cancels(self, cancels: Sequence[Received]) -> None:
         """Nobody needs them any more."""
 
-    async def hand_back_cancels(self, cancels: Sequence[ReceivedCancel]) -> None:
+    async def hand_back_cancels(self, cancels: Sequence[Received]) -> None:
         """Let another worker have them at once."""
+
+    async def pause_cancels(self, seconds: Mapping[str, int]) -> None:
+        """Let any worker have them later: after so many seconds, by receipt."""
 
 
 class Tasks(Protocol):
@@ -59,6 +66,9 @@ class Tasks(Protocol):
     def cancel(self, task_id: str, cancellation: Cancellation) -> bool:
         """Cancel a task, if it runs here; whether it does."""
 
+    def cancel_all(self, cancellation_of: Callable[[TaskView], Cancellation | None]) -> None:
+        """Cancel those for which there is a cancellation."""
+
 
 class CancelListener:
     """SQS gives a cancel to any worker: the owner takes it, everybody else hands it on.
@@ -67,6 +77,7 @@ class CancelListener:
     receiving, for one at a time, and must have a bound: the worker hears its own cancels meanwhile.
 
     `held`: where the queue alone knows of a cancellation, the owner keeps the message until the work is settled.
+    `standing`: what is known here of cancels of many tasks; None: they are not for this worker.
     `comes_back_s`: after so many seconds the work of a worker that was killed has come again; until then its cancel is
     needed, however old it is.
     """
@@ -79,6 +90,7 @@ class CancelListener:
         cancel_ttl_s: float,
         is_over: Callable[[str], Awaitable[bool]] | None = None,
         held: HeldCancels | None = None,
+        standing: StandingCancels | None = None,
         comes_back_s: float = 0.0,
         now: Callable[[], float] = time.time,
         uniform: Callable[[float, float], float] = random.uniform,
@@ -89,6 +101,7 @@ class CancelListener:
         self._cancel_ttl_s = cancel_ttl_s
         self._is_over = is_over
         self._held = held
+        self._standing = standing
         self._comes_back_s = comes_back_s
         self._now = now
         self._uniform = uniform
@@ -105,9 +118,12 @@ class CancelListener:
         """Whether the last question had no answer: what has none after it is the same outage."""
         self._looking: asyncio.Task[None] | None = None
 
-    def cancelled_ahead(self, task_id: str) -> Cancellation | None:
+    def cancelled_ahead(self, task_id: str, task: TaskView | None = None) -> Cancellation | None:
         """The cancel that was received before the work came, if there was one lately."""
-        return self._ahead.get(task_id)
+        ahead = self._ahead.get(task_id)
+        if ahead is None and task is not None and self._standing is not None:
+            ahead = self._standing.cancellation_of(task)
+        return ahead
 
     async def look(self) -> None:
         """Receive what is on the cancel queue now, for work that may have been cancelled in a worker that has died.
@@ -154,27 +170,54 @@ class CancelListener:
                 helper.cancel()
             await asyncio.wait(helpers)
 
-    async def handle(self, received: Sequence[ReceivedCancel]) -> float:
+    async def handle(self, received: Sequence[Received]) -> float:
         """Take what is ours, hand on what is not; for how many seconds to sit out before the next receive."""
         # Ours first, and without awaiting anything: a cancel does not wait for the bookkeeping of others.
-        ours = [one for one in received if self._tasks.cancel(one.request.task_id, _cancellation(one))]
+        single = [one for one in received if isinstance(one, ReceivedCancel)]
+        ours = [one for one in single if self._tasks.cancel(one.request.task_id, _cancellation(one))]
         held, earlier = self._hold(ours)
-        done = [one for one in received if one not in held and (one in ours or self._needs_nobody(one))]
-        others = [one for one in received if one not in held and one not in done]
+        done = [one for one in single if one not in held and (one in ours or self._needs_nobody(one))]
+        others = [one for one in single if one not in held and one not in done]
         again = [one for one in others if one.message_id in self._seen]
         for one in others:
             self._ahead.add(one.request.task_id, _cancellation(one))
             self._seen.add(one.message_id, True)
         for one in again:
             self._ask_about(one)
+        standing = self._sort_standing([one for one in received if isinstance(one, ReceivedStanding)])
         await asyncio.gather(
-            self._source.hand_back_cancels(others),
-            self._source.delete_cancels(done),
+            self._source.hand_back_cancels([*others, *standing.on, *standing.again]),
+            self._source.delete_cancels([*done, *standing.over]),
+            self._source.pause_cancels(standing.later),
             *[lease.settle(Settlement.LEAVE) for lease in earlier],
         )
         # Polling at once would bring the same message to the same worker for ever; having seen it before, let it
         # visit the others. Meanwhile this worker is deaf, so it does so for no other reason.
-        return max((self._sit_out_s(one) for one in again), default=0.0)
+        back: list[Received] = [*again, *standing.again]
+        return max((self._sit_out_s(one) for one in back), default=0.0)
+
+    def _sort_standing(self, received: Sequence[ReceivedStanding]) -> "_Standing":
+        """Cancel those of our tasks that are meant, and see to it that all other workers hear of it, too."""
+        sorted_ = _Standing()
+        known = self._standing
+        for one in received:
+            if known is None:
+                if self._seen.add(one.message_id, True):
+                    logger.warning("a cancel of many tasks is not for workers of runs; it is left to expire")
+                sorted_.later[one.receipt_handle] = EVERY_S
+                continue
+            new = known.see(one.message_id, one.request, _cancellation(one), one.sent_at)
+            if new:
+                self._tasks.cancel_all(known.cancellation_of)
+            if known.is_over(one.message_id):
+                sorted_.over.append(one)
+            elif new:
+                sorted_.on.append(one)
+            elif known.spreads(one.message_id):
+                sorted_.again.append(one)
+            else:
+                sorted_.later[one.receipt_handle] = known.pause_s(one.message_id, one.receive_count)
+        return sorted_
 
     def _hold(self, ours: Sequence[ReceivedCancel]) -> tuple[Sequence[ReceivedCancel], Sequence[Lease]]:
         """Those that are held now, and the leases that they no longer have."""
@@ -216,13 +259,26 @@ class CancelListener:
             finally:
                 self._asked.discard(cancel.message_id)
 
-    def _sit_out_s(self, cancel: ReceivedCancel) -> float:
+    def _sit_out_s(self, cancel: Received) -> float:
         # Many receives mean many workers: each has to stay away longer for the message to get round.
         longer = 1 + cancel.receive_count / _PATIENCE
         return min(LONGEST_SIT_OUT_S, SIT_OUT_S * longer) * self._uniform(0.5, 1.5)
 
 
-def _cancellation(received: ReceivedCancel) -> Cancellation:
+@dataclass(frozen=True, slots=True)
+class _Standing:
+    """Standing cancels of one receive, by what becomes of their messages."""
+
+    over: list[ReceivedStanding] = field(default_factory=list)
+    on: list[ReceivedStanding] = field(default_factory=list)
+    """Handed on at once."""
+    again: list[ReceivedStanding] = field(default_factory=list)
+    """The same, and this worker sits out, because it has seen it before."""
+    later: dict[str, int] = field(default_factory=dict)
+    """By receipt: hidden from all for so many seconds."""
+
+
+def _cancellation(received: Received) -> Cancellation:
     request = received.request
     return Cancellation(
         kind=CancelKind.REQUESTED,
@@ -231,5 +287,5 @@ def _cancellation(received: ReceivedCancel) -> Cancellation:
         requested_at=request.requested_at,
         channel=CancelChannel.CANCEL_QUEUE,
         attempt=received.receive_count,
-        status_follows=request.status_follows,
+        status_follows=isinstance(request, CancelRequest) and request.status_follows,
     )

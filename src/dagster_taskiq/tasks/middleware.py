@@ -1,14 +1,16 @@
 """Code of the user's that is notified of cancellations of taskiq tasks. Knows middlewares; not how cancels travel."""
 
+import asyncio
 import inspect
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Final, Literal, ParamSpec, TypeVar
 
-from taskiq import TaskiqMiddleware
+from taskiq import AsyncTaskiqDecoratedTask, TaskiqMiddleware
 
+from dagster_taskiq._lane import Lane
 from dagster_taskiq.cancellation.model import CancelKind
 
 logger = logging.getLogger(__name__)
@@ -33,16 +35,20 @@ class CancellationEvent:
 
 
 Listener = Callable[[CancellationEvent], Awaitable[None] | None]
+_Listener = TypeVar("_Listener", bound=Listener)
+_Params = ParamSpec("_Params")
+_Returned = TypeVar("_Returned")
+LISTENER_S: Final = 10.0
+_LANE: Final = Lane("listener for cancellations", LISTENER_S)
 
 
 class CancellationMiddleware(TaskiqMiddleware):
     """Calls functions, or coroutine functions, when a cancellation is requested, delivered, and finished.
 
-    `on_requested`: where `cancel_task` was called, as its message is being sent; a coroutine function does not hold
-    that up, and whether it was sent, `cancel_task` and `cancel_tasks` tell their caller. `on_delivered`: in the worker
-    that runs the task, when it is interrupted. `on_finished`: there, when it has ended and its cleanup handlers have,
-    too.
-    What they raise is logged, and changes nothing.
+    `on_requested`: where `cancel_task` was called, as its message is being sent; it does not hold that up, and whether
+    it was sent, `cancel_task` and `cancel_tasks` tell their caller. `on_delivered`: in the worker that runs the task,
+    when it is interrupted. `on_finished`: there, when it has ended and its cleanup handlers have, too.
+    A function is called in a thread. What they raise is logged, and changes nothing; they have ten seconds.
     """
 
     def __init__(
@@ -58,18 +64,46 @@ class CancellationMiddleware(TaskiqMiddleware):
     async def notify(self, event: CancellationEvent) -> None:
         """Call whoever wants to know of it. Never raises."""
         listener = self._listeners[event.stage]
-        if listener is None:
-            return
-        try:
-            result = listener(event)
+        if listener is not None:
+            await _call(listener, event)
+
+
+class CancellableTask(AsyncTaskiqDecoratedTask[_Params, _Returned]):
+    """What `@broker.task` makes of a function: taskiq's task, and those who want to know when one is cancelled."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.listeners: list[Listener] = []
+
+    def on_cancelled(self, listener: _Listener) -> _Listener:
+        """Decorator: have it called when a task of this kind was cancelled; see `on_task_cancelled` of the broker."""
+        self.listeners.append(listener)
+        return listener
+
+
+async def notify_all(
+    middlewares: Iterable[TaskiqMiddleware], event: CancellationEvent, listeners: Iterable[Listener] = ()
+) -> None:
+    """Notify those that want to know of cancellations; `listeners` only of a task that was cancelled in the end.
+
+    They are called side by side, and nobody waits for longer than `LISTENER_S` seconds.
+    """
+    calls = [one.notify(event) for one in middlewares if isinstance(one, CancellationMiddleware)]
+    if event.stage == "finished" and event.kind is CancelKind.REQUESTED and event.error is not None:
+        calls += [_call(listener, event) for listener in listeners]
+    await asyncio.gather(*calls)
+
+
+async def _call(listener: Listener, event: CancellationEvent) -> None:
+    try:
+        async with asyncio.timeout(LISTENER_S):
+            if inspect.iscoroutinefunction(listener):
+                await listener(event)
+                return
+            result = await _LANE.call(listener, event)
             if inspect.isawaitable(result):
                 await result
-        except Exception:
-            logger.exception("a listener for cancellations failed", extra={"task_id": event.task_id})
-
-
-async def notify_all(middlewares: Iterable[TaskiqMiddleware], event: CancellationEvent) -> None:
-    """Notify those that want to know of cancellations."""
-    for middleware in middlewares:
-        if isinstance(middleware, CancellationMiddleware):
-            await middleware.notify(event)
+    except TimeoutError:
+        logger.warning("a listener for cancellations is not waited for any more", extra={"task_id": event.task_id})
+    except Exception:
+        logger.exception("a listener for cancellations failed", extra={"task_id": event.task_id})

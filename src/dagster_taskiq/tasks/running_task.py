@@ -26,7 +26,9 @@ from dagster_taskiq.errors import TaskCancelled
 from dagster_taskiq.sqs.lease import Settle
 from dagster_taskiq.sqs.settlement import AFTER_CANCEL, Settled, Settlement
 from dagster_taskiq.sqs.unusable import LONGEST_PAUSE_OF_WORK_S, LONGEST_PAUSE_S
+from dagster_taskiq.tasks.cancel_report import OUTCOME_LABEL, TaskCancelOutcome
 from dagster_taskiq.tasks.cleanup import TaskCleanupContext, clean_up_task
+from dagster_taskiq.tasks.predicates import SENT_AT_LABEL, TaskView
 from dagster_taskiq.tasks.task_token import TaskToken
 
 logger = getLogger(__name__)
@@ -66,13 +68,18 @@ class RunningTask:
         settle: Settle,
         receive_count: int = 1,
         sent_at: float = 0.0,
+        view: TaskView | None = None,
         awaits_signal: bool = False,
         on_cancelled: Callable[["RunningTask", Cancellation], None] = lambda *_: None,
         on_unusable: Callable[[str, int], Settled] = lambda *_: Settled(Settlement.LEAVE),
     ) -> None:
-        """`on_cancelled` is called once, when the task is cancelled; `on_unusable`: see `unusable`."""
+        """`on_cancelled` is called once, when the task is cancelled; `on_unusable`: see `unusable`.
+
+        `view`: for cancels of many tasks, which ask what it is. Others are not asked.
+        """
         self.task_id = task_id
         self.sent_at = sent_at
+        self.view = view
         self.receive_count = receive_count
         self.about = {"task_id": task_id, **_log_context.current()}
         self.about.pop("worker", None)  # whoever logs for this task is on the same one
@@ -168,6 +175,8 @@ class RunningTask:
     def attach(self, message: TaskiqMessage) -> None:
         """The message that middlewares will look at, as it is after they have changed it."""
         self._message = message
+        if self.view is not None and self.view.sent_at:
+            message.labels[SENT_AT_LABEL] = self.view.sent_at
         if self.signal.is_set:
             self._forbid_retry()
 
@@ -190,7 +199,17 @@ class RunningTask:
             result.error = TaskCancelled(self.cancellation.reason)
         if self.verdict().settlement is not Settlement.DELETE and not self.acknowledges_itself:
             result.error = NoResultError()
+        elif self.cancellation is not None and self.cancellation.kind is CancelKind.REQUESTED:
+            result.labels[OUTCOME_LABEL] = self._cancel_outcome.name
         return result
+
+    @property
+    def _cancel_outcome(self) -> TaskCancelOutcome:
+        if self.phase is Phase.SUCCEEDED:
+            return TaskCancelOutcome.FINISHED
+        if self._coroutine is None and self.receive_count == 1:
+            return TaskCancelOutcome.WAITING
+        return TaskCancelOutcome.RUNNING
 
     @contextmanager
     def entered(self) -> Iterator[None]:

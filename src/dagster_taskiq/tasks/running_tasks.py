@@ -1,9 +1,10 @@
 """All tasks of one worker, by id: from receipt until settled. A cancellation finds its task here, or not."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from dagster_taskiq._ttl_cache import TTLCache
 from dagster_taskiq.cancellation.model import Cancellation
+from dagster_taskiq.tasks.predicates import TaskView
 from dagster_taskiq.tasks.running_task import RunningTask
 
 _REMEMBERED_S = 3_600
@@ -42,3 +43,10 @@ class RunningTasks(Mapping[str, RunningTask]):
         if task is not None:
             task.cancel(cancellation)
         return task is not None
+
+    def cancel_all(self, cancellation_of: Callable[[TaskView], Cancellation | None]) -> None:
+        """Cancel those that run here and for which there is a cancellation."""
+        for task in list(self._tasks.values()):
+            cancellation = cancellation_of(task.view) if task.view is not None else None
+            if cancellation is not None:
+                task.cancel(cancellation)

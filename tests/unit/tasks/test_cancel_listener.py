@@ -1,7 +1,7 @@
 """Whose cancel is it, and what becomes of its message: every case, without a queue and without waiting."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 from tests.support.eventually import eventually
@@ -9,11 +9,13 @@ from tests.support.eventually import eventually
 from dagster_taskiq._ttl_cache import TTLCache
 from dagster_taskiq.cancellation.model import CancelChannel, CancelKind, Cancellation
 from dagster_taskiq.errors import QueueUnreachable
-from dagster_taskiq.messages import CancelRequest
+from dagster_taskiq.messages import CancelRequest, StandingCancel
 from dagster_taskiq.sqs.lease import Lease
 from dagster_taskiq.tasks.cancel_listener import LONGEST_SIT_OUT_S, SIT_OUT_S, CancelListener
-from dagster_taskiq.tasks.cancel_queue import ReceivedCancel
+from dagster_taskiq.tasks.cancel_queue import Received, ReceivedCancel, ReceivedStanding
 from dagster_taskiq.tasks.held_cancels import HeldCancels
+from dagster_taskiq.tasks.predicates import Predicates, TaskView
+from dagster_taskiq.tasks.standing_cancels import EVERY_S, StandingCancels
 
 pytestmark = pytest.mark.anyio
 
@@ -31,9 +33,10 @@ class Queue:
     def __init__(self) -> None:
         self.deleted: list[str] = []
         self.handed_back: list[str] = []
-        self.receives: list[list[ReceivedCancel] | Exception] = []
+        self.paused: dict[str, int] = {}
+        self.receives: list[list[Received] | Exception] = []
 
-    async def receive_cancels(self, wait_s: int | None = None) -> list[ReceivedCancel]:
+    async def receive_cancels(self, wait_s: int | None = None) -> list[Received]:
         if not self.receives:
             await asyncio.Event().wait()
         answer = self.receives.pop(0)
@@ -41,11 +44,14 @@ class Queue:
             raise answer
         return answer
 
-    async def delete_cancels(self, cancels: Sequence[ReceivedCancel]) -> None:
+    async def delete_cancels(self, cancels: Sequence[Received]) -> None:
         self.deleted += [cancel.message_id for cancel in cancels]
 
-    async def hand_back_cancels(self, cancels: Sequence[ReceivedCancel]) -> None:
+    async def hand_back_cancels(self, cancels: Sequence[Received]) -> None:
         self.handed_back += [cancel.message_id for cancel in cancels]
+
+    async def pause_cancels(self, seconds: Mapping[str, int]) -> None:
+        self.paused |= seconds
 
 
 class Here:
@@ -55,12 +61,18 @@ class Here:
         self.running = running
         self.cancelled: dict[str, Cancellation] = {}
         self.finished: TTLCache[bool] = TTLCache()
+        self.views: list[TaskView] = []
 
     def cancel(self, task_id: str, cancellation: Cancellation) -> bool:
         if task_id not in self.running:
             return False
         self.cancelled[task_id] = cancellation
         return True
+
+    def cancel_all(self, cancellation_of: Callable[[TaskView], Cancellation | None]) -> None:
+        for view in self.views:
+            if (cancellation := cancellation_of(view)) is not None:
+                self.cancelled[view.task_id] = cancellation
 
 
 def cancel_of(
@@ -205,6 +217,41 @@ async def test_a_look_ends_when_it_brings_nothing_new() -> None:
     assert looking.done()  # without a queue that alone knows of cancellations there is nothing to look for
 
 
+def standing_of(group: str, *, age_s: float, receive_count: int) -> ReceivedStanding:
+    request = StandingCancel("group", group, reason="why", requested_by="who")
+    return ReceivedStanding(request, f"m-{group}", f"r-{group}", receive_count, NOW - age_s)
+
+
+async def test_a_standing_cancel_is_handed_on_to_all_and_then_comes_rarely() -> None:
+    queue, here, now = Queue(), Here(), NOW
+    here.views = [TaskView("t", "n", {"group": "a"}, NOW - 1), TaskView("u", "n", {"group": "b"}, NOW - 1)]
+    standing = StandingCancels(Predicates(), now=lambda: now)
+    listening = CancelListener(queue, here, cancel_ttl_s=120, standing=standing, now=lambda: now)
+    assert await listening.handle([standing_of("a", age_s=0, receive_count=1)]) == 0
+    assert [(task_id, cancelled.reason) for task_id, cancelled in here.cancelled.items()] == [("t", "why")]
+    assert await listening.handle([standing_of("a", age_s=0, receive_count=2)]) > 0
+    assert queue.handed_back == ["m-a", "m-a"]
+    assert await listening.handle([standing_of("a", age_s=6, receive_count=3), cancel_of("v")]) > 0
+    now += 6
+    assert await listening.handle([standing_of("a", age_s=0, receive_count=4)]) == 0
+    assert queue.paused == {"r-a": EVERY_S}
+    assert listening.cancelled_ahead("w", TaskView("w", "n", {"group": "a"}, NOW - 9)) is not None
+    assert listening.cancelled_ahead("w", TaskView("w", "n", {"group": "a"}, NOW + 9)) is None
+    now += 601
+    await listening.handle([standing_of("a", age_s=0, receive_count=5)])
+    assert queue.deleted == ["m-a"]
+
+
+async def test_workers_of_runs_do_not_know_standing_cancels(caplog: pytest.LogCaptureFixture) -> None:
+    queue, here = Queue(), Here()
+    here.views = [TaskView("t", "n", {"group": "a"})]
+    listening = listener(queue, here)
+    for count in (1, 2):
+        assert await listening.handle([standing_of("a", age_s=0, receive_count=count)]) == 0
+    assert (here.cancelled, queue.paused) == ({}, {"r-a": EVERY_S})
+    assert len(caplog.messages) == 1
+
+
 async def test_it_asks_whether_work_is_over_only_when_a_message_comes_back() -> None:
     queue, over = Queue(), Over(True)
     listening = listener(queue, Here(), over)
@@ -242,7 +289,7 @@ async def test_an_answer_that_never_comes_makes_no_worker_deaf() -> None:
         return True
 
     queue, here = Queue(), Here("mine")
-    others = [cancel_of(f"other-{number}") for number in range(300)]
+    others: list[Received] = [cancel_of(f"other-{number}") for number in range(300)]
     queue.receives = [others, others, others, [cancel_of("mine")]]
     listening = CancelListener(
         queue, here, cancel_ttl_s=120, is_over=never, now=lambda: NOW, uniform=lambda low, high: 0.0
