@@ -108,7 +108,7 @@ def _refuse_what_never_runs(target: object) -> None:
     why: str | None = None
     if isinstance(target, type):
         why = f"the class {target.__name__} is never run; {_FOR_WHAT}"
-    elif type(target).__module__.startswith("taskiq."):
+    elif any(kind.__module__.startswith("taskiq.") for kind in type(target).__mro__):
         why = f"write it below the decorator that makes a task of {getattr(target, 'task_name', 'the function')}"
     elif type(target).__module__.startswith(("dagster.", "dagster_shared.")):
         from dagster_taskiq.dagster_compat.definitions import why_it_never_runs

@@ -1,14 +1,19 @@
 """Tokens, cleanup handlers and listeners of plain taskiq tasks."""
 
 import asyncio
+import multiprocessing
+import os
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Annotated, Any
 
 import dagster as dg
 import pytest
 from taskiq import SimpleRetryMiddleware, SmartRetryMiddleware, TaskiqDepends, TaskiqMiddleware
 from tests.contract.test_receiver import bench, error_of
+from tests.support import task_handlers
 from tests.support.eventually import eventually
 
 from dagster_taskiq import (
@@ -23,6 +28,7 @@ from dagster_taskiq import (
     on_cancel,
 )
 from dagster_taskiq.cancellation.model import Cancellation
+from dagster_taskiq.process import procfs
 
 pytestmark = pytest.mark.anyio
 
@@ -137,6 +143,122 @@ async def test_handlers_that_fail_are_the_result(standard_url: str, endpoint: st
         assert isinstance(error, CleanupFailed)
         assert error.reasons == ("hangs: it took longer than its timeout of 0.1 s", "fails: RuntimeError: never")
         await at.all_quiet()
+
+
+def lines(path: Path) -> list[list[str]]:
+    return [line.split(" ", 2) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+async def test_a_plain_function_runs_in_a_process_of_its_own(
+    standard_url: str, endpoint: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its state, what it changes in it, and its log lines are the worker's; a coroutine function runs in the worker."""
+    diary = tmp_path / "diary"
+    started = asyncio.Event()
+
+    @on_cancel(task_handlers.undo, retry_policy=dg.RetryPolicy(max_retries=1))
+    @on_cancel(task_handlers.undo_in_the_loop)
+    async def work(diary: str) -> None:
+        cancellation_token().state["upload"] = "an id"
+        started.set()
+        await asyncio.sleep(60)
+
+    async with bench(standard_url, endpoint) as at:
+        task = await at.broker.register_task(work, task_name="work").kiq(str(diary))
+        await started.wait()
+        await at.broker.cancel_task(task.task_id, reason="enough", requested_by="me")
+        assert isinstance(await error_of(task), TaskCancelled)
+        await at.all_quiet()
+    said = sorted(lines(diary))
+    assert [line[0] for line in said] == ["loop", "undo", "undo"]
+    assert said[0][1] == str(os.getpid())
+    assert os.getpid() not in {int(line[1]) for line in said[1:]}
+    assert sorted(line[2] for line in said[1:]) == [
+        "1 {'upload': 'an id'} enough me",
+        "2 {'upload': 'an id', 'tried': 1} enough me",
+    ]
+    told = [record for record in caplog.records if record.getMessage().startswith("undone by the handler")]
+    assert [(record.getMessage(), record.levelname) for record in told] == [
+        (f"undone by the handler, attempt {attempt}", "WARNING") for attempt in (1, 2)
+    ]
+    assert {getattr(record, "task_id", None) for record in told} == {task.task_id}
+
+
+async def test_a_plain_function_that_outlasts_its_limit_is_stopped(
+    standard_url: str, endpoint: str, tmp_path: Path
+) -> None:
+    """By an exception, or by the end of its process and of all that it has started."""
+    diary = tmp_path / "diary"
+    started = asyncio.Event()
+
+    @on_cancel(task_handlers.sleeps, timeout=0.3)
+    @on_cancel(task_handlers.stuck_in_c, timeout=0.3)
+    @on_cancel(task_handlers.exits)
+    async def work(diary: str) -> None:
+        started.set()
+        await asyncio.sleep(60)
+
+    async with bench(standard_url, endpoint) as at:
+        task = await at.broker.register_task(work, task_name="work").kiq(str(diary))
+        await started.wait()
+        await at.broker.cancel_task(task.task_id)
+        error = (await task.wait_result(check_interval=0.02, timeout=60)).error
+        assert isinstance(error, CleanupFailed)
+        reasons = sorted(error.reasons)
+        assert reasons[0].startswith("exits: its process ")
+        assert reasons[0].endswith(" ended with exit code 7")
+        assert reasons[1:] == [
+            "sleeps: it took longer than its timeout of 0.3 s",
+            "stuck_in_c: it did not react to its timeout of 0.3 s, and its process was ended",
+        ]
+        await at.all_quiet()
+    said = sorted(lines(diary))
+    assert [line[0] for line in said] == ["finally", "stuck"]
+    assert not set(said[1][1:]) & {str(pid) for pid in procfs.processes()}
+
+
+async def test_of_a_handler_that_nobody_can_find_a_thread_is_left_and_the_worker_says_so(
+    standard_url: str, endpoint: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    started, release = asyncio.Event(), threading.Event()
+
+    @on_cancel(lambda _: release.wait(60), timeout=0.1)
+    async def work() -> None:
+        started.set()
+        await asyncio.sleep(60)
+
+    async with bench(standard_url, endpoint) as at:
+        task = await at.broker.register_task(work, task_name="work").kiq()
+        await started.wait()
+        await at.broker.cancel_task(task.task_id)
+        error = await error_of(task)
+        assert isinstance(error, CleanupFailed)
+        assert error.reasons == ("<lambda>: it took longer than its timeout of 0.1 s",)
+        await at.all_quiet()
+    release.set()
+    warnings = [message for message in caplog.messages if "will run in a thread" in message]
+    assert warnings == [
+        "cleanup <lambda> of task work will run in a thread, which cannot be stopped at its timeout, because it is"
+        " defined inside of a function, or is a lambda or a method"
+    ]
+
+
+async def test_of_a_task_in_a_process_pool_the_handlers_run_when_it_has_failed(
+    standard_url: str, endpoint: str, tmp_path: Path
+) -> None:
+    diary, go_on = tmp_path / "diary", tmp_path / "go-on"
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        async with bench(standard_url, endpoint, receiver={"executor": pool}) as at:
+            failing = at.broker.register_task(task_handlers.fails_in_a_pool, task_name="fails_in_a_pool")
+            task = await failing.kiq(str(diary), str(go_on))
+            await eventually(diary.exists, "it starts")
+            await at.broker.cancel_task(task.task_id, reason="enough")
+            await eventually(lambda: at.receiver.tasks.get(task.task_id).signal.is_set, "it is cancelled")  # type: ignore[union-attr]
+            go_on.touch()
+            error = await error_of(task)
+            assert isinstance(error, CleanupFailed)
+            assert error.reasons == ("undo: RuntimeError: not yet",)
+            await at.all_quiet()
 
 
 async def test_handlers_do_not_run_for_a_shutdown_nor_for_what_has_finished(standard_url: str, endpoint: str) -> None:

@@ -26,6 +26,7 @@ FLOOR = {
     "_gc",
     "_lane",
     "_time_limit",
+    "_attempt_limit",
 }
 """What every room may import; among themselves they must not form a circle."""
 DOMAIN = {"storage", "dagster_compat", "cancellation"}
@@ -37,7 +38,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "process": {"cancellation.model", "cancellation.signal", "errors"},
     "sqs": FLOOR | {"cancellation.model"},
     "storage": FLOOR | {"dagster_compat", "cancellation"},
-    "tasks": FLOOR | {"sqs", "cancellation"},
+    "tasks": FLOOR | {"sqs", "cancellation", "process"},
     "cancellable_broker": FLOOR | {"tasks", "sqs", "cancellation"},
     "cancellable_receiver": FLOOR | {"cancellable_broker", "tasks", "sqs", "cancellation"},
     "cleanup": FLOOR | DOMAIN,
@@ -70,7 +71,16 @@ FENCES: Mapping[str, set[str]] = {
     "taskiq": {"cancellable_broker", "cancellable_receiver", "tasks", "worker"},
     "taskiq_aws": {"cancellable_broker"},
     "tenacity": {"_retry"},
-    "signal": {"process", "child", "cli", "cleanup", "local", "worker.service", "dagster_compat.interrupts"},
+    "signal": {
+        "process",
+        "child",
+        "cli",
+        "_attempt_limit",
+        "tasks.handler_child",
+        "local",
+        "worker.service",
+        "dagster_compat.interrupts",
+    },
     "dagster._": {"dagster_compat"},
     "taskiq.receiver.receiver": {"cancellable_receiver"},
 }

@@ -54,6 +54,11 @@ class State(MutableMapping[str, Any]):
         with self._changing:
             self._store({**self._values(), **dict(other), **more})
 
+    def replace(self, values: Mapping[str, Any]) -> None:
+        """Have these instead of all that there was, stored at once."""
+        with self._changing:
+            self._store(values)
+
     def _values(self) -> dict[str, Any]:
         if self._known is None:
             self._known = self._load() or "{}"

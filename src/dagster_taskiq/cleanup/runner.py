@@ -5,21 +5,19 @@ event log. So if this process is killed, the next one continues with the rest. A
 """
 
 import asyncio
-import faulthandler
 import heapq
 import inspect
 import itertools
 import logging
-import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from dagster import DagsterInstance, DagsterRun, build_resources
 
+from dagster_taskiq._attempt_limit import attempt_limit
 from dagster_taskiq._text import clean_text
 from dagster_taskiq.cleanup.plan import CleanupHistory, PendingHandler, read_history
 from dagster_taskiq.dagster_compat.definitions import job_of, resource_config, resources_for, run_logger
@@ -33,8 +31,6 @@ from dagster_taskiq.storage.step_state import forget_states, state_of
 
 logger = logging.getLogger(__name__)
 
-HARD_TIMEOUT_S: Final = 5.0
-"""For this time after its timeout a handler may still run; then its process is ended."""
 _MOST_BEGINNINGS: Final = 10
 """After so many beginnings without the end of a single attempt, the cleanup itself ends its workers."""
 _MAX_ERROR: Final = 500
@@ -75,10 +71,6 @@ class Outcome:
 
 class Stopped(BaseException):
     """SIGTERM: the worker shuts down."""
-
-
-class _OutOfTime(BaseException):
-    """An attempt took too long; an `except Exception` in the handler must not catch this."""
 
 
 class Cleanup:
@@ -198,7 +190,7 @@ class Cleanup:
             log=log,
         )
         keys = _resource_keys(pending.handler.call)
-        with _limited(pending.handler.timeout_s), raise_interrupts_as(Stopped):
+        with attempt_limit(pending.handler.timeout_s), raise_interrupts_as(Stopped):
             definitions = resources_for(self._job, keys)
             config = resource_config(run, definitions)
             with build_resources(
@@ -225,29 +217,6 @@ def write_attempt(
     retry_storage(
         lambda: append_event(instance, run, event, None if whole else step_key), "write how a cleanup attempt has ended"
     )
-
-
-@contextmanager
-def _limited(seconds: float) -> Iterator[None]:
-    """Raise `_OutOfTime` in the block after these seconds. Code that does not react to it ends with the process.
-
-    A thread without the interpreter lock ends the process, because the code that does not react may hold the lock.
-    """
-
-    def out_of_time(*_: object) -> None:
-        raise _OutOfTime
-
-    before = signal.signal(signal.SIGALRM, out_of_time)
-    faulthandler.dump_traceback_later(seconds + HARD_TIMEOUT_S, exit=True)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    except _OutOfTime:
-        raise TimeoutError(f"it took longer than its timeout of {seconds:g} s") from None
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        faulthandler.cancel_dump_traceback_later()
-        signal.signal(signal.SIGALRM, before)
 
 
 def _resource_keys(handler: Callable[..., Any]) -> list[str]:

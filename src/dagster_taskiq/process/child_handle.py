@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +41,8 @@ class ChildSpec:
     """Without a sign of life (`Child.live`) for so long, the worker hangs; 0: it is not looked after."""
     linger_s: float = 2.0
     """How long processes may go on that a child left behind when it ended by itself."""
+    on_message: Callable[[dict[str, Any]], object] | None = None
+    """Called with each message of the child's as it comes; must not raise."""
 
 
 @dataclass(slots=True)
@@ -102,6 +104,8 @@ class Child:
     def handle_message(self, message: dict[str, Any]) -> None:
         """Take in one line of the child's."""
         self.messages.append(message)
+        if self.spec.on_message is not None:
+            self.spec.on_message(message)
         if "finished" in message:
             self.finished.set()
         if "patience_s" in message:

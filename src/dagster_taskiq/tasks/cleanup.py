@@ -1,16 +1,19 @@
-"""The cleanup handlers of a taskiq task, run after it was cancelled. Knows asyncio and threads; no queues."""
+"""The cleanup handlers of a taskiq task, run after it was cancelled. Knows how each is run; no queues."""
 
 import asyncio
 import inspect
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Final
 
+from dagster_taskiq._attempt_limit import HARD_TIMEOUT_S, too_long
+from dagster_taskiq._lane import Lane
 from dagster_taskiq._text import clean_text
 from dagster_taskiq.cancellation.handlers import Handler
 from dagster_taskiq.cancellation.state import State
+from dagster_taskiq.tasks.handler_process import HandlerFailed, call_in_process, packed, why_not_alone
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +39,27 @@ class TaskCleanupContext:
 
 
 async def clean_up_task(handlers: Sequence[Handler], describe: Callable[[int], TaskCleanupContext]) -> tuple[str, ...]:
-    """Run the handlers, side by side; one line for each that has no attempt left.
+    """Run the handlers, side by side; one line for each that has no attempt left. Must run inside `shielded`.
 
-    A plain function runs in a thread, which cannot be stopped: after its timeout it is no longer waited for.
+    A plain function runs in a process of its own, which is ended when it does not react to its timeout. One that
+    another process could not find by its name runs in a thread, and is no longer waited for after its timeout.
     """
     failures = await asyncio.gather(*[_see_through(handler, describe) for handler in handlers])
     return tuple(failure for failure in failures if failure is not None)
+
+
+def warn_of_threads(handlers: Sequence[Handler], task_name: str) -> None:
+    """Log once of each handler that will have to run in a thread, and why."""
+    for handler in handlers:
+        if inspect.iscoroutinefunction(handler.call) or (why := why_not_alone(handler.call)) is None:
+            continue
+        if handler.identity not in _warned_of:
+            _warned_of.add(handler.identity)
+            text = "cleanup %s of task %s will run in a thread, which cannot be stopped at its timeout, because %s"
+            logger.warning(text, handler.name, task_name, why)
+
+
+_warned_of: Final[set[str]] = set()
 
 
 async def _see_through(handler: Handler, describe: Callable[[int], TaskCleanupContext]) -> str | None:
@@ -51,10 +69,11 @@ async def _see_through(handler: Handler, describe: Callable[[int], TaskCleanupCo
         context = describe(attempt)
         began = time.monotonic()
         try:
-            async with asyncio.timeout(handler.timeout_s):
-                await _call(handler, context)
+            await _call(handler, context)
         except TimeoutError:
-            failure = f"it took longer than its timeout of {handler.timeout_s:g} s"
+            failure = too_long(handler.timeout_s)
+        except HandlerFailed as error:
+            failure = str(error)
         except Exception as error:  # noqa: BLE001 - whatever it is, the attempt has failed
             failure = clean_text(f"{type(error).__name__}: {error}")
         else:
@@ -69,6 +88,49 @@ async def _see_through(handler: Handler, describe: Callable[[int], TaskCleanupCo
 
 async def _call(handler: Handler, context: TaskCleanupContext) -> None:
     if inspect.iscoroutinefunction(handler.call):
-        await handler.call(context)
-    else:
-        await asyncio.to_thread(handler.call, context)
+        await _limited(handler.call(context), handler.timeout_s)
+        return
+    given = _packed(context) if why_not_alone(handler.call) is None else None
+    if given is not None:
+        about = {"task_id": context.task_id, "handler": handler.name}
+        await call_in_process(
+            handler.call, given, context.state, timeout_s=handler.timeout_s, log=context.log, about=about
+        )
+        return
+    lane = Lane(f"cleanup {handler.name} of task {context.task_id}", handler.timeout_s)
+    try:
+        await lane.call(call_handler, handler.call, context)
+    finally:
+        lane.close()
+
+
+async def _limited(coroutine: Coroutine[Any, Any, Any], timeout_s: float) -> None:
+    """Await it; cancel it at its timeout, and go on without it when it does not end then. Raises `TimeoutError`."""
+    running = asyncio.create_task(coroutine)
+    done, _ = await asyncio.wait({running}, timeout=timeout_s)
+    if not done:
+        running.cancel()
+        await asyncio.wait({running}, timeout=HARD_TIMEOUT_S)
+        raise TimeoutError
+    await running
+
+
+def _packed(context: TaskCleanupContext) -> str | None:
+    given = {one.name: getattr(context, one.name) for one in fields(context) if one.name not in ("state", "log")}
+    try:
+        return packed(given)
+    except Exception as error:  # noqa: BLE001 - whatever the task's arguments are
+        text = "the arguments of task %s cannot be given to another process; its cleanup runs in a thread: %r"
+        logger.warning(text, context.task_id, error)
+        return None
+
+
+def call_handler(call: Callable[..., Any], context: TaskCleanupContext) -> None:
+    """Call it; a coroutine that it returns is run to its end. Not in an event loop."""
+    result = call(context)
+    if inspect.isawaitable(result):
+        asyncio.run(_await(result))
+
+
+async def _await(result: Any) -> None:
+    await result

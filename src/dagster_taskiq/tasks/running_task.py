@@ -27,7 +27,7 @@ from dagster_taskiq.sqs.lease import Settle
 from dagster_taskiq.sqs.settlement import AFTER_CANCEL, Settled, Settlement
 from dagster_taskiq.sqs.unusable import LONGEST_PAUSE_OF_WORK_S, LONGEST_PAUSE_S
 from dagster_taskiq.tasks.cancel_report import OUTCOME_LABEL, TaskCancelOutcome
-from dagster_taskiq.tasks.cleanup import TaskCleanupContext, clean_up_task
+from dagster_taskiq.tasks.cleanup import TaskCleanupContext, clean_up_task, warn_of_threads
 from dagster_taskiq.tasks.predicates import SENT_AT_LABEL, TaskView
 from dagster_taskiq.tasks.task_token import TaskToken
 
@@ -230,7 +230,10 @@ class RunningTask:
         if inspect.iscoroutinefunction(target):
             return self._observed_coroutine(target)
         self._is_sync = True
-        return target if isinstance(executor, ProcessPoolExecutor) else self._observed_function(target)
+        if isinstance(executor, ProcessPoolExecutor):
+            self.handlers = handlers_of(target)  # nobody here sees it begin
+            return target
+        return self._observed_function(target)
 
     def _observed_coroutine(self, target: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(target)
@@ -263,6 +266,7 @@ class RunningTask:
     def _record_beginning(self, target: Callable[..., Any]) -> None:
         self.phase = Phase.BEGUN
         self.handlers = handlers_of(target)
+        warn_of_threads(self.handlers, self._message.task_name if self._message is not None else self.task_id)
 
     async def clean_up(self) -> tuple[str, ...]:
         """Run the cleanup handlers, if somebody has asked for the end of the task; which of them failed, and why."""

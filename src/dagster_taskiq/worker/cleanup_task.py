@@ -8,8 +8,9 @@ from typing import Any, Final
 
 from dagster import DagsterRun
 
+from dagster_taskiq._attempt_limit import HARD_TIMEOUT_S, no_reaction
 from dagster_taskiq.child.main import CLEANUP_TARGET
-from dagster_taskiq.cleanup.runner import HARD_TIMEOUT_S, write_attempt
+from dagster_taskiq.cleanup.runner import write_attempt
 from dagster_taskiq.errors import ChildStartFailed
 from dagster_taskiq.metrics import CLEANUP_ATTEMPTS
 from dagster_taskiq.process.supervise import ChildEnd
@@ -74,6 +75,6 @@ def _write_lost(context: WorkerContext, run: DagsterRun, report: dict[str, Any],
     seconds = end.gone_at - float(report["at"])
     why = how_it_ended(end, "its process")
     if seconds >= float(report["timeout_s"]) + HARD_TIMEOUT_S:
-        why = f"it did not react to its timeout of {report['timeout_s']:g} s, and its process was ended"
+        why = no_reaction(report["timeout_s"])
     event = engine_events.cleanup(str(report["handler"]), str(report["identity"]), int(report["attempt"]), seconds, why)
     write_attempt(context.instance, run, report["of"], event, whole=bool(report["whole"]))

@@ -24,6 +24,7 @@ import asyncio
 import os
 from pathlib import Path
 
+from dagster_taskiq import on_cancel
 from dagster_taskiq.cancellable_broker import CancellableSQSBroker
 
 broker = CancellableSQSBroker(os.environ["QUEUE_URL"], endpoint_url=os.environ["ENDPOINT"], wait_time=1)
@@ -35,7 +36,12 @@ def note(line):
         file.write(line + "\\n")
 
 
+def undo(context):
+    note(f"{context.args[0]} undone for {context.reason}")
+
+
 @broker.task(task_name="sleep")
+@on_cancel(undo)
 async def sleep(name: str) -> None:
     note(f"{name} started")
     try:
@@ -103,14 +109,16 @@ def test_a_task_is_cancelled_and_a_stopping_worker_hands_its_work_back(tmp_path:
         environ = {"QUEUE_URL": queue_url, "ENDPOINT": endpoint, "DIARY": str(diary)}
         with taskiq_worker(tmp_path, environ) as worker:
             asyncio.run(ask("first", cancel=True))
-            wait_for("first cleaned up")
+            wait_for("first undone for enough")
             wait_until(lambda: (outside.work(), outside.cancels()) == ((0, 0), (0, 0)), "no message is left")
             asyncio.run(ask("second", cancel=False))
             wait_for("second started")
             worker.send_signal(signal.SIGTERM)
             worker.wait(timeout=30)
+        stopped = ["started", "cancelled", "cleaned up"]
         assert lines() == [
-            f"{name} {what}" for name in ("first", "second") for what in ("started", "cancelled", "cleaned up")
+            *(f"first {what}" for what in (*stopped, "undone for enough")),
+            *(f"second {what}" for what in stopped),
         ]
         assert outside.work() == (1, 0)
         assert outside.cancels() == (0, 0)

@@ -8,6 +8,7 @@ import pytest
 from taskiq import InMemoryBroker
 
 from dagster_taskiq import CleanupContext, on_cancel
+from dagster_taskiq.cancellable_broker import CancellableSQSBroker
 from dagster_taskiq.cancellation.handlers import handlers_of
 
 
@@ -230,6 +231,12 @@ def test_the_function_of_an_observable_source_asset_has_it_in_its_run() -> None:
         (plain.alias("other"), "decorate the definition plain, not one use of it"),
         (dg.ConfigurableResource, "the class ConfigurableResource is never run"),
         (InMemoryBroker().register_task(a_source, "a_task"), "write it below the decorator"),
+        (
+            CancellableSQSBroker("https://sqs.eu-west-1.amazonaws.com/123456789012/q").register_task(
+                a_source, "a_task"
+            ),
+            "write it below the decorator that makes a task of a_task",
+        ),
         (1, "1 is never run; it is for functions, ops, assets, asset checks, graphs, jobs and taskiq tasks"),
     ],
     ids=lambda value: "" if isinstance(value, str) else type(value).__name__,
