@@ -1,12 +1,14 @@
 """pip finds versions for us beside what people have, without trying one release of boto3 after another."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
 import venv
 from pathlib import Path
+from threading import Timer
 from typing import Final
 
 import pytest
@@ -47,18 +49,29 @@ def of_this_checkout(what: list[str], wheel: Path) -> list[str]:
 
 
 def asked(python: Path | str, what: list[str], wheel: Path, report: Path) -> dict[str, str]:
-    """What this pip would install, by name. Fails when it finds nothing, or tries too much."""
+    """What this pip would install, by name. Fails when it finds nothing, and as soon as it tries too much."""
     pip = [python, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--report", report]
-    done = subprocess.run(
+    said, walked = [], set()
+    with subprocess.Popen(
         [*map(str, pip), *of_this_checkout(what, wheel)],
-        capture_output=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=NOT_FOR_EVER_S,
-        check=False,
+    ) as asking:
+        assert asking.stdout is not None
+        bound = Timer(NOT_FOR_EVER_S, asking.kill)
+        bound.start()
+        for line in asking.stdout:
+            said.append(line)
+            walked.update(WALKED.findall(line))
+            if len(walked) > FEW:
+                asking.kill()
+        bound.cancel()
+    assert len(walked) <= FEW, f"pip tries one release after another: {sorted(walked)}"
+    assert asking.returncode == 0, (
+        f"exit code {asking.returncode} ({NOT_FOR_EVER_S} s at most): {''.join(said)[-3000:]}"
     )
-    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
-    walked = sorted(set(WALKED.findall(done.stdout)))
-    assert len(walked) <= FEW, f"pip has tried {len(walked)} releases: {walked[:20]} …"
     installs = [one["metadata"] for one in json.loads(report.read_text())["install"]]
     return {one["name"]: one["version"] for one in installs}
 
