@@ -1,9 +1,12 @@
-# Every target does its own set-up: `make demo` or `make test` is all a fresh clone needs.
+# Every target does its own set-up: `make demo` or `make test` is all a fresh clone needs. There is one .venv; the demo
+# installs into it what it needs itself, and the first target that needs more adds the rest.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LOCAL := $(VENV)/.installed-local
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 WORKERS ?= 4
 PYTEST_ARGS ?=
 EMULATOR := .venv-localstack
@@ -19,18 +22,24 @@ help: ## Show this list
 
 .PHONY: setup
 setup: $(STAMP) ## Create .venv and install the package with everything for local work
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): $(LOCAL)
+	@echo 'installing the tools for tests and checks into $(VENV), about a minute'
+	@$(BIN)/python $(PIP_INSTALL) --editable '.[local,test]' --constraint constraints.txt
+	@touch $@
+
+$(LOCAL): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; say which: make PYTHON=python3.11 ...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[local,test]' --constraint constraints.txt
-	@touch $(STAMP)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'installing dagster-taskiq and what it needs locally into $(VENV), about a minute'
+	@$(BIN)/python $(PIP_INSTALL) --editable '.[local]' --constraint constraints.txt
+	@touch $@
 
 .PHONY: demo
-demo: $(STAMP) ## Launch two real runs over an embedded SQS, terminate them, show what happened and when
+demo: $(LOCAL) ## Launch two real runs over an embedded SQS, terminate them, show what happened and when
 	$(BIN)/dagster-taskiq demo
 
 .PHONY: dev
-dev: $(STAMP) ## Dagster's UI, a worker and an embedded SQS, with the example jobs; one Ctrl-C stops it all
+dev: $(LOCAL) ## Dagster's UI, a worker and an embedded SQS, with the example jobs; one Ctrl-C stops it all
 	$(BIN)/dagster-taskiq dev
 
 .PHONY: test
@@ -45,7 +54,7 @@ nightly: $(STAMP) ## Run all tests and their repetitions: every combination, hun
 emulator: $(EMULATOR)/.installed ## Install LocalStack, the second SQS emulator of tests/contract, next to .venv (a minute)
 $(EMULATOR)/.installed: tests/localstack-requirements.txt tests/localstack-constraints.txt
 	test -x $(EMULATOR)/bin/python || $(PYTHON) -m venv $(EMULATOR)
-	$(EMULATOR)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $< --constraint tests/localstack-constraints.txt
+	$(EMULATOR)/bin/python $(PIP_INSTALL) --requirement $< --constraint tests/localstack-constraints.txt
 	@touch $@
 
 .PHONY: contract
@@ -57,7 +66,7 @@ floor: $(FLOOR)/.installed ## Run the unit tests and those of cancellation with 
 	$(FLOOR)/bin/python -m pytest -n $(WORKERS) --dist loadgroup tests/unit tests/acceptance/cancel $(PYTEST_ARGS)
 $(FLOOR)/.installed: pyproject.toml constraints-floor.txt
 	test -x $(FLOOR)/bin/python || $(PYTHON) -m venv $(FLOOR)
-	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[local,test]' --constraint constraints-floor.txt
+	$(FLOOR)/bin/python $(PIP_INSTALL) --editable '.[local,test]' --constraint constraints-floor.txt
 	@touch $@
 
 .PHONY: chaos

@@ -74,7 +74,7 @@ def _versions() -> Finding:
     if sys.platform != "linux":
         return Finding("versions", "error", f"{here} on {sys.platform}", "run workers on Linux; launchers run anywhere")
     if tuple(map(int, dagster.split(".")[:2])) != _TESTED_DAGSTER:
-        return Finding("versions", "warning", f"{here}; not tested", "pip install 'dagster>=1.13,<1.14'")
+        return Finding("versions", "warning", f"{here}; not tested", "pip install 'dagster>=1.13.3,<1.14'")
     return ok("versions", here)
 
 
