@@ -24,6 +24,7 @@ from taskiq_aws import SQSBroker
 from dagster_taskiq import queue_names
 from dagster_taskiq._retry import retry_async
 from dagster_taskiq._shield import shielded
+from dagster_taskiq.cancellation.model import Cancellation
 from dagster_taskiq.errors import AccessDenied, MessageTooLarge, QueueError
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.sqs.admin import CANCEL_VISIBILITY_S
@@ -250,6 +251,15 @@ class CancellableSQSBroker(SQSBroker, Canceller):  # type: ignore[misc]  # taski
     async def hand_back_cancels(self, cancels: Sequence[Received]) -> None:
         """Let another worker have them at once. A failure is logged: they come back by themselves."""
         await self._cancels.hand_back(cancels)
+
+    async def send_cancels(self, cancellations: Mapping[str, Cancellation]) -> None:
+        """Send a cancel for each task id, on behalf of whoever has asked for it. A failure is logged."""
+        by_cause: dict[tuple[str | None, str | None], list[str]] = {}
+        for task_id, one in cancellations.items():
+            by_cause.setdefault((one.reason, one.requested_by), []).append(task_id)
+        for (reason, requested_by), task_ids in by_cause.items():
+            if failed := await self._cancels.send_all(task_ids, reason, requested_by):
+                logger.warning("%d cancels not sent: %s", len(failed), next(iter(failed.values())))
 
     async def pause_cancels(self, seconds: Mapping[str, int]) -> None:
         """Let any worker have them later: after so many seconds, by receipt. A failure means: earlier."""

@@ -52,6 +52,9 @@ class CancelSource(Protocol):
     async def hand_back_cancels(self, cancels: Sequence[Received]) -> None:
         """Let another worker have them at once."""
 
+    async def send_cancels(self, cancellations: Mapping[str, Cancellation]) -> None:
+        """Send a cancel for each task id."""
+
     async def pause_cancels(self, seconds: Mapping[str, int]) -> None:
         """Let any worker have them later: after so many seconds, by receipt."""
 
@@ -66,8 +69,8 @@ class Tasks(Protocol):
     def cancel(self, task_id: str, cancellation: Cancellation) -> bool:
         """Cancel a task, if it runs here; whether it does."""
 
-    def cancel_all(self, cancellation_of: Callable[[TaskView], Cancellation | None]) -> None:
-        """Cancel those for which there is a cancellation."""
+    def cancel_all(self, cancellation_of: Callable[[TaskView], Cancellation | None]) -> Mapping[str, Cancellation]:
+        """Cancel those for which there is a cancellation; returns these, by task id."""
 
 
 class CancelListener:
@@ -189,6 +192,8 @@ class CancelListener:
             self._source.hand_back_cancels([*others, *standing.on, *standing.again]),
             self._source.delete_cancels([*done, *standing.over]),
             self._source.pause_cancels(standing.later),
+            # If this worker dies before they have ended, others have to know of each: these are held, as any cancel is.
+            self._source.send_cancels(standing.ours),
             *[lease.settle(Settlement.LEAVE) for lease in earlier],
         )
         # Polling at once would bring the same message to the same worker for ever; having seen it before, let it
@@ -208,7 +213,7 @@ class CancelListener:
                 continue
             new = known.see(one.message_id, one.request, _cancellation(one), one.sent_at)
             if new:
-                self._tasks.cancel_all(known.cancellation_of)
+                sorted_.ours.update(self._tasks.cancel_all(known.cancellation_of))
             if known.is_over(one.message_id):
                 sorted_.over.append(one)
             elif new:
@@ -276,6 +281,8 @@ class _Standing:
     """The same, and this worker sits out, because it has seen it before."""
     later: dict[str, int] = field(default_factory=dict)
     """By receipt: hidden from all for so many seconds."""
+    ours: dict[str, Cancellation] = field(default_factory=dict)
+    """By task id: what they have cancelled here."""
 
 
 def _cancellation(received: Received) -> Cancellation:

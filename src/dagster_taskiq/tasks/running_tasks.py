@@ -44,9 +44,12 @@ class RunningTasks(Mapping[str, RunningTask]):
             task.cancel(cancellation)
         return task is not None
 
-    def cancel_all(self, cancellation_of: Callable[[TaskView], Cancellation | None]) -> None:
-        """Cancel those that run here and for which there is a cancellation."""
+    def cancel_all(self, cancellation_of: Callable[[TaskView], Cancellation | None]) -> dict[str, Cancellation]:
+        """Cancel those that run here and for which there is a cancellation; returns these, by task id."""
+        cancelled = {}
         for task in list(self._tasks.values()):
-            cancellation = cancellation_of(task.view) if task.view is not None else None
+            cancellation = cancellation_of(task.view) if task.view is not None and not task.over else None
             if cancellation is not None:
                 task.cancel(cancellation)
+                cancelled[task.task_id] = cancellation
+        return cancelled

@@ -2,6 +2,7 @@
 
 import asyncio
 import subprocess
+import time
 import uuid
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests.support.waiting import wait_until
 from tests.support.workers import Outside
 
 from dagster_taskiq import TaskCancelled
+from dagster_taskiq.tasks.standing_cancels import SPREAD_S
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.long]
 VISIBILITY_S = 4
@@ -25,9 +27,16 @@ def _credentials(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-@pytest.mark.parametrize("other", ["is there already", "comes when the work is visible again"])
+@pytest.mark.parametrize(
+    ("other", "scope"),
+    [
+        ("is there already", "task"),
+        ("comes when the work is visible again", "task"),
+        ("comes when the work is visible again", "group"),
+    ],
+)
 def test_what_was_cancelled_does_not_begin_again_and_its_handlers_run_elsewhere(
-    tmp_path: Path, moto: str, other: str
+    tmp_path: Path, moto: str, other: str, scope: str
 ) -> None:
     queue_url = create_queues(moto, f"q-{uuid.uuid4().hex[:12]}", visibility_timeout_s=VISIBILITY_S)
     outside, diary = Outside(queue_url, moto), Diary(tmp_path)
@@ -35,12 +44,14 @@ def test_what_was_cancelled_does_not_begin_again_and_its_handlers_run_elsewhere(
 
     async def send() -> None:
         broker = cast("Any", broker_with_tasks(queue_url, moto, diary))
-        await broker.find_task("upload").kicker().with_task_id("t").kiq("t")
+        await broker.find_task("upload").kicker().with_task_id("t").with_labels(group="g").kiq("t")
         await broker.shutdown()
 
     async def cancel() -> None:
         broker = broker_with_tasks(queue_url, moto, diary)
-        await broker.cancel_task("t", reason="enough")
+        await (
+            broker.cancel_task("t", reason="enough") if scope == "task" else broker.cancel_group("g", reason="enough")
+        )
         await broker.shutdown()
 
     def wait_for(line: str) -> None:
@@ -59,13 +70,21 @@ def test_what_was_cancelled_does_not_begin_again_and_its_handlers_run_elsewhere(
             worker("second")
         asyncio.run(cancel())
         wait_for("first: t cleanup began {} enough")
+        if scope == "group":
+            time.sleep(SPREAD_S + 2)  # then its message is hidden for longer than the work is
         kill(first)
         (tmp_path / "hold-cleanup").unlink()
         if other != "is there already":
             wait_until(lambda: outside.work() == (1, 0), "the work is visible again", within=60)
             worker("second")
         wait_for("second: t cleanup ended")
-        wait_until(lambda: (outside.work(), outside.cancels()) == ((0, 0), (0, 0)), "no message is left", within=60)
+        stands = int(scope == "group")  # its message stays, and no other
+        wait_until(
+            lambda: (outside.work(), sum(outside.cancels())) == ((0, 0), stands),
+            "no message is left",
+            within=60,
+            seen=lambda: (outside.work(), outside.cancels()),
+        )
     assert diary.what() == ["t started", *["t cleanup began {} enough"] * 2, "t cleanup ended"]
     result = asyncio.run(FileResults(tmp_path).get_result("t"))
     assert isinstance(result.error, TaskCancelled)

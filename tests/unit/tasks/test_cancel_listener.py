@@ -34,6 +34,7 @@ class Queue:
         self.deleted: list[str] = []
         self.handed_back: list[str] = []
         self.paused: dict[str, int] = {}
+        self.sent: list[str] = []
         self.receives: list[list[Received] | Exception] = []
 
     async def receive_cancels(self, wait_s: int | None = None) -> list[Received]:
@@ -53,6 +54,9 @@ class Queue:
     async def pause_cancels(self, seconds: Mapping[str, int]) -> None:
         self.paused |= seconds
 
+    async def send_cancels(self, cancellations: Mapping[str, Cancellation]) -> None:
+        self.sent += cancellations
+
 
 class Here:
     """The worker: which tasks it runs, and what it was told to cancel."""
@@ -69,10 +73,10 @@ class Here:
         self.cancelled[task_id] = cancellation
         return True
 
-    def cancel_all(self, cancellation_of: Callable[[TaskView], Cancellation | None]) -> None:
-        for view in self.views:
-            if (cancellation := cancellation_of(view)) is not None:
-                self.cancelled[view.task_id] = cancellation
+    def cancel_all(self, cancellation_of: Callable[[TaskView], Cancellation | None]) -> dict[str, Cancellation]:
+        meant = {view.task_id: cancellation_of(view) for view in self.views}
+        self.cancelled |= (new := {task_id: one for task_id, one in meant.items() if one is not None})
+        return new
 
 
 def cancel_of(
@@ -230,7 +234,7 @@ async def test_a_standing_cancel_is_handed_on_to_all_and_then_comes_rarely() -> 
     assert await listening.handle([standing_of("a", age_s=0, receive_count=1)]) == 0
     assert [(task_id, cancelled.reason) for task_id, cancelled in here.cancelled.items()] == [("t", "why")]
     assert await listening.handle([standing_of("a", age_s=0, receive_count=2)]) > 0
-    assert queue.handed_back == ["m-a", "m-a"]
+    assert (queue.handed_back, queue.sent) == (["m-a", "m-a"], ["t"])
     assert await listening.handle([standing_of("a", age_s=6, receive_count=3), cancel_of("v")]) > 0
     now += 6
     assert await listening.handle([standing_of("a", age_s=0, receive_count=4)]) == 0
