@@ -9,7 +9,6 @@ import socket
 import sys
 import timeit
 
-from dagster import DagsterInstance
 from rich.console import Console
 from rich.table import Table
 
@@ -30,9 +29,8 @@ def nanoseconds(statement: str, token: CancellationToken) -> float:
 def main() -> None:
     """Measure and print."""
     ours, theirs = socket.socketpair()
-    with ours, theirs, DagsterInstance.ephemeral() as instance:
-        token = ChildProcess(ControlChannel(theirs), instance, "run").token()
-        assert token is not None
+    with ours, theirs:
+        token = ChildProcess(ControlChannel(theirs)).token()
         table = Table("call", "ns", title=f"Python {sys.version.split()[0]}: best of {ROUNDS} times {CALLS:,}")
         for statement in (
             "nothing()",

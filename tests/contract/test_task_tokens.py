@@ -217,6 +217,26 @@ async def test_a_plain_function_that_outlasts_its_limit_is_stopped(
     assert not set(said[1][1:]) & {str(pid) for pid in procfs.processes()}
 
 
+async def test_a_worker_that_stops_waits_for_the_process_of_a_handler(
+    standard_url: str, endpoint: str, tmp_path: Path
+) -> None:
+    diary = tmp_path / "diary"
+    started = asyncio.Event()
+
+    @on_cancel(task_handlers.takes_a_second)
+    async def work(diary: str) -> None:
+        started.set()
+        await asyncio.sleep(60)
+
+    async with bench(standard_url, endpoint) as at:
+        task = await at.broker.register_task(work, task_name="work").kiq(str(diary))
+        await started.wait()
+        await at.broker.cancel_task(task.task_id)
+        await eventually(lambda: lines(diary) == [["begin"]], "the handler is at work")
+    assert lines(diary) == [["begin"], ["end"]]
+    assert at.outside.work() == (0, 0)
+
+
 async def test_of_a_handler_that_nobody_can_find_a_thread_is_left_and_the_worker_says_so(
     standard_url: str, endpoint: str, caplog: pytest.LogCaptureFixture
 ) -> None:

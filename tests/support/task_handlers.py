@@ -29,6 +29,12 @@ async def undo_in_the_loop(context: TaskCleanupContext) -> None:
     note(context, f"loop {os.getpid()}")
 
 
+def takes_a_second(context: TaskCleanupContext) -> None:
+    note(context, "begin")
+    time.sleep(1)
+    note(context, "end")
+
+
 def sleeps(context: TaskCleanupContext) -> None:
     """Reacts to its timeout."""
     try:

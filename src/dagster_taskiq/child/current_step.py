@@ -20,7 +20,7 @@ OLDER: Final = "this thread was there before the step began, and may be another 
 class StepOfRun:
     """One step of one run, and the instance that has it."""
 
-    instance: DagsterInstance
+    instance: DagsterInstance = field(compare=False)
     run_id: str
     step_key: str
 
