@@ -4,9 +4,11 @@ import click
 
 
 @click.command()
-@click.option("--show", "template", type=click.Choice(["queues", "workers"]), required=True, help="Which one.")
+@click.option(
+    "--show", "template", type=click.Choice(["cluster", "queues", "workers"]), required=True, help="Which one."
+)
 def infra(template: str) -> None:
-    """Print a CloudFormation template: `queues` (with their permissions), or `workers` (a service of ECS).
+    """Print a CloudFormation template: `queues` (with permissions), `cluster` (of ECS), or `workers` (a service).
 
     \b
     Example:

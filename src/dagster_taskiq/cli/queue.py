@@ -134,7 +134,7 @@ def _show(queues: "Sequence[QueueStatus]") -> None:
             str(queue.in_flight),
             *map(_duration, (queue.visibility_timeout_s, queue.retention_s)),
         ]
-        table.add_row(queue.name, queue.role, *(seen if queue.exists else ["missing"]))
+        table.add_row(queue.name, queue.role, *(seen if queue.known else "????") if queue.exists else ["missing"])
     console = Console()
     console.print(table)
     for warning in (warning for queue in queues if queue.exists for warning in queue.warnings):

@@ -17,7 +17,7 @@ from dagster_taskiq.sqs.client import Connection, split_endpoint
 from dagster_taskiq.sqs.probe import QueueFacts, bucket_error, has_credentials, look_at_queue, may
 
 _ROLES: Final[Mapping[str, Mapping[str, Sequence[str]]]] = {
-    "launcher": {"work": ("sqs:SendMessage",), "steps": ("sqs:SendMessage",), "cancels": ("sqs:SendMessage",)},
+    "launcher": {"work": ("sqs:SendMessage",), "cancels": ("sqs:SendMessage",)},
     "worker": {
         "work": ("sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:ChangeMessageVisibility"),
         "steps": ("sqs:SendMessage", "sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:ChangeMessageVisibility"),
@@ -163,8 +163,9 @@ async def _permissions(
     missing = []
     for role, url in queue_urls(settings.queue_url).items():
         if queues[role].exists:
-            allowed = await asyncio.gather(*[may(client, url, action) for action in needs[role]])
-            lacks = [action for action, may in zip(needs[role], allowed, strict=True) if not may]
+            needed = needs.get(role, ())
+            allowed = await asyncio.gather(*[may(client, url, action) for action in needed])
+            lacks = [action for action, may in zip(needed, allowed, strict=True) if not may]
             missing += [f"{action} on {queue_name(url)}" for action in lacks]
     check = f"permissions of a {who}"
     if missing:

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from dagster_taskiq.errors import QueueMissing
+from dagster_taskiq.errors import AccessDenied, QueueMissing
 from dagster_taskiq.queue_names import cancel_queue_url, is_fifo, queue_name, steps_queue_url
-from dagster_taskiq.sqs.errors import translated
+from dagster_taskiq.sqs.errors import is_missing_permission, translated
 from dagster_taskiq.sqs.probe import _WITHIN_S
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class QueueStatus:
     retention_s: int = 0
     has_redrive: bool = False
     warnings: tuple[str, ...] = ()
+    known: bool = True
+    """False: this role may not read the queue's attributes, so that the numbers mean nothing."""
 
     @property
     def name(self) -> str:
@@ -93,7 +95,7 @@ def _attributes(role: str, visibility_timeout_s: int, *, fifo: bool) -> dict[Any
 
 
 async def queue_status(client: "SQSClient", queue_url: str) -> tuple[QueueStatus, ...]:
-    """The status of work, steps and cancel queue. A queue that does not exist is part of the answer, not an error."""
+    """The status of work, steps and cancel queue. One that does not exist or may not be read is no error."""
     return tuple([await _status(client, role, url) for role, url in queue_urls(queue_url).items()])
 
 
@@ -103,8 +105,13 @@ async def _status(client: "SQSClient", role: str, url: str) -> QueueStatus:
             answer = await client.get_queue_attributes(QueueUrl=url, AttributeNames=["All"])
     except QueueMissing as error:
         return QueueStatus(role, url, exists=False, fifo=is_fifo(url), warnings=(str(error),))
+    except AccessDenied as error:
+        if not is_missing_permission(error):
+            raise
+        why = f"{queue_name(url)}: this role may not read its attributes (a launcher need not read those of steps)"
+        return QueueStatus(role, url, exists=True, fifo=is_fifo(url), warnings=(why,), known=False)
     known: dict[Any, str] = dict(answer.get("Attributes", {}))
-    counts = {field: int(known.get(attribute, 0)) for attribute, field in _COUNTS.items()}
+    counts: dict[str, Any] = {field: int(known.get(attribute, 0)) for attribute, field in _COUNTS.items()}
     fifo, redrive = known.get("FifoQueue") == "true", bool(known.get("RedrivePolicy"))
     status = QueueStatus(role, url, exists=True, fifo=fifo, has_redrive=redrive, warnings=(), **counts)
     return replace(status, warnings=_warnings(status))

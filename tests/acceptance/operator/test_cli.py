@@ -18,6 +18,7 @@ from dagster import DagsterInstance, DagsterRunStatus
 from dagster._core.test_utils import create_run_for_test
 from tests.support.moto import CREDENTIALS, create_queues, free_port, sqs_client
 from tests.support.platform import ENTRYPOINT
+from tests.support.proxy import sqs_proxy
 
 from dagster_taskiq.cli import main
 from dagster_taskiq.storage.heartbeats import Heartbeats
@@ -169,6 +170,18 @@ def test_status_counts_what_waits(desk: Desk) -> None:
     desk.launcher()
     listed = json.loads(desk.ask("queue", "status", "--json").out)
     assert [(queue["role"], queue["visible"]) for queue in listed] == [("work", 1), ("steps", 0), ("cancels", 0)]
+
+
+def test_status_with_the_permissions_of_a_launcher(desk: Desk) -> None:
+    """They do not reach the queue of the steps: what is seen of the others is shown all the same."""
+    with sqs_proxy(desk.endpoint_url) as proxy:
+        proxy.fail_with(403, queue="-steps", action="GetQueueAttributes")
+        desk.launcher(endpoint_url=proxy.url)
+        shown, listed = desk.ask("queue", "status"), desk.ask("queue", "status", "--json")
+    assert shown.code == 0, shown
+    assert "may not read its attributes" in shown.out
+    known = [(one["role"], one["known"]) for one in json.loads(listed.out)]
+    assert known == [("work", True), ("steps", False), ("cancels", True)]
 
 
 def test_status_for_programs_says_what_waits_and_what_is_of_no_use(desk: Desk) -> None:

@@ -1,7 +1,12 @@
-"""`docs/deploy-on-ecs.md`, command by command, from an empty account to a terminated run."""
+"""`docs/deploy-on-ecs.md`, command by command, from an empty account to a terminated run.
+
+The commands are given in a copy of the checkout that is gone when the daemon hands the run over: worker and daemon run
+elsewhere, as in a container, and have only what is installed.
+"""
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,8 +32,9 @@ def blocks() -> list[tuple[str, str]]:
 class Shell:
     """A terminal: what one block exports, the next one has."""
 
-    def __init__(self, folder: Path, environ: dict[str, str]) -> None:
+    def __init__(self, folder: Path, cwd: Path, environ: dict[str, str]) -> None:
         self._variables = folder / "variables"
+        self._cwd = cwd
         self.environ = environ
 
     def run(self, script: str) -> str:
@@ -36,7 +42,7 @@ class Shell:
         try:
             done = subprocess.run(
                 ["bash", "-c", f"{known}set -ex\n{script}\nset +x\nexport -p > {self._variables}"],
-                cwd=ROOT,
+                cwd=self._cwd,
                 env=self.environ,
                 capture_output=True,
                 text=True,
@@ -54,21 +60,47 @@ def variable(shell: Shell, name: str) -> str:
 
 
 def started_as_ecs_would(shell: Shell, endpoint: str, agent: FakeAgent, log: Path) -> "subprocess.Popen[bytes]":
-    """The container of the service, as its task definition says."""
+    """The container of the service, as its task definition says: without a checkout, in a folder of its own."""
     ecs = client("ecs", endpoint)
     (arn,) = ecs.list_task_definitions(familyPrefix="dagster-workers")["taskDefinitionArns"]
     (container,) = ecs.describe_task_definition(taskDefinition=arn)["taskDefinition"]["containerDefinitions"]
     told = {one["name"]: str(one["value"]) for one in container["environment"]}
     told["DAGSTER_TASKIQ_SQS_QUEUE_URL"] = variable(shell, "DAGSTER_TASKIQ_SQS_QUEUE_URL")
     assert [secret["name"] for secret in container["secrets"]] == ["DAGSTER_POSTGRES_URL"]
+    image = log.with_name("image")
+    image.mkdir()
+    shutil.copy(ROOT / "worker_entrypoint.py", image)
     with log.open("w") as out:
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "worker_entrypoint.py")],
+            [sys.executable, "worker_entrypoint.py"],
+            cwd=image,
             env=shell.environ | told | agent.environment,
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
+
+def daemon(environ: dict[str, str], cwd: Path) -> "subprocess.Popen[bytes]":
+    """Where webserver and daemon run, which have the jobs as an installed module."""
+    return subprocess.Popen(
+        ["dagster-daemon", "run", "-m", "dagster_taskiq.examples.index_sources"],
+        cwd=cwd,
+        env=environ,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def assert_cancelled(shell: Shell, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DAGSTER_TASKIQ_SQS_QUEUE_URL", "DAGSTER_TASKIQ_SQS_ENDPOINT_URL"):
+        monkeypatch.setenv(name, variable(shell, name))
+    with DagsterInstance.from_config(str(home)) as instance:
+        (run,) = instance.get_runs()
+        assert run.status is DagsterRunStatus.CANCELED
+        assert run.tags["dagster-taskiq/cancel_reason"] == "to see it stop"
+        assert any("SIGKILL" in entry.message for entry in instance.all_logs(run.run_id))
 
 
 def test_who_follows_the_page_terminates_a_run(tmp_path: Path, postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,8 +110,10 @@ def test_who_follows_the_page_terminates_a_run(tmp_path: Path, postgres: str, mo
     aws = bin_folder / "aws"
     aws.write_text(f'#!/bin/sh\nexec {sys.executable} -P {ROOT}/tests/support/aws_cli.py "$@"\n')
     aws.chmod(0o755)
-    home, log = tmp_path / "home", tmp_path / "log"
+    home, log, checkout = tmp_path / "home", tmp_path / "log", tmp_path / "checkout"
     home.mkdir()
+    for part in ("infra", "src/dagster_taskiq/examples"):
+        shutil.copytree(ROOT / part, checkout / part)
     with moto_server() as endpoint, ecs_agent() as agent:
         ec2 = client("ec2", endpoint)
         environ = os.environ | {
@@ -93,12 +127,20 @@ def test_who_follows_the_page_terminates_a_run(tmp_path: Path, postgres: str, mo
             "DATABASE_SECRET_ARN": "arn:aws:secretsmanager:us-east-1:123456789012:secret:dagster-abc",
             "COLUMNS": "200",
         }
-        shell = Shell(tmp_path, environ)
+        shell = Shell(tmp_path, checkout, environ)
         started: list[subprocess.Popen[bytes]] = []
         try:
             for language, text in blocks():
                 if language == "yaml":
                     (home / "dagster.yaml").write_text(text)
+                elif language == "bash" and "dagster job launch" in text:
+                    launch, rest = text.split("\n", 1)
+                    shell.run(launch)
+                    shutil.rmtree(checkout)
+                    checkout.mkdir()
+                    queue_url = variable(shell, "DAGSTER_TASKIQ_SQS_QUEUE_URL")
+                    started.append(daemon(environ | {"DAGSTER_TASKIQ_SQS_QUEUE_URL": queue_url}, home))
+                    shell.run(rest)
                 elif language == "bash":
                     shell.run(text)
                 if "workers.yaml" in text and language == "bash":
@@ -107,23 +149,8 @@ def test_who_follows_the_page_terminates_a_run(tmp_path: Path, postgres: str, mo
                     wait_until(
                         lambda: " is ready" in (tmp_path / "log").read_text(), "it is ready", within=60, seen=said
                     )
-                    daemon = subprocess.Popen(
-                        ["dagster-daemon", "run", "-f", "src/dagster_taskiq/examples/index_sources.py"],
-                        cwd=ROOT,
-                        env=environ | {"DAGSTER_TASKIQ_SQS_QUEUE_URL": variable(shell, "DAGSTER_TASKIQ_SQS_QUEUE_URL")},
-                        stdout=subprocess.DEVNULL,
-                        stderr=subprocess.DEVNULL,
-                        start_new_session=True,
-                    )
-                    started.append(daemon)
                 if "run cancel" in text:
-                    for name in ("DAGSTER_TASKIQ_SQS_QUEUE_URL", "DAGSTER_TASKIQ_SQS_ENDPOINT_URL"):
-                        monkeypatch.setenv(name, variable(shell, name))
-                    with DagsterInstance.from_config(str(home)) as instance:
-                        (run,) = instance.get_runs()
-                        assert run.status is DagsterRunStatus.CANCELED
-                        assert run.tags["dagster-taskiq/cancel_reason"] == "to see it stop"
-                        assert any("SIGKILL" in entry.message for entry in instance.all_logs(run.run_id))
+                    assert_cancelled(shell, home, monkeypatch)
         finally:
             for process in started:
                 process.send_signal(signal.SIGTERM)

@@ -32,6 +32,7 @@ WORKER_ACTIONS: Final = {
 }
 
 BUCKET: Final = "too-large-for-a-message"
+KEY: Final = "arn:aws:kms:us-east-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"
 
 
 @dataclass
@@ -58,7 +59,7 @@ def stack(request: pytest.FixtureRequest, endpoint: str) -> Iterator[Stack]:
     name = f"stack-{uuid4().hex[:8]}"
     parameters = {"QueueName": name, "Fifo": request.param, "VisibilityTimeout": "8"}
     if request.param == "true":
-        parameters["PayloadBucket"] = BUCKET
+        parameters |= {"PayloadBucket": BUCKET, "PayloadKmsKeyArn": KEY}
     cloud = client("cloudformation", endpoint)
     cloud.create_stack(
         StackName=name,
@@ -88,8 +89,8 @@ def test_the_queues_are_those_that_launcher_and_worker_derive(stack: Stack) -> N
 
 
 def test_the_policies_allow_what_is_needed_and_nothing_else(stack: Stack) -> None:
-    assert allowed(stack, "LauncherPolicyArn") == dict.fromkeys(queues(stack), LAUNCHER_ACTIONS)
     work, steps, cancels = queues(stack)
+    assert allowed(stack, "LauncherPolicyArn") == dict.fromkeys((work, cancels), LAUNCHER_ACTIONS)
     assert allowed(stack, "WorkerPolicyArn") == {
         work: WORKER_ACTIONS - {"sqs:SendMessage"},
         steps: WORKER_ACTIONS,
@@ -97,7 +98,8 @@ def test_the_policies_allow_what_is_needed_and_nothing_else(stack: Stack) -> Non
     }
     if "PayloadPolicyArn" in stack.outputs:
         assert allowed(stack, "PayloadPolicyArn") == {
-            f"{BUCKET}/dagster-taskiq/payloads/*": {"s3:PutObject", "s3:GetObject", "s3:DeleteObject"}
+            f"{BUCKET}/dagster-taskiq/payloads/*": {"s3:PutObject", "s3:GetObject", "s3:DeleteObject"},
+            KEY.rpartition(":")[2]: {"kms:Decrypt", "kms:GenerateDataKey"},
         }
     assert ("PayloadPolicyArn" in stack.outputs) is queue_name(work).endswith(".fifo")
 
@@ -118,7 +120,8 @@ def allowed(stack: Stack, output: str) -> dict[str, set[str]]:
     for statement in document["Statement"]:
         assert statement["Effect"] == "Allow"
         actions = statement["Action"]
-        for resource in statement["Resource"]:
+        resources = statement["Resource"]
+        for resource in [resources] if isinstance(resources, str) else resources:
             found.setdefault(resource.rsplit(":", 1)[-1], set()).update(
                 [actions] if isinstance(actions, str) else actions
             )

@@ -48,6 +48,14 @@ def template(name: str) -> Any:
     return yaml.load((INFRA / name).read_text(), _Loader)  # noqa: S506 - a SafeLoader
 
 
+SECRET = "arn:aws:secretsmanager:us-east-1:123456789012:secret:dagster-AbCdEf"
+KEY = "arn:aws:kms:us-east-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"
+SECRETS = {
+    "both": {"DatabaseSecretArn": f"{SECRET}:url::", "SecretKmsKeyArn": KEY},
+    "steps": {"DatabaseSecretArn": SECRET},
+}
+
+
 @dataclass
 class Fleet:
     """Both stacks."""
@@ -55,6 +63,8 @@ class Fleet:
     endpoint: str
     queue_url: str
     container: dict[str, Any]
+    may_start_with: list[Any]
+    """What the execution role may do beside AWS's own policy."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -65,7 +75,6 @@ class Fleet:
 def fleet(request: pytest.FixtureRequest, endpoint: str) -> Iterator[Fleet]:
     cloud, ecs, ec2 = (client(service, endpoint) for service in ("cloudformation", "ecs", "ec2"))
     name, cluster = f"fleet-{uuid4().hex[:8]}", f"cluster-{uuid4().hex[:8]}"
-    ecs.create_cluster(clusterName=cluster)
     network = ec2.describe_subnets()["Subnets"][0]
     group = ec2.describe_security_groups()["SecurityGroups"][0]["GroupId"]
 
@@ -80,6 +89,7 @@ def fleet(request: pytest.FixtureRequest, endpoint: str) -> Iterator[Fleet]:
         assert described["StackStatus"] == "CREATE_COMPLETE", described
         return {output["OutputKey"]: output["OutputValue"] for output in described["Outputs"]}
 
+    deploy(f"{name}-cluster", "cluster.yaml", Cluster=cluster)
     queues = deploy(f"{name}-queues", "queues.yaml", QueueName=name)
     deploy(
         f"{name}-{request.param}",
@@ -91,18 +101,24 @@ def fleet(request: pytest.FixtureRequest, endpoint: str) -> Iterator[Fleet]:
         Image="123456789012.dkr.ecr.us-east-1.amazonaws.com/workers:1",
         Subnets=network["SubnetId"],
         SecurityGroups=group,
+        **SECRETS[request.param],
     )
     (arn,) = ecs.list_task_definitions(familyPrefix=f"{name}-{request.param}")["taskDefinitionArns"]
     task = ecs.describe_task_definition(taskDefinition=arn)["taskDefinition"]
     (service,) = ecs.describe_services(cluster=cluster, services=[f"{name}-{request.param}"])["services"]
     assert service["taskDefinition"] == arn
     (container,) = task["containerDefinitions"]
-    yield Fleet(endpoint, queues["QueueUrl"], container)
-    for stack in (f"{name}-{request.param}", f"{name}-queues"):
+    iam, stack_name = client("iam", endpoint), f"{name}-{request.param}"
+    found = cloud.describe_stack_resource(StackName=stack_name, LogicalResourceId="ExecutionRole")
+    role = found["StackResourceDetail"]["PhysicalResourceId"]
+    (policy,) = iam.list_role_policies(RoleName=role)["PolicyNames"]
+    document = iam.get_role_policy(RoleName=role, PolicyName=policy)["PolicyDocument"]
+    yield Fleet(endpoint, queues["QueueUrl"], container, yaml.safe_load(document)["Statement"])
+    for stack in (f"{name}-{request.param}", f"{name}-queues", f"{name}-cluster"):
         cloud.delete_stack(StackName=stack)
 
 
-@pytest.mark.parametrize("name", ["queues.yaml", "workers.yaml"])
+@pytest.mark.parametrize("name", ["cluster.yaml", "queues.yaml", "workers.yaml"])
 def test_the_template_has_no_lint(name: str) -> None:
     linter = Path(sys.executable).with_name("cfn-lint")
     done = subprocess.run([linter, "-r", REGION, "--", INFRA / name], capture_output=True, text=True, check=False)
@@ -117,10 +133,24 @@ def test_the_task_is_what_a_worker_needs(fleet: Fleet) -> None:
     assert container["logConfiguration"]["logDriver"] == "awslogs"
     # The emulator does not attach imported policies, so it is the template that has to say so.
     role = template("workers.yaml")["Resources"]["TaskRole"]["Properties"]
-    assert role["ManagedPolicyArns"] == [{"Fn::ImportValue": "${QueuesStack}-WorkerPolicyArn"}]
+    payloads = ["HasPayloads", {"Fn::ImportValue": "${QueuesStack}-PayloadPolicyArn"}, "AWS::NoValue"]
+    assert role["ManagedPolicyArns"] == [{"Fn::ImportValue": "${QueuesStack}-WorkerPolicyArn"}, payloads]
     (own,) = (policy["PolicyDocument"]["Statement"] for policy in role["Policies"])
     assert [statement["Action"] for statement in own] == [["ecs:GetTaskProtection", "ecs:UpdateTaskProtection"]]
     assert fleet.environment["DAGSTER_TASKIQ_STOP_TIMEOUT"] == "120"
+
+
+def test_ecs_may_read_the_secret_that_it_is_told_to_read(fleet: Fleet) -> None:
+    (secret,) = fleet.container["secrets"]
+    # Of what a condition leaves out, the emulator leaves a text.
+    read, *decrypt = (one for one in fleet.may_start_with if isinstance(one, dict))
+    assert (read["Action"], read["Resource"]) == ("secretsmanager:GetSecretValue", SECRET)
+    if secret["valueFrom"] == SECRET:
+        assert decrypt == []
+    else:
+        assert secret["valueFrom"] == f"{SECRET}:url::"
+        ((action, key),) = [(one["Action"], one["Resource"]) for one in decrypt]
+        assert (action, key) == ("kms:Decrypt", KEY)
 
 
 @pytest.mark.slow
@@ -180,39 +210,76 @@ def test_the_metrics_of_alarms_and_dashboard_are_those_that_workers_write() -> N
     assert NAMESPACE == "dagster-taskiq"
 
 
-def value_of(resource: Any, ident: str, *, serves_runs: bool = True, **metrics: float | None) -> float:
+TRUE_FOR = {"ServesRuns": {"both", "runs"}, "ServesSteps": {"both", "steps"}, "ServesBoth": {"both"}}
+
+
+def chosen(value: Any, serve: str) -> Any:
+    """What is left of an `!If` for a fleet that takes this; None: nothing."""
+    if isinstance(value, list):
+        condition, yes, no = value
+        return chosen(yes if serve in TRUE_FOR[condition] else no, serve)
+    return None if value == "AWS::NoValue" else value
+
+
+def value_of(resource: Any, ident: str, *, serve: str = "both", **metrics: float | None) -> float:
     """What an expression of the template gives for these values; None, or left out: there is no data."""
-    expressions = {one["Id"]: one["Expression"] for one in resource if isinstance(one, dict) and "Expression" in one}
-    found = expressions[ident]
-    text = found if isinstance(found, str) else found[1 if serves_runs else 2]
-    known: dict[str, Any] = dict.fromkeys(("queued", "waiting", "working", "tasks", "oldest", "age")) | metrics
+    listed = [one for one in (chosen(one, serve) for one in resource) if one is not None]
+    expressions = {one["Id"]: chosen(one["Expression"], serve) for one in listed if "Expression" in one}
+    known: dict[str, Any] = dict.fromkeys(one["Id"] for one in listed)
+    assert metrics.keys() <= known.keys()
+    known |= metrics
     known |= {"IF": lambda yes, one, other: one if yes else other, "FILL": lambda one, no: no if one is None else one}
-    return float(eval(text.replace(" AND ", " and "), {"__builtins__": {}}, known))  # noqa: S307 - our own template
+    for name, text in expressions.items():  # in their order: each uses those before it
+        known[name] = eval(text.replace(" AND ", " and "), {"__builtins__": {}}, known)  # noqa: S307 - our own template
+    return float(known[ident])
 
 
 def test_a_fleet_scales_on_what_waits_in_dagster_and_wakes_up_for_it() -> None:
     resources = template("workers.yaml")["Resources"]
     policy = resources["BacklogPolicy"]["Properties"]["TargetTrackingScalingPolicyConfiguration"]
     backlog = policy["CustomizedMetricSpecification"]["Metrics"]
-    assert value_of(backlog, "backlog", queued=40, waiting=1, working=8, tasks=2) == 24
-    assert value_of(backlog, "backlog", queued=40, waiting=1) == 40, "no task yet"
-    assert value_of(backlog, "backlog", waiting=12, working=8, tasks=2) == 10, "another coordinator: they are in SQS"
-    assert value_of(backlog, "backlog", serves_runs=False, waiting=12, working=8, tasks=2) == 10
+    for serve in ("both", "runs"):
+        assert value_of(backlog, "backlog", serve=serve, queued=40, waiting=1, working=8, tasks=2) == 24
+        assert value_of(backlog, "backlog", serve=serve, queued=40, waiting=1) == 40, "no task yet"
+        in_sqs = value_of(backlog, "backlog", serve=serve, waiting=12, working=8, tasks=2)
+        assert in_sqs == 10, "another coordinator: they are in SQS"
+    for serve in ("both", "steps"):
+        assert value_of(backlog, "backlog", serve=serve, steps_waiting=12, steps_working=8, tasks=2) == 10
+    most_steps = value_of(backlog, "backlog", queued=2, working=2, steps_waiting=90, steps_working=10, tasks=4)
+    assert most_steps == 25, "the greater backlog: runs that wait for a hundred steps are few"
     wake_up = resources["WorkWaitsForTheFirstTask"]["Properties"]["Metrics"]
-    assert value_of(wake_up, "asleep", queued=1) == 1, "the queue in SQS tells nothing when it was idle for hours"
-    assert value_of(wake_up, "asleep", waiting=1, tasks=0) == 1
-    assert value_of(wake_up, "asleep", queued=1, tasks=1) == 0
-    assert value_of(wake_up, "asleep", queued=0, waiting=0) == 0
-    assert value_of(wake_up, "asleep", serves_runs=False, waiting=1) == 1
+    for serve in ("both", "runs"):
+        assert value_of(wake_up, "asleep", serve=serve, queued=1) == 1, "SQS tells nothing when it was idle for hours"
+        assert value_of(wake_up, "asleep", serve=serve, waiting=1, tasks=0) == 1
+        assert value_of(wake_up, "asleep", serve=serve, queued=1, tasks=1) == 0
+        assert value_of(wake_up, "asleep", serve=serve, queued=0, waiting=0) == 0
+    for serve in ("both", "steps"):
+        assert value_of(wake_up, "asleep", serve=serve, steps_waiting=1) == 1
+        assert value_of(wake_up, "asleep", serve=serve, steps_waiting=1, tasks=1) == 0
 
 
 def test_the_alarms_are_for_what_waits_and_not_for_what_takes_long() -> None:
     resources = template("workers.yaml")["Resources"]
     runs = resources["OldestRunAlarm"]["Properties"]["Metrics"]
     assert value_of(runs, "waited", oldest=1_000, waiting=1, age=5) == 1_000
-    assert value_of(runs, "waited", oldest=0, waiting=0, age=5_000) == 0, "a message in flight: a run at work"
-    assert value_of(runs, "waited", waiting=0, age=5_000) == 0
-    assert value_of(runs, "waited", waiting=2, age=5_000) == 5_000, "another coordinator"
+    assert value_of(runs, "waited", oldest=0, waiting=0, working=1, age=5_000) == 0, "a run at work"
+    assert value_of(runs, "waited", oldest=0, started=1_000) == 0, "it waits no longer, and the daemon knows"
     steps = resources["OldestStepAlarm"]["Properties"]["Metrics"]
-    assert value_of(steps, "waited", waiting=0, age=5_000) == 0
-    assert value_of(steps, "waited", waiting=2, age=5_000) == 5_000
+    for in_sqs in (runs, steps):  # runs: of another coordinator
+        assert value_of(in_sqs, "waited", waiting=0, working=1, age=5_000) == 0, "at work, and that takes long"
+        assert value_of(in_sqs, "waited", waiting=1, working=1, age=5_000) == 0, "and one has just been sent"
+        assert value_of(in_sqs, "waited", waiting=1, working=1, age=5_000, started=1_000) == 1_000
+        assert value_of(in_sqs, "waited", waiting=2, working=0, age=5_000) == 5_000, "nobody takes any"
+        assert value_of(in_sqs, "waited", waiting=2, age=5_000, started=3) == 5_000
+        assert value_of(in_sqs, "waited") == 0
+
+
+def test_the_cluster_is_associated_with_what_the_service_runs_on() -> None:
+    cluster, workers = template("cluster.yaml")["Resources"], template("workers.yaml")["Resources"]
+    association = cluster["CapacityProviders"]
+    assert association["Type"] == "AWS::ECS::ClusterCapacityProviderAssociations"
+    service = workers["Service"]["Properties"]
+    (strategy,) = service["CapacityProviderStrategy"]
+    assert set(strategy["CapacityProvider"][1:]) == set(association["Properties"]["CapacityProviders"])
+    assert "DesiredCount" not in service, "each update would undo what scaling has done"
+    assert cluster["EcsCluster"]["Properties"]["ClusterSettings"] == [{"Name": "containerInsights", "Value": "enabled"}]
