@@ -72,6 +72,10 @@ class Settings:
     """Seconds after which a cancel message that no worker claims is deleted."""
     grace_seconds: float = field(default=30, metadata={_RULE: _Range(0, 3_600, "seconds")})
     """Seconds between the interrupt and the kill."""
+    exit_patience_seconds: float = field(default=3_600, metadata={_RULE: _Range(0, 604_800, "seconds")})
+    """How long a run or step waits, after its end, for threads of its process. Python itself waits without a limit."""
+    cancelled_exit_patience_seconds: float = field(default=5, metadata={_RULE: _Range(0, 3_600, "seconds")})
+    """The same when it was cancelled, within the grace."""
     status_poll_seconds: float = field(default=5, metadata={_RULE: _Range(0.2, 300, "seconds")})
     """How often the run status in the database is read, the second channel of a cancellation."""
     drain_seconds: float = field(default=DEFAULT_DRAIN_S, metadata={_RULE: _Range(0, 86_400, "seconds")})

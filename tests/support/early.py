@@ -26,7 +26,7 @@ HELD_OPEN = Path(FOLDER.name, "held open").open("w")  # noqa: SIM115 - a descrip
 
 async def child_of(server: ForkServer) -> dict[str, Any]:
     """Fork a child that looks around; what it saw, and which process is its server."""
-    spec = ChildSpec("tests.support.targets:looks_around", {}, os.urandom(8).hex(), 5)
+    spec = ChildSpec("tests.support.targets:looks_around", {}, os.urandom(8).hex(), 5, 60, 5)
     child = await server.fork(spec)
     child.begin()
     code = await asyncio.wait_for(child.exited, 20)

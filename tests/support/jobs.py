@@ -3,6 +3,7 @@
 `started` is where tests begin to interrupt: an op writes it where it is ready for that.
 """
 
+import asyncio
 import contextlib
 import ctypes
 import faulthandler
@@ -12,6 +13,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections import deque
@@ -20,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+
+from dagster_taskiq import taskiq_executor
 
 
 class Marks(dg.Config):
@@ -211,6 +215,38 @@ def leaves_a_daemon(config: Marks) -> None:
     leave_behind(config, "daemon")
 
 
+def upload_in_a_thread(config: Marks) -> None:
+    """Goes on when the op has ended; an interpreter waits for it."""
+
+    def upload() -> None:
+        time.sleep(config.seconds)
+        mark(config, "uploaded")
+
+    threading.Thread(target=upload, name="upload-1").start()
+
+
+@dg.op
+def uploads_in_a_thread(config: Marks) -> None:
+    upload_in_a_thread(config)
+    mark(config, f"started {os.getpid()}")
+
+
+@dg.op
+def uploads_in_a_thread_and_fails(config: Marks) -> None:
+    upload_in_a_thread(config)
+    raise RuntimeError("as it should")
+
+
+@dg.op
+async def awaits_a_thread(config: Marks) -> None:
+    try:
+        mark(config, f"started {os.getpid()}")
+        await asyncio.to_thread(time.sleep, config.seconds)
+    finally:
+        mark(config, "cleanup-begin")
+        mark(config, "cleanup-end")
+
+
 @dg.op
 def talkative(config: Marks) -> None:
     """Writes whatever a process can write; and more of it when it is interrupted."""
@@ -262,6 +298,9 @@ quick_job = _job_of(quick)
 fails_job = _job_of(fails)
 dies_job = _job_of(dies)
 leaves_a_daemon_job = _job_of(leaves_a_daemon)
+uploads_in_a_thread_job = _job_of(uploads_in_a_thread)
+uploads_in_a_thread_and_fails_job = _job_of(uploads_in_a_thread_and_fails)
+awaits_a_thread_job = _job_of(awaits_a_thread)
 talkative_job = _job_of(talkative)
 crashes_job = _job_of(crashes)
 
@@ -269,6 +308,11 @@ crashes_job = _job_of(crashes)
 @dg.job(executor_def=dg.in_process_executor)
 def swallows_once_job() -> None:
     afterwards(swallows_once())
+
+
+@dg.job(executor_def=taskiq_executor)
+def step_uploads_in_a_thread_job() -> None:
+    uploads_in_a_thread()
 
 
 def map_slowly(config: dict[str, Any]) -> dict[str, Any]:
@@ -317,6 +361,10 @@ defs = dg.Definitions(
         fails_job,
         dies_job,
         leaves_a_daemon_job,
+        uploads_in_a_thread_job,
+        uploads_in_a_thread_and_fails_job,
+        awaits_a_thread_job,
+        step_uploads_in_a_thread_job,
         talkative_job,
         crashes_job,
         swallows_once_job,

@@ -79,12 +79,23 @@ def stubborn(argument: dict[str, Any], channel: socket.socket) -> int:
 
 
 def finishes_but_stays(argument: dict[str, Any], channel: socket.socket) -> int:
-    """Its work is over, but a thread of its own keeps the process."""
+    """Its work is over, perhaps after an interrupt, but a thread of its own keeps the process."""
     import threading
 
+    from dagster_taskiq.child.stays import tell_what_stays
+
+    if argument.get("waits"):
+        interrupted = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: interrupted.set())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
+        say(channel, up=True)
+        while not interrupted.wait(0.05):
+            pass
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
-    threading.Thread(target=time.sleep, args=(300,)).start()
+    threading.Thread(target=time.sleep, args=(argument["seconds"],), name="upload-1").start()
     say(channel, finished=True)
+    tell_what_stays(functools.partial(say, channel))
     return 0
 
 

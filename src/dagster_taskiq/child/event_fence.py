@@ -1,6 +1,7 @@
 """The fence: which events this process may write, once it has to stop. Knows Dagster's events; not processes.
 
-Once a run's process has to stop, it writes no terminal run event itself: it hands it to the supervisor.
+Once a run's process has to stop, it writes no terminal run event itself: it hands it to the supervisor. And so it does
+while threads of the run's ops still run: a run is final when nothing of it runs any more.
 """
 
 import sys
@@ -11,6 +12,7 @@ from dagster import DagsterEventType, DagsterInstance, DagsterRunStatus
 
 from dagster_taskiq.child.child_process import ChildProcess
 from dagster_taskiq.child.control_channel import ControlChannel
+from dagster_taskiq.child.stays import what_stays
 from dagster_taskiq.cleanup.plan import handler_names
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES, serialize_value
 from dagster_taskiq.dagster_compat.definitions import job_of
@@ -90,7 +92,7 @@ class EventFence:
 
 
 class RunFence(EventFence):
-    """Of a run's process: once that has to stop, its terminal event goes to the supervisor instead.
+    """Of a run's process: once that has to stop, or while threads keep it, its terminal event goes to the supervisor.
 
     And once another worker has the run, no event at all is written.
     """
@@ -105,12 +107,20 @@ class RunFence(EventFence):
         if kind is DagsterEventType.RUN_START and self._is_stopped():
             # Between core's last look and this event it builds the plan, which takes seconds for thousands of assets.
             raise DagsterExecutionInterruptedError
-        if kind not in _TERMINAL or not self._must_hold():
+        if kind not in _TERMINAL:
             return False
-        self._control.send(verdict=kind.value, took_hold=self._process.interrupted, entry=serialize_value(event))
+        must_stop = self._must_stop()
+        if not must_stop and not what_stays():
+            return False
+        self._control.send(
+            verdict=kind.value,
+            took_hold=self._process.interrupted,
+            came_first=not must_stop,
+            entry=serialize_value(event),
+        )
         return True
 
-    def _must_hold(self) -> bool:
+    def _must_stop(self) -> bool:
         if self._process.interrupted or check_captured_interrupt() or self._control.must_stop():
             return True
         return self._is_stopped()

@@ -19,6 +19,7 @@ from dagster_taskiq.child.child_process import ChildProcess
 from dagster_taskiq.child.control_channel import ControlChannel
 from dagster_taskiq.child.current_step import StepOfRun
 from dagster_taskiq.child.event_fence import RunFence, StepFence
+from dagster_taskiq.child.stays import tell_what_stays
 from dagster_taskiq.cleanup.runner import Cleanup
 from dagster_taskiq.dagster_compat.api import InstanceRef, deserialize_value
 from dagster_taskiq.dagster_compat.child_instance import open_in_child
@@ -74,6 +75,9 @@ def cleanup(argument: dict[str, Any], channel: socket.socket) -> int:
 
 def _work(body: Callable[[dict[str, Any], DagsterInstance, ControlChannel], int], argument: Any, channel: Any) -> int:
     control = ControlChannel(channel)
+    for interrupt in _INTERRUPTS:
+        # For the exit, after the block. It is not enough that this thread blocks them: those of the op do not.
+        signal.signal(interrupt, _come_too_late)
     with capture_interrupts():
         # From here on a signal is either captured (and seen at the next step) or raised inside the op.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPTS)
@@ -91,6 +95,11 @@ def _work(body: Callable[[dict[str, Any], DagsterInstance, ControlChannel], int]
             # What comes now comes too late to matter, and must not tear the exit.
             signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
             control.send(finished=True)
+            tell_what_stays(control.send)
+
+
+def _come_too_late(*_: object) -> None:
+    """Nothing. Ignored, the signal would also be ignored by programs that a thread of the op may still start."""
 
 
 def _run(argument: dict[str, Any], instance: DagsterInstance, control: ControlChannel) -> int:

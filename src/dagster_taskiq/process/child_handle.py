@@ -37,6 +37,10 @@ class ChildSpec:
     """Unique for the piece of work; in the environment of every process of the tree."""
     grace_s: float
     """Between interrupt and kill, should the worker disappear or hang."""
+    exit_patience_s: float
+    """How long the child may go on when its work is over: an interpreter waits for its threads."""
+    cancelled_exit_patience_s: float
+    """The same when it was cancelled; within the grace."""
     hung_after_s: float = 0.0
     """Without a sign of life (`Child.live`) for so long, the worker hangs; 0: it is not looked after."""
     linger_s: float = 2.0
@@ -58,6 +62,10 @@ class Child:
     messages: list[dict[str, Any]] = field(default_factory=list)
     finished: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the child reports that its work is over and only its exit remains."""
+    finished_at: float = 0.0
+    """When that was, by this process's monotonic clock."""
+    stays: tuple[str, ...] = ()
+    """What it then waits for: the names of threads and processes, as it has last reported them."""
     patience_s: float = 0.0
     """What the child asks for instead of the grace, because it waits for others (a run for its steps)."""
     abandoned: bool = False
@@ -103,10 +111,14 @@ class Child:
 
     def handle_message(self, message: dict[str, Any]) -> None:
         """Take in one line of the child's."""
+        if "stays" in message:
+            self.stays = tuple(map(str, message["stays"]))
+            return
         self.messages.append(message)
         if self.spec.on_message is not None:
             self.spec.on_message(message)
         if "finished" in message:
+            self.finished_at = time.monotonic()
             self.finished.set()
         if "patience_s" in message:
             self.patience_s = float(message["patience_s"])

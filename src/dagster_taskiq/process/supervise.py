@@ -2,15 +2,17 @@
 
     intent ─► SIGTERM to the leader, once ─► grace ─► SIGKILL to the tree ─► wait until the tree is gone
 
+And when its work is over, and threads of it still run: patience ─► SIGKILL to the tree.
+
 Knows children and cancellations; not Dagster, not SQS. What the end means for a run is decided by whoever asked.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from signal import Signals
-from time import time
+from time import monotonic, time
 from typing import Any, Final, Protocol
 
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
@@ -20,6 +22,8 @@ from dagster_taskiq.process.child_handle import Child, ChildSpec
 logger = logging.getLogger(__name__)
 
 _MOMENT_S: Final = 2.0
+_SAYS_AFTER_S: Final = 3.0
+"""Whoever ends within this time is not worth an event."""
 SHIM_ANSWERS_S: Final = 30.0
 """A shim that was told to kill its tree and has not said by then that it is gone hangs. It takes milliseconds."""
 
@@ -37,8 +41,14 @@ class Observer(Protocol):
     def interrupting(self, pid: int, grace_s: float) -> None:
         """The SIGTERM is on its way."""
 
-    def killing(self, pid: int, waited_s: float, shield: str | None) -> None:
-        """The child did not obey; the SIGKILL is on its way. `shield`: the last one in which it was, if any."""
+    def staying(self, pid: int, stays: Sequence[str], patience_s: float) -> None:
+        """The child's work is over, and its threads `stays` still run; `patience_s` is the time that they have."""
+
+    def killing(self, pid: int, waited_s: float, shield: str | None, stays: Sequence[str] | None) -> None:
+        """The child did not end; the SIGKILL is on its way. `shield`: the last one in which it was, if any.
+
+        `stays`: the threads that kept it when its work was over; None: it was not over.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,21 +124,21 @@ class _Ladder:
 
     async def run(self, grace_s: Callable[[Cancellation], float]) -> ChildEnd:
         cancelled = asyncio.create_task(self._signal.wait_async(), name="await cancellation")
-        finished = asyncio.create_task(self._finished_but_stays(), name="await exit after finish")
+        outstayed = asyncio.create_task(self._finished_but_stays(), name="await exit after finish")
         alive = asyncio.create_task(self._child.live(), name=f"signs of life for child {self._child.pid}")
         try:
-            happenings: set[asyncio.Future[Any]] = {self._child.exited, cancelled, finished}
+            happenings: set[asyncio.Future[Any]] = {self._child.exited, cancelled, outstayed}
             await asyncio.wait(happenings, return_when=asyncio.FIRST_COMPLETED)
             if not self._child.exited.done():
                 cancellation = self._signal.cancellation
                 if cancellation is not None:
                     await self._interrupt_then_kill(cancellation, grace_s(cancellation))
                 else:
-                    self._kill(self._child.spec.grace_s)
+                    self._kill(monotonic() - self._child.finished_at)
         finally:
-            for helper in (cancelled, finished):
+            for helper in (cancelled, outstayed):
                 helper.cancel()
-            await asyncio.wait({cancelled, finished})
+            await asyncio.wait({cancelled, outstayed})
         await asyncio.wait({self._child.gone}, timeout=SHIM_ANSWERS_S if self._kill_at is not None else None)
         if not self._child.gone.done():
             logger.warning("the shim of a child does not answer; killing it", extra={"pid": self._child.pid})
@@ -154,22 +164,45 @@ class _Ladder:
         self._interrupted_at = time()
         self._observer.interrupting(self._child.pid, grace_s)  # first: the op answers within a millisecond
         self._child.interrupt()
-        await asyncio.wait({self._child.exited}, timeout=grace_s)
+        # What has finished may go on where it can; what nobody wants any more is not waited for.
+        shuts_down = cancellation.kind is CancelKind.SHUTDOWN
+        exit_s = grace_s if shuts_down else self._child.spec.cancelled_exit_patience_s
+        await self._wait_for_exit(grace_s, exit_s)
         # A run that waits for its steps, on whichever workers, has the time that they have; but not in a shutdown.
-        longer_s = self._child.patience_s - grace_s if cancellation.kind is not CancelKind.SHUTDOWN else 0
-        if not self._child.exited.done() and longer_s > 0:
-            await asyncio.wait({self._child.exited}, timeout=longer_s)
+        longer_s = self._child.patience_s - grace_s if not shuts_down else 0
+        if not self._child.finished.is_set() and longer_s > 0:
+            await self._wait_for_exit(longer_s, exit_s)
         if not self._child.exited.done():
             self._kill(time() - self._interrupted_at)
 
+    async def _wait_for_exit(self, within_s: float, exit_s: float) -> None:
+        """Until it has exited, or so much time has passed; when its work is over, `exit_s` at most."""
+        until = monotonic() + within_s
+        finished = asyncio.create_task(self._child.finished.wait(), name="await finish")
+        happenings: set[asyncio.Future[Any]] = {self._child.exited, finished}
+        await asyncio.wait(happenings, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+        finished.cancel()
+        await asyncio.wait({finished})
+        left_s = until - monotonic()
+        if self._child.finished.is_set():
+            left_s = min(left_s, exit_s)
+        if left_s > 0:
+            await asyncio.wait({self._child.exited}, timeout=left_s)
+
     def _kill(self, waited_s: float) -> None:
-        logger.warning("child does not end; killing it", extra={"pid": self._child.pid, "waited_s": waited_s})
+        stays = self._child.stays if self._child.finished.is_set() else None
+        extra = {"pid": self._child.pid, "waited_s": waited_s, "stays": ", ".join(stays or ())}
+        logger.warning("child does not end; killing it", extra=extra)
         self._kill_at = time()
         self._child.kill()
         shields = [message["shield"] for message in self._child.messages if "shield" in message]
-        self._observer.killing(self._child.pid, waited_s, str(shields[-1]) if shields else None)
+        self._observer.killing(self._child.pid, waited_s, str(shields[-1]) if shields else None, stays)
 
     async def _finished_but_stays(self) -> None:
-        """Returns when the child has been done for longer than the grace and still lives (a thread that never ends)."""
+        """Returns when the child's work has been over for longer than the patience, and it has not ended."""
         await self._child.finished.wait()
-        await asyncio.sleep(self._child.spec.grace_s)
+        patience_s = self._child.spec.exit_patience_s
+        await asyncio.sleep(min(_SAYS_AFTER_S, patience_s))
+        if patience_s > _SAYS_AFTER_S:
+            self._observer.staying(self._child.pid, self._child.stays, patience_s)
+            await asyncio.sleep(patience_s - _SAYS_AFTER_S)

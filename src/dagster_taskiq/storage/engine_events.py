@@ -24,6 +24,7 @@ ATTEMPT_KEY: Final = "attempt"
 FAILED_KEY: Final = "failed"
 OF_KEY: Final = "of"
 RETRY_KEY: Final = "may be tried again"
+STAYS_KEY: Final = "what still runs"
 ENDED_KEY: Final = "step has said how it ended"
 _NAMED_STEPS: Final = 10
 
@@ -44,6 +45,7 @@ class Stage(enum.StrEnum):
     WAITING_FOR_TAKEOVER = "waiting_for_takeover"
     REACHED = "reached"
     INTERRUPTING = "interrupting"
+    WAITING_FOR_THREADS = "waiting_for_threads"
     KILLED = "killed"
     TREE_GONE = "tree_gone"
     FINISHED_ALL_THE_SAME = "finished_all_the_same"
@@ -239,6 +241,35 @@ def killed(pid: int, waited_s: float, shield: str | None, at: float) -> EngineEv
         facts,
         at,
     )
+
+
+def waiting_for_threads(pid: int, stays: Sequence[str], patience_s: float, at: float) -> EngineEvent:
+    """The work is over, and its process is not. `stays`: the names of what it waits for."""
+    what = _what_stays(stays)
+    return EngineEvent(
+        Stage.WAITING_FOR_THREADS,
+        f"the work is over, and pid {pid} waits for {what}; at most {patience_s:g} s (exit_patience_seconds), or until"
+        " somebody terminates it",
+        {"pid": pid, STAYS_KEY: what},
+        at,
+    )
+
+
+def threads_killed(pid: int, waited_s: float, stays: Sequence[str], at: float) -> EngineEvent:
+    """The work was over, and the process tree gets SIGKILL all the same: threads of it did not end."""
+    what = _what_stays(stays)
+    return EngineEvent(
+        Stage.KILLED,
+        f"the work of pid {pid} was over, but after {waited_s:.3g} s it still waited for {what}: SIGKILL to its whole"
+        " process tree",
+        {"pid": pid, STAYS_KEY: what},
+        at,
+    )
+
+
+def _what_stays(stays: Sequence[str]) -> str:
+    # Nothing that has a name: exit handlers, or a thread of a pool that was started by a daemonic one.
+    return f"threads that still run: {', '.join(stays)}" if stays else "its exit handlers"
 
 
 def tree_gone(

@@ -10,7 +10,7 @@ import pickle
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any, Final
 
@@ -40,7 +40,10 @@ class _Observer:
     def interrupting(self, pid: int, grace_s: float) -> None:
         """Nothing to say: what became of the attempt is logged at its end."""
 
-    def killing(self, pid: int, waited_s: float, shield: str | None) -> None:
+    def staying(self, pid: int, stays: Sequence[str], patience_s: float) -> None:
+        """As above."""
+
+    def killing(self, pid: int, waited_s: float, shield: str | None, stays: Sequence[str] | None) -> None:
         """As above."""
 
 
@@ -94,7 +97,8 @@ async def call_in_process(
         "logger": log.name,
         "level": log.getEffectiveLevel(),
     }
-    spec = ChildSpec(_TARGET, argument, f"cleanup-{uuid.uuid4().hex}", HARD_TIMEOUT_S, on_message=hear)
+    limit_s = HARD_TIMEOUT_S  # also of threads that the handler leaves behind
+    spec = ChildSpec(_TARGET, argument, f"cleanup-{uuid.uuid4().hex}", limit_s, limit_s, limit_s, on_message=hear)
     end = await _seen_through(spec, _BEGINS_WITHIN_S + timeout_s + HARD_TIMEOUT_S)
     if not any("succeeded" in message for message in end.messages):
         raise HandlerFailed(_why(end, began_at, timeout_s))

@@ -4,6 +4,7 @@ Knows children and what they report; the handlers are run in there, by `cleanup.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any, Final
 
 from dagster import DagsterRun
@@ -32,7 +33,11 @@ class _Log:
     def interrupting(self, pid: int, grace_s: float) -> None:
         logger.info("the worker stops; interrupting a cleanup", extra={"pid": pid, "grace_s": grace_s})
 
-    def killing(self, pid: int, waited_s: float, shield: str | None) -> None:
+    def staying(self, pid: int, stays: Sequence[str], patience_s: float) -> None:
+        extra = {"pid": pid, "stays": ", ".join(stays), "patience_s": patience_s}
+        logger.info("cleanup handlers have ended, their process has not", extra=extra)
+
+    def killing(self, pid: int, waited_s: float, shield: str | None, stays: Sequence[str] | None) -> None:
         logger.warning("killing a cleanup", extra={"pid": pid, "waited_s": waited_s, "shield": shield})
 
 
@@ -42,9 +47,10 @@ async def clean_up(context: WorkerContext, run: DagsterRun, task_id: str) -> boo
     False: the worker stops, and it has to go on elsewhere. Raises `ChildStartFailed`. Must run inside `shielded`, as
     `run_child`.
     """
-    grace_s = context.settings.shutdown_grace_s
+    grace_s = min(context.settings.shutdown_grace_s, context.settings.dead_after_s)
     argument = {"run_id": run.run_id, "worker_id": context.worker_id}
-    work = ChildWork(CLEANUP_TARGET, argument, task_id, grace_s=lambda _: min(grace_s, context.settings.dead_after_s))
+    # A run that is to be CANCELED does not wait for threads of its handlers for longer.
+    work = ChildWork(CLEANUP_TARGET, argument, task_id, grace_s=lambda _: grace_s, exit_patience_s=grace_s)
     crashes = 0
     with context.working_on(task_id, run.run_id) as active, active.lost.also_set_by(context.shutdown):
         while True:

@@ -5,6 +5,7 @@ Knows the wording and the event log; not processes, not queues.
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from time import time
 
@@ -44,14 +45,23 @@ class EventWriter:
         self._tail: asyncio.Task[None] | None = None
 
     def interrupting(self, pid: int, grace_s: float) -> None:
-        """See `supervisor.Observer`."""
+        """See `supervise.Observer`."""
         at = time()
         self._write_reached()
         self._write(engine_events.interrupting(pid, grace_s, at))
 
-    def killing(self, pid: int, waited_s: float, shield: str | None) -> None:
-        """See `supervisor.Observer`."""
-        self._write(engine_events.killed(pid, waited_s, shield, time()))
+    def staying(self, pid: int, stays: Sequence[str], patience_s: float) -> None:
+        """See `supervise.Observer`."""
+        event = engine_events.waiting_for_threads(pid, stays, patience_s, time())
+        logger.info("%s", event.message, extra={"run_id": self._run.run_id})
+        self._write(event)
+
+    def killing(self, pid: int, waited_s: float, shield: str | None, stays: Sequence[str] | None) -> None:
+        """See `supervise.Observer`."""
+        if stays is None:
+            self._write(engine_events.killed(pid, waited_s, shield, time()))
+        else:
+            self._write(engine_events.threads_killed(pid, waited_s, stays, time()))
 
     def record_end(self, end: ChildEnd | None, *, reported: bool = False) -> None:
         """What the log is to hold when all is over: of a cancellation, and of a step always.

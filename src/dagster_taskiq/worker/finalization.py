@@ -25,6 +25,7 @@ from dagster_taskiq.storage.engine_events import cleanup_failed, finished_all_th
 from dagster_taskiq.storage.event_log import append_event, run_will_resume
 from dagster_taskiq.storage.status_repair import restore, terminal_events, true_status
 from dagster_taskiq.storage.step_claims import StepClaims
+from dagster_taskiq.storage.step_state import forget_states
 from dagster_taskiq.worker.claim_watch import CUT_OFF
 
 _NOT_BEGUN: Final = {DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING}
@@ -55,7 +56,9 @@ class RunOutcome:
     held: DagsterEventType | None = None
     """The terminal event that the child held back."""
     took_hold: bool = False
-    """Whether an interrupt was raised inside the child."""
+    """Whether an interrupt was raised inside the child, or it was killed."""
+    came_first: bool = False
+    """Whether the child had come to that event before anything stopped it: only its threads still ran."""
     will_resume: bool = False
     clean_exit: bool = False
     """Exit code 0."""
@@ -74,7 +77,7 @@ def decide(ending: RunOutcome) -> FinalAction:
     succeeded = ending.held is DagsterEventType.RUN_SUCCESS
     if ending.status is DagsterRunStatus.CANCELING or ending.kind is CancelKind.REQUESTED:
         return FinalAction.SUCCESS if succeeded and not ending.took_hold else FinalAction.CANCELED
-    if succeeded:
+    if succeeded or ending.came_first:
         return FinalAction.HELD
     if ending.kind is CancelKind.SHUTDOWN and ending.status in _NOT_BEGUN:
         return FinalAction.RESUMABLE  # not a line of the job has run
@@ -144,7 +147,8 @@ def examine(
             history=history,
             kind=kind,
             held=DagsterEventType(held["verdict"]) if held else None,
-            took_hold=bool(held.get("took_hold")),
+            took_hold=bool(held.get("took_hold")) or (end is not None and end.kill_at is not None),
+            came_first=bool(held.get("came_first")),
             will_resume=run is not None and kind is not CancelKind.REQUESTED and run_will_resume(instance, run_id),
             clean_exit=end is not None and end.exit_code == 0,
         )
@@ -212,6 +216,8 @@ def conclude(instance: DagsterInstance, conclusion: Conclusion, end: ChildEnd | 
             append_event(instance, run, finished_all_the_same())
         # As the child would have written it, with its time.
         instance.handle_new_event(deserialize_entry(conclusion.entry))
+        if conclusion.held is DagsterEventType.RUN_SUCCESS and _last(end, "state"):
+            forget_states(instance, run.run_id)
 
 
 def _last(end: ChildEnd | None, key: str) -> dict[str, Any]:

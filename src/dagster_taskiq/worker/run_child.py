@@ -31,6 +31,8 @@ class ChildWork:
     task_id: str
     grace_s: Callable[[Cancellation | None], float]
     """Seconds between interrupt and kill; asked with None for the case that the worker disappears."""
+    exit_patience_s: float
+    """Seconds that threads have to end when the work is over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,8 @@ async def run_child(
         mark=work.task_id,
         # Without its worker a child must be gone before anybody else can begin with the same work.
         grace_s=min(work.grace_s(None), context.settings.dead_after_s),
+        exit_patience_s=work.exit_patience_s,
+        cancelled_exit_patience_s=context.settings.cancelled_exit_patience_seconds,
         hung_after_s=context.settings.hung_after_s,
     )
     try:

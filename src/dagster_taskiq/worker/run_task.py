@@ -179,6 +179,7 @@ class RunWork:
             argument={"kind": kind, "run_id": run.run_id},
             task_id=task.task_id,
             grace_s=lambda cancellation: context.grace_s(run, cancellation),
+            exit_patience_s=context.settings.exit_patience_seconds,
         )
         with context.working_on(task.task_id, run.run_id):
             end = await run_child(context, work, task.signal, writer)

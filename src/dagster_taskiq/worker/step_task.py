@@ -173,6 +173,7 @@ class StepWork:
                     argument={"message": {**message.to_kwargs(), "state": await self._state(message)}},
                     task_id=message.task_id,
                     grace_s=lambda cancellation: context.grace_s(run, cancellation),
+                    exit_patience_s=context.settings.exit_patience_seconds,
                 )
                 end = await run_child(context, work, task.signal, writer)
         except PayloadUnavailable as error:

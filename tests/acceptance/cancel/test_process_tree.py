@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,11 +35,15 @@ class Work:
     server: ForkServer
     target: str
     grace_s: float = 5
+    exit_patience_s: float = 60
+    cancelled_exit_patience_s: float = 60
     hung_after_s: float = 0
     argument: dict[str, Any] = field(default_factory=dict)
     child: Child | None = None
     killings: int = 0
     interruptions: int = 0
+    stayed: list[tuple[str, ...]] = field(default_factory=list)
+    killed_with: list[tuple[str, ...] | None] = field(default_factory=list)
     forked: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -55,11 +59,16 @@ class Work:
     def interrupting(self, pid: int, grace_s: float) -> None:
         self.interruptions += 1
 
-    def killing(self, pid: int, waited_s: float, shield: str | None) -> None:
+    def staying(self, pid: int, stays: Sequence[str], patience_s: float) -> None:
+        self.stayed.append(tuple(stays))
+
+    def killing(self, pid: int, waited_s: float, shield: str | None, stays: Sequence[str] | None) -> None:
         self.killings += 1
+        self.killed_with.append(tuple(stays) if stays is not None else None)
 
     def start(self) -> "Work":
-        spec = ChildSpec(f"tests.support.targets:{self.target}", self.argument, self.mark, self.grace_s)
+        target, patience_s = f"tests.support.targets:{self.target}", self.exit_patience_s
+        spec = ChildSpec(target, self.argument, self.mark, self.grace_s, patience_s, self.cancelled_exit_patience_s)
         spec = replace(spec, hung_after_s=self.hung_after_s, linger_s=0.2)
         body = supervise(self, spec, self.signal, self, lambda _: self.grace_s)
         self.task = asyncio.create_task(see_through(body, self.signal, name="work"))
@@ -226,12 +235,44 @@ def test_a_cancel_in_the_middle_of_the_start_orphans_nothing() -> None:
     run(test)
 
 
-def test_a_child_that_has_finished_but_stays_is_killed_after_the_grace() -> None:
+def test_a_child_that_has_finished_is_waited_for_and_its_threads_are_named() -> None:
     async def test(server: ForkServer) -> None:
-        work = Work(server, "finishes_but_stays", grace_s=0.3).start()
+        work = Work(server, "finishes_but_stays", grace_s=0.1, argument={"seconds": 4}).start()
         end = await work.end()
-        assert (work.interruptions, work.killings) == (0, 1)
-        assert end.killed_by == "SIGKILL"
+        assert (end.exit_code, work.interruptions, work.killings) == (0, 0, 0)
+        assert work.stayed == [("upload-1",)]
+
+    run(test)
+
+
+def test_a_child_that_has_finished_but_stays_is_killed_after_its_patience() -> None:
+    async def test(server: ForkServer) -> None:
+        work = Work(server, "finishes_but_stays", exit_patience_s=1, argument={"seconds": 300}).start()
+        end = await work.end()
+        assert (work.interruptions, work.killings, work.stayed) == (0, 1, [])
+        assert (end.killed_by, work.killed_with) == ("SIGKILL", [("upload-1",)])
+
+    run(test)
+
+
+@pytest.mark.parametrize("kind", [CancelKind.REQUESTED, CancelKind.SHUTDOWN])
+@pytest.mark.parametrize("before", [False, True], ids=["ends when cancelled", "had ended before"])
+def test_threads_of_a_cancelled_child_are_not_waited_for_as_long_as_the_grace(before: bool, kind: CancelKind) -> None:
+    """But in a shutdown, where what has finished may go on for as long as there is time."""
+
+    async def test(server: ForkServer) -> None:
+        requested = kind is CancelKind.REQUESTED
+        argument = {"seconds": 300, "waits": not before}
+        work = Work(server, "finishes_but_stays", argument=argument)
+        work.grace_s, work.cancelled_exit_patience_s = (300, 0.5) if requested else (1, 300)
+        work.start()
+        if not before:
+            await work.said("up")
+        else:
+            await work.said("finished")
+        work.cancel(kind)
+        end = await work.end()
+        assert (end.killed_by, work.interruptions, work.killed_with) == ("SIGKILL", 1, [("upload-1",)])
 
     run(test)
 

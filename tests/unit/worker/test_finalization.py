@@ -35,6 +35,28 @@ TABLE: list[tuple[str, RunOutcome, FinalAction]] = [
     ("shutdown, resumable", RunOutcome(S.STARTED, kind=K.SHUTDOWN, took_hold=True, will_resume=True), V.RESUMABLE),
     ("shutdown, had finished", RunOutcome(S.STARTED, kind=K.SHUTDOWN, held=E.RUN_SUCCESS, will_resume=True), V.HELD),
     ("shutdown before RUN_START", RunOutcome(S.STARTING, kind=K.SHUTDOWN, held=E.RUN_FAILURE), V.RESUMABLE),
+    ("kept by its threads", RunOutcome(S.STARTED, held=E.RUN_SUCCESS, came_first=True), V.HELD),
+    ("kept by them after it failed", RunOutcome(S.STARTED, held=E.RUN_FAILURE, came_first=True), V.HELD),
+    (
+        "shut down while they kept it",
+        RunOutcome(S.STARTED, kind=K.SHUTDOWN, held=E.RUN_SUCCESS, came_first=True, took_hold=True, will_resume=True),
+        V.HELD,
+    ),
+    (
+        "shut down while they kept it, failed",
+        RunOutcome(S.STARTED, kind=K.SHUTDOWN, held=E.RUN_FAILURE, came_first=True, will_resume=True),
+        V.HELD,
+    ),
+    (
+        "terminated while they kept it",
+        RunOutcome(S.CANCELING, kind=K.REQUESTED, held=E.RUN_SUCCESS, came_first=True),
+        V.SUCCESS,
+    ),
+    (
+        "terminated while they kept it, and killed",
+        RunOutcome(S.CANCELING, kind=K.REQUESTED, held=E.RUN_SUCCESS, came_first=True, took_hold=True),
+        V.CANCELED,
+    ),
     ("bare SIGTERM", RunOutcome(S.STARTED, held=E.RUN_FAILURE, took_hold=True), V.HELD),
     ("bare SIGTERM, resumable", RunOutcome(S.STARTED, will_resume=True, clean_exit=True), V.RESUMABLE),
     ("the child died", RunOutcome(S.STARTED), V.FAILURE),
