@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
 from dagster_taskiq import CleanupContext, StateError, cancellation_token, on_cancel, taskiq_executor
+from dagster_taskiq._retry import poll_until
 from tests.support.jobs import Marks, mark
 
 
@@ -99,6 +101,8 @@ def second(config: Marks, before: int) -> None:
     LATE.set()
     if any(thread.name == "asks late" for thread in threading.enumerate()):
         OVER.wait(20)
+    else:  # the first step is in a process of its own, and is to have ended there
+        poll_until(lambda: "given-back" in Path(config.marks).read_text(), within_s=60, every_s=0.01)
     work(config)
 
 

@@ -1,0 +1,62 @@
+"""Cleanup handlers that run in the worker itself: each has its bound, whatever it does at its timeout."""
+
+import asyncio
+import logging
+import threading
+
+import pytest
+
+from dagster_taskiq.cancellation.handlers import Handler
+from dagster_taskiq.cancellation.state import State
+from dagster_taskiq.tasks import cleanup
+from dagster_taskiq.tasks.cleanup import TaskCleanupContext, clean_up_task
+from dagster_taskiq.tasks.handler_process import why_not_alone
+
+pytestmark = pytest.mark.anyio
+
+
+def describe(attempt: int) -> TaskCleanupContext:
+    return TaskCleanupContext("id", "task", [], {}, {}, State(), None, None, attempt, logging.getLogger(__name__))
+
+
+def handler(call: object, timeout_s: float = 0.1) -> Handler:
+    return Handler(call, "undo", None, timeout_s)  # type: ignore[arg-type]
+
+
+async def test_a_coroutine_that_ignores_its_timeout_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cleanup, "HARD_TIMEOUT_S", 0.1)
+    release, left = asyncio.Event(), asyncio.Event()
+
+    async def undo(context: TaskCleanupContext) -> None:
+        while not release.is_set():
+            try:
+                await release.wait()
+            except asyncio.CancelledError:
+                continue
+        left.set()
+
+    async with asyncio.timeout(30):
+        assert await clean_up_task([handler(undo)], describe) == ("undo: it took longer than its timeout of 0.1 s",)
+        release.set()
+        await left.wait()
+
+
+async def test_arguments_that_cannot_be_pickled_are_given_to_a_thread(caplog: pytest.LogCaptureFixture) -> None:
+    seen = await clean_up_task([handler(notes_its_thread, 20)], lambda _: describe_with(threading.Lock()))
+    assert seen == ("undo: RuntimeError: on purpose, in a thread",)
+    assert any("the arguments of task id cannot be given to another process" in line for line in caplog.messages)
+
+
+def notes_its_thread(context: TaskCleanupContext) -> None:
+    where = "the main thread" if threading.current_thread() is threading.main_thread() else "a thread"
+    raise RuntimeError(f"on purpose, in {where}")
+
+
+def describe_with(argument: object) -> TaskCleanupContext:
+    return TaskCleanupContext("id", "task", [argument], {}, {}, State(), None, None, 1, logging.getLogger(__name__))
+
+
+def test_which_handlers_another_process_can_find() -> None:
+    assert why_not_alone(notes_its_thread) is None
+    for call in (lambda _: None, handler(None).identity.join, State().update):
+        assert why_not_alone(call) is not None
