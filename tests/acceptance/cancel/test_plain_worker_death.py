@@ -89,3 +89,42 @@ def test_what_was_cancelled_does_not_begin_again_and_its_handlers_run_elsewhere(
     result = asyncio.run(FileResults(tmp_path).get_result("t"))
     assert isinstance(result.error, TaskCancelled)
     assert result.error.reason == "enough"
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("moment_s", [0.0, 0.1, 0.3, 0.6, 1.0, 1.7, 2.5, 3.5])
+def test_at_whatever_moment_the_worker_is_killed(tmp_path: Path, moto: str, moment_s: float) -> None:
+    queue_url = create_queues(moto, f"q-{uuid.uuid4().hex[:12]}", visibility_timeout_s=VISIBILITY_S)
+    outside, diary = Outside(queue_url, moto), Diary(tmp_path)
+    (tmp_path / "hold-cleanup").touch()
+    ids = [f"t-{number}" for number in range(8)]
+
+    async def send(cancel: bool) -> None:
+        broker = cast("Any", broker_with_tasks(queue_url, moto, diary))
+        if cancel:
+            report = await broker.cancel_tasks(ids, reason="enough")
+            assert len(report.sent) == len(ids)
+        else:
+            for task_id in ids:
+                await broker.find_task("upload").kicker().with_task_id(task_id).kiq(task_id)
+        await broker.shutdown()
+
+    with ExitStack() as stack:
+        workers = [
+            stack.enter_context(
+                plain_worker(queue_url, moto, Diary(tmp_path, name), PLAIN_VISIBILITY_S=str(VISIBILITY_S))
+            )
+            for name in ("first", "second", "third")
+        ]
+        asyncio.run(send(cancel=False))
+        wait_until(lambda: len(diary.what()) == len(ids), "all have started", within=60, seen=diary.all)
+        asyncio.run(send(cancel=True))
+        time.sleep(moment_s)
+        kill(workers[0])
+        (tmp_path / "hold-cleanup").unlink()
+        wait_until(
+            lambda: (outside.work(), sum(outside.cancels())) == ((0, 0), 0), "all is over", within=90, seen=diary.all
+        )
+    assert sum(line.endswith("started") for line in diary.what()) == len(ids), diary.all()
+    for task_id in ids:
+        assert isinstance(asyncio.run(FileResults(tmp_path).get_result(task_id)).error, TaskCancelled)
