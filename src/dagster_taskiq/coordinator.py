@@ -16,7 +16,8 @@ from dagster_taskiq.dagster_compat.cancelable import let_starting_runs_be_termin
 from dagster_taskiq.dagster_compat.connections import bounded_calls
 from dagster_taskiq.errors import SettingsError
 from dagster_taskiq.launcher import TaskiqRunLauncher
-from dagster_taskiq.metrics import OLDEST_WAITS, RUN_SLOTS, RUNS_WAITING
+from dagster_taskiq.metrics import OLDEST_WAITS, RUN_SLOTS, RUNS_WAITING, Metrics, on_ecs
+from dagster_taskiq.queue_names import queue_name
 from dagster_taskiq.storage.slots import RunSlots
 from dagster_taskiq.storage.tags import drop_copied_tags
 from dagster_taskiq.storage.waiting import WaitNotes, waiting_runs
@@ -88,6 +89,7 @@ class TaskiqRunCoordinator(QueuedRunCoordinator[DagsterInstance]):
         self._dequeues = False
         self._known_slots: RunSlots | None = None
         self._known_notes: WaitNotes | None = None
+        self._known_metrics: Metrics | None = None
         self._measured_at = 0.0
 
     @classmethod
@@ -177,8 +179,17 @@ class TaskiqRunCoordinator(QueuedRunCoordinator[DagsterInstance]):
             self._known_notes = WaitNotes(self._instance, self.check().settings)
         return self._known_notes
 
+    def _metrics(self) -> Metrics:
+        """Those of Dagster's daemon, which alone dequeues."""
+        if self._known_metrics is None:
+            settings = self.check().settings
+            self._known_metrics = Metrics.chosen(
+                settings.metrics, queue_name(settings.queue_url), on_ecs=on_ecs(), stdout_is_a_log=True
+            )
+        return self._known_metrics
+
     def _measure(self, slots: int) -> None:
-        metrics = self.check().metrics
+        metrics = self._metrics()
         if not metrics.wanted or time.monotonic() - self._measured_at < _MEASURE_EVERY_S:
             return
         self._measured_at = time.monotonic()

@@ -14,6 +14,10 @@ class SettingsError(DagsterTaskiqError):
     """A setting is missing, unknown, out of range, or contradicts another one."""
 
 
+class DriverMissing(DagsterTaskiqError):
+    """The URL of Dagster's database asks for a driver that is not installed."""
+
+
 class QueueError(DagsterTaskiqError):
     """An SQS request could not be carried out; the text names the queue, the cause and the next step."""
 

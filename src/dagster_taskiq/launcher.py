@@ -111,7 +111,8 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         )
         self._producer = Producer(self._make_broker, name="dagster-taskiq launcher")
         self._known_claims: Claims | None = None
-        self.metrics = Metrics.chosen(self.settings.metrics, queue_name(self.settings.queue_url), on_ecs=on_ecs())
+        queue = queue_name(self.settings.queue_url)
+        self._metrics = Metrics.chosen(self.settings.metrics, queue, on_ecs=on_ecs(), stdout_is_a_log=False)
         let_starting_runs_be_terminated()
         super().__init__()  # type: ignore[no-untyped-call]
 
@@ -270,7 +271,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         else:
             self._append(run, engine_events.requested(task_id, reason, requested_by))
         self._note_dead_worker(run)
-        self.metrics.count(REQUESTED)
+        self._metrics.count(REQUESTED)
         return outcome
 
     def _note_dead_worker(self, run: DagsterRun) -> None:

@@ -94,10 +94,14 @@ class Metrics:
         self._queue = queue
 
     @classmethod
-    def chosen(cls, where: MetricsTo, queue: str, *, on_ecs: bool) -> "Metrics":
-        """`auto`: EMF on ECS, and OpenTelemetry where its SDK is installed."""
+    def chosen(cls, where: MetricsTo, queue: str, *, on_ecs: bool, stdout_is_a_log: bool) -> "Metrics":
+        """`auto`: EMF on ECS, and OpenTelemetry where its SDK is installed.
+
+        `stdout_is_a_log`: of a worker and of Dagster's daemon. What a command prints is for whoever has given it, so
+        nobody else writes EMF.
+        """
         sinks: list[Sink] = []
-        if where == "emf" or (where == "auto" and on_ecs):
+        if stdout_is_a_log and (where == "emf" or (where == "auto" and on_ecs)):
             sinks.append(EmbeddedMetrics())
         if where == "otel" or (where == "auto" and _has_opentelemetry()):
             sinks.append(OpenTelemetryMetrics())

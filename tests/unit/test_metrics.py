@@ -62,12 +62,13 @@ def test_opentelemetry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_by_default_only_on_ecs_or_with_opentelemetry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dagster_taskiq.metrics._has_opentelemetry", lambda: False)
-    assert not Metrics.chosen("auto", "q", on_ecs=False).wanted
-    assert Metrics.chosen("auto", "q", on_ecs=True).wanted
-    assert Metrics.chosen("emf", "q", on_ecs=False).wanted
-    assert not Metrics.chosen("off", "q", on_ecs=True).wanted
+    assert not Metrics.chosen("auto", "q", on_ecs=False, stdout_is_a_log=True).wanted
+    assert Metrics.chosen("auto", "q", on_ecs=True, stdout_is_a_log=True).wanted
+    assert Metrics.chosen("emf", "q", on_ecs=False, stdout_is_a_log=True).wanted
+    assert not Metrics.chosen("off", "q", on_ecs=True, stdout_is_a_log=True).wanted
+    assert not Metrics.chosen("emf", "q", on_ecs=True, stdout_is_a_log=False).wanted
     monkeypatch.setattr("dagster_taskiq.metrics._has_opentelemetry", lambda: True)
-    assert Metrics.chosen("auto", "q", on_ecs=False).wanted
+    assert Metrics.chosen("auto", "q", on_ecs=False, stdout_is_a_log=True).wanted
 
 
 def test_a_sink_that_fails_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:

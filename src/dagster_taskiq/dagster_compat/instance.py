@@ -10,10 +10,15 @@ import yaml
 from dagster import DagsterInstance
 
 from dagster_taskiq.dagster_compat.api import ConfigurableClassData, InstanceRef
+from dagster_taskiq.errors import DriverMissing
 
 __all__ = ["default_parts", "import_what_opening_takes", "open_instance", "read_env_file", "read_instance_ref"]
 
 _CONNECT_S: Final = "10"
+_NO_DRIVER: Final = (
+    "No module named 'psycopg': the URL of Dagster's database asks for psycopg 3, as SQLAlchemy 2.1 also reads"
+    " postgresql://; install dagster-taskiq[postgres], or write postgresql+psycopg2:// in the URL"
+)
 
 
 def read_instance_ref() -> InstanceRef:
@@ -64,12 +69,26 @@ def import_what_opening_takes(reference: InstanceRef) -> None:
 def open_instance() -> DagsterInstance:
     """As `DagsterInstance.get`; a database that accepts connections and never answers makes it raise, not hang.
 
+    Raises `DriverMissing` when the database's URL asks for psycopg 3, and that is not there.
+
     Our own bounds hold once the instance is open. Until then libpq has one, and users' code does not see it later.
     """
-    if "PGCONNECT_TIMEOUT" in os.environ:
-        return DagsterInstance.get()
-    os.environ["PGCONNECT_TIMEOUT"] = _CONNECT_S
+    bounded = "PGCONNECT_TIMEOUT" in os.environ
+    os.environ.setdefault("PGCONNECT_TIMEOUT", _CONNECT_S)
     try:
         return DagsterInstance.get()
+    except Exception as error:
+        if _lacks_psycopg(error):
+            raise DriverMissing(_NO_DRIVER) from error
+        raise
     finally:
-        del os.environ["PGCONNECT_TIMEOUT"]
+        if not bounded:
+            del os.environ["PGCONNECT_TIMEOUT"]
+
+
+def _lacks_psycopg(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError) and error.name == "psycopg":
+            return True
+        error = error.__cause__ or error.__context__
+    return False

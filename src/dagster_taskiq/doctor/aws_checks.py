@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from dagster_taskiq.doctor.finding import Finding, line, ok
-from dagster_taskiq.errors import AccessDenied, DagsterTaskiqError
+from dagster_taskiq.errors import AccessDenied, DagsterTaskiqError, QueueUnreachable
 from dagster_taskiq.queue_names import is_fifo, queue_name
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.sqs.admin import CANCEL_RETENTION_S, CANCEL_VISIBILITY_S, WORK_RETENTION_S, identity, queue_urls
@@ -83,8 +83,11 @@ def _queue(role: str, url: str, facts: QueueFacts, settings: Settings) -> Iterat
     elif isinstance(facts.error, AccessDenied):
         what = "attach LauncherPolicy or WorkerPolicy of infra/queues.yaml to this role (sqs:GetQueueAttributes)"
         yield Finding(check, "warning", f"no permission to read the attributes of {name}: {facts.error}", what)
-    elif facts.error is not None:
+    elif isinstance(facts.error, QueueUnreachable):
         yield Finding(check, "error", str(facts.error), "check the network, endpoint_url, and the queue's address")
+    elif facts.error is not None:
+        reason, _, repair = str(facts.error).partition("; ")
+        yield Finding(check, "error", reason, repair or "check endpoint_url, and the queue's address")
     else:
         wrong = list(_wrong_with(role, url, facts.attributes, settings))
         yield from wrong or [ok(check, f"{name}: {facts.attributes.get('ApproximateNumberOfMessages', '?')} waiting")]

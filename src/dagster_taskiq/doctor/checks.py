@@ -22,7 +22,7 @@ from dagster_taskiq.dagster_compat.instance import open_instance
 from dagster_taskiq.doctor.aws_checks import look_at_aws
 from dagster_taskiq.doctor.database_checks import connection_bounds
 from dagster_taskiq.doctor.finding import Finding, line, ok
-from dagster_taskiq.errors import SettingsError
+from dagster_taskiq.errors import DriverMissing, SettingsError
 from dagster_taskiq.launcher import TaskiqRunLauncher
 from dagster_taskiq.queue_names import queue_name
 from dagster_taskiq.settings import ENABLE_CANCELLATION_VARIABLE, Settings
@@ -103,6 +103,9 @@ def _instance() -> tuple[DagsterInstance | None, Finding]:
         settings_error = _settings_error(error)
         if settings_error is not None:  # with run monitoring Dagster loads the launcher at once
             return None, Finding("run launcher", "error", line(settings_error), _CORRECT_CONFIG)
+        if isinstance(error, DriverMissing):
+            reason, _, repair = str(error).partition("; ")
+            return None, Finding("storage", "error", reason, repair)
         repair = "correct dagster.yaml as the reason says"
         return None, Finding("instance", "error", f"Dagster cannot load it: {line(error)}", repair)
     try:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dagster_taskiq.errors import AccessDenied, QueueMissing
 from dagster_taskiq.queue_names import cancel_queue_url, is_fifo, queue_name, steps_queue_url
+from dagster_taskiq.sqs.client import check_endpoint
 from dagster_taskiq.sqs.errors import is_missing_permission, translated
 from dagster_taskiq.sqs.probe import _WITHIN_S
 
@@ -66,6 +67,7 @@ async def create_queues(
     for role, url in queue_urls(queue_url).items():
         if role == "steps" and not steps:
             continue
+        check_endpoint(client, url)
         with translated(url, client.meta.region_name):
             try:
                 await client.get_queue_url(QueueName=queue_name(url))
@@ -100,6 +102,7 @@ async def queue_status(client: "SQSClient", queue_url: str) -> tuple[QueueStatus
 
 
 async def _status(client: "SQSClient", role: str, url: str) -> QueueStatus:
+    check_endpoint(client, url)
     try:
         with translated(url, client.meta.region_name):
             answer = await client.get_queue_attributes(QueueUrl=url, AttributeNames=["All"])

@@ -2,9 +2,11 @@
 
 import asyncio
 from contextlib import AsyncExitStack
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote, urlsplit
 
+from dagster_taskiq.errors import QueueError
 from dagster_taskiq.sqs.errors import translated
 
 if TYPE_CHECKING:
@@ -26,6 +28,28 @@ def split_endpoint(endpoint_url: str | None) -> tuple[str | None, dict[str, str]
         "aws_access_key_id": unquote(parts.username),
         "aws_secret_access_key": unquote(parts.password or ""),
     }
+
+
+def check_endpoint(client: "SQSClient", queue_url: str) -> None:
+    """Raises `QueueError` when requests about an emulator's queue would go to AWS.
+
+    The endpoint decides where they go, not the queue's URL; AWS would answer that it knows no such queue.
+    """
+    _check_endpoint(client.meta.endpoint_url, queue_url)
+
+
+@lru_cache(maxsize=64)
+def _check_endpoint(endpoint_url: str, queue_url: str) -> None:
+    if _is_aws(endpoint_url) and not _is_aws(queue_url):
+        parts = urlsplit(queue_url)
+        raise QueueError(
+            f"{queue_url}: this is not a queue of AWS, and there is no endpoint_url; set endpoint_url to"
+            f" {parts.scheme}://{parts.netloc} beside queue_url, or in the variable DAGSTER_TASKIQ_SQS_ENDPOINT_URL"
+        )
+
+
+def _is_aws(url: str) -> bool:
+    return (urlsplit(url).hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws"))
 
 
 class Connection:

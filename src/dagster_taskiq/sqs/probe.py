@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from dagster_taskiq.errors import AccessDenied, DagsterTaskiqError, QueueMissing
 from dagster_taskiq.queue_names import is_fifo
+from dagster_taskiq.sqs.client import check_endpoint
 from dagster_taskiq.sqs.errors import MAX_MESSAGE_BYTES, is_missing_permission, translated
 
 _TOO_LARGE: Final = "x" * (MAX_MESSAGE_BYTES + 1)
@@ -78,6 +79,7 @@ class QueueFacts:
 async def look_at_queue(client: Any, url: str) -> QueueFacts:
     """Read a queue's attributes."""
     try:
+        check_endpoint(client, url)
         with translated(url, client.meta.region_name):
             async with asyncio.timeout(_WITHIN_S):
                 answer = await client.get_queue_attributes(QueueUrl=url, AttributeNames=["All"])

@@ -14,7 +14,7 @@ from dagster_taskiq._shield import shielded
 from dagster_taskiq._ttl_cache import TTLCache
 from dagster_taskiq.errors import DagsterTaskiqError
 from dagster_taskiq.queue_names import is_fifo
-from dagster_taskiq.sqs.client import MAX_BATCH
+from dagster_taskiq.sqs.client import MAX_BATCH, check_endpoint
 from dagster_taskiq.sqs.errors import refusal, translated
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class SQSQueue:
         """What SQS answers. Raises a `QueueError`, also when there is no answer within so many seconds and tries."""
         within_s = ANSWER_S if within_s is None else within_s
         client = await self._client()
+        check_endpoint(client, self.url)
         with translated(self.url, client.meta.region_name, receipt=receipt):
             for _ in range(tries - 1):
                 with suppress(TimeoutError):

@@ -258,7 +258,9 @@ class Worker:
             processes=self._fork_server,
             worker_id=self.worker_id,
             where=self._where,
-            metrics=Metrics.chosen(settings.metrics, queue_name(settings.queue_url), on_ecs=on_ecs()),
+            metrics=Metrics.chosen(
+                settings.metrics, queue_name(settings.queue_url), on_ecs=on_ecs(), stdout_is_a_log=True
+            ),
             cancel_tasks=partial(_cancel_tasks, brokers[0], self.worker_id),
             unusable=lambda: [message for broker in brokers for message in broker.unusable.told()],
         )

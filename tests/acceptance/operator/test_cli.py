@@ -15,12 +15,14 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from dagster import DagsterInstance, DagsterRunStatus
+from dagster._core.launcher import LaunchRunContext
 from dagster._core.test_utils import create_run_for_test
 from tests.support.moto import CREDENTIALS, create_queues, free_port, sqs_client
 from tests.support.platform import ENTRYPOINT
 from tests.support.proxy import sqs_proxy
 
 from dagster_taskiq.cli import main
+from dagster_taskiq.errors import QueueError
 from dagster_taskiq.storage.heartbeats import Heartbeats
 
 pytestmark = pytest.mark.acceptance
@@ -270,6 +272,35 @@ def test_an_endpoint_that_is_down(desk: Desk) -> None:
     down = f"http://127.0.0.1:{free_port()}"
     desk.launcher(endpoint_url=down, queue_url=f"{down}/123456789012/tasks")
     assert_one_line(desk.run("worker", "start"), "cannot reach SQS", "check the network and endpoint_url")
+
+
+def test_an_emulators_queue_without_its_endpoint(desk: Desk) -> None:
+    """The requests would go to AWS, which is not what is wrong: one line names one host."""
+    desk.launcher(endpoint_url=None, queue_url="http://127.0.0.1:4566/000000000000/q")
+    for command in (("worker", "start"), ("queue", "status"), ("queue", "create")):
+        ended = desk.run(*command)
+        assert_one_line(ended, "there is no endpoint_url; set endpoint_url to http://127.0.0.1:4566 beside queue_url")
+        assert "amazonaws" not in ended.err, ended
+    with DagsterInstance.from_config(str(desk.home)) as instance:
+        run = create_run_for_test(instance, status=DagsterRunStatus.STARTING)
+        with pytest.raises(QueueError, match=r"set endpoint_url to http://127.0.0.1:4566 beside") as refused:
+            instance.run_launcher.launch_run(LaunchRunContext(run, workspace=None))
+    assert "amazonaws" not in str(refused.value)
+
+
+def test_a_database_url_without_its_driver(desk: Desk) -> None:
+    """As SQLAlchemy 2.1 reads `postgresql://`."""
+    desk.launcher()
+    document = yaml.safe_load((desk.home / "dagster.yaml").read_text())
+    url = "postgresql+psycopg://ada:s3cret@127.0.0.1:5432/dagster"
+    desk.write("dagster.yaml", document | {"storage": {"postgres": {"postgres_url": url}}})
+    said = "install dagster-taskiq[postgres], or write postgresql+psycopg2:// in the URL"
+    for ended in (desk.ask("worker", "list"), desk.ask("run", "cancel", "x" * 36), desk.run("worker", "start")):
+        assert_one_line(ended, "No module named 'psycopg'", said)
+        assert "s3cret" not in ended.err
+    findings = json.loads(desk.ask("doctor", "--json").out)
+    (storage,) = [one for one in findings if one["check"] == "storage"]
+    assert (storage["verdict"], storage["repair"]) == ("error", said)
 
 
 def test_a_fifo_url_for_a_standard_queue(desk: Desk) -> None:

@@ -43,6 +43,15 @@ def test_a_beginning_that_several_runs_have(platform: Platform) -> None:
     assert platform.status(ids[1]) is STATUS.NOT_STARTED, "what is not clear is not stopped"
 
 
+def test_the_lines_of_a_command_are_not_mixed_with_metrics(endpoint: str) -> None:
+    """In a container of ECS, too: metrics are written by workers and by Dagster's daemon."""
+    with open_platform(endpoint, source={"metrics": "emf"}) as platform:
+        run_id = platform.launch("sleepy_job")
+        ended = platform.command("run", "cancel", run_id)
+        assert ended.stdout.startswith(f"{run_id}: "), ended
+        assert len(ended.stdout.splitlines()) == 1, ended
+
+
 def test_what_could_not_be_sent_is_not_asked_to_stop(endpoint: str) -> None:
     with open_platform(endpoint) as platform:
         run_id = started(platform)
