@@ -46,7 +46,7 @@ def test_a_beginning_that_several_runs_have(platform: Platform) -> None:
 def test_the_lines_of_a_command_are_not_mixed_with_metrics(endpoint: str) -> None:
     """In a container of ECS, too: metrics are written by workers and by Dagster's daemon."""
     with open_platform(endpoint, source={"metrics": "emf"}) as platform:
-        run_id = platform.launch("sleepy_job")
+        run_id = started(platform)
         ended = platform.command("run", "cancel", run_id)
         assert ended.stdout.startswith(f"{run_id}: "), ended
         assert len(ended.stdout.splitlines()) == 1, ended
