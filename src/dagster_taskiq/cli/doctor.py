@@ -1,6 +1,8 @@
 """`dagster-taskiq doctor`: what is wrong here, and how to fix it."""
 
 import json
+import os
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -11,7 +13,7 @@ from dagster_taskiq.cli.options import config_option, soon_over
 if TYPE_CHECKING:
     from dagster_taskiq.doctor.finding import Finding
 
-_COLOURS: Final = {"ok": "green", "warning": "yellow", "error": "red"}
+_COLOURS: Final = {"ok": "green", "unknown": "cyan", "warning": "yellow", "error": "red"}
 
 
 @click.command()
@@ -21,9 +23,10 @@ _COLOURS: Final = {"ok": "green", "warning": "yellow", "error": "red"}
 def doctor(config_file: Path | None, *, as_json: bool) -> None:
     """Check what is wrong: configuration, credentials, queues, permissions, workers, monitoring, clocks.
 
-    Shows the result of each check, the reason, and how to fix it. Changes nothing, and takes no message from a queue.
-    Run it where the webserver runs and where a worker runs: their credentials differ. Exit code 1 when there is an
-    error; warnings do not count.
+    Shows the result of each check, the reason, and how to fix it; `unknown` is what could not be checked here. Takes no
+    message from a queue and leaves none; in a payload bucket it writes one object, and deletes it. Run it where the
+    webserver runs and where a worker runs: their credentials differ. Exit code 1 when there is an error; `warning` and
+    `unknown` do not count. NO_COLOR is respected.
 
     \b
     Example:
@@ -47,7 +50,10 @@ def doctor(config_file: Path | None, *, as_json: bool) -> None:
         return found
 
     found = asyncio.run(all_findings())
-    if as_json:
+    if not as_json:
+        counted = Counter[str](finding.verdict for finding in found)
+        click.echo(", ".join(f"{counted[verdict]} {verdict}" for verdict in _COLOURS if counted[verdict]))
+    else:
         click.echo(json.dumps([asdict(finding) for finding in found], indent=2))
     if any(finding.verdict == "error" for finding in found):
         raise SystemExit(1)
@@ -55,6 +61,6 @@ def doctor(config_file: Path | None, *, as_json: bool) -> None:
 
 def _show(finding: "Finding") -> None:
     verdict = click.style(f"{finding.verdict:8}", fg=_COLOURS[finding.verdict])
-    click.echo(f"{verdict} {finding.check}: {finding.reason}")
+    click.echo(f"{verdict} {finding.check}: {finding.reason}", color=False if os.environ.get("NO_COLOR") else None)
     if finding.repair:
         click.echo(f"         → {finding.repair}")

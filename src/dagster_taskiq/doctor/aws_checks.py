@@ -8,13 +8,14 @@ import json
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from dagster_taskiq.doctor.finding import Finding, line, ok
+from dagster_taskiq.doctor.finding import Finding, line, ok, unknown
 from dagster_taskiq.errors import AccessDenied, DagsterTaskiqError, QueueUnreachable
 from dagster_taskiq.queue_names import is_fifo, queue_name
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.sqs.admin import CANCEL_RETENTION_S, CANCEL_VISIBILITY_S, WORK_RETENTION_S, identity, queue_urls
 from dagster_taskiq.sqs.client import Connection, split_endpoint
-from dagster_taskiq.sqs.probe import QueueFacts, bucket_error, has_credentials, look_at_queue, may
+from dagster_taskiq.sqs.probe import QueueFacts, has_credentials, look_at_queue, may, try_bucket
+from dagster_taskiq.sqs.s3_payloads import PAYLOAD_PREFIX
 
 _ROLES: Final[Mapping[str, Mapping[str, Sequence[str]]]] = {
     "launcher": {"work": ("sqs:SendMessage",), "cancels": ("sqs:SendMessage",)},
@@ -54,10 +55,20 @@ async def look_at_aws(settings: Settings, queues: dict[str, QueueFacts]) -> Asyn
     finally:
         await connection.close()
     if settings.payload_bucket is not None:
-        error = await bucket_error(settings.payload_bucket, settings.region_name)
-        repair = f"aws s3 mb s3://{settings.payload_bucket}, and attach PayloadPolicy of infra/queues.yaml"
-        check = "payload bucket"
-        yield Finding(check, "error", error, repair) if error else ok(check, settings.payload_bucket)
+        yield await _bucket(settings.payload_bucket, settings.region_name)
+
+
+async def _bucket(bucket: str, region_name: str) -> Finding:
+    check = "payload bucket"
+    tried = await try_bucket(bucket, region_name)
+    if tried.error is None:
+        return ok(check, f"{bucket}: an object was written, read and deleted under {PAYLOAD_PREFIX}")
+    if tried.denied:
+        repair = "attach PayloadPolicy of infra/queues.yaml (Payloads=true in infra/workers.yaml)"
+        return Finding(check, "warning", tried.error, f"{repair}, if this is the role of a worker")
+    if tried.missing:
+        return Finding(check, "error", tried.error, f"aws s3 mb s3://{bucket}, or correct payload_bucket")
+    return Finding(check, "error", tried.error, "check the network, and AWS_ENDPOINT_URL_S3")
 
 
 async def _credentials(settings: Settings) -> Finding:
@@ -73,7 +84,7 @@ async def _credentials(settings: Settings) -> Finding:
     except AccessDenied as error:
         return Finding(check, "error", line(error), f"{repair}; the current ones have expired, or are wrong")
     except (DagsterTaskiqError, TimeoutError) as error:
-        return Finding(check, "warning", f"AWS STS does not answer whose they are: {line(error)}", "check the network")
+        return unknown(check, f"AWS STS does not answer whose they are: {line(error)}", "check the network")
 
 
 def _queue(role: str, url: str, facts: QueueFacts, settings: Settings) -> Iterator[Finding]:
@@ -82,7 +93,9 @@ def _queue(role: str, url: str, facts: QueueFacts, settings: Settings) -> Iterat
         yield Finding(check, "error", f"{name} does not exist in {settings.region_name}", "dagster-taskiq queue create")
     elif isinstance(facts.error, AccessDenied):
         what = "attach LauncherPolicy or WorkerPolicy of infra/queues.yaml to this role (sqs:GetQueueAttributes)"
-        yield Finding(check, "warning", f"no permission to read the attributes of {name}: {facts.error}", what)
+        if role == "steps":
+            what = "nothing, for a launcher; for a worker attach WorkerPolicy of infra/queues.yaml"
+        yield unknown(check, f"no permission to read the attributes of {name}: {facts.error}", what)
     elif isinstance(facts.error, QueueUnreachable):
         yield Finding(check, "error", str(facts.error), "check the network, endpoint_url, and the queue's address")
     elif facts.error is not None:
@@ -147,7 +160,7 @@ def _of_cancels(check: str, url: str, has: Mapping[str, str], _: Settings) -> It
 def _clock(queues: Mapping[str, QueueFacts]) -> Finding:
     ahead = [facts.clock_ahead_s for facts in queues.values() if facts.clock_ahead_s is not None]
     if not ahead:
-        return ok("clock", "AWS did not send its time")
+        return unknown("clock", "no answer of AWS had its time", "correct what is wrong with the queues first")
     skew = min(ahead, key=abs)
     if abs(skew) < _SKEW_S:
         return ok("clock", f"{abs(skew):.0f} s from AWS's")
@@ -163,16 +176,20 @@ async def _permissions(
     needs: Mapping[str, Sequence[str]],
     queues: Mapping[str, QueueFacts],
 ) -> Finding:
-    missing = []
+    missing, untried = [], []
     for role, url in queue_urls(settings.queue_url).items():
-        if queues[role].exists:
-            needed = needs.get(role, ())
-            allowed = await asyncio.gather(*[may(client, url, action) for action in needed])
-            lacks = [action for action, may in zip(needed, allowed, strict=True) if not may]
-            missing += [f"{action} on {queue_name(url)}" for action in lacks]
+        needed = needs.get(role, ())
+        allowed = await asyncio.gather(*[may(client, url, action) for action in needed])
+        missing += [
+            f"{action} on {queue_name(url)}" for action, may in zip(needed, allowed, strict=True) if may is False
+        ]
+        untried += [queue_name(url)] if None in allowed else []
     check = f"permissions of a {who}"
     if missing:
         policy = {"launcher": "LauncherPolicy", "worker": "WorkerPolicy"}[who]
         repair = f"attach {policy} of infra/queues.yaml, if this is the role of a {who}"
         return Finding(check, "warning", f"these credentials lack {', '.join(missing)}", repair)
-    return ok(check, "nothing is refused")
+    if untried:
+        reason = f"could not be tried on {', '.join(untried)}"
+        return unknown(check, reason, "correct what is wrong with the queues first")
+    return ok(check, "each request that it makes was tried, and none is refused")

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Verdict = Literal["ok", "warning", "error"]
+Verdict = Literal["ok", "unknown", "warning", "error"]
+"""`unknown`: it could not be checked here, so nothing is said about it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,11 @@ class Finding:
 def ok(check: str, reason: str) -> Finding:
     """A finding that all is well."""
     return Finding(check, "ok", reason)
+
+
+def unknown(check: str, reason: str, repair: str) -> Finding:
+    """A finding that something could not be checked; `repair`: how it can be."""
+    return Finding(check, "unknown", reason, repair)
 
 
 def line(error: object) -> str:

@@ -1,4 +1,4 @@
-"""Requests to AWS that change nothing: for `doctor`. Knows botocore; not what the answers mean.
+"""Requests to AWS that leave nothing behind: for `doctor`. Knows botocore; not what the answers mean.
 
 SQS has no dry run. But it refuses a message that is too large, and a handle that is not valid. Such a request changes
 nothing, and when a policy forbids the call, the answer is AccessDenied instead. (A body with a character that SQS does
@@ -7,16 +7,18 @@ not allow would be smaller, but emulators accept it, and then it is in the queue
 
 import asyncio
 import time
+import uuid
 import warnings
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
-from dagster_taskiq.errors import AccessDenied, DagsterTaskiqError, QueueMissing
+from dagster_taskiq.errors import AccessDenied, DagsterTaskiqError, QueueMissing, QueueUnreachable
 from dagster_taskiq.queue_names import is_fifo
 from dagster_taskiq.sqs.client import check_endpoint
 from dagster_taskiq.sqs.errors import MAX_MESSAGE_BYTES, is_missing_permission, translated
+from dagster_taskiq.sqs.s3_payloads import PAYLOAD_PREFIX
 
 _TOO_LARGE: Final = "x" * (MAX_MESSAGE_BYTES + 1)
 _NO_HANDLE: Final = "dagster-taskiq-doctor"
@@ -90,16 +92,20 @@ async def look_at_queue(client: Any, url: str) -> QueueFacts:
     return QueueFacts(dict(answer.get("Attributes", {})), clock_ahead_s=ahead_s)
 
 
-async def may(client: Any, url: str, action: str) -> bool:
-    """Whether the credentials allow an action on a queue; True when that is not known."""
+async def may(client: Any, url: str, action: str) -> bool | None:
+    """Whether the credentials allow an action on a queue; None when that is not known."""
     try:
+        check_endpoint(client, url)
         with translated(url, client.meta.region_name):
             async with asyncio.timeout(_WITHIN_S):
                 await PROBES[action](client, url)
     except AccessDenied as error:
-        return not is_missing_permission(error)
-    except DagsterTaskiqError:
-        return True
+        return False if is_missing_permission(error) else None
+    except (QueueMissing, QueueUnreachable, TimeoutError):
+        return None
+    except DagsterTaskiqError as error:
+        # SQS has looked at the request, and does not like it: that is what was wanted.
+        return True if error.__cause__ is not None else None
     return True
 
 
@@ -114,14 +120,38 @@ async def has_credentials() -> bool:
         return False
 
 
-async def bucket_error(bucket: str, region_name: str) -> str | None:
-    """Why a bucket cannot be used; None: it can be used."""
+@dataclass(frozen=True, slots=True)
+class BucketTried:
+    """What came of writing, reading and deleting an object. `error`: None when all three are possible."""
+
+    error: str | None = None
+    denied: bool = False
+    missing: bool = False
+
+
+async def try_bucket(bucket: str, region_name: str) -> BucketTried:
+    """Do with an object of our own what workers do: they may do that under the prefix, and nothing else.
+
+    The object is deleted, or expires with the others.
+    """
     import aioboto3
     from botocore.exceptions import BotoCoreError, ClientError
 
+    key = f"{PAYLOAD_PREFIX}doctor-{uuid.uuid4().hex}"
     try:
         async with asyncio.timeout(_WITHIN_S), aioboto3.Session().client("s3", region_name=region_name) as s3:
-            await s3.head_bucket(Bucket=bucket)
-    except (ClientError, BotoCoreError, OSError) as error:
-        return " ".join(str(error).split())
-    return None
+            await s3.put_object(Bucket=bucket, Key=key, Body=b"dagster-taskiq doctor")
+            try:
+                await s3.get_object(Bucket=bucket, Key=key)
+            finally:
+                await s3.delete_object(Bucket=bucket, Key=key)
+    except ClientError as error:
+        code = str(error.response.get("Error", {}).get("Code"))
+        return BucketTried(_line(error), denied="AccessDenied" in code, missing=code == "NoSuchBucket")
+    except (BotoCoreError, OSError) as error:
+        return BucketTried(_line(error))
+    return BucketTried()
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -9,7 +9,8 @@ from typing import Any, Final
 
 from dagster_taskiq.errors import PayloadUnavailable
 
-_PREFIX: Final = "dagster-taskiq/payloads/"
+PAYLOAD_PREFIX: Final = "dagster-taskiq/payloads/"
+"""Of every object; infra/queues.yaml allows nothing else."""
 MAX_PAYLOAD_BYTES: Final = 64 * 1024 * 1024
 WITHIN_S: Final = 60.0
 """For one object, further tries included. An attempt that hears nothing for ten seconds is given up before that."""
@@ -51,7 +52,7 @@ class PayloadBucket:
         import aiohttp
         from botocore.exceptions import BotoCoreError, ClientError
 
-        key = f"{_PREFIX}{task_id}"
+        key = f"{PAYLOAD_PREFIX}{task_id}"
         try:
             async with asyncio.timeout(WITHIN_S):
                 await self._open()

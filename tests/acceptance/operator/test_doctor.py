@@ -4,7 +4,9 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from unittest import mock
 from urllib.parse import urlsplit
@@ -12,11 +14,13 @@ from uuid import uuid4
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from dagster import DagsterInstance, DagsterRunStatus, job, op
 from tests.acceptance.operator.test_cli import Desk, Ended
 from tests.support.moto import create_queues, sqs_client
 from tests.support.proxy import SqsProxy, sqs_proxy
 
+from dagster_taskiq.cli import main
 from dagster_taskiq.queue_names import sibling_queue
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.heartbeats import Heartbeats
@@ -281,7 +285,11 @@ MISTAKES: dict[str, tuple[Callable[[Clinic], None], str, str, str]] = {
         "warning",
         "WorkerPolicy",
     ),
-    "may not look": (forbidden("GetQueueAttributes", ""), "queue work", "warning", "sqs:GetQueueAttributes"),
+    "may not look": (forbidden("GetQueueAttributes", ""), "queue work", "unknown", "sqs:GetQueueAttributes"),
+    "a launcher's role": (forbidden("GetQueueAttributes", "-steps"), "queue steps", "unknown", "nothing, for a launch"),
+    "no queue to try on": (a_queue_is_missing(""), "permissions of a launcher", "unknown", "the queues first"),
+    "no answer to try on": (no_endpoint, "permissions of a worker", "unknown", "the queues first"),
+    "no clock of AWS": (no_endpoint, "clock", "unknown", "the queues first"),
     "no monitoring": (monitoring(enabled=False), "run monitoring", "warning", "enabled: true"),
     "a short cancel timeout": (
         monitoring(cancel_timeout_seconds=20),
@@ -336,7 +344,60 @@ def test_where_all_is_well_it_says_so(clinic: Clinic, postgres: str) -> None:
     assert ended.code == 0
     for_people = clinic.desk.ask("doctor")
     assert for_people.code == 0
-    assert len(for_people.out.splitlines()) == len(findings)
+    assert len(for_people.out.splitlines()) == len(findings) + 1
+    assert for_people.out.splitlines()[-1] == f"{len(findings)} ok"
+
+
+class Bucket(BaseHTTPRequestHandler):
+    """S3, as far as PayloadPolicy allows it: objects under the prefix, and nothing about the bucket."""
+
+    protocol_version = "HTTP/1.1"  # botocore expects a 100 before it sends the body
+
+    def answer(self, status: int, body: bytes = b"") -> None:
+        allowed = self.path.startswith("/payloads-here/dagster-taskiq/payloads/") and self.command != "HEAD"
+        denied = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+        body = body if allowed else b"" if self.command == "HEAD" else denied
+        self.server.asked.append(self.command)  # type: ignore[attr-defined]
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(status if allowed else 403)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_HEAD = do_PUT = do_GET = do_DELETE = lambda self: self.answer(204 if self.command == "DELETE" else 200)  # noqa: N815 - names of the library
+
+    def log_message(self, *_: Any) -> None:
+        """Not on stderr."""
+
+
+@pytest.mark.parametrize(("bucket", "verdict"), [("payloads-here", "ok"), ("somebody-elses", "warning")])
+def test_a_bucket_is_tried_with_what_its_policy_allows(clinic: Clinic, bucket: str, verdict: str) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Bucket) as s3:
+        s3.asked = []  # type: ignore[attr-defined]
+        serving = Thread(target=s3.serve_forever, name="s3")
+        serving.start()
+        clinic.environ["AWS_ENDPOINT_URL_S3"] = f"http://127.0.0.1:{s3.server_port}"
+        clinic.source["payload_bucket"] = bucket
+        clinic.write()
+        try:
+            _, findings = clinic.examined()
+        finally:
+            s3.shutdown()
+            serving.join()
+    (found,) = [one for one in findings if one["check"] == "payload bucket"]
+    assert found["verdict"] == verdict, found
+    assert ("PayloadPolicy" in found["repair"]) is (verdict == "warning")
+    assert s3.asked == (["PUT", "GET", "DELETE"] if verdict == "ok" else ["PUT"])  # type: ignore[attr-defined]
+
+
+def test_colours_are_for_terminals_that_want_them(clinic: Clinic) -> None:
+    def shown(**environ: str) -> str:
+        result = CliRunner().invoke(main, ["doctor"], env=clinic.desk.environment((), environ), color=True)
+        assert "1 error" in result.stdout.splitlines()[-1], result.stdout
+        return result.stdout
+
+    assert "\x1b[" in shown(NO_COLOR="")
+    assert "\x1b[" not in shown(NO_COLOR="1")
 
 
 @pytest.mark.parametrize("as_url", [True, False])
