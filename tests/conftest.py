@@ -6,6 +6,7 @@ import hypothesis
 import pytest
 
 from tests.support.moto import moto_server
+from tests.support.shown import shown
 
 # A slow machine is no failure.
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -23,6 +24,12 @@ def place(item: pytest.Item) -> tuple[bool, bool, bool]:
     """Marked as long; in a group, whose tests cannot be spread; with processes of its own."""
     marks = ("long", "xdist_group", "acceptance")
     return tuple(item.get_closest_marker(mark) is None for mark in marks)  # type: ignore[return-value]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if text := shown(config):
+        terminalreporter.section("cancellations")
+        terminalreporter.write(text)
 
 
 @pytest.hookimpl(trylast=True)

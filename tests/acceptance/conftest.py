@@ -157,6 +157,13 @@ def missing(what: str) -> None:
 @pytest.fixture
 def postgres() -> Iterator[str]:
     """The URL of a new, empty database."""
+    with new_database() as url:
+        yield url
+
+
+@contextmanager
+def new_database() -> Iterator[str]:
+    """The same for a fixture that several tests share."""
     import psycopg2  # type: ignore[import-untyped]
     import psycopg2.extensions  # type: ignore[import-untyped]
 

@@ -1,17 +1,22 @@
-"""The same promise on every queue and storage, with run monitoring on and off, and both ways to start a child.
+"""The same promise for every kind of op, and every way to be cancelled; on every queue and storage, with run monitoring
+on and off, and both ways to start a child.
 
-Every commit sees each pair of these once, every night all combinations.
+Of the kinds and ways every commit sees the whole table, of the others each pair, every night all combinations.
 """
 
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from dagster import DagsterEventType, DagsterRunStatus
-from tests.acceptance.conftest import UNHURRIED, open_platform
+from tests.acceptance.conftest import UNHURRIED, new_database, open_platform
+from tests.support.cancel_table import TERMINATE, WAYS, WORKER_KILLED, Case, Seen, Table
+from tests.support.op_kinds import ASSETS, GRAPHS
 from tests.support.platform import Platform
+from tests.support.shown import show_at_the_end
 
 from dagster_taskiq.storage.engine_events import Stage
 
@@ -85,3 +90,61 @@ def test_the_promise_is_kept(
         source["start_method"] = "spawn"
     with open_platform(endpoint, fifo=queue == "fifo", extra=extra, source=source) as platform:
         keeps_its_promise(platform, politely=1 if start == "spawned" else 3)  # each spawned one imports for seconds
+
+
+# ------------------------------------------------------------------------------------ kinds of ops, and ways
+
+BESIDES: Mapping[str, tuple[str, ...]] = {
+    "multiprocess": ("sync", "asynchronous", "subprocesses"),
+    "taskiq": ("sync", "asynchronous", "subprocesses", "dynamic"),
+}
+CASES = (
+    *(Case(kind, "in-process", way) for way in WAYS for kind in (*GRAPHS, *ASSETS)),
+    *(Case(kind, executor, TERMINATE) for executor, kinds in BESIDES.items() for kind in kinds),
+)
+INSTEAD: Mapping[str, Mapping[str, Any]] = {
+    # No line of Python runs any more, or none before the end of `with`, which waits for a thread that does not listen.
+    "c_call": {"finally_ran": 0, "killed": True},
+    "deaf_thread_pool": {"finally_ran": 0, "killed": True},
+    # `finally` has run; the thread is not waited for.
+    "to_thread": {"killed": True},
+    "pipes": {"tidied": 1},
+    "cli": {"tidied": 1},
+    "with_anyio": {"tidied": 1},
+}
+"""What is different from all others."""
+TABLE = {"visibility_timeout_seconds": 20, "cancelled_exit_patience_seconds": 1}
+table_tests = [
+    pytest.mark.long,
+    pytest.mark.postgres,
+    pytest.mark.timeout(600),
+    pytest.mark.xdist_group("cancel table"),
+    pytest.mark.filterwarnings("ignore:Property .OpDefinition.version:DeprecationWarning"),
+]
+
+
+def marked(test: Any) -> Any:
+    for mark in table_tests:
+        test = mark(test)
+    return test
+
+
+@pytest.fixture(scope="module")
+def table(endpoint: str, pytestconfig: pytest.Config) -> Table:
+    """All runs at once. What was seen is in a file, which is shown at the end of the tests."""
+    with new_database() as url:
+        storage = {"storage": {"postgres": {"postgres_url": url}}}
+        with open_platform(endpoint, extra=storage, source=TABLE) as platform:
+            table = Table(platform, CASES, short_grace={"c_call": 1.0, "deaf_thread_pool": 1.0})
+            table.fill()
+    show_at_the_end(pytestconfig, "\n".join(table.lines()))
+    return table
+
+
+@marked
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_an_op_of_each_kind_is_cancelled_in_each_way(table: Table, case: Case) -> None:
+    expected = replace(Seen(), **INSTEAD.get(case.kind, {}))
+    if case.way == WORKER_KILLED:
+        expected = replace(expected, killed=None)
+    assert table.seen[case] == expected, "\n".join(table.lines())
