@@ -70,12 +70,10 @@ async def _see_through(handler: Handler, describe: Callable[[int], TaskCleanupCo
         began = time.monotonic()
         try:
             await _call(handler, context)
-        except TimeoutError:
-            failure = too_long(handler.timeout_s)
         except HandlerFailed as error:
             failure = str(error)
         except Exception as error:  # noqa: BLE001 - whatever it is, the attempt has failed
-            failure = clean_text(f"{type(error).__name__}: {error}")
+            failure = _in_words(error)
         else:
             seconds = time.monotonic() - began
             logger.info("cleanup %s of task %s succeeded (%.1f s)", handler.name, context.task_id, seconds)
@@ -99,20 +97,44 @@ async def _call(handler: Handler, context: TaskCleanupContext) -> None:
         return
     lane = Lane(f"cleanup {handler.name} of task {context.task_id}", handler.timeout_s)
     try:
-        await lane.call(call_handler, handler.call, context)
+        await lane.call(_in_thread, handler.call, context)
+    except TimeoutError:
+        raise HandlerFailed(too_long(handler.timeout_s)) from None
     finally:
         lane.close()
 
 
 async def _limited(coroutine: Coroutine[Any, Any, Any], timeout_s: float) -> None:
-    """Await it; cancel it at its timeout, and go on without it when it does not end then. Raises `TimeoutError`."""
-    running = asyncio.create_task(coroutine)
+    """Await it; cancel it at its timeout, and go on without it when it does not end then. Raises `HandlerFailed`."""
+    running = asyncio.create_task(_in_task(coroutine))
     done, _ = await asyncio.wait({running}, timeout=timeout_s)
     if not done:
         running.cancel()
         await asyncio.wait({running}, timeout=HARD_TIMEOUT_S)
-        raise TimeoutError
-    await running
+        raise HandlerFailed(too_long(timeout_s))
+    if (failure := running.result()) is not None:
+        raise HandlerFailed(failure)
+
+
+async def _in_task(coroutine: Coroutine[Any, Any, Any]) -> str | None:
+    """How it has failed, if it has. What is no `Exception`, as of `sys.exit`, is not to end the worker."""
+    try:
+        await coroutine
+    except BaseException as error:  # noqa: BLE001 - the attempt has failed
+        return _in_words(error)
+    return None
+
+
+def _in_thread(call: Callable[..., Any], context: TaskCleanupContext) -> None:
+    """As `_in_task`. And a `TimeoutError` of the handler's own is not that of its limit."""
+    try:
+        call_handler(call, context)
+    except BaseException as error:
+        raise HandlerFailed(_in_words(error)) from error
+
+
+def _in_words(error: BaseException) -> str:
+    return clean_text(f"{type(error).__name__}: {error}")
 
 
 def _packed(context: TaskCleanupContext) -> str | None:

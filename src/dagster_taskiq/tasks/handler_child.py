@@ -18,7 +18,7 @@ from contextlib import suppress
 from functools import reduce
 from typing import Any, Final
 
-from dagster_taskiq._attempt_limit import attempt_limit
+from dagster_taskiq._attempt_limit import attempt_limit, too_long
 from dagster_taskiq._text import clean_text
 from dagster_taskiq.cancellation.state import State
 from dagster_taskiq.process.json_lines import line_of
@@ -55,7 +55,8 @@ def run(argument: dict[str, Any], channel: socket.socket) -> int:
             call_handler(call, context)
     except BaseException as error:  # noqa: BLE001 - whatever it is, the attempt has failed
         traceback.print_exc()
-        tell(failed=str(error) if isinstance(error, TimeoutError) else clean_text(f"{type(error).__name__}: {error}"))
+        limit = too_long(argument["timeout_s"])
+        tell(failed=limit if str(error) == limit else clean_text(f"{type(error).__name__}: {error}"))
         return 1
     else:
         tell(succeeded=True)

@@ -41,6 +41,35 @@ async def test_a_coroutine_that_ignores_its_timeout_is_left_alone(monkeypatch: p
         await left.wait()
 
 
+async def leaves(context: TaskCleanupContext) -> None:
+    raise SystemExit(context.attempt)
+
+
+async def is_cancelled(context: TaskCleanupContext) -> None:
+    raise asyncio.CancelledError
+
+
+async def has_its_own_timeout(context: TaskCleanupContext) -> None:
+    raise TimeoutError("the bucket does not answer")
+
+
+async def test_whatever_a_handler_raises_it_is_a_failed_attempt_and_no_more() -> None:
+    def leaves_too(context: TaskCleanupContext) -> None:
+        raise SystemExit(2)
+
+    def times_out(context: TaskCleanupContext) -> None:
+        raise TimeoutError("nor does the queue")
+
+    calls = (leaves, is_cancelled, has_its_own_timeout, leaves_too, times_out)
+    assert await clean_up_task([handler(call, 20) for call in calls], describe) == (
+        "undo: SystemExit: 1",
+        "undo: CancelledError: ",
+        "undo: TimeoutError: the bucket does not answer",
+        "undo: SystemExit: 2",
+        "undo: TimeoutError: nor does the queue",
+    )
+
+
 async def test_arguments_that_cannot_be_pickled_are_given_to_a_thread(caplog: pytest.LogCaptureFixture) -> None:
     seen = await clean_up_task([handler(notes_its_thread, 20)], lambda _: describe_with(threading.Lock()))
     assert seen == ("undo: RuntimeError: on purpose, in a thread",)
