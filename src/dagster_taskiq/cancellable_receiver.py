@@ -281,8 +281,8 @@ class CancellableReceiver(Receiver):
         try:
             await task.settle()
         finally:
-            over = lease.deleted if lease is not None else task.verdict().settlement is Settlement.DELETE
-            self.tasks.remove(task, comes_again=not over)
+            gone = lease.deleted if lease is not None else task.verdict().settlement is Settlement.DELETE
+            over = self.tasks.remove(task, comes_again=not gone)
             self._mine.discard(task)
             if self._listener is not None:
                 await self._listener.settled(task.task_id, over=over)
@@ -308,15 +308,16 @@ class CancellableReceiver(Receiver):
 
     def _notify_later(self, stage: Stage, task: RunningTask, cause: Cancellation) -> None:
         name = task.message.task_name if task.message is not None else None
-        self._beside(self._notify(stage, task.task_id, cause, name), name=f"notify of {task.task_id}")
+        task.telling = self._beside(self._notify(stage, task.task_id, cause, name), name=f"notify of {task.task_id}")
 
     def _on_lost(self, task: RunningTask) -> None:
         self._beside(self._lease_lost(task), name=f"lease lost of {task.task_id}")
 
-    def _beside(self, work: Coroutine[Any, Any, None], *, name: str) -> None:
+    def _beside(self, work: Coroutine[Any, Any, None], *, name: str) -> "asyncio.Task[None]":
         side_task = asyncio.create_task(work, name=name)
         self._side_tasks.add(side_task)
         side_task.add_done_callback(self._side_tasks.discard)
+        return side_task
 
     async def _lease_lost(self, task: RunningTask) -> None:
         try:
@@ -362,6 +363,8 @@ class CancellableReceiver(Receiver):
         if failures:
             result.error = CleanupFailed(failures)
         cause = task.cancellation
+        if task.telling is not None:
+            await asyncio.wait({task.telling})  # nobody hears of the end first
         if cause is not None:
             error = result.error if result.is_err else None
             await self._notify("finished", task.task_id, cause, message.task_name, error)

@@ -249,6 +249,29 @@ async def test_a_cancel_is_needed_while_its_work_may_come_again(
         assert at.diary.started == [task.task_id]
 
 
+async def test_a_cancel_that_comes_after_a_failed_try_is_there_for_the_next(standard_url: str, endpoint: str) -> None:
+    tries = 0
+
+    class Late(TaskiqMiddleware):
+        async def post_execute(self, message: Any, result: Any) -> None:
+            if not isinstance(result.error, TaskCancelled):
+                await at.broker.cancel_task(message.task_id)
+                held = at.receiver._listener._held  # type: ignore[union-attr]
+                await eventually(lambda: held.of(message.task_id), "the cancel is received")  # type: ignore[union-attr]
+
+    async def fail() -> None:
+        nonlocal tries
+        tries += 1
+        raise ValueError("on purpose")
+
+    retry = SimpleRetryMiddleware(default_retry_label=True)
+    async with bench(standard_url, endpoint, middlewares=(retry, Late()), receiver={"max_async_tasks": 1}) as at:
+        task = await at.broker.register_task(fail, task_name="fail").kiq()
+        assert isinstance(await error_of(task), TaskCancelled)
+        assert tries == 1
+        await at.all_quiet()
+
+
 async def test_two_workers_on_fifo_queues(endpoint: str, queue_url: str) -> None:
     async with bench(queue_url, endpoint) as one, bench(queue_url, endpoint) as other:
         tasks = [await one.wait.kiq() for _ in range(3)]

@@ -16,7 +16,7 @@ import pytest
 from taskiq import SimpleRetryMiddleware
 from tests.contract.test_receiver import Bench, bench, error_of
 from tests.support.eventually import eventually
-from tests.support.moto import REGION
+from tests.support.moto import REGION, NewQueues
 from tests.support.proxy import sqs_proxy
 from tests.support.workers import Outside, broker_for
 
@@ -47,16 +47,19 @@ async def seen_by_all(benches: list[Bench]) -> None:
 
 
 @pytest.mark.parametrize(
-    "ask",
+    ("ask", "fifo"),
     [
-        pytest.param(lambda broker: broker.cancel_group("a", reason="enough"), id="group"),
-        pytest.param(lambda broker: broker.cancel_type("wait", reason="enough"), id="type"),
-        pytest.param(lambda broker: broker.cancel_where(is_of_profile, profile="p", reason="enough"), id="where"),
+        pytest.param(lambda broker: broker.cancel_group("a", reason="enough"), False, id="group"),
+        pytest.param(lambda broker: broker.cancel_type("wait", reason="enough"), True, id="type"),
+        pytest.param(
+            lambda broker: broker.cancel_where(is_of_profile, profile="p", reason="enough"), False, id="where"
+        ),
     ],
 )
 async def test_what_runs_and_what_waits_is_cancelled_and_new_work_is_not(
-    queue_url: str, endpoint: str, ask: Ask
+    new_queues: NewQueues, endpoint: str, ask: Ask, fifo: bool
 ) -> None:
+    queue_url = new_queues(fifo=fifo)
     handled: list[str] = []
 
     def undo(context: TaskCleanupContext) -> None:

@@ -326,6 +326,7 @@ async def test_who_wants_to_hear_of_cancellations_does(standard_url: str, endpoi
         heard.append(event)
 
     def fails(event: CancellationEvent) -> None:
+        time.sleep(0.3)  # and yet nobody hears of the end first
         heard.append(event)
         raise RuntimeError("on purpose")
 

@@ -138,6 +138,8 @@ class CancelListener:
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._look(), name="look for cancels")
         await asyncio.wait({self._looking})
+        if not self._looking.cancelled():
+            self._looking.result()
 
     async def _look(self) -> None:
         known: set[str] = set()
@@ -153,9 +155,13 @@ class CancelListener:
             known |= {one.message_id for one in received}
 
     async def settled(self, task_id: str, *, over: bool) -> None:
-        """Work of this worker is settled. `over`: it will not come again, and its cancels are not needed any more."""
-        if self._held is not None:
-            await self._held.release(task_id, over=over)
+        """Work of this worker is settled. `over`: nobody will work under its id again, so nobody needs its cancels."""
+        if self._held is None:
+            return
+        held = self._held.of(task_id)
+        if held is not None and not over:
+            self._ahead.add(task_id, _cancellation(held))
+        await self._held.release(task_id, over=over)
 
     async def run(self) -> None:
         """Listen until cancelled."""
@@ -228,7 +234,7 @@ class CancelListener:
         """Those that are held now, and the leases that they no longer have."""
         if self._held is None:
             return [], []
-        earlier = [self._held.hold(one.request.task_id, one) for one in ours]
+        earlier = [self._held.hold(one) for one in ours]
         return ours, [lease for lease in earlier if lease is not None]
 
     def _needs_nobody(self, cancel: ReceivedCancel) -> bool:

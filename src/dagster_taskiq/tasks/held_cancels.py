@@ -16,17 +16,21 @@ class HeldCancels:
 
     def __init__(self, lease_of: Callable[[ReceivedCancel], Lease]) -> None:
         self._lease_of = lease_of
-        self._leases: dict[str, dict[str, Lease]] = {}
+        self._held: dict[str, dict[str, tuple[ReceivedCancel, Lease]]] = {}
 
-    def hold(self, task_id: str, cancel: ReceivedCancel) -> Lease | None:
+    def hold(self, cancel: ReceivedCancel) -> Lease | None:
         """Keep it from others. Returns the lease of an earlier receive of the same message, which is to be left."""
-        of_task = self._leases.setdefault(task_id, {})
-        earlier = of_task.get(cancel.message_id)
-        of_task[cancel.message_id] = self._lease_of(cancel).start()
+        of_task = self._held.setdefault(cancel.request.task_id, {})
+        _, earlier = of_task.get(cancel.message_id, (None, None))
+        of_task[cancel.message_id] = cancel, self._lease_of(cancel).start()
         return earlier
 
+    def of(self, task_id: str) -> ReceivedCancel | None:
+        """One that is held for the task."""
+        return next((cancel for cancel, _ in self._held.get(task_id, {}).values()), None)
+
     async def release(self, task_id: str, *, over: bool) -> None:
-        """The work is settled. `over`: its message is gone, so nobody needs its cancels; otherwise others may."""
-        leases = self._leases.pop(task_id, {}).values()
+        """The work is settled. `over`: nobody needs its cancels any more; otherwise others may."""
+        held = self._held.pop(task_id, {}).values()
         what = Settlement.DELETE if over else Settlement.HAND_BACK
-        await asyncio.gather(*[lease.settle(what) for lease in leases])
+        await asyncio.gather(*[lease.settle(what) for _, lease in held])

@@ -91,6 +91,8 @@ class RunningTask:
         self.acknowledges_itself = False
         """Whether the message is to be left when nobody has acknowledged it."""
         self.settled = asyncio.Event()
+        self.telling: asyncio.Task[None] | None = None
+        """While those are told who want to know of its cancellation."""
         self.handlers: tuple[Handler, ...] = ()
         """The cleanup handlers of the task function, if it has begun."""
         self.token = TaskToken(self.signal, self._cancel_coroutine)

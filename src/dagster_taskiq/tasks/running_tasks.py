@@ -31,11 +31,13 @@ class RunningTasks(Mapping[str, RunningTask]):
         """It was received."""
         self._tasks[task.task_id] = task
 
-    def remove(self, task: RunningTask, *, comes_again: bool = False) -> None:
-        """It is settled. `comes_again`: its message could not be deleted."""
+    def remove(self, task: RunningTask, *, comes_again: bool = False) -> bool:
+        """It is settled; whether nobody will work under its id again. `comes_again`: its message is not deleted."""
         del self._tasks[task.task_id]
-        if task.finished and not comes_again:
+        finished = task.finished and not comes_again
+        if finished:
             self.finished.add(task.task_id, True)
+        return finished
 
     def cancel(self, task_id: str, cancellation: Cancellation) -> bool:
         """Cancel a task that runs here. False: it does not."""
