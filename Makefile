@@ -142,6 +142,10 @@ benchmark-steps: $(STAMP) ## Measure steps under taskiq_executor against Dagster
 benchmark-start: $(STAMP) ## Measure how long a worker takes to start, and its CPU, against `import dagster` (four minutes)
 	$(BIN)/python -m benchmarks.worker_start 2>benchmark.log || { tail -n 20 benchmark.log; exit 1; }
 
+.PHONY: benchmark-cancel-runs
+benchmark-cancel-runs: $(STAMP) ## Measure how long it takes to cancel 5,000 runs that wait (some minutes)
+	$(BIN)/python -m benchmarks.cancel_runs 2>benchmark.log || { tail -n 20 benchmark.log; exit 1; }
+
 .PHONY: benchmark-token
 benchmark-token: $(STAMP) ## Measure what a look at the cancellation token costs (half a minute)
 	$(BIN)/python -m benchmarks.token

@@ -8,6 +8,7 @@ from dagster_shared.libraries import DagsterLibraryRegistry
 from dagster_taskiq.version import __version__
 
 if TYPE_CHECKING:
+    from dagster_taskiq.cancel_many import CancelProgress, CancelReport, cancel_runs
     from dagster_taskiq.cancellable_broker import CancellableSQSBroker
     from dagster_taskiq.cancellable_receiver import CancellableReceiver
     from dagster_taskiq.cancellation.model import CancelKind
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from dagster_taskiq.executor import taskiq_executor
     from dagster_taskiq.launcher import TaskiqRunLauncher
     from dagster_taskiq.op_api import cancellation_token, on_cancel
+    from dagster_taskiq.run_selection import RunSelection, select_runs
     from dagster_taskiq.runs import cancel_run, clean_up_run
     from dagster_taskiq.settings import Settings
     from dagster_taskiq.tasks.cancel_report import TaskCancelOutcome, TaskCancelReport
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CancelKind",
+    "CancelProgress",
+    "CancelReport",
     "CancellableReceiver",
     "CancellableSQSBroker",
     "CancellationEvent",
@@ -40,6 +44,7 @@ __all__ = [
     "FakeToken",
     "OpCancelled",
     "RunNotFound",
+    "RunSelection",
     "Settings",
     "StateError",
     "TaskCancelOutcome",
@@ -51,15 +56,19 @@ __all__ = [
     "TaskiqRunLauncher",
     "__version__",
     "cancel_run",
+    "cancel_runs",
     "cancellation_token",
     "clean_up_run",
     "fake_token",
     "on_cancel",
+    "select_runs",
     "taskiq_executor",
 ]
 
 _HOME = {
     "CancelKind": "cancellation.model",
+    "CancelProgress": "cancel_many",
+    "CancelReport": "cancel_many",
     "CancellableReceiver": "cancellable_receiver",
     "CancellableSQSBroker": "cancellable_broker",
     "CancellationEvent": "tasks.middleware",
@@ -71,6 +80,7 @@ _HOME = {
     "FakeToken": "testing",
     "OpCancelled": "child.op_token",
     "RunNotFound": "errors",
+    "RunSelection": "run_selection",
     "Settings": "settings",
     "StateError": "errors",
     "TaskCancelOutcome": "tasks.cancel_report",
@@ -81,10 +91,12 @@ _HOME = {
     "TaskiqRunCoordinator": "coordinator",
     "TaskiqRunLauncher": "launcher",
     "cancel_run": "runs",
+    "cancel_runs": "cancel_many",
     "cancellation_token": "op_api",
     "clean_up_run": "runs",
     "fake_token": "testing",
     "on_cancel": "op_api",
+    "select_runs": "run_selection",
     "taskiq_executor": "executor",
 }
 

@@ -2,15 +2,13 @@
 
 import logging
 import uuid
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
 
 from dagster import Any as Any_
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, Field, Permissive
 
-from dagster_taskiq._text import clean_text
 from dagster_taskiq.cancellation.model import CancelOutcome
 from dagster_taskiq.dagster_compat.api import (
     FINISHED_STATUSES,
@@ -26,23 +24,20 @@ from dagster_taskiq.dagster_compat.cancelable import let_starting_runs_be_termin
 from dagster_taskiq.dagster_compat.connections import bounded_calls
 from dagster_taskiq.errors import DagsterTaskiqError, QueueUnreachable
 from dagster_taskiq.messages import EXECUTE_RUN, RESUME_RUN
-from dagster_taskiq.metrics import REQUESTED, Metrics, on_ecs
+from dagster_taskiq.metrics import Metrics, on_ecs
 from dagster_taskiq.queue_names import queue_name
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage import engine_events
 from dagster_taskiq.storage.claims import Claims, Owner
 from dagster_taskiq.storage.event_log import append_event
-from dagster_taskiq.storage.status_repair import repair_late_canceling
 from dagster_taskiq.storage.tags import (
-    CANCEL_REASON_TAG,
-    CANCELLED_BY_TAG,
     TASK_ID_TAG,
-    add_own_tags,
     own_tags,
     tag_launched_run,
 )
 from dagster_taskiq.storage.waiting import describe_wait
 from dagster_taskiq.tasks.producer import REQUEST_TIMEOUT_S, Producer, result_of, work_message
+from dagster_taskiq.termination import BEFORE_START, Termination
 
 if TYPE_CHECKING:
     from dagster_taskiq.cancellable_broker import CancellableSQSBroker
@@ -53,10 +48,8 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _DATABASE_S: Final = 60.0
 """For all that one call of Dagster needs of the database."""
-_HEAD_START_S: Final = 0.05
-_BEFORE_START: Final = frozenset({DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING})
 _WAITING_FOR: Final[Mapping[str, frozenset[DagsterRunStatus]]] = {
-    EXECUTE_RUN: _BEFORE_START,
+    EXECUTE_RUN: BEFORE_START,
     RESUME_RUN: frozenset({DagsterRunStatus.STARTED}),
 }
 """The statuses of a run whose work has been sent and not begun."""
@@ -209,88 +202,28 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         So do its tags `dagster-taskiq/cancelled_by` and `cancel_reason`, for who does not get the message. A text
         that cannot be stored is cleaned; tags and notes that cannot be written do not keep the run from its end.
         """
-        run = self._instance.get_run_by_id(run_id)
-        if run is None or run.status in FINISHED_STATUSES:
-            return CancelOutcome.NOTHING
-        if not self.settings.enable_cancellation:
-            self._append(run, engine_events.cancellation_disabled())
-            return CancelOutcome.SWITCHED_OFF
-        tags = own_tags(run)
-        task_id = tags.get(TASK_ID_TAG)
-        reason = clean_text(reason) if reason else tags.get(CANCEL_REASON_TAG)
-        requested_by = clean_text(requested_by)
-        if task_id is None:
-            self._keep_why(run, reason, requested_by)
-            self._append(run, engine_events.no_task_id())
-            self._instance.report_run_canceled(run, "Nothing that this launcher started can be working on the run.")
-            return CancelOutcome.NOT_OURS
-        return self._terminate(run, task_id, reason, requested_by)
+        return self._termination().cancel(self._instance.get_run_by_id(run_id), reason, requested_by)
 
-    def _keep_why(self, run: DagsterRun, reason: str | None, requested_by: str) -> None:
-        """In the run's tags, for workers that do not get the message, and for people."""
-        author = requested_by if requested_by != engine_events.UNKNOWN_AUTHOR else None
-        given, known = {CANCEL_REASON_TAG: reason, CANCELLED_BY_TAG: author}, own_tags(run)
-        new = {tag: value for tag, value in given.items() if value and known.get(tag) != value}
-        try:
-            if new or known.keys() != run.tags.keys():
-                add_own_tags(self._instance, run, new)
-        except Exception:  # whatever it is: the run is to be stopped, with or without them
-            logger.exception("tags could not be written", extra={"run_id": run.run_id})
+    def request_cancels(
+        self, runs: Sequence[DagsterRun], *, reason: str | None = None, requested_by: str
+    ) -> dict[str, CancelOutcome | Exception]:
+        """As `request_cancel`, of runs as they were just read; one request for ten messages.
 
-    def _terminate(self, run: DagsterRun, task_id: str, reason: str | None, requested_by: str) -> CancelOutcome:
-        waiting = run.status in _BEFORE_START
-        # The message first: the worker that receives it does not need the status; but a queue that does not answer
-        # must not keep the status from being written. Only a run that may not have a worker yet is looked at first,
-        # so that no message is left behind.
-        asked_by = {"reason": reason, "requested_by": requested_by}
-        request = None if waiting else self._request_cancel(task_id, **asked_by)
-        if request is not None:
-            wait({request}, timeout=_HEAD_START_S)
-        # Before the status: who reads that reads them with it.
-        self._keep_why(run, reason, requested_by)
-        if run.status is not DagsterRunStatus.CANCELING:
-            self._instance.report_run_canceling(run)
-            # It may have ended in between: the transition is unguarded, and nobody else would ever finish it.
-            if (over := repair_late_canceling(self._instance, run.run_id)) is not None:
-                # Our own message can have been that quick.
-                return CancelOutcome.ASKED if over is DagsterRunStatus.CANCELED else CancelOutcome.NOTHING
-        if waiting and self._is_unclaimed(run.run_id):
-            # Status written, then the claims read: a worker that claims from now on reads CANCELING.
-            if reason or requested_by != engine_events.UNKNOWN_AUTHOR:
-                self._append(run, engine_events.requested(task_id, reason, requested_by))
-            self._instance.report_run_canceled(run, "Canceled before a worker had picked it up.")
-            return CancelOutcome.WITHDRAWN
-        outcome = CancelOutcome.ASKED
-        try:
-            result_of(request or self._request_cancel(task_id, **asked_by))
-        except Exception as error:  # noqa: BLE001 - whatever it is, the status is written, and the run will be stopped
-            outcome = CancelOutcome.MARKED
-            self._append(
-                run, engine_events.request_failed(str(error) or repr(error), self.settings.status_poll_seconds)
-            )
-        else:
-            self._append(run, engine_events.requested(task_id, reason, requested_by))
-        self._note_dead_worker(run)
-        self._metrics.count(REQUESTED)
-        return outcome
+        What goes wrong with one of them is its outcome, and does not concern the others.
+        """
+        termination = self._termination()
+        asked = termination.ask_together(runs, reason, requested_by)
+        outcomes: dict[str, CancelOutcome | Exception] = {}
+        for run in runs:
+            try:
+                with bounded_calls(self._instance, _DATABASE_S):
+                    outcomes[run.run_id] = termination.cancel(run, reason, requested_by, asked.get(run.run_id))
+            except Exception as error:  # noqa: BLE001 - the others are to be stopped all the same
+                outcomes[run.run_id] = error
+        return outcomes
 
-    def _note_dead_worker(self, run: DagsterRun) -> None:
-        """Say in the run's log what its cancellation waits for, if its worker does not live."""
-        try:
-            owner = self._owner(run.run_id)
-        except Exception:
-            logger.exception("cannot look for the run's worker", extra={"run_id": run.run_id})
-            return
-        if owner is not None and (owner.in_doubt or not owner.alive):
-            self._append(run, engine_events.waiting_for_takeover(owner.worker_id, dead=not owner.alive))
-
-    def _request_cancel(self, task_id: str, **asked_by: str | None) -> "Future[None]":
-        try:
-            return self._producer.submit(lambda broker: broker.cancel_task(task_id, status_follows=True, **asked_by))
-        except Exception as error:  # noqa: BLE001 - whatever it is, the run's status can still be written
-            failed: Future[None] = Future()
-            failed.set_exception(error)
-            return failed
+    def _termination(self) -> Termination:
+        return Termination(self._instance, self.settings, self._producer, self._metrics, self._claims())
 
     @property
     def supports_check_run_worker_health(self) -> bool:
@@ -363,14 +296,6 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         if self._known_claims is None:
             self._known_claims = Claims.of(self._instance, self.settings)
         return self._known_claims
-
-    def _is_unclaimed(self, run_id: str) -> bool:
-        """Whether no worker has it. False when that cannot be read: a worker that may have it is told."""
-        try:
-            return self._owner(run_id) is None
-        except Exception:
-            logger.exception("cannot look for the run's worker", extra={"run_id": run_id})
-            return False
 
     def _owner(self, run_id: str) -> Owner | None:
         return self._claims().owner(run_id)

@@ -53,7 +53,7 @@ def describe_user(instance: DagsterInstance) -> str:
     One request to AWS, of two seconds at most, and none to an emulator.
     """
     user = this_user()
-    settings = _launcher(instance).settings
+    settings = launcher_of(instance).settings
     if not user.startswith(("root@", "unknown@")) or settings.endpoint_url is not None:
         return user
     try:
@@ -64,7 +64,7 @@ def describe_user(instance: DagsterInstance) -> str:
 
 def status_poll_s(instance: DagsterInstance) -> float:
     """How long it takes a worker, at most, to see in the database that its run is to be stopped."""
-    return _launcher(instance).settings.status_poll_seconds
+    return launcher_of(instance).settings.status_poll_seconds
 
 
 def cancel_run(
@@ -88,7 +88,7 @@ def request_cancel(
     """As `cancel_run`, and tells what came of it."""
     with ExitStack() as stack:
         instance = instance or stack.enter_context(DagsterInstance.get())
-        run, launcher = _run(instance, run_id), _launcher(instance)
+        run, launcher = _run(instance, run_id), launcher_of(instance)
         by = clean_text(requested_by or this_user())
         if run.status is not DagsterRunStatus.QUEUED:
             return launcher.request_cancel(run_id, reason=reason, requested_by=by)
@@ -140,7 +140,7 @@ def clean_up_run(
     """
     with ExitStack() as stack:
         instance = instance or stack.enter_context(DagsterInstance.get())
-        run, launcher = _run(instance, run_id), _launcher(instance)
+        run, launcher = _run(instance, run_id), launcher_of(instance)
         claims = Claims(instance, Heartbeats.of_runs(instance, launcher.settings))
         owner = claims.owner(run_id)
         if run.status not in FINISHED_STATUSES:
@@ -173,7 +173,8 @@ def _run(instance: DagsterInstance, run_id: str) -> DagsterRun:
     return run
 
 
-def _launcher(instance: DagsterInstance) -> TaskiqRunLauncher:
+def launcher_of(instance: DagsterInstance) -> TaskiqRunLauncher:
+    """The launcher of that instance. Raises `DagsterTaskiqError` when it is another one."""
     launcher = instance.run_launcher
     if not isinstance(launcher, TaskiqRunLauncher):
         raise DagsterTaskiqError(

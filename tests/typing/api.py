@@ -1,15 +1,22 @@
 """The public names as a user writes them. Never run: that it type-checks is the test."""
 
-from dagster import DagsterInstance, Definitions, ExecutorDefinition
+from collections.abc import Mapping
+from threading import Event
+
+from dagster import DagsterInstance, DagsterRun, Definitions, ExecutorDefinition, RunsFilter
 
 from dagster_taskiq import (
     CancellableReceiver,
     CancellableSQSBroker,
+    CancelReport,
     DagsterTaskiqError,
+    RunSelection,
     Settings,
     TaskCancelled,
     TaskiqRunLauncher,
     __version__,
+    cancel_runs,
+    select_runs,
     taskiq_executor,
 )
 
@@ -18,6 +25,10 @@ broker = CancellableSQSBroker("https://sqs.us-east-1.amazonaws.com/1/tasks", "us
 receiver = CancellableReceiver(broker, max_async_tasks=4)
 settings: Settings = Settings.from_config({"queue_url": "https://sqs.us-east-1.amazonaws.com/1/tasks"})
 launcher = TaskiqRunLauncher(queue_url=settings.queue_url, config_source={"grace_seconds": 10})
+instance = DagsterInstance.get()
+selected: RunSelection = select_runs(instance, RunsFilter(job_name="load"))
+report: CancelReport = cancel_runs(instance, selected, reason="why", requested_by="who", stop=Event())
+counts: Mapping[str, int] = cancel_runs(instance, ["id"], tell=lambda progress: print(progress.done)).counts
 executor: ExecutorDefinition = taskiq_executor.configured({"max_concurrent": 20})
 definitions = Definitions(executor=executor)
 reason: str | None = TaskCancelled("why").reason
@@ -27,6 +38,10 @@ async def cancel(task_id: str) -> tuple[str, ...]:
     await broker.cancel_task(task_id, reason="why", requested_by="who")
     report = await broker.cancel_tasks([task_id], reason="why")
     return report.sent
+
+
+def of_team(run: DagsterRun) -> bool:
+    return run.tags.get("team") == "a" and len(select_runs(instance, of_team)) > 0
 
 
 def terminate(run_id: str) -> bool:

@@ -50,10 +50,13 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "worker": FLOOR
     | DOMAIN
     | {"cancellable_broker", "cancellable_receiver", "tasks", "sqs", "process", "child", "cleanup", "metrics"},
-    "launcher": FLOOR | DOMAIN | {"cancellable_broker", "tasks", "metrics"},
+    "termination": FLOOR | DOMAIN | {"cancellable_broker", "tasks", "metrics"},
+    "launcher": FLOOR | DOMAIN | {"cancellable_broker", "tasks", "metrics", "termination"},
     "coordinator": FLOOR | DOMAIN | {"launcher", "metrics"},
     "executor": FLOOR | DOMAIN | {"launcher", "core_execution_loop", "cancellable_broker", "tasks", "sqs"},
     "runs": FLOOR | DOMAIN | {"launcher", "cleanup", "sqs"},
+    "run_selection": FLOOR | DOMAIN | {"termination"},
+    "cancel_many": FLOOR | DOMAIN | {"launcher", "runs", "run_selection"},
     "doctor": FLOOR | DOMAIN | {"launcher", "coordinator", "sqs"},
     "examples": {""},
     "local": FLOOR | DOMAIN | {"examples", "sqs"},

@@ -15,7 +15,7 @@ from dagster._core.launcher import (
 from dagster._core.run_coordinator import SubmitRunContext
 from dagster._core.run_coordinator.queued_run_coordinator import RunQueueConfig
 from dagster._core.storage.dagster_run import FINISHED_STATUSES
-from dagster._core.storage.tags import BACKFILL_ID_TAG, MAX_RETRIES_TAG
+from dagster._core.storage.tags import BACKFILL_ID_TAG, MAX_RETRIES_TAG, PARENT_RUN_ID_TAG, PRIORITY_TAG
 from dagster._serdes import ConfigurableClass, ConfigurableClassData, deserialize_value, serialize_value
 
 RESUME_RUN_LOG_MESSAGE: Final = "Launching a new run worker to resume run"
@@ -26,6 +26,8 @@ __all__ = [
     "BACKFILL_ID_TAG",
     "FINISHED_STATUSES",
     "MAX_RETRIES_TAG",
+    "PARENT_RUN_ID_TAG",
+    "PRIORITY_TAG",
     "RESUME_RUN_LOG_MESSAGE",
     "CheckRunHealthResult",
     "ConfigurableClass",

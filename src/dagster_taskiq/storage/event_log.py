@@ -77,21 +77,25 @@ class StepRef:
 
 
 def append_event(instance: DagsterInstance, run: DagsterRun, event: EngineEvent, step_key: str | None = None) -> None:
-    """Append one engine event to the run's log, with the time at which it happened. Its texts are cleaned.
+    """Append one engine event to the run's log, with the time at which it happened. Its texts are cleaned."""
+    instance.report_dagster_event(as_dagster_event(run, event, step_key), run.run_id, timestamp=event.at)
+
+
+def as_dagster_event(run: DagsterRun, event: EngineEvent, step_key: str | None = None) -> DagsterEvent:
+    """What `append_event` appends. Its texts are cleaned.
 
     Parts of them come from users' errors and names, and a page of Dagster's UI that shows half a character fails.
     """
     error = error_info(clean_text(event.error, None)) if event.error else None
     facts = {key: clean_text(value, None) if isinstance(value, str) else value for key, value in event.facts.items()}
     data = EngineEventData(metadata={STAGE_KEY: event.stage.value, **facts}, error=error)
-    dagster_event = DagsterEvent(
+    return DagsterEvent(
         event_type_value=DagsterEventType.ENGINE_EVENT.value,
         job_name=run.job_name,
         message=clean_text(event.message, None),
         event_specific_data=data,
         step_key=step_key,
     )
-    instance.report_dagster_event(dagster_event, run.run_id, timestamp=event.at)
 
 
 def parse_event(event: DagsterEvent) -> tuple[Stage, dict[str, Any]] | None:

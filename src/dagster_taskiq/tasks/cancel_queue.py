@@ -53,14 +53,14 @@ class CancelQueue:
         await self._queue.send(request.to_json(), grouping(self._queue.is_fifo, None))
 
     async def send_all(
-        self, task_ids: Iterable[str], reason: str | None, requested_by: str | None
+        self, task_ids: Iterable[str], reason: str | None, requested_by: str | None, *, status_follows: bool = False
     ) -> Mapping[str, str]:
         """Send many, ten to a request. Returns those that were not sent, with the reason; they do not stop the rest."""
         bodies: dict[str, str] = {}
         failed: dict[str, str] = {}
         for task_id in dict.fromkeys(task_ids):
             try:
-                bodies[task_id] = CancelRequest(task_id, reason, requested_by, time.time()).to_json()
+                bodies[task_id] = CancelRequest(task_id, reason, requested_by, time.time(), status_follows).to_json()
             except MessageUnreadable as error:
                 failed[task_id] = str(error)
         for batch in batches(list(bodies)):

@@ -65,18 +65,21 @@ class Canceller:
         reason: str | None = None,
         requested_by: str | None = None,
         wait_s: float = 0.0,
+        status_follows: bool = False,
     ) -> TaskCancelReport:
         """Cancel many, ten to a request, and tell what became of each. What fails does not stop the rest.
 
         Those that have a result already are not sent. `wait_s`: for so many seconds it waits for the results of the
         others, and reads them; without that, and without taskiq's result backend, it only knows what was sent.
+        `status_follows`: as in `cancel_task`, of all of them.
         """
         self._require_cancellation()
         wanted, results = list(dict.fromkeys(task_ids)), Results(self.result_backend)
         finished = await results.there(task_id for task_id in wanted if is_task_id(task_id))
         asked = [task_id for task_id in wanted if task_id not in finished]
         _, failed = await asyncio.gather(
-            self._notify(asked, reason, requested_by), self._cancels.send_all(asked, reason, requested_by)
+            self._notify(asked, reason, requested_by),
+            self._cancels.send_all(asked, reason, requested_by, status_follows=status_follows),
         )
         sent = tuple(task_id for task_id in asked if task_id not in failed)
         unknown = TaskCancelOutcome.UNKNOWN if results.are_kept else TaskCancelOutcome.NO_RESULTS

@@ -38,9 +38,13 @@ class Daemon:
         self._daemon = found
         self._context: Any = SimpleNamespace(instance=instance, create_request_context=lambda: None)
 
+    def take(self) -> None:
+        """Take from the queue what may be started."""
+        list(self._daemon.run_iteration(self._context))
+
     def iterate(self) -> dict[str, int]:
         """How many runs have which status afterwards."""
-        list(self._daemon.run_iteration(self._context))
+        self.take()
         statuses = [run.status.value for run in self.instance.get_runs()]
         return {status: statuses.count(status) for status in sorted(set(statuses))}
 

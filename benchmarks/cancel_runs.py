@@ -1,0 +1,74 @@
+"""How long does it take to cancel very many runs that wait in Dagster's queue, and does one of them start meanwhile?
+
+    make benchmark-cancel-runs      # or: python -m benchmarks.cancel_runs 5000 [directory of the home]
+
+Dagster's daemon takes runs from the queue all the time, as quickly as it can, for 50 free slots. The storage is SQLite:
+where its files are decides how long it takes. SQS is moto on loopback.
+"""
+
+import os
+import sys
+import tempfile
+import threading
+import time
+
+from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRunStatus, RunsFilter
+from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
+from dagster._core.utils import make_new_run_id
+from tests.acceptance.conftest import open_platform
+from tests.acceptance.operator.test_coordinator import COORDINATOR, Daemon, beat
+from tests.support.moto import CREDENTIALS, moto_server
+from tests.support.platform import Platform
+
+from dagster_taskiq import CancelReport, cancel_runs
+from dagster_taskiq.dagster_compat.many_runs import store_events
+
+SLOTS = 50
+
+
+def enqueue(platform: Platform, count: int) -> None:
+    """As submitted; in a quicker way, because it is not what is measured."""
+    repository = RemoteRepositoryOrigin(RegisteredCodeLocationOrigin("jobs"), "__repository__")
+    first = platform.create("quick_job", remote_job_origin=RemoteJobOrigin(repository, "quick_job"))
+    platform.instance.delete_run(first.run_id)
+    event = DagsterEvent(DagsterEventType.RUN_ENQUEUED.value, first.job_name, message="")
+    runs = [first._replace(run_id=make_new_run_id(), status=DagsterRunStatus.QUEUED) for _ in range(count)]
+    for run in runs:
+        platform.instance.add_run(run)
+        store_events(platform.instance, {run.run_id: [event]})
+
+
+def main() -> None:
+    """Measure and print."""
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 5_000
+    tempfile.tempdir = sys.argv[2] if len(sys.argv) > 2 else None
+    os.environ.update(CREDENTIALS)
+    with moto_server() as endpoint, open_platform(endpoint, extra={"run_coordinator": COORDINATOR}) as platform:
+        enqueue(platform, count)
+        beat(platform.instance, "a", SLOTS)
+        over = threading.Event()
+
+        def dequeue() -> None:
+            with DagsterInstance.from_config(str(platform.home)) as instance:
+                daemon = Daemon(instance)
+                while not over.is_set():
+                    daemon.take()
+                    beat(instance, "a", SLOTS)
+
+        taking = threading.Thread(target=dequeue)
+        taking.start()
+        while not platform.instance.get_runs_count(RunsFilter(statuses=[DagsterRunStatus.STARTING])):
+            time.sleep(0.05)
+        began = time.monotonic()
+        report: CancelReport = cancel_runs(
+            platform.instance, RunsFilter(job_name="quick_job"), reason="benchmark", requested_by="benchmark"
+        )
+        took = time.monotonic() - began
+        over.set()
+        taking.join()
+        ends = platform.instance.get_runs_count(RunsFilter(statuses=[DagsterRunStatus.CANCELED]))
+        print(f"{report}; {took:.1f} s, {took / count * 1000:.1f} ms each; CANCELED: {ends} of {count}")
+
+
+if __name__ == "__main__":
+    main()

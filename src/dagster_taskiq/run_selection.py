@@ -1,0 +1,98 @@
+"""Which runs are meant, and in which order they are to be stopped: read page by page, nothing is changed.
+
+Knows Dagster's runs; not how one is cancelled. All calls block on the database.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
+from dagster_shared.record import replace
+
+from dagster_taskiq._text import clean_text
+from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES, PRIORITY_TAG
+from dagster_taskiq.termination import BEFORE_START
+
+WhichRuns: TypeAlias = RunsFilter | Iterable[str] | Callable[[DagsterRun], bool]
+"""A filter of Dagster's, ids, or a function that is asked about every run that is not finished."""
+
+_PAGE: Final = 500
+_UNFINISHED: Final = [status for status in DagsterRunStatus if status not in FINISHED_STATUSES]
+
+
+@dataclass(frozen=True, slots=True)
+class RunSelection:
+    """The ids of runs that are meant, as they were when they were read. Its length counts those that can be stopped."""
+
+    waiting: tuple[str, ...] = ()
+    """In Dagster's queue (QUEUED), in the order in which it would start them."""
+    handed_over: tuple[str, ...] = ()
+    """NOT_STARTED and STARTING: most of them have no worker yet."""
+    at_work: tuple[str, ...] = ()
+    """STARTED, and CANCELING already."""
+    already_finished: tuple[str, ...] = ()
+    not_found: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.waiting) + len(self.handed_over) + len(self.at_work)
+
+
+def select_runs(instance: DagsterInstance, which: WhichRuns) -> RunSelection:
+    """The runs that `cancel_runs` would stop, for who wants to see or to count them first. Changes nothing.
+
+    A `RunsFilter` that names no statuses means runs that are not finished; one that does, also those that are. Ids are
+    whole ids. Reads 500 runs at a time and keeps their ids.
+    """
+    if not callable(which) and not isinstance(which, RunsFilter):
+        which = list(dict.fromkeys(map(clean_text, which)))
+    waiting: list[tuple[int, str]] = []
+    others: dict[str, list[str]] = {"handed_over": [], "at_work": [], "already_finished": []}
+    for run in _read(instance, which):
+        if run.status is DagsterRunStatus.QUEUED:
+            waiting.append((-_priority(run), run.run_id))
+        elif run.status in FINISHED_STATUSES:
+            others["already_finished"].append(run.run_id)
+        else:
+            others["handed_over" if run.status in BEFORE_START else "at_work"].append(run.run_id)
+    waiting.sort(key=lambda one: one[0])  # stable, as Dagster's daemon does it: of equals the oldest first
+    found = {name: tuple(run_ids) for name, run_ids in others.items()}
+    not_found: tuple[str, ...] = ()
+    if not callable(which) and not isinstance(which, RunsFilter):
+        known = {run_id for _, run_id in waiting}.union(*found.values())
+        not_found = tuple(run_id for run_id in which if run_id not in known)
+    return RunSelection(tuple(run_id for _, run_id in waiting), **found, not_found=not_found)
+
+
+def _read(instance: DagsterInstance, which: WhichRuns) -> Iterator[DagsterRun]:
+    if isinstance(which, RunsFilter):
+        yield from _pages(instance, which if which.statuses else replace(which, statuses=_UNFINISHED))
+    elif callable(which):
+        yield from filter(which, _pages(instance, RunsFilter(statuses=_UNFINISHED)))
+    else:
+        for run_ids in groups_of(_PAGE, list(which)):
+            yield from instance.get_runs(RunsFilter(run_ids=run_ids), ascending=True)
+
+
+def groups_of(size: int, run_ids: Sequence[str]) -> Iterator[list[str]]:
+    """In their order, so many at a time."""
+    for start in range(0, len(run_ids), size):
+        yield list(run_ids[start : start + size])
+
+
+def _pages(instance: DagsterInstance, filters: RunsFilter) -> Iterator[DagsterRun]:
+    cursor: str | None = None
+    while True:
+        page: Sequence[DagsterRun] = instance.get_runs(filters, cursor, _PAGE, ascending=True)
+        yield from page
+        if len(page) < _PAGE:
+            return
+        cursor = page[-1].run_id
+
+
+def _priority(run: DagsterRun) -> int:
+    """As Dagster's daemon reads it."""
+    try:
+        return int(run.tags.get(PRIORITY_TAG, "0"))
+    except ValueError:
+        return 0

@@ -1,0 +1,189 @@
+"""How a run is terminated: its message, its status, its tags, and what its log says of them; one or many.
+
+Knows runs, claims and the producer of messages; not who asks. The order of what it does, and why: docs/decisions/002.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, wait
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
+
+from dagster_taskiq._text import clean_text
+from dagster_taskiq.cancellation.model import CancelOutcome
+from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
+from dagster_taskiq.errors import QueueUnreachable
+from dagster_taskiq.metrics import REQUESTED, Metrics
+from dagster_taskiq.settings import Settings
+from dagster_taskiq.storage import engine_events
+from dagster_taskiq.storage.claims import Claims
+from dagster_taskiq.storage.event_log import append_event
+from dagster_taskiq.storage.status_repair import repair_late_canceling
+from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, TASK_ID_TAG, add_own_tags, own_tags
+from dagster_taskiq.tasks.producer import Producer, result_of
+
+if TYPE_CHECKING:
+    from dagster_taskiq.cancellable_broker import CancellableSQSBroker
+
+logger = logging.getLogger(__name__)
+
+BEFORE_START: Final = frozenset({DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING})
+_HEAD_START_S: Final = 0.05
+_T = TypeVar("_T")
+
+
+class Termination:
+    """Terminates runs of one launcher. All calls block, on the database above all."""
+
+    def __init__(
+        self, instance: DagsterInstance, settings: Settings, producer: Producer[Any], metrics: Metrics, claims: Claims
+    ) -> None:
+        self._instance = instance
+        self._settings = settings
+        self._producer = producer
+        self._metrics = metrics
+        self._claims = claims
+
+    def cancel(
+        self, run: DagsterRun | None, reason: str | None, requested_by: str, request: "Future[None] | None" = None
+    ) -> CancelOutcome:
+        """As `TaskiqRunLauncher.request_cancel`. `request`: the message, if it has been sent."""
+        if run is None or run.status in FINISHED_STATUSES:
+            return CancelOutcome.NOTHING
+        if not self._settings.enable_cancellation:
+            self._append(run, engine_events.cancellation_disabled())
+            return CancelOutcome.SWITCHED_OFF
+        tags = own_tags(run)
+        task_id = tags.get(TASK_ID_TAG)
+        reason = clean_text(reason) if reason else tags.get(CANCEL_REASON_TAG)
+        requested_by = clean_text(requested_by)
+        if task_id is None:
+            self._keep_why(run, reason, requested_by)
+            self._append(run, engine_events.no_task_id())
+            self._instance.report_run_canceled(run, "Nothing that this launcher started can be working on the run.")
+            return CancelOutcome.NOT_OURS
+        return self._terminate(run, task_id, reason, requested_by, request)
+
+    def _keep_why(self, run: DagsterRun, reason: str | None, requested_by: str) -> None:
+        """In the run's tags, for workers that do not get the message, and for people."""
+        author = requested_by if requested_by != engine_events.UNKNOWN_AUTHOR else None
+        given, known = {CANCEL_REASON_TAG: reason, CANCELLED_BY_TAG: author}, own_tags(run)
+        new = {tag: value for tag, value in given.items() if value and known.get(tag) != value}
+        try:
+            if new or known.keys() != run.tags.keys():
+                add_own_tags(self._instance, run, new)
+        except Exception:  # whatever it is: the run is to be stopped, with or without them
+            logger.exception("tags could not be written", extra={"run_id": run.run_id})
+
+    def _terminate(
+        self, run: DagsterRun, task_id: str, reason: str | None, requested_by: str, request: "Future[None] | None"
+    ) -> CancelOutcome:
+        waiting = run.status in BEFORE_START
+        # The message first: the worker that receives it does not need the status; but a queue that does not answer
+        # must not keep the status from being written. Only a run that may not have a worker yet is looked at first,
+        # so that no message is left behind.
+        asked_by = {"reason": reason, "requested_by": requested_by}
+        request = request or (None if waiting else self._ask(task_id, **asked_by))
+        if request is not None:
+            wait({request}, timeout=_HEAD_START_S)
+        # Before the status: who reads that reads them with it.
+        self._keep_why(run, reason, requested_by)
+        if run.status is not DagsterRunStatus.CANCELING:
+            self._instance.report_run_canceling(run)
+            # It may have ended in between: the transition is unguarded, and nobody else would ever finish it.
+            if (over := repair_late_canceling(self._instance, run.run_id)) is not None:
+                # Our own message can have been that quick.
+                return CancelOutcome.ASKED if over is DagsterRunStatus.CANCELED else CancelOutcome.NOTHING
+        if waiting and self._is_unclaimed(run.run_id):
+            # Status written, then the claims read: a worker that claims from now on reads CANCELING.
+            if reason or requested_by != engine_events.UNKNOWN_AUTHOR:
+                self._append(run, engine_events.requested(task_id, reason, requested_by))
+            self._instance.report_run_canceled(run, "Canceled before a worker had picked it up.")
+            return CancelOutcome.WITHDRAWN
+        outcome = CancelOutcome.ASKED
+        try:
+            result_of(request or self._ask(task_id, **asked_by))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the status is written, and the run will be stopped
+            outcome = CancelOutcome.MARKED
+            self._append(
+                run, engine_events.request_failed(str(error) or repr(error), self._settings.status_poll_seconds)
+            )
+        else:
+            self._append(run, engine_events.requested(task_id, reason, requested_by))
+        self._note_dead_worker(run)
+        self._metrics.count(REQUESTED)
+        return outcome
+
+    def _note_dead_worker(self, run: DagsterRun) -> None:
+        """Say in the run's log what its cancellation waits for, if its worker does not live."""
+        try:
+            owner = self._claims.owner(run.run_id)
+        except Exception:
+            logger.exception("cannot look for the run's worker", extra={"run_id": run.run_id})
+            return
+        if owner is not None and (owner.in_doubt or not owner.alive):
+            self._append(run, engine_events.waiting_for_takeover(owner.worker_id, dead=not owner.alive))
+
+    def _ask(self, task_id: str, **asked_by: str | None) -> "Future[None]":
+        return self._submit(lambda broker: broker.cancel_task(task_id, status_follows=True, **asked_by))
+
+    def _submit(self, request: "Callable[[CancellableSQSBroker], Awaitable[_T]]") -> "Future[_T]":
+        try:
+            return self._producer.submit(request)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the run's status can still be written
+            failed: Future[_T] = Future()
+            failed.set_exception(error)
+            return failed
+
+    def ask_together(
+        self, runs: Iterable[DagsterRun], reason: str | None, requested_by: str
+    ) -> "dict[str, Future[None]]":
+        """Send the messages of those that have a worker, as `_terminate` does it. By run: that its own was sent."""
+        reason, requested_by = clean_text(reason) if reason else None, clean_text(requested_by)
+        groups: dict[str | None, dict[str, Future[None]]] = {}
+        sent: dict[str, Future[None]] = {}
+        for run in runs if self._settings.enable_cancellation else ():
+            task_id = own_tags(run).get(TASK_ID_TAG)
+            if task_id is not None and run.status not in {*BEFORE_START, *FINISHED_STATUSES}:
+                group = groups.setdefault(reason or own_tags(run).get(CANCEL_REASON_TAG), {})
+                sent[run.run_id] = group[task_id] = Future()
+        for why, group in groups.items():
+            request = self._submit(partial(_cancel_tasks, task_ids=[*group], reason=why, by=requested_by))
+            request.add_done_callback(partial(_answer, group))
+        return sent
+
+    def _is_unclaimed(self, run_id: str) -> bool:
+        """Whether no worker has it. False when that cannot be read: a worker that may have it is told."""
+        try:
+            return self._claims.owner(run_id) is None
+        except Exception:
+            logger.exception("cannot look for the run's worker", extra={"run_id": run_id})
+            return False
+
+    def _append(self, run: DagsterRun, event: engine_events.EngineEvent) -> None:
+        try:
+            append_event(self._instance, run, event)
+        except Exception:
+            logger.exception("engine event could not be written", extra={"run_id": run.run_id})
+
+
+async def _cancel_tasks(
+    broker: "CancellableSQSBroker", task_ids: Sequence[str], reason: str | None, by: str
+) -> Mapping[str, str]:
+    report = await broker.cancel_tasks(task_ids, reason=reason, requested_by=by, status_follows=True)
+    return report.failed
+
+
+def _answer(asked: "Mapping[str, Future[None]]", request: "Future[Mapping[str, str]]") -> None:
+    """Each of them that was in that request has its own answer."""
+    error = CancelledError() if request.cancelled() else request.exception()
+    failed = {} if error is not None else request.result()
+    for task_id, future in asked.items():
+        if error is not None:
+            future.set_exception(error)
+        elif task_id in failed:
+            future.set_exception(QueueUnreachable(failed[task_id]))
+        else:
+            future.set_result(None)
