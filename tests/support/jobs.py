@@ -23,7 +23,7 @@ from typing import Any
 
 import dagster as dg
 
-from dagster_taskiq import taskiq_executor
+from dagster_taskiq import cancellation_token, taskiq_executor
 
 
 class Marks(dg.Config):
@@ -217,6 +217,7 @@ def leaves_a_daemon(config: Marks) -> None:
 
 def upload_in_a_thread(config: Marks) -> None:
     """Goes on when the op has ended; an interpreter waits for it."""
+    cancellation_token().state["upload"] = "1"
 
     def upload() -> None:
         time.sleep(config.seconds)

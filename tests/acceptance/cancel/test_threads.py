@@ -9,6 +9,7 @@ from tests.acceptance.conftest import UNHURRIED, open_platform
 from tests.support.platform import Platform
 
 from dagster_taskiq.storage.engine_events import Stage
+from dagster_taskiq.storage.step_state import state_of
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.xdist_group("threads")]
 
@@ -39,6 +40,13 @@ def runs(platform: Platform) -> dict[str, str]:
     }
 
 
+def step_key(platform: Platform, run_id: str) -> str:
+    plan_id = platform.run(run_id).execution_plan_snapshot_id
+    assert plan_id is not None
+    (only,) = platform.instance.get_execution_plan_snapshot(plan_id).step_keys_to_execute
+    return only
+
+
 def told(platform: Platform, run_id: str, stage: Stage) -> str:
     """The messages of that stage."""
     notes = [entry.dagster_event for entry in platform.instance.all_logs(run_id) if entry.dagster_event is not None]
@@ -58,6 +66,8 @@ def test_the_end_of_a_run_waits_for_them_and_says_so(platform: Platform, runs: d
     final = "PIPELINE_FAILURE" if name == "failure" else "PIPELINE_SUCCESS"
     assert story.index("waits for threads") < story.index(final)
     assert story.count(final) == 1
+    kept = {"upload": "1"} if name == "failure" else {}
+    assert dict(state_of(platform.instance, run_id, step_key(platform, run_id))) == kept, "that of a success is deleted"
 
 
 def test_one_that_never_ends_is_killed_after_the_patience_and_named(platform: Platform, runs: dict[str, str]) -> None:
@@ -71,11 +81,22 @@ def test_a_run_that_waits_for_them_can_be_terminated(platform: Platform) -> None
     run_id = platform.launch("uploads_in_a_thread_job", grace=300, seconds=3_000)
     platform.wait_for_stage(run_id, Stage.WAITING_FOR_THREADS)
     assert platform.status(run_id) is DagsterRunStatus.STARTED
+    assert run_id[:8] in platform.command("worker", "list").stdout, "its worker's heartbeat names it"
     assert platform.launcher.terminate(run_id)
     assert platform.finished(run_id) is DagsterRunStatus.CANCELED, platform.story(run_id)
     platform.assert_nothing_left(run_id)
     assert platform.events(run_id).count(DagsterEventType.RUN_CANCELED) == 1
     assert "threads that still run: upload-1" in told(platform, run_id, Stage.KILLED)
+
+
+def test_of_a_worker_that_stops_they_have_the_grace_and_the_run_is_a_success(endpoint: str) -> None:
+    with open_platform(endpoint, source=UNHURRIED) as platform, platform.worker("-n", "w") as worker:
+        run_id = platform.launch("uploads_in_a_thread_job", grace=1, seconds=3_000)
+        platform.wait_for_stage(run_id, Stage.WAITING_FOR_THREADS)
+        assert worker.stop() == 0, worker.log()
+        assert platform.status(run_id) is DagsterRunStatus.SUCCESS, platform.story(run_id)
+        assert "threads that still run: upload-1" in told(platform, run_id, Stage.KILLED)
+        platform.assert_nothing_left(run_id)
 
 
 def test_what_was_cancelled_is_not_kept_by_them_for_its_grace(platform: Platform, runs: dict[str, str]) -> None:
