@@ -80,6 +80,12 @@ def test_links_between_pages_lead_somewhere(page: str) -> None:
         assert (path.parent / target).exists(), f"{page}: {target}"
 
 
+def test_the_tests_that_the_guide_names_are_there() -> None:
+    named = re.findall(r"\[(test_\w+)\]\((tests/[^)]+)\)", CANCELLATION)
+    assert len(named) > 20
+    assert [(name, path) for name, path in named if f"def {name}(" not in (ROOT / path).read_text()] == []
+
+
 def column(page: str, index: int) -> list[str]:
     """What the tables of a page have in one column, without their headings."""
     lines = (ROOT / page).read_text().splitlines()
