@@ -98,5 +98,5 @@ def test_the_doctor_finds_what_dev_has_started_in_order(program: Path, tmp_path:
         found = said(program, "doctor", home=tmp_path, DAGSTER_HOME=str(home))
         assert found.returncode == 0, found.stdout + found.stderr
         running.process.send_signal(signal.SIGINT)
-        assert running.process.wait(50) == 0, running.say()
+        assert running.process.wait(120) == 0, running.say()
     wait_until(lambda: not processes_of(tmp_path), "everything is gone", seen=lambda: processes_of(tmp_path))
