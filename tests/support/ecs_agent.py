@@ -24,11 +24,17 @@ class FakeAgent:
     refusal: dict[str, Any] | None = None
     protected: bool = False
     answers_after_s: float = 0
+    deployed: str = "loaders:7"
+    """The task definition of the service."""
     asked: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
 
     @property
     def environment(self) -> dict[str, str]:
-        return {AGENT_VARIABLE: f"{self.url}/api/abc", METADATA_VARIABLE: f"{self.url}/v4/abc"}
+        return {
+            AGENT_VARIABLE: f"{self.url}/api/abc",
+            METADATA_VARIABLE: f"{self.url}/v4/abc",
+            "AWS_ENDPOINT_URL_ECS": self.url,
+        }
 
     def states(self) -> list[bool]:
         """What was asked for, in order."""
@@ -61,6 +67,12 @@ class FakeAgent:
             answer["ExpirationDate"] = "2026-12-31T23:59:59Z"
         return web.json_response({"protection": answer})
 
+    async def _ecs(self, request: web.Request) -> web.Response:
+        assert request.headers["X-Amz-Target"].endswith(".DescribeServices")
+        arn = f"arn:aws:ecs:us-east-1:123456789012:task-definition/{self.deployed}"
+        services = [{"serviceName": name, "taskDefinition": arn} for name in (await request.json())["services"]]
+        return web.json_response({"services": services, "failures": []}, content_type="application/x-amz-json-1.1")
+
     async def _task(self, _: web.Request) -> web.Response:
         return web.json_response(
             {
@@ -68,6 +80,7 @@ class FakeAgent:
                 "TaskARN": ARN,
                 "Family": "loaders",
                 "Revision": "7",
+                "ServiceName": "loaders",
                 "AvailabilityZone": "us-east-1b",
                 "LaunchType": "FARGATE",
             }
@@ -79,6 +92,7 @@ def ecs_agent() -> Iterator[FakeAgent]:
     agent = FakeAgent()
     app = web.Application()
     app.add_routes([web.put("/api/abc/task-protection/v1/state", agent._state), web.get("/v4/abc/task", agent._task)])
+    app.add_routes([web.post("/", agent._ecs)])
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
 
     async def start() -> None:

@@ -19,6 +19,7 @@ import aiohttp
 
 from dagster_taskiq.errors import DagsterTaskiqError
 from dagster_taskiq.metrics import METADATA_VARIABLE
+from dagster_taskiq.sqs.ecs_service import task_definition_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ _LINGER_S: Final = 10.0
 _LOOK_EVERY_S: Final = 0.5
 _FIRST_PAUSE_S: Final = 1.0
 _LONGEST_PAUSE_S: Final = 60.0
+_LOOK_FOR_DEPLOYMENT_EVERY_S: Final = 60.0
 _NO_SERVICE: Final = "TASK_NOT_VALID"
 """The task does not belong to a service, so it is never scaled in."""
 
@@ -50,6 +52,14 @@ class Task:
     cluster: str
     family: str
     availability_zone: str
+    revision: str
+    service: str
+    """Its name; empty when the agent does not tell, or when the task belongs to none."""
+
+    @property
+    def region(self) -> str:
+        """The region that the task runs in."""
+        return self.arn.split(":")[3]
 
     @property
     def task_id(self) -> str:
@@ -96,6 +106,8 @@ class Agent:
                 cluster=str(found.get("Cluster", "")),
                 family=str(found.get("Family", "task")),
                 availability_zone=str(found.get("AvailabilityZone", "")),
+                revision=str(found.get("Revision", "")),
+                service=str(found.get("ServiceName", "")),
             )
         except (AgentRefused, KeyError) as error:
             logger.warning("the ECS agent does not answer which task this is: %s", error)
@@ -131,6 +143,28 @@ class Agent:
         if not isinstance(answer, dict):
             raise AgentRefused("no answer", f"not an object: {str(answer)[:100]}")
         return answer
+
+
+async def until_outdated(task: Task | None) -> None:
+    """Return when the service starts its tasks from another task definition than this one's.
+
+    Without this, a worker that always has work, and so is always protected, would outlive every deployment. Never
+    returns when that cannot be found out.
+    """
+    said = False
+    while task is not None and task.service:
+        await asyncio.sleep(_LOOK_FOR_DEPLOYMENT_EVERY_S * random.uniform(0.5, 1.0))  # noqa: S311 - not all at once
+        try:
+            now = await task_definition_of(task.service, task.cluster, task.region)
+        except DagsterTaskiqError as error:
+            if not said:
+                logger.warning("not known whether this worker is outdated, it is tried again: %s", error)
+            said = True
+            continue
+        if now is not None and now.rpartition("/")[2] != f"{task.family}:{task.revision}":
+            logger.info("the service has another task definition now: %s", now)
+            return
+    await asyncio.Event().wait()
 
 
 class Protection:

@@ -50,7 +50,7 @@ from dagster_taskiq.tasks.cancel_listener import CancelListener
 from dagster_taskiq.tasks.running_tasks import RunningTasks
 from dagster_taskiq.worker.claim_watch import ClaimWatch
 from dagster_taskiq.worker.context import WorkerContext
-from dagster_taskiq.worker.ecs import Agent, Protection
+from dagster_taskiq.worker.ecs import Agent, Protection, until_outdated
 from dagster_taskiq.worker.health import answering
 from dagster_taskiq.worker.heart import Heart
 from dagster_taskiq.worker.reconciler import Reconciler
@@ -138,15 +138,17 @@ class Worker:
         self._tasks = RunningTasks()
         self._ready = False
         self._stopping = asyncio.Event()
+        self._told_to_stop = asyncio.Event()
         self._drained = asyncio.Event()
 
     def stop(self) -> None:
         """Drain and stop; called again: do not drain."""
-        if self._stopping.is_set():
+        if self._told_to_stop.is_set():
             logger.warning("stopping without a drain: runs are interrupted now")
             self._drained.set()
         else:
             logger.info("stopping: no new work; what runs has %g s to finish", self._settings.drain_seconds)
+            self._told_to_stop.set()
             self._stopping.set()
 
     async def run(self, on_ready: Callable[[str], None] | None = None, *, handle_signals: bool = False) -> None:
@@ -224,6 +226,7 @@ class Worker:
             if self._agent is not None and self._agent.can_protect:
                 protection = Protection(self._agent, lambda: bool(self._tasks))
                 side.append(helpers.create_task(protection.run(), name="scale-in protection"))
+                side.append(helpers.create_task(self._retire(self._agent), name="retire"))
             if listener is not None:
                 side.append(helpers.create_task(listener.run(), name="listen to cancels"))
             try:
@@ -235,6 +238,12 @@ class Worker:
             finally:
                 for task in side:
                     task.cancel()
+
+    async def _retire(self, agent: Agent) -> None:
+        """When a deployment has replaced this worker's version: no new work, and end after what runs, however long."""
+        await until_outdated(await agent.task())
+        logger.info("outdated: no new work; what runs is finished, then the worker ends")
+        self._stopping.set()
 
     def _brokers(self) -> list[CancellableSQSBroker]:
         """One for each queue that this worker serves: runs, steps."""
@@ -327,7 +336,7 @@ class Worker:
     async def _stop_what_does_not_finish(
         self, receivers: Sequence[CancellableReceiver], reconciler: Reconciler | None, context: WorkerContext
     ) -> None:
-        await self._stopping.wait()
+        await self._told_to_stop.wait()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_seconds):
                 await self._drained.wait()

@@ -114,6 +114,32 @@ def test_protection_health_logs_and_metrics_from_start_to_drain_and_a_kill(endpo
             assert {"time", "level", "logger", "message"} <= line.keys()
 
 
+OFTEN = f"""
+import runpy
+from dagster_taskiq.worker import ecs
+ecs._LOOK_FOR_DEPLOYMENT_EVERY_S = 1.0
+runpy.run_path({str(ENTRYPOINT)!r}, run_name="__main__")
+"""
+"""The entry point, which looks for deployments every second."""
+
+
+def test_an_outdated_worker_takes_nothing_new_and_ends_after_its_work(endpoint: str) -> None:
+    """Although it is protected all the time: or else no deployment would ever replace a worker under steady load."""
+    source = {"drain_seconds": 0}
+    with open_platform(endpoint, source=source) as platform, ecs_agent() as agent:
+        with platform.worker(program=(sys.executable, "-c", OFTEN), env=agent.environment) as worker:
+            first = platform.launch("sleepy_job", seconds=12)
+            platform.marked(first, "started")
+            wait_until(lambda: agent.protected, "it is protected")
+            agent.deployed = "loaders:8"
+            wait_until(lambda: "outdated: no new work" in worker.log(), "it knows", within=60, seen=worker.log)
+            second = platform.launch("quick_job", seconds=0)
+            assert worker.process.wait(60) == 0, worker.log()
+        assert platform.status(first) is DagsterRunStatus.SUCCESS, platform.story(first)
+        assert platform.status(second) is DagsterRunStatus.STARTING, "for a worker of the new version"
+        assert not agent.protected
+
+
 def told(worker: WorkerProcess) -> list[dict[str, Any]]:
     return [line for line in log_of(worker) if "not protected from scale-in" in line["message"]]
 

@@ -136,7 +136,8 @@ def test_the_task_is_what_a_worker_needs(fleet: Fleet) -> None:
     payloads = ["HasPayloads", {"Fn::ImportValue": "${QueuesStack}-PayloadPolicyArn"}, "AWS::NoValue"]
     assert role["ManagedPolicyArns"] == [{"Fn::ImportValue": "${QueuesStack}-WorkerPolicyArn"}, payloads]
     (own,) = (policy["PolicyDocument"]["Statement"] for policy in role["Policies"])
-    assert [statement["Action"] for statement in own] == [["ecs:GetTaskProtection", "ecs:UpdateTaskProtection"]]
+    actions = [["ecs:GetTaskProtection", "ecs:UpdateTaskProtection"], "ecs:DescribeServices"]
+    assert [statement["Action"] for statement in own] == actions
     assert fleet.environment["DAGSTER_TASKIQ_STOP_TIMEOUT"] == "120"
 
 
