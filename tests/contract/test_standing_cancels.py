@@ -186,7 +186,7 @@ async def test_only_what_everybody_can_find_is_a_predicate(standard_url: str, en
     with pytest.raises(ValueError, match="plain function"):
         broker.predicate(error_of)
     with pytest.raises(ValueError, match="reason"):
-        broker.predicate(lambda task, reason: True, name="reasons")
+        broker.predicate(name="reasons")(lambda task, reason: True)
     with pytest.raises(DagsterTaskiqError, match="JSON"):
         await broker.cancel_where("all", what=object())
     await broker.shutdown()

@@ -8,12 +8,16 @@ from dagster import DagsterInstance, DagsterRun, Definitions, ExecutorDefinition
 from dagster_taskiq import (
     CancellableReceiver,
     CancellableSQSBroker,
+    CancellationEvent,
     CancelReport,
     DagsterTaskiqError,
     RunSelection,
     Settings,
     TaskCancelled,
+    TaskCancelOutcome,
+    TaskCancelReport,
     TaskiqRunLauncher,
+    TaskView,
     __version__,
     cancel_runs,
     select_runs,
@@ -36,8 +40,22 @@ reason: str | None = TaskCancelled("why").reason
 
 async def cancel(task_id: str) -> tuple[str, ...]:
     await broker.cancel_task(task_id, reason="why", requested_by="who")
-    report = await broker.cancel_tasks([task_id], reason="why")
-    return report.sent
+    report: TaskCancelReport = await broker.cancel_tasks([task_id], reason="why", wait_s=5)
+    finished: int = report.counts.get(TaskCancelOutcome.FINISHED, 0)
+    standing = await broker.cancel_group("a", reason="why", ttl_s=60)
+    await broker.cancel_type("upload", requested_by="who")
+    await broker.cancel_where(is_below, folder="/a", reason="why")
+    return report.sent if finished and standing.ttl_s else ()
+
+
+@broker.predicate
+def is_below(task: TaskView, folder: str) -> bool:
+    return task.task_name.startswith(folder) and task.group is not None
+
+
+@broker.on_task_cancelled
+def note(event: CancellationEvent) -> None:
+    assert is_below(TaskView(event.task_id, event.task_name or "", {}), folder="/a")
 
 
 def of_team(run: DagsterRun) -> bool:

@@ -4,11 +4,10 @@ Knows the cancel queue, what is asked for, and where results are; not who runs t
 """
 
 import asyncio
-import functools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from taskiq import AsyncResultBackend, TaskiqMiddleware
 
@@ -92,17 +91,25 @@ class Canceller:
             outcomes |= await results.outcomes(sent, wait_s)
         return TaskCancelReport(sent, failed, outcomes)
 
-    def predicate(self, predicate: _P | None = None, *, name: str | None = None) -> Any:
+    @overload
+    def predicate(self, predicate: _P) -> _P: ...
+
+    @overload
+    def predicate(self, *, name: str | None = None) -> Callable[[_P], _P]: ...
+
+    def predicate(self, predicate: _P | None = None, *, name: str | None = None) -> _P | Callable[[_P], _P]:
         """Decorator: make a function known to `cancel_where`, here and on every worker that imports its module.
 
         It is called in a worker's event loop, so it has to be quick, with a `TaskView` and the arguments that
         `cancel_where` was given. `name`: default: its module and name, as for tasks. Raises `ValueError` for what
         others could not find.
         """
-        if predicate is None:
-            return functools.partial(self.predicate, name=name)
-        self.predicates.add(predicate, name)
-        return predicate
+
+        def register(one: _P) -> _P:
+            self.predicates.add(one, name)
+            return one
+
+        return register if predicate is None else register(predicate)
 
     def on_task_cancelled(self, listener: _L) -> _L:
         """Decorator: have it called when any task was cancelled because somebody asked for it.
