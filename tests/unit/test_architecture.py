@@ -58,9 +58,10 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "run_selection": FLOOR | DOMAIN | {"termination"},
     "cancel_many": FLOOR | DOMAIN | {"launcher", "runs", "run_selection"},
     "doctor": FLOOR | DOMAIN | {"launcher", "coordinator", "sqs"},
+    "story": FLOOR | DOMAIN | {"launcher", "coordinator"},
     "examples": {""},
     "local": FLOOR | DOMAIN | {"examples", "sqs"},
-    "cli": FLOOR | DOMAIN | {"doctor", "local", "runs", "worker", "sqs", "launcher", "metrics", "process"},
+    "cli": FLOOR | DOMAIN | {"doctor", "local", "story", "runs", "worker", "sqs", "launcher", "metrics", "process"},
 }
 """Room to rooms. `""` is the public interface, `dagster_taskiq` itself."""
 

@@ -70,6 +70,7 @@ def issubclass_of_exception(name: str) -> bool:
         "docs/plain-taskiq.md",
         "docs/promises.md",
         "docs/releasing.md",
+        "docs/run-explain.md",
         "docs/security.md",
         "docs/decisions/README.md",
     ],

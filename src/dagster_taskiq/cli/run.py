@@ -1,4 +1,4 @@
-"""`dagster-taskiq run`: cancel runs, and clean up after them."""
+"""`dagster-taskiq run`: explain runs, cancel them, and clean up after them."""
 
 import sys
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ import click
 
 from dagster_taskiq._text import clean_text
 from dagster_taskiq.cli.options import soon_over
+from dagster_taskiq.cli.run_explain import explain_run
 
 if TYPE_CHECKING:
     from dagster import DagsterInstance
@@ -15,10 +16,11 @@ if TYPE_CHECKING:
 
 @click.group()
 def run() -> None:
-    """Cancel a run, or clean up after one.
+    """Explain a run, cancel it, or clean up after it.
 
     \b
     Example:
+      dagster-taskiq run explain 3e4a5f60
       dagster-taskiq run cancel 3e4a... --reason "wrong input file"
     """
 
@@ -95,3 +97,6 @@ def cleanup(run_id: str) -> None:
         run_id = find_run_id(instance, clean_text(run_id))
         done = clean_up_run(run_id, instance=instance, tell=print_attempt)
     click.echo(f"{run_id}: {'cleaned up' if done else 'nothing to clean up'}")
+
+
+run.add_command(explain_run)

@@ -26,6 +26,8 @@ OF_KEY: Final = "of"
 RETRY_KEY: Final = "may be tried again"
 STAYS_KEY: Final = "what still runs"
 ENDED_KEY: Final = "step has said how it ended"
+GRACE_KEY: Final = "grace_s"
+PROCESSES_KEY: Final = "killed processes"
 _NAMED_STEPS: Final = 10
 
 UNKNOWN_AUTHOR: Final = "Dagster UI or API"
@@ -225,7 +227,10 @@ def reached(worker_id: str, cancellation: Cancellation) -> EngineEvent:
 def interrupting(pid: int, grace_s: float, at: float) -> EngineEvent:
     """The leader gets SIGTERM."""
     return EngineEvent(
-        Stage.INTERRUPTING, f"interrupting pid {pid}: SIGTERM, then {grace_s:g} s of grace", {"pid": pid}, at
+        Stage.INTERRUPTING,
+        f"interrupting pid {pid}: SIGTERM, then {grace_s:g} s of grace",
+        {"pid": pid, GRACE_KEY: grace_s},
+        at,
     )
 
 
@@ -286,6 +291,8 @@ def tree_gone(
         facts["seconds"] = after_s
     if ended is not None:
         facts[ENDED_KEY] = int(ended)
+    if killed_processes:
+        facts[PROCESSES_KEY] = ", ".join(killed_processes)
     return EngineEvent(Stage.TREE_GONE, f"process tree gone{after}{what}", facts, at)
 
 

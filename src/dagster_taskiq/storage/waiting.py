@@ -25,6 +25,9 @@ _LOOK_EVERY_S: Final = 30.0
 _NOTES_AT_ONCE: Final = 100
 _STATUSES: Final = (DagsterRunStatus.QUEUED, DagsterRunStatus.STARTING)
 _WAITING: Final = RunsFilter(statuses=_STATUSES)
+_IN_PROGRESS: Final = RunsFilter(
+    statuses=[DagsterRunStatus.STARTING, DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING]
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,11 @@ def waiting_runs(instance: DagsterInstance) -> WaitingRuns:
     count = instance.get_runs_count(_WAITING)
     oldest = instance.get_run_records(_WAITING, limit=1, ascending=True) if count else ()
     return WaitingRuns(count, max((time.time() - one.create_timestamp.timestamp() for one in oldest), default=0.0))
+
+
+def runs_in_progress(instance: DagsterInstance) -> int:
+    """How many runs Dagster counts against the limit of its queue. Blocks on the database."""
+    return instance.get_runs_count(_IN_PROGRESS)
 
 
 def describe_waiting(instance: DagsterInstance, settings: Settings, workers: Sequence[WorkerInfo]) -> str | None:

@@ -38,6 +38,7 @@ COMMANDS = (
     ["worker", "health", "--help"],
     ["doctor", "--help"],
     ["run", "--help"],
+    ["run", "explain", "--help"],
     ["run", "cancel", "--help"],
     ["run", "cleanup", "--help"],
     ["dev", "--help"],

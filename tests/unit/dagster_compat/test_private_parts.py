@@ -26,6 +26,7 @@ from dagster._core.storage.dagster_run import CANCELABLE_RUN_STATUSES
 from dagster._core.storage.runs.sqlite.sqlite_run_storage import __file__ as run_storage_module
 from dagster._core.storage.sql import get_alembic_config
 from dagster._daemon.monitoring import run_monitoring
+from dagster._daemon.run_coordinator import QueuedRunCoordinatorDaemon
 from dagster_graphql.implementation import execution
 from dagster_graphql.schema import backfill as graphql_backfill
 
@@ -40,6 +41,7 @@ from dagster_taskiq.dagster_compat.interrupts import (
     check_captured_interrupt,
     watch_interrupts,
 )
+from dagster_taskiq.dagster_compat.run_queue import DAEMON_OF_THE_QUEUE
 from dagster_taskiq.dagster_compat.storage import deserialize_entry, read_migration_scripts_once
 
 
@@ -225,3 +227,10 @@ def test_dagsters_migration_scripts_are_read_once_and_users_each_time(
 def test_default_loggers_and_processes_of_steps_are_made_where_we_replace_them() -> None:
     assert "in default_system_loggers(instance):" in inspect.getsource(context_creation_job)
     assert "in execute_child_process_command(multiproc_ctx, command):" in inspect.getsource(multiprocess)
+
+
+def test_what_holds_a_run_back_is_asked_of_the_counters_that_the_daemon_asks() -> None:
+    """When its look at the queue changes: read it, and put the new digest here."""
+    source = inspect.getsource(QueuedRunCoordinatorDaemon._get_runs_to_dequeue)
+    assert hashlib.sha256(source.encode()).hexdigest()[:16] == "42a4e3896cae3740", source
+    assert QueuedRunCoordinatorDaemon.daemon_type() == DAEMON_OF_THE_QUEUE

@@ -1,0 +1,91 @@
+"""What is known of a run besides its log: its worker, the other workers, the queues. Plain values."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+ALIVE: Final = "alive"
+SILENT: Final = "silent"
+
+
+@dataclass(frozen=True, slots=True)
+class OwnerFacts:
+    """The worker that has the run, by its claim and its heartbeat. `state` as in `worker list`."""
+
+    worker_id: str
+    state: str
+    heard: float | None = None
+    given_up: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepOwner:
+    """Who has an attempt of a step whose process is not known to be gone."""
+
+    step_key: str
+    worker_id: str
+    state: str
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolWait:
+    """A step that waits for a slot of a concurrency pool."""
+
+    step_key: str
+    pool: str
+    since: float
+    limit: int | None
+    held_by: tuple[str, ...] = ()
+    """Runs, eight characters of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueuePlace:
+    """A QUEUED run, as Dagster's daemon sees it."""
+
+    ahead: int = 0
+    """Runs that are taken first: a higher priority, or older."""
+    more_ahead: bool = False
+    priority: int = 0
+    in_progress: int = 0
+    limit: int | None = None
+    """How many runs may be in progress; None: as many as want to."""
+    limit_is_configured: bool = False
+    blocking: tuple[str, ...] = ()
+    """Limits of tags and pools that hold it back, in words."""
+    daemon_heard: float | None = None
+    """Last heartbeat of the daemon that hands runs over; None: never."""
+
+
+@dataclass(frozen=True, slots=True)
+class Messages:
+    """What SQS says of the work queue. `trouble`: it did not answer."""
+
+    visible: int = 0
+    in_flight: int = 0
+    trouble: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """All of it. Empty for a run that is over."""
+
+    now: float
+    owner: OwnerFacts | None = None
+    workers_alive: int = 0
+    """That serve this queue and take runs."""
+    slots: int = 0
+    free_slots: int = 0
+    step_slots: int = 0
+    free_step_slots: int = 0
+    steps: Sequence[StepOwner] = ()
+    pools: Sequence[PoolWait] = ()
+    queue: QueuePlace | None = None
+    messages: Messages | None = None
+    can_resume: bool = False
+    visibility_timeout_s: float = 30.0
+    status_poll_s: float = 5.0
+    reconcile_every_s: float = 60.0
+    dead_after_s: float = 15.0
+    start_timeout_s: float | None = None

@@ -1,0 +1,56 @@
+"""Reading a log of any size has a bound."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRunStatus, EventLogEntry
+from dagster._core.storage.event_log import SqlEventLogStorageTable
+from dagster._core.test_utils import create_run_for_test
+
+from dagster_taskiq.dagster_compat.api import serialize_value
+from dagster_taskiq.story.log import read_log
+from dagster_taskiq.story.model import BarKind
+from dagster_taskiq.story.steps import most_important
+from dagster_taskiq.story.surroundings import Surroundings
+from dagster_taskiq.story.tell import RunFacts, tell
+
+Kind = DagsterEventType
+OF_A_STEP = (Kind.STEP_WORKER_STARTING, Kind.STEP_START, Kind.STEP_OUTPUT, Kind.HANDLED_OUTPUT, Kind.STEP_SUCCESS)
+STEPS = 10_000
+BEGAN = 1_700_000_000.0
+
+
+def fill(instance: DagsterInstance, run_id: str) -> None:
+    """Ten thousand steps; one has failed, one goes on. As rows, because to report them one by one takes a minute."""
+    rows = []
+    for number in range(STEPS):
+        key = f"step_{number}"
+        for place, kind in enumerate(OF_A_STEP):
+            if number == 7_777 and kind is Kind.STEP_SUCCESS:
+                continue
+            kind = Kind.STEP_FAILURE if number == 5_555 and kind is Kind.STEP_SUCCESS else kind
+            at = BEGAN + number * 0.01 + place * 0.002
+            event = DagsterEvent(Kind.STEP_START.value, "big", step_key=key, message="")
+            entry = EventLogEntry(None, "info", "", run_id, at, key, "big", event)  # type: ignore[no-untyped-call]
+            time = datetime.fromtimestamp(at, UTC).replace(tzinfo=None)
+            body = serialize_value(entry) if number in (5_555, 7_777) else "not to be read"
+            rows.append(
+                {"run_id": run_id, "event": body, "dagster_event_type": kind.value, "timestamp": time, "step_key": key}
+            )
+    storage: Any = instance.event_log_storage
+    with storage.run_connection(run_id) as connection:
+        connection.execute(SqlEventLogStorageTable.insert(), rows)
+
+
+def test_of_fifty_thousand_events_few_are_read_in_full() -> None:
+    with DagsterInstance.ephemeral() as instance:
+        run = create_run_for_test(instance, status=DagsterRunStatus.STARTED)
+        fill(instance, run.run_id)
+        log = read_log(instance, run.run_id, lambda events: most_important(events, 2))
+    assert log.count == STEPS * len(OF_A_STEP) - 1
+    assert not log.incomplete
+    story = tell(RunFacts(run.run_id, "big", "STARTED", BEGAN), log, Surroundings(BEGAN + 200))
+    steps = {bar.label: bar.outcome.value for bar in story.bars if bar.kind is BarKind.STEP}
+    assert len(steps) == 200
+    assert (steps["step_5555"], steps["step_7777"]) == ("failed", "going on")
+    assert story.hidden_steps == {"succeeded": STEPS - 200}

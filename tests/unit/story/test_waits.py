@@ -1,0 +1,133 @@
+"""What a run waits for, until when, and what is to be done: from its log so far, and what is known around it."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from tests.unit.story.test_stories import replayed, story_of
+
+from dagster_taskiq.story.log import Log
+from dagster_taskiq.story.model import Story, Wait
+from dagster_taskiq.story.surroundings import Messages, OwnerFacts, PoolWait, QueuePlace, StepOwner, Surroundings
+from dagster_taskiq.story.tell import tell
+
+ROOM = {"workers_alive": 1, "slots": 4, "free_slots": 2, "step_slots": 4, "free_step_slots": 4}
+ALIVE = OwnerFacts("w-1", "alive", 0.0)
+DEAD = OwnerFacts("w-1", "dead", 0.0)
+
+
+def at(name: str, text: str, **around: Any) -> Story:
+    """The story when that has just been written."""
+    events = replayed(name)[1].events
+    places = [number for number, event in enumerate(events) if text in event.text or text == event.kind]
+    return story_of(name, places[0] + 1, **around)
+
+
+def told(waits: tuple[Wait, ...]) -> str:
+    return "\n".join(f"{wait.what} -> {' / '.join(wait.advice)}" for wait in waits)
+
+
+STARTING, STARTED, CANCELING = "Submitted to queue", "PIPELINE_START", "PIPELINE_CANCELING"
+
+
+@pytest.mark.parametrize(
+    ("text", "around", "says"),
+    [
+        (STARTING, {}, ["no worker that takes runs is alive", "dagster-taskiq worker start"]),
+        (STARTING, {**ROOM, "free_slots": 0}, ["no free slot: 4 of 4 are taken (workers: 1)", "--max-runs"]),
+        (STARTING, {**ROOM, "messages": Messages(3, 1)}, ["2 of 4 slots are free", "3 messages wait, 1 are"]),
+        (STARTING, {**ROOM, "messages": Messages()}, ["its message is gone", "terminate it, and launch it again"]),
+        (STARTING, {**ROOM, "messages": Messages(trouble="refused")}, ["the queue did not answer: refused"]),
+        (STARTING, {**ROOM, "owner": ALIVE}, ["worker w-1 starts it"]),
+        ("PIPELINE_STARTING", ROOM, ["it was not sent to a queue yet"]),
+        (STARTED, {**ROOM, "owner": DEAD}, ["its worker w-1 is dead", "then it becomes FAILURE"]),
+        (STARTED, {**ROOM, "owner": DEAD, "can_resume": True}, ["then it is resumed"]),
+        (STARTED, {"owner": DEAD}, ["no worker is alive to do it"]),
+        (STARTED, ROOM, ["a worker to receive it"]),
+        (CANCELING, {**ROOM, "owner": ALIVE}, ["the cancellation to reach worker w-1", "dagster-taskiq doctor"]),
+        (CANCELING, {**ROOM, "owner": DEAD}, ["another one takes over", "looks for lost runs"]),
+        (CANCELING, {}, ["nobody has the run", "no worker is alive"]),
+        ("interrupting pid", {**ROOM, "owner": ALIVE}, ["has SIGTERM and is in its grace; then it is killed"]),
+    ],
+)  # fmt: skip
+def test_what_it_waits_for(text: str, around: dict[str, Any], says: list[str]) -> None:
+    waits = at("killed", text, **around).waits
+    for words in says:
+        assert words in told(waits), told(waits)
+
+
+def test_the_end_of_its_grace_is_named() -> None:
+    (wait,) = at("killed", "interrupting pid", **ROOM, owner=ALIVE).waits
+    assert wait.since is not None
+    assert wait.until == pytest.approx(wait.since + 1), "one second, by its tag"
+
+
+def test_processes_that_were_killed_and_are_not_gone() -> None:
+    (wait,) = at("killed", "SIGKILL", **ROOM, owner=ALIVE).waits
+    assert "its killed processes to be gone" in wait.what
+
+
+def test_steps_that_have_not_stopped() -> None:
+    steps = [StepOwner(f"step_{number}", "w-2", "dead" if number else "alive") for number in range(7)]
+    waits = at("steps_cancelled", "forwarding the interrupt", **ROOM, owner=ALIVE, steps=steps).waits
+    assert waits[-1].what.startswith("steps that have not stopped: step_0 on w-2, step_1 on w-2 (dead)")
+    assert waits[-1].what.endswith(" and 2 more")
+    assert waits[-1].until is not None
+
+
+def test_a_cleanup_that_goes_on_names_the_attempt_before() -> None:
+    waits = at("not_cleaned_up", 'cleanup "fails_until_mended" failed', **ROOM, owner=ALIVE).waits
+    assert "cleanup on w-1: undo of cannot_be_cleaned_up" in told(waits)
+    assert "before: cleanup" in told(waits)
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        (QueuePlace(), "Dagster's daemon, which hands runs over, has never run here -> start it: dagster-daemon run"),
+        (QueuePlace(limit=1, in_progress=1), "no worker that takes runs is alive"),
+        (QueuePlace(limit=3, in_progress=3, limit_is_configured=True), "max_concurrent_runs is 3, and 3 runs are in"),
+        (QueuePlace(ahead=7), "7 runs are taken before it (older, or of a higher priority)"),
+        (QueuePlace(blocking=("the limit 1 of tag team=a",)), "the limit 1 of tag team=a"),
+    ],
+)
+def test_what_a_run_in_dagsters_queue_waits_for(place: QueuePlace, says: str) -> None:
+
+    facts = replace(replayed("killed")[0], status="QUEUED", ended=None)
+    heard = place.daemon_heard if place == QueuePlace() else 100.0
+    story = tell(facts, Log(), Surroundings(101.0, queue=replace(place, daemon_heard=heard)))
+    assert says in told(story.waits)
+
+
+def test_a_step_that_writes_nothing_may_hang() -> None:
+    events = replayed("killed")[1].events
+    places = [number for number, event in enumerate(events) if event.kind == "STEP_START"]
+
+    facts, log = replayed("killed")
+    began = events[places[0]].at
+    log = replace(log, events=events[: places[0] + 1], latest={"carries_on": began})
+    facts = replace(facts, status="STARTED", ended=None)
+    quiet = tell(facts, log, Surroundings(began + 3_600, owner=ALIVE))
+    assert "step carries_on on w-" in told(quiet.waits)
+    assert "no event since" in told(quiet.waits)
+    assert "py-spy dump --pid" in told(quiet.waits)
+    assert "--pid PID" not in told(quiet.waits), "its process is known"
+    assert tell(facts, log, Surroundings(began + 5, owner=ALIVE)).waits == (), "it works"
+
+
+def test_a_step_that_waits_for_a_pool() -> None:
+    pools = [PoolWait("sleepy", "scarce", 0.0, 1, ("3e4a5f60",))]
+    waits = at("cancelled", STARTED, **ROOM, owner=ALIVE, pools=pools).waits
+    assert "step sleepy waits for a slot of pool scarce, limit 1, held by 3e4a5f60" in told(waits)
+
+
+def test_steps_that_were_sent_and_that_no_worker_takes() -> None:
+
+    facts, log = replayed("steps_cancelled")
+    sent = [number for number, event in enumerate(log.events) if event.kind == "STEP_WORKER_STARTING"]
+    log = replace(log, events=log.events[: sent[-1] + 1])
+    facts = replace(facts, status="STARTED", ended=None)
+    now = log.events[-1].at + 30
+    assert "2 steps that were sent (step_0, step_1): no worker that takes steps is alive" in told(
+        tell(facts, log, Surroundings(now, owner=ALIVE)).waits
+    )
