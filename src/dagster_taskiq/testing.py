@@ -1,7 +1,7 @@
 """For tests of ops and tasks that use `cancellation_token()`: a token that the test controls."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from dagster_taskiq.cancellation.current import token_of_test
@@ -64,14 +64,8 @@ class _Fake:
 
         return interrupt_of_op(cancellation)
 
-    def holding_interrupts(self) -> AbstractContextManager[None]:
-        return self._raising_at_the_end()
-
-    @contextmanager
-    def _raising_at_the_end(self) -> Iterator[None]:
-        before = self.signal.is_set
-        yield
-        if self.signal.cancellation is not None and not before:
+    def shields_ended(self, *, abandoned: bool) -> None:
+        if self.signal.cancellation is not None and self.signal.came_while_shielded and not abandoned:
             raise self.error(self.signal.cancellation)
 
     def state(self) -> State:

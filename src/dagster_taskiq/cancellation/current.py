@@ -25,9 +25,6 @@ class CancellableProcess(Protocol):
     def is_orphaned(self) -> bool:
         """Whether its worker is gone: the next one decides what becomes of the work."""
 
-    def record_interrupt(self) -> None:
-        """An interrupt is about to be raised in the work."""
-
     def token(self) -> CancellationToken | None:
         """The token of the op that calls this; None when there is none."""
 
@@ -42,9 +39,6 @@ class _NoWorker:
 
     def is_orphaned(self) -> bool:
         return False
-
-    def record_interrupt(self) -> None:
-        pass
 
     def token(self) -> CancellationToken | None:
         return None

@@ -27,6 +27,7 @@ class CancelSignal:
         self._waiters: dict[object, Callable[[], object]] = {}
         self._callbacks: dict[object, Callable[[], object]] = {}
         self._shields: list[str] = []
+        self._known_before_shields = False
 
     @property
     def is_set(self) -> bool:
@@ -108,19 +109,30 @@ class CancelSignal:
         finally:
             forget()
 
-    @contextmanager
-    def shield(self, name: str) -> Iterator[bool]:
-        """As long as this lasts there is a shield of that name. Yields whether it is the outermost one."""
+    @property
+    def has_shields(self) -> bool:
+        """Whether a shield is open, in any thread or coroutine of the work. A signal handler may ask."""
+        return bool(self._shields)
+
+    @property
+    def came_while_shielded(self) -> bool:
+        """Whether it was set after the first of the shields was opened that are, or were last, open at one time."""
+        return self.is_set and not self._known_before_shields
+
+    def open_shield(self, name: str) -> None:
+        """One more shield. The others may be anywhere: side by side, around it, in a generator that waits."""
         with self._lock:
-            outermost = not self._shields
+            if not self._shields:
+                self._known_before_shields = self.is_set
             self._shields.append(name)
-        try:
-            if self.is_set:
-                self._on_shield(name)
-            yield outermost
-        finally:
-            with self._lock:
-                self._shields.remove(name)
+        if self.is_set:
+            self._on_shield(name)
+
+    def close_shield(self, name: str) -> bool:
+        """One of that name less; whether none is open any more."""
+        with self._lock:
+            self._shields.remove(name)
+            return not self._shields
 
 
 def _call_all(calls: Iterable[Callable[[], object]]) -> None:

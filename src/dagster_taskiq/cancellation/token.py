@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Final, Protocol
 
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
@@ -24,8 +24,11 @@ class TokenBackend(Protocol):
     def error(self, cancellation: Cancellation) -> BaseException:
         """What `raise_if_cancelled` raises."""
 
-    def holding_interrupts(self) -> AbstractContextManager[None]:
-        """As long as it lasts interrupts wait; at its end it raises the one that came."""
+    def shields_ended(self, *, abandoned: bool) -> None:
+        """No shield is open any more: deliver the interrupt that waits, if there is one; here it is raised.
+
+        `abandoned`: the block was left because its generator is thrown away, where an error would be lost.
+        """
 
     def state(self) -> State:
         """Where `token.state` is kept."""
@@ -108,6 +111,9 @@ class CancellationToken:
     def shield(self, name: str | None = None) -> Iterator[None]:
         """A safe point: as long as the block lasts interrupts wait; at its end the one that came is raised.
 
+        It may be left and entered again, by a `yield` or an `await`. Of several, side by side in tasks and threads,
+        the last one counts: at its end the op, or the task, is interrupted that they are part of.
+
         It does not hold off the kill at the end of the grace; the run's log names the shield then (`name`, or where
         it stands).
         """
@@ -115,11 +121,16 @@ class CancellationToken:
             # This generator is called by contextlib, twice.
             caller = sys._getframe(2)  # noqa: SLF001 - what the inspect module would do, without reading files
             name = f"{caller.f_code.co_name}, line {caller.f_lineno}"
-        with (
-            self._signal.shield(name) as outermost,
-            self._backend.holding_interrupts() if outermost else nullcontext(),
-        ):
+        abandoned = False
+        self._signal.open_shield(name)
+        try:
             yield
+        except GeneratorExit:
+            abandoned = True
+            raise
+        finally:
+            if self._signal.close_shield(name):
+                self._backend.shields_ended(abandoned=abandoned)
 
 
 class _NeverCancelled:
@@ -131,8 +142,8 @@ class _NeverCancelled:
     def error(self, cancellation: Cancellation) -> BaseException:
         return TaskCancelled(cancellation.reason)
 
-    def holding_interrupts(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    def shields_ended(self, *, abandoned: bool) -> None:
+        pass
 
     def state(self) -> State:
         return State() if self._state is None else self._state

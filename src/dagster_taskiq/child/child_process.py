@@ -6,12 +6,11 @@ first asked for a token. Knows the control channel and Dagster's interrupts; not
 
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
-from dagster_taskiq._retry import poll_until
+from dagster import DagsterInstance
+
 from dagster_taskiq.cancellation.current import NO_WORKER, CancellableProcess, current_process, enter_process
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.cancellation.state import State
@@ -19,14 +18,11 @@ from dagster_taskiq.cancellation.token import CancellationToken, never
 from dagster_taskiq.child.control_channel import ADDRESS_VARIABLE, ControlChannel, invitation, join
 from dagster_taskiq.child.control_listener import ControlListener
 from dagster_taskiq.child.current_step import CurrentStep, StepOfRun
-from dagster_taskiq.child.op_token import OpToken, interrupt_of_op
+from dagster_taskiq.child.interrupts import Interrupts
+from dagster_taskiq.child.op_token import OpToken
 from dagster_taskiq.dagster_compat.definitions import current_op
-from dagster_taskiq.dagster_compat.interrupts import capture_interrupts, check_captured_interrupt, watch_interrupts
 from dagster_taskiq.dagster_compat.step_scope import watch_process_of_step, watch_steps
 from dagster_taskiq.storage.step_state import state_of
-
-_ON_ITS_WAY_S: Final = 2.0
-"""The signal follows the intent within milliseconds; in a process of Dagster's own it is passed on by its parent."""
 
 
 class ChildProcess:
@@ -38,8 +34,6 @@ class ChildProcess:
         `of_step`: the only step that it is made for.
         """
         self.control = control
-        self.interrupted = False
-        """Whether an interrupt was raised inside an op, or inside Dagster."""
         self.state_kept = False
         """Whether an op has a state that is to be deleted in the end."""
         self._step = CurrentStep(of_step)
@@ -47,10 +41,11 @@ class ChildProcess:
         self._opening = threading.Lock()
         self._listener: ControlListener | None = None
         self._admits = False
-        watch_interrupts(self.record_interrupt, lambda: control.signal.is_set)
-        watch_steps(self._step.began, self._step.ended)
+        self.interrupts = Interrupts(control.signal, self._record_interrupt)
+        watch_steps(self._step.began, self._step_ended)
         watch_process_of_step(self._step.is_made_for)
         enter_process(self)
+        os.register_at_fork(after_in_child=self._forked)
 
     # What `current_process` is asked
 
@@ -67,9 +62,13 @@ class ChildProcess:
         """See `CancellableProcess`."""
         return self.control.worker_is_gone()
 
-    def record_interrupt(self) -> None:
+    @property
+    def interrupted(self) -> bool:
+        """Whether the work was interrupted: in an op, or in Dagster."""
+        return self.interrupts.delivered
+
+    def _record_interrupt(self) -> None:
         """In the signal handler: what was sent before the signal is known when the op sees the interrupt."""
-        self.interrupted = True
         self.control.wait_for_intent()
         if not self.control.signal.is_set:
             self.control.signal.record(Cancellation(CancelKind.SHUTDOWN))  # a signal from elsewhere
@@ -79,40 +78,13 @@ class ChildProcess:
     def token(self) -> CancellationToken:
         """See `CancellableProcess`. Whoever asks has a listener from then on."""
         self.listener()
-        return CancellationToken(self.control.signal, OpToken(self, self._step.asked(), self._state_of))
+        return CancellationToken(self.control.signal, OpToken(self.interrupts, self._step.asked(), self._state_of))
 
-    # Interrupts that wait
-
-    def take_interrupt(self) -> None:
-        """Of a cancellation that is known, but whose interrupt is only on its way: wait for it, and take it in.
-
-        Otherwise it would come into the middle of the op's `finally`, which has begun to run because of the token.
-        """
-        if self.interrupted or threading.current_thread() is not threading.main_thread():
-            return
-        with capture_interrupts():
-            poll_until(check_captured_interrupt, within_s=_ON_ITS_WAY_S, every_s=0.001)
-
-    @contextmanager
-    def holding_interrupts(self) -> Iterator[None]:
-        """See `TokenBackend`."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # no interrupt comes here
-            return
-        signal, came = self.control.signal, False
-        known_before = signal.is_set
+    def _step_ended(self, instance: DagsterInstance, run_id: str, step_key: str) -> None:
         try:
-            with capture_interrupts():
-                try:
-                    yield
-                finally:
-                    came = check_captured_interrupt()
+            self.interrupts.close_generators()
         finally:
-            if not came and signal.is_set and not known_before:
-                self.take_interrupt()
-                came = True
-            if came:  # also instead of an error in the block, which becomes its context
-                raise interrupt_of_op(signal.cancellation or Cancellation(CancelKind.SHUTDOWN))
+            self._step.ended(instance, run_id, step_key)
 
     # Processes below this one
 
@@ -128,6 +100,15 @@ class ChildProcess:
         if not self._admits:
             self._admits = True
             os.environ[ADDRESS_VARIABLE] = self.listener().admit()
+
+    def _forked(self) -> None:
+        """In a fork of this process, of which the worker knows nothing: what is sent to us must not reach it."""
+        if current_process() is self:
+            enter_process(NO_WORKER)
+            self.interrupts.forget()
+            self.control.close()
+            if self._listener is not None:
+                self._listener.close()
 
     def _relay(self, message: dict[str, Any]) -> None:
         relayed = {key: message[key] for key in ("shield", "state") if key in message}
@@ -155,21 +136,17 @@ def join_worker() -> CancellableProcess:
     """Where this is a process that Dagster has started below a child of a worker: listen to what the child receives."""
     address = invitation()
     if current_process() is NO_WORKER and address is not None and (control := join(address)) is not None:
-        os.register_at_fork(after_in_child=_Guest(control).join_again)
+        _Guest(control)
     return current_process()
 
 
 class _Guest(ChildProcess):
     """A process that has joined."""
 
-    def join_again(self) -> None:
-        """In a fork of it, as a step's of the process that Dagster's multiprocess executor forks its steps from.
-
-        What comes through a connection comes to one process: each has its own.
-        """
+    def _forked(self) -> None:
+        """As a step's, of the process from which the multiprocess executor forks its steps: each joins by itself."""
         if current_process() is self:
-            self.control.channel.close()
-            enter_process(NO_WORKER)
+            super()._forked()
             join_worker()
 
 

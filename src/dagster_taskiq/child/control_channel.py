@@ -34,6 +34,7 @@ class ControlChannel:
         """All that were received, in order."""
         self._lines = Splitter()
         self._closed = False
+        self._is_open = True
         # A signal handler may come here in the middle of it: then what it does in between is all there is to do.
         self._lock = threading.RLock()
         self._sending = threading.Lock()
@@ -41,8 +42,14 @@ class ControlChannel:
     def send(self, **message: Any) -> None:
         """Send the worker one line. Does nothing when the worker is gone."""
         # The listener's thread sends, too, and half a line in the middle of another one would make both unreadable.
-        with self._sending, suppress(OSError):  # no worker listens any more
-            self.channel.sendall(line_of(message))
+        if self._is_open:
+            with self._sending, suppress(OSError):  # no worker listens any more
+                self.channel.sendall(line_of(message))
+
+    def close(self) -> None:
+        """In a fork of the process: from now on nothing is sent or received here."""
+        self._is_open = False
+        self.channel.close()
 
     def must_stop(self) -> bool:
         """Whether an intent has come, or the worker is gone. A shutdown of the worker is no reason to stop for good."""
@@ -66,6 +73,8 @@ class ControlChannel:
 
     def listen(self) -> None:
         """Receive what has been sent so far, without waiting."""
+        if not self._is_open:
+            return
         with self._lock:
             while not self._closed:
                 try:

@@ -35,6 +35,14 @@ class ControlListener:
         with suppress(OSError):
             os.write(self._wake_write, b"x")
 
+    def close(self) -> None:
+        """In a fork of the process, which has no such thread: leave all that it listens to to the process itself."""
+        for left in (self._door, *self._guests):
+            if left is not None:
+                left.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
     def admit(self) -> str:
         """Let other processes of this host join; returns the address, for `ADDRESS_VARIABLE`."""
         address = f"dagster-taskiq-{os.getpid()}-{os.urandom(8).hex()}"

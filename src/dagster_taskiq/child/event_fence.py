@@ -17,7 +17,7 @@ from dagster_taskiq.cleanup.plan import handler_names
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES, serialize_value
 from dagster_taskiq.dagster_compat.definitions import job_of
 from dagster_taskiq.dagster_compat.execution import failed_for_good
-from dagster_taskiq.dagster_compat.interrupts import DagsterExecutionInterruptedError, check_captured_interrupt
+from dagster_taskiq.dagster_compat.interrupts import DagsterExecutionInterruptedError
 from dagster_taskiq.dagster_compat.retry import retry_storage
 from dagster_taskiq.dagster_compat.storage import event_of, is_stored
 from dagster_taskiq.messages import StepMessage
@@ -121,7 +121,7 @@ class RunFence(EventFence):
         return True
 
     def _must_stop(self) -> bool:
-        if self._process.interrupted or check_captured_interrupt() or self._control.must_stop():
+        if self._process.interrupts.came or self._process.interrupted or self._control.must_stop():
             return True
         return self._is_stopped()
 

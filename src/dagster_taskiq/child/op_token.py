@@ -5,12 +5,10 @@ Knows Dagster's ops and their interrupts; not how a process learns of a cancella
 
 import asyncio
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Protocol
 
 from dagster import DagsterExecutionInterruptedError
 
-from dagster_taskiq.cancellation.current import current_process
 from dagster_taskiq.cancellation.model import Cancellation
 from dagster_taskiq.cancellation.state import State
 from dagster_taskiq.child.current_step import StepOfRun
@@ -35,17 +33,16 @@ def interrupt_of_op(cancellation: Cancellation) -> BaseException:
         asyncio.get_running_loop()
     except RuntimeError:
         return OpCancelled(cancellation.reason)
-    current_process().record_interrupt()
     return asyncio.CancelledError(cancellation.reason)
 
 
-class InterruptedProcess(Protocol):
-    """The process in which the op runs, as far as its token needs it."""
+class InterruptsOfProcess(Protocol):
+    """The interrupts of the process in which the op runs, as far as its token needs them."""
 
-    def take_interrupt(self) -> None:
-        """Wait for the interrupt of a cancellation that is known already, and take it in."""
+    def take(self) -> None:
+        """The work is about to interrupt itself: the interrupt that is on its way comes too late."""
 
-    def holding_interrupts(self) -> AbstractContextManager[None]:
+    def shields_ended(self, *, abandoned: bool) -> None:
         """See `TokenBackend`."""
 
 
@@ -54,23 +51,23 @@ class OpToken:
 
     def __init__(
         self,
-        process: InterruptedProcess,
+        interrupts: InterruptsOfProcess,
         step: StepOfRun | str,
         state_of: Callable[[StepOfRun], State],
     ) -> None:
         """`step`: or why it is not known."""
-        self._process = process
+        self._interrupts = interrupts
         self._step = step
         self._state_of = state_of
 
     def error(self, cancellation: Cancellation) -> BaseException:
         """See `TokenBackend`."""
-        self._process.take_interrupt()
+        self._interrupts.take()
         return interrupt_of_op(cancellation)
 
-    def holding_interrupts(self) -> AbstractContextManager[None]:
+    def shields_ended(self, *, abandoned: bool) -> None:
         """See `TokenBackend`."""
-        return self._process.holding_interrupts()
+        self._interrupts.shields_ended(abandoned=abandoned)
 
     def state(self) -> State:
         """See `TokenBackend`. Raises `StateError` where it is not known for which step."""

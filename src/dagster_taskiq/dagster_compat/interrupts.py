@@ -1,17 +1,21 @@
-"""How Dagster interrupts code in this process, and what we change in that."""
+"""How Dagster interrupts code in this process: what it wants done with a signal at this moment, and its coroutines.
+
+Dagster swaps signal handlers at every border between its code and a user's: one that only notes the interrupt, one
+that raises it. Here each of them stays what Dagster wants now, behind one handler of ours.
+"""
 
 import asyncio
 import signal
-import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
 
 from dagster._core.errors import DagsterExecutionInterruptedError
 from dagster._core.execution.plan import compute
+from dagster._utils import interrupts
 from dagster._utils.interrupts import (
-    _replace_interrupt_signal,
     capture_interrupts,
     check_captured_interrupt,
+    pop_captured_interrupt,
     raise_interrupts_as,
 )
 
@@ -19,62 +23,70 @@ __all__ = [
     "DagsterExecutionInterruptedError",
     "capture_interrupts",
     "check_captured_interrupt",
+    "interrupt_here",
     "raise_interrupts_as",
-    "watch_interrupts",
+    "route_interrupts",
+    "run_coroutines_with",
 ]
 
+_INTERRUPT: Final = signal.SIGINT
+"""Dagster keeps its handler there, and copies it to SIGTERM."""
+_replace_signal: Final = interrupts._replace_interrupt_signal  # noqa: SLF001 - the one place
+_through: Callable[[Callable[[], object]], object] = lambda wanted: wanted()  # noqa: E731
 
-def watch_interrupts(on_interrupt: Callable[[], None], is_cancelled: Callable[[], bool]) -> None:
-    """Have `on_interrupt` called whenever an interrupt is about to be raised in this process, in the signal handler.
 
-    And have ops that are coroutines cancelled as asyncio does it, at the `await` where they stand: Dagster raises its
-    interrupt in the event loop, so the coroutine would never be resumed, and none of its `finally` blocks run. A
-    cancellation that leaves the coroutine becomes the interrupt that Dagster expects; `is_cancelled` tells it from one
-    of the coroutine's own.
+class _Routed:
+    """A handler as Dagster wants it, behind ours."""
+
+    def __init__(self, wanted: Callable[[int, Any], object]) -> None:
+        self.wanted = wanted
+
+    def __call__(self, signo: int, frame: Any) -> None:
+        _through(lambda: self.wanted(signo, frame))
+
+
+def route_interrupts(through: Callable[[Callable[[], object]], object]) -> None:
+    """From now on each SIGTERM and SIGINT of this process calls `through`, in the signal handler.
+
+    It is given what Dagster wants done at that moment: to note the interrupt, or to raise it. Main thread only.
     """
-
-    # Dagster's signal handler creates this error exactly when it interrupts code (while interrupts are only captured
-    # it sets a flag instead), so its constructor is the one place that knows.
-    def __init__(self: DagsterExecutionInterruptedError, *args: object) -> None:  # noqa: N807
-        on_interrupt()
-        BaseException.__init__(self, *args)
-
-    def results(context: Any, async_results: Any) -> Iterator[Any]:
-        while True:
-            try:
-                yield _run_interruptibly(context.event_loop, anext(async_results), on_interrupt, is_cancelled)
-            except StopAsyncIteration:
-                return
-
-    DagsterExecutionInterruptedError.__init__ = __init__  # type: ignore[method-assign, assignment]
-    compute.gen_from_async_gen = results  # type: ignore[assignment]
+    global _through
+    _through = through
+    interrupts._replace_interrupt_signal = _replace  # type: ignore[assignment]  # noqa: SLF001
+    present = signal.getsignal(_INTERRUPT)
+    if callable(present) and not isinstance(present, _Routed):
+        _replace_signal(_Routed(present))
 
 
-def _run_interruptibly(
-    loop: asyncio.AbstractEventLoop,
-    awaitable: Any,
-    on_interrupt: Callable[[], None],
-    is_cancelled: Callable[[], bool],
-) -> Any:
-    task: asyncio.Future[Any] = asyncio.ensure_future(awaitable, loop=loop)
-    interrupted = False
+def _replace(new: Any) -> None:
+    """Put a handler where Dagster wants it. An interrupt that was noted before comes to the new one, as a signal."""
+    before = signal.getsignal(_INTERRUPT)
+    if not callable(new) or isinstance(new, _Routed):
+        _replace_signal(new)
+        return
+    _replace_signal(routed := _Routed(new))
+    if pop_captured_interrupt():
+        try:
+            routed(_INTERRUPT, None)
+        except BaseException:
+            _replace_signal(before)  # Dagster does so only when this has returned
+            raise
 
-    def interrupt(*_: object) -> None:
-        nonlocal interrupted
-        on_interrupt()
-        if not interrupted:
-            interrupted = True
-            loop.call_soon_threadsafe(task.cancel)  # which also wakes the loop
 
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is threading.main_thread():
-        _replace_interrupt_signal(interrupt)
-    try:
-        return loop.run_until_complete(task)
-    except asyncio.CancelledError:
-        if interrupted or is_cancelled():
-            raise DagsterExecutionInterruptedError from None
-        raise
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            _replace_interrupt_signal(before)
+def interrupt_here() -> None:
+    """Do what a signal would do at this moment, also where the user's code has a handler of its own. Main thread only.
+
+    Raises what Dagster raises, if it does.
+    """
+    handler = signal.getsignal(_INTERRUPT)
+    if not isinstance(handler, _Routed):
+        raise DagsterExecutionInterruptedError
+    handler(_INTERRUPT, None)
+
+
+def run_coroutines_with(run: Callable[[asyncio.AbstractEventLoop, Any], Iterator[Any]]) -> None:
+    """Have `run` run an op that is an asynchronous generator, as each op is that is a coroutine function.
+
+    It is given Dagster's event loop, and yields the outputs.
+    """
+    compute.gen_from_async_gen = lambda context, outputs: run(context.event_loop, outputs)  # type: ignore[assignment]

@@ -240,6 +240,7 @@ class RunningTask:
     def _observed_coroutine(self, target: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(target)
         async def observed(*args: Any, **kwargs: Any) -> Any:
+            self.token.belongs_here()
             self._record_beginning(target)
             try:
                 result = await target(*args, **kwargs)

@@ -4,8 +4,8 @@ Knows asyncio and threads; no queues.
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from typing import Any
 
 from dagster_taskiq.cancellation.model import Cancellation
 from dagster_taskiq.cancellation.signal import CancelSignal
@@ -20,8 +20,9 @@ class TaskToken:
     def __init__(self, signal: CancelSignal, interrupt: Callable[[], None]) -> None:
         self._signal = signal
         self._interrupt = interrupt
-        self._shielded = False
-        self._held_back = False
+        self._waits = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._owner: asyncio.Task[Any] | None = None
         self.kept = State()
         """What the task keeps in `token.state`, for as long as this worker has the task."""
 
@@ -29,11 +30,19 @@ class TaskToken:
         """See `cancellation_token`."""
         return CancellationToken(self._signal, self)
 
+    def belongs_here(self) -> None:
+        """Called by the asyncio task that runs the function, when it begins."""
+        self._owner = asyncio.current_task()
+
     def interrupt(self) -> None:
-        """Now, or at the end of the shield."""
-        if self._shielded:
-            self._held_back = True
-        else:
+        """Now, or when no shield is open any more. In the loop of the task."""
+        self._loop = asyncio.get_running_loop()
+        self._waits = True
+        self._deliver()
+
+    def _deliver(self) -> None:
+        if self._waits and not self._signal.has_shields:
+            self._waits = False
             self._interrupt()
 
     def error(self, cancellation: Cancellation) -> BaseException:
@@ -42,21 +51,15 @@ class TaskToken:
             return asyncio.CancelledError(cancellation.reason)
         return TaskCancelled(cancellation.reason)
 
-    def holding_interrupts(self) -> AbstractContextManager[None]:
-        """See `TokenBackend`. A function in a thread is not interrupted anyway."""
-        return self._holding_interrupts() if _in_coroutine() else nullcontext()
-
-    @contextmanager
-    def _holding_interrupts(self) -> Iterator[None]:
-        self._shielded = True
-        try:
-            yield
-        finally:
-            self._shielded = False
-            held_back, self._held_back = self._held_back, False
-            if held_back:
-                cancellation = self._signal.cancellation
-                raise asyncio.CancelledError(cancellation.reason if cancellation is not None else None)
+    def shields_ended(self, *, abandoned: bool) -> None:
+        """See `TokenBackend`. In an inner task an error would be lost: a task group takes it for that task's end."""
+        if not self._waits or self._loop is None:
+            return
+        if _in_coroutine() and asyncio.current_task() is self._owner and not abandoned:
+            self._waits = False
+            cancellation = self._signal.cancellation
+            raise asyncio.CancelledError(cancellation.reason if cancellation is not None else None)
+        self._loop.call_soon_threadsafe(self._deliver)
 
     def state(self) -> State:
         """See `TokenBackend`."""

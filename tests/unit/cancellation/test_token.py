@@ -128,12 +128,15 @@ def test_who_waits_is_woken() -> None:
 def test_a_shield_is_told_of_whenever_it_meets_a_cancellation() -> None:
     told: list[str] = []
     signal = CancelSignal(on_shield=told.append)
-    with signal.shield("open") as outermost:
-        assert outermost
-        with signal.shield("inner") as outermost:
-            assert not outermost
-            signal.record(Cancellation(CancelKind.REQUESTED))
-            signal.notify()
-    with signal.shield("closed afterwards"):
-        pass
+    signal.open_shield("open")
+    signal.open_shield("inner")
+    signal.record(Cancellation(CancelKind.REQUESTED))
+    signal.notify()
+    assert not signal.close_shield("open"), "in any order"
+    assert signal.came_while_shielded
+    assert signal.close_shield("inner")
+    assert not signal.has_shields
+    signal.open_shield("closed afterwards")
+    assert not signal.came_while_shielded
+    assert signal.close_shield("closed afterwards")
     assert told == ["inner", "closed afterwards"]

@@ -2,7 +2,8 @@
 
 import hashlib
 import inspect
-import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from dagster import (
 from dagster._cli.api import _execute_run_command_body, _execute_step_command_body, _resume_run_command_body
 from dagster._core.events.log import EventLogEntry
 from dagster._core.execution import api, backfill, context_creation_job
-from dagster._core.execution.plan import execute_plan
+from dagster._core.execution.plan import compute, execute_plan
 from dagster._core.executor import multiprocess
 from dagster._core.storage.dagster_run import CANCELABLE_RUN_STATUSES
 from dagster._core.storage.runs.sqlite.sqlite_run_storage import __file__ as run_storage_module
@@ -35,12 +36,6 @@ from dagster_taskiq.dagster_compat.api import RESUME_RUN_LOG_MESSAGE, serialize_
 from dagster_taskiq.dagster_compat.cancelable import let_starting_runs_be_terminated
 from dagster_taskiq.dagster_compat.definitions import let_copies_keep
 from dagster_taskiq.dagster_compat.execution import ActiveExecution, KnownExecutionState, StepDelegatingExecutor
-from dagster_taskiq.dagster_compat.interrupts import (
-    DagsterExecutionInterruptedError,
-    capture_interrupts,
-    check_captured_interrupt,
-    watch_interrupts,
-)
 from dagster_taskiq.dagster_compat.run_queue import DAEMON_OF_THE_QUEUE
 from dagster_taskiq.dagster_compat.storage import deserialize_entry, read_migration_scripts_once
 
@@ -133,26 +128,43 @@ def test_dagsters_own_loop_is_still_the_one_that_ours_differs_from() -> None:
     assert hashlib.sha256(source.encode()).hexdigest()[:16] == "478b66d7f14b93ff", source
 
 
-def test_an_interrupt_that_is_raised_is_noticed_and_one_that_is_captured_is_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(DagsterExecutionInterruptedError, "__init__", BaseException.__init__)
-    from dagster._core.execution.plan import compute
-    from dagster._utils.interrupts import raise_interrupts_as
+def test_every_interrupt_comes_to_us_with_what_dagster_wants_done() -> None:
+    """In a process of its own: it takes over the handlers."""
+    script = """
+import signal
+from dagster._utils.interrupts import capture_interrupts, check_captured_interrupt, raise_interrupts_as
+from dagster_taskiq.dagster_compat.interrupts import route_interrupts
 
-    noticed: list[str] = []
-    monkeypatch.setattr(compute, "gen_from_async_gen", compute.gen_from_async_gen)
-    watch_interrupts(lambda: noticed.append("raised"), lambda: False)
+def through(wanted):
+    try:
+        wanted()
+    except ValueError:
+        print("raised")
+        raise
+    print("noted" if check_captured_interrupt() else "ignored")
+
+signal.signal(signal.SIGINT, lambda *_: None)
+route_interrupts(through)
+with capture_interrupts():
+    signal.raise_signal(signal.SIGTERM)
+    try:
+        with raise_interrupts_as(ValueError):  # what was noted before
+            print("unreachable")
+    except ValueError:
+        print(check_captured_interrupt())
+    signal.raise_signal(signal.SIGINT)  # the handler from before is there again
     with capture_interrupts():
-        signal.raise_signal(signal.SIGTERM)
-        assert check_captured_interrupt()
-        assert noticed == []
-        with (
-            pytest.raises(DagsterExecutionInterruptedError),
-            raise_interrupts_as(DagsterExecutionInterruptedError),
-        ):
-            pass
-    assert noticed == ["raised"]
+        print(check_captured_interrupt())
+signal.raise_signal(signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=True)
+    assert done.stdout.split() == ["noted", "raised", "False", "noted", "noted", "True", "ignored"], done
+
+
+def test_the_coroutines_of_ops_are_run_where_we_replace_it() -> None:
+    source = inspect.getsource(compute._yield_compute_results)
+    assert "= gen_from_async_gen(step_context, user_event_generator)" in source
+    assert "context.event_loop.run_until_complete(async_gen.__anext__())" in inspect.getsource(compute)
 
 
 def test_every_event_passes_through_one_method_of_the_instance() -> None:

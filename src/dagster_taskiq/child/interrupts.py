@@ -1,0 +1,246 @@
+"""The interrupts of this process: one handler, a count of open shields, and a watchdog for coroutines that block.
+
+An interrupt is delivered once, when no shield is open, to whoever owns the work: the code in the main thread, or the
+asyncio task of the op. Knows signals, asyncio and what Dagster wants; not how a process learns of a cancellation.
+"""
+
+import _thread
+import asyncio
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from dagster_taskiq.cancellation.signal import CancelSignal
+from dagster_taskiq.child.op_token import OpCancelled
+from dagster_taskiq.dagster_compat.interrupts import (
+    DagsterExecutionInterruptedError,
+    check_captured_interrupt,
+    interrupt_here,
+    route_interrupts,
+    run_coroutines_with,
+)
+
+REACTS_WITHIN_S: Final = 1.0
+"""An event loop that has not reacted to its task's cancellation within this time is taken for blocked."""
+_ABANDONED_PAUSE_S: Final = 0.01
+
+
+class Interrupts:
+    """Whether an interrupt has come to this process, whether it waits for the end of a shield, and where it goes."""
+
+    def __init__(self, cancelled: CancelSignal, record: Callable[[], None]) -> None:
+        """Takes over SIGTERM and SIGINT. `record` is called in the signal handler, before the work sees the interrupt.
+
+        `cancelled`: what is known of the cancellation, and which shields are open.
+        """
+        self.came = check_captured_interrupt()
+        """Whether a signal has come, whatever became of it."""
+        self.delivered = False
+        """Whether the work was interrupted. Once is enough: another one would tear its `finally` blocks."""
+        self._cancelled = cancelled
+        self._record = record
+        self._waits = False
+        self._coroutine: _Coroutine | None = None
+        self._generators: dict[Any, asyncio.AbstractEventLoop] = {}
+        if threading.current_thread() is threading.main_thread():
+            route_interrupts(self._receive)
+        run_coroutines_with(self._outputs)
+
+    def forget(self) -> None:
+        """In a fork of the process: nothing has come to this one, and it does with an interrupt what Dagster wants."""
+        self.came = self.delivered = self._waits = False
+        self._coroutine = None
+        self._record = lambda: None
+
+    def take(self) -> None:
+        """The work interrupts itself because it knows of the cancellation: the signal that follows comes too late."""
+        if self.delivered or threading.current_thread() is not threading.main_thread():
+            return  # in another thread it ends that thread's work, and the op is still to be interrupted
+        loop = _running_loop()
+        if loop is None:
+            self._deliver_by_token()
+        elif self._coroutine is None or self._coroutine.loop is not loop:
+            self._deliver_by_token()
+            _cancel_others(loop)
+        elif self._coroutine.is_current():
+            self._coroutine.taken = True
+            self._deliver_by_token()
+
+    def shields_ended(self, *, abandoned: bool) -> None:
+        """No shield is open any more: deliver the interrupt that waits, here or to the owner of the work.
+
+        `abandoned`: the block was left because its generator is thrown away, where an error would be lost.
+        """
+        if self.delivered or not (self._waits or self._cancelled.came_while_shielded):
+            return
+        loop = _running_loop()
+        if threading.current_thread() is not threading.main_thread():
+            _signal_main_thread()
+        elif abandoned:
+            _thread.start_new_thread(_signal_main_thread, (_ABANDONED_PAUSE_S,))
+        elif loop is None:
+            self._raise_here()
+        elif self._coroutine is None or self._coroutine.loop is not loop:
+            self._deliver_by_token()
+            _cancel_others(loop)
+            raise asyncio.CancelledError(self._reason)
+        elif self._coroutine.is_current():
+            self._coroutine.taken = True
+            self._deliver_by_token()
+            raise asyncio.CancelledError(self._reason)
+        else:
+            self._coroutine.interrupt()
+
+    def close_generators(self) -> None:
+        """At the end of a step: of an asynchronous generator that waits for its next turn the `finally` blocks run.
+
+        Dagster leaves it to the garbage collector, which cannot await anything.
+        """
+        for outputs, loop in list(self._generators.items()):
+            del self._generators[outputs]
+            if not loop.is_closed():
+                loop.run_until_complete(outputs.aclose())
+
+    @property
+    def _reason(self) -> str | None:
+        cancellation = self._cancelled.cancellation
+        return cancellation.reason if cancellation is not None else None
+
+    def _receive(self, wanted: Callable[[], object]) -> None:
+        """In the signal handler."""
+        self.came = True
+        if self.delivered:
+            return
+        # In this order: a shield that is closed meanwhile, in another thread, sees that there is one.
+        self._waits = True
+        if self._cancelled.has_shields:
+            self._record()
+        elif self._coroutine is not None:
+            self._record()
+            self._coroutine.interrupt()
+        else:
+            self._waits = False
+            try:
+                wanted()
+            except DagsterExecutionInterruptedError:
+                self._record()
+                self.delivered = True
+                raise
+
+    def _deliver_by_token(self) -> None:
+        self._record()
+        self.delivered = True
+
+    def _raise_here(self) -> None:
+        try:
+            interrupt_here()
+        except DagsterExecutionInterruptedError:
+            self.delivered = True
+            raise OpCancelled(self._reason) from None
+
+    def _outputs(self, loop: asyncio.AbstractEventLoop, outputs: Any) -> Iterator[Any]:
+        self._generators[outputs] = loop
+        while True:
+            try:
+                output = self._run(loop, anext(outputs))
+            except BaseException as error:
+                self._generators.pop(outputs, None)  # it has ended
+                if isinstance(error, StopAsyncIteration):
+                    return
+                raise
+            yield output
+
+    def _run(self, loop: asyncio.AbstractEventLoop, awaitable: Any) -> Any:
+        task: asyncio.Future[Any] = asyncio.ensure_future(awaitable, loop=loop)
+        if threading.current_thread() is not threading.main_thread():
+            return loop.run_until_complete(task)
+        self._coroutine = running = _Coroutine(self, loop, task)
+        try:
+            return loop.run_until_complete(task)
+        except asyncio.CancelledError:
+            if running.taken or self._cancelled.is_set:
+                raise DagsterExecutionInterruptedError from None
+            raise
+        finally:
+            self._coroutine = None
+            running.over.set()
+            if running.asked and not running.taken:
+                interrupt_here()  # it had ended before it could be cancelled
+
+
+class _Coroutine:
+    """The asyncio task of an op. It is cancelled by its loop; if that is blocked, by an error in what blocks it."""
+
+    def __init__(self, interrupts: Interrupts, loop: asyncio.AbstractEventLoop, task: "asyncio.Future[Any]") -> None:
+        self.loop = loop
+        self.asked = False
+        self.taken = False
+        """Whether it was cancelled."""
+        self.over = threading.Event()
+        """Set when the loop has reacted, or there is nothing more to do."""
+        self._interrupts = interrupts
+        self._task = task
+        self._asked_at = 0.0
+
+    def is_current(self) -> bool:
+        """Whether it is the task that calls this, and not one that it has started."""
+        return asyncio.current_task(self.loop) is self._task
+
+    def interrupt(self) -> None:
+        """Have it cancelled. Called again, after a while, by the watchdog's signal: interrupt what blocks the loop."""
+        if not self.asked:
+            self.asked = True
+            self._asked_at = time.monotonic()
+            self.over.clear()
+            self.loop.call_soon_threadsafe(self._cancel)
+            # Not threading.Thread: its locks may be held by the very code that the signal has come into.
+            _thread.start_new_thread(self._watch, (self.over,))
+        elif not self.over.is_set() and time.monotonic() - self._asked_at >= REACTS_WITHIN_S:
+            self._raise_in_what_blocks()
+
+    def _cancel(self) -> None:
+        self.over.set()
+        if self.taken or self._task.done():
+            return
+        if self._interrupts._cancelled.has_shields:  # noqa: SLF001 - one piece in two classes
+            self.asked = False  # it waits again
+            return
+        self.taken = self._interrupts.delivered = True
+        self._task.cancel()
+
+    def _raise_in_what_blocks(self) -> None:
+        current = asyncio.current_task(self.loop)
+        if current is None:
+            return  # between two steps: it will react
+        if current is self._task:
+            self.taken = self._interrupts.delivered = True
+            self.over.set()
+        raise asyncio.CancelledError(self._interrupts._reason)  # noqa: SLF001
+
+    def _watch(self, over: threading.Event) -> None:
+        while not over.wait(REACTS_WITHIN_S):
+            _signal_main_thread()
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def _cancel_others(loop: asyncio.AbstractEventLoop) -> None:
+    """In a loop that the op runs itself: which task is the outermost is not known, and in an inner one it is lost."""
+    current = asyncio.current_task(loop)
+    for task in asyncio.all_tasks(loop):
+        if task is not current:
+            task.cancel()
+
+
+def _signal_main_thread(after_s: float = 0.0) -> None:
+    time.sleep(after_s)
+    ident = threading.main_thread().ident
+    if ident is not None:
+        signal.pthread_kill(ident, signal.SIGTERM)
