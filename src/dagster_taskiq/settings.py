@@ -23,6 +23,8 @@ TOP_LEVEL_KEYS: Final = ("queue_url", "region_name", "endpoint_url", "config_sou
 _REGION_IN_HOST = re.compile(r"(?:^|\.)sqs\.([a-z0-9-]+)\.(?:amazonaws\.com|on\.aws|api\.aws|localhost)")
 DEFAULT_DRAIN_S: Final = 15
 _STOP_MARGIN_S: Final = 3.0
+_HANDLERS_S: Final = 60.0
+"""A handler has a minute unless it says otherwise."""
 StartMethod = Literal["forkserver", "spawn"]
 MetricsTo = Literal["auto", "emf", "otel", "off"]
 _RULE: Final = "rule"
@@ -59,6 +61,8 @@ class Settings:
     """Another SQS endpoint than AWS's own (an emulator, a VPC endpoint)."""
 
     enable_cancellation: bool = True
+    cancel_children: bool = False
+    """When a run was terminated: also cancel the runs that it launched. For one run: the tag of that name."""
     is_fair_queue: bool = False
     """On a standard queue: send the job's name as message group, so that one backfill cannot delay all other jobs."""
     # SQS: wait time 0-20 s, batches of 1-10, visibility up to 12 h (AWS API reference, ReceiveMessage).
@@ -111,6 +115,10 @@ class Settings:
         A step whose cancel message is lost gets the cancellation from the status poller.
         """
         return grace_s + self.status_poll_seconds + _STOP_MARGIN_S
+
+    def children_patience_s(self, grace_s: float) -> float:
+        """How long a run that was stopped waits for the runs that it launched: as for steps, and for their handlers."""
+        return self.steps_patience_s(grace_s) + _HANDLERS_S
 
     @property
     def heartbeat_every_s(self) -> float:
@@ -322,7 +330,7 @@ def checked(key: str, value: Any) -> Any:
         if value not in rule:
             raise SettingsError(f"{key} must be {' or '.join(map(repr, rule))}, not {value!r}")
         return value
-    if key in {"enable_cancellation", "is_fair_queue"}:
+    if key in {"enable_cancellation", "cancel_children", "is_fair_queue"}:
         return _boolean(key, value)
     if key in {"queue_url", "endpoint_url"}:
         return _url(key, value)

@@ -416,6 +416,25 @@ same_names_job = on_cancel(a_handler(succeeds=True))(
 )
 
 
+class Children(Marks):
+    runs: list[str]
+
+
+@dg.op
+@on_cancel(undo)
+def launches(context: dg.OpExecutionContext, config: Children) -> None:
+    """Launches runs that were made for it, and waits for them."""
+    for run_id in config.runs:
+        context.instance.add_run_tags(run_id, {"dagster/parent_run_id": context.run_id})
+        context.instance.launch_run(run_id, workspace=None)  # type: ignore[arg-type]
+    work(config, launched=str(len(config.runs)))
+
+
+@dg.job(executor_def=dg.in_process_executor)
+def launches_job() -> None:
+    launches()
+
+
 @dg.asset
 @on_cancel(undo)
 def an_asset(config: Marks) -> int:
@@ -457,6 +476,7 @@ defs = dg.Definitions(
         steps_job,
         ignoring_steps_job,
         with_a_graph_job,
+        launches_job,
         assets_job,
     ],
 )

@@ -61,7 +61,9 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "story": FLOOR | DOMAIN | {"launcher", "coordinator"},
     "examples": {""},
     "local": FLOOR | DOMAIN | {"examples", "sqs"},
-    "cli": FLOOR | DOMAIN | {"doctor", "local", "story", "runs", "worker", "sqs", "launcher", "metrics", "process"},
+    "cli": FLOOR
+    | DOMAIN
+    | {"cancel_many", "doctor", "local", "story", "runs", "worker", "sqs", "launcher", "metrics", "process"},
 }
 """Room to rooms. `""` is the public interface, `dagster_taskiq` itself."""
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from typing import Any
 
+    from dagster import DagsterInstance
     from rich.table import Table
 
     from dagster_taskiq.cli.logs import LogFormat
@@ -100,7 +101,15 @@ def run(
         names = " and ".join(map(queue_name, served))
         click.echo(f"worker {worker_id} is ready: it listens to {names}")
 
-    return run_worker(settings, name=name, on_ready=announce)
+    return run_worker(settings, name=name, on_ready=announce, cancel_runs=_cancel_runs)
+
+
+def _cancel_runs(
+    instance: "DagsterInstance", run_ids: "Sequence[str]", reason: str, requested_by: str
+) -> "Mapping[str, str]":
+    from dagster_taskiq.cancel_many import cancel_runs
+
+    return cancel_runs(instance, run_ids, reason=reason, requested_by=requested_by).failed
 
 
 @worker.command()

@@ -57,6 +57,7 @@ class Stage(enum.StrEnum):
     STEPS_STOPPED = "steps_stopped"
     WAITING_FOR_STEPS = "waiting_for_steps"
     STEP_LOST = "step_lost"
+    CHILDREN = "children"
     CLEANUP_HANDLERS = "cleanup_handlers"
     CLEANUP_BEGAN = "cleanup_began"
     CLEANUP = "cleanup"
@@ -361,3 +362,27 @@ def step_lost(worker_id: str, task_id: str, why: str, *, retry: bool) -> EngineE
     """The step's process is gone and has not reported how the step ended; its run decides what follows."""
     facts: dict[str, str | int | float] = {WORKER_KEY: worker_id, TASK_ID_KEY: task_id, WHY_KEY: why, RETRY_KEY: retry}
     return EngineEvent(Stage.STEP_LOST, f"step lost on worker {worker_id}: {why}", facts)
+
+
+def cancelling_children(run_ids: Sequence[str]) -> EngineEvent:
+    """The run is being stopped, and takes the runs with it that it launched."""
+    many = "1 run" if len(run_ids) == 1 else f"{len(run_ids)} runs"
+    message = f"cancelling {many} that this run launched: {_listed(run_ids)}"
+    return EngineEvent(Stage.CHILDREN, message, {"runs": len(run_ids)})
+
+
+def children_final(runs: int, after_s: float) -> EngineEvent:
+    """All of them have ended."""
+    return EngineEvent(Stage.CHILDREN, f"all of them final after {after_s:.1f} s", {"runs": runs})
+
+
+def children_not_final(run_ids: Sequence[str], waited_s: float, why: str | None) -> EngineEvent:
+    """Some of them had not ended within the limit. `why`: what is known of one of them."""
+    because = f" ({why})" if why else ""
+    return EngineEvent(
+        Stage.CHILDREN,
+        f"{len(run_ids)} runs that this run launched were not final after {waited_s:.1f} s and are no longer waited"
+        f" for: {_listed(run_ids)}{because}",
+        {"runs": len(run_ids)},
+        error="not all runs that it launched have ended",
+    )

@@ -22,6 +22,9 @@ TASK_ID_TAG: Final = "dagster-taskiq/task_id"
 GRACE_SECONDS_TAG: Final = "dagster-taskiq/grace_seconds"
 """May be set by users on a job or run: seconds between the interrupt and the kill, instead of the setting."""
 
+CANCEL_CHILDREN_TAG: Final = "dagster-taskiq/cancel_children"
+"""May be set by users on a job or run: whether what it launched is cancelled with it, instead of the setting."""
+
 CANCEL_REASON_TAG: Final = "dagster-taskiq/cancel_reason"
 """Set when somebody cancels a run with a reason."""
 
@@ -82,3 +85,14 @@ def grace_of(tags: Mapping[str, str], default_s: float) -> float:
     except SettingsError as error:
         logger.warning("tag %s ignored: %s", GRACE_SECONDS_TAG, error)
         return default_s
+
+
+def cancels_children(tags: Mapping[str, str], default: bool) -> bool:
+    """Whether a run that is terminated takes the runs with it that it launched."""
+    if CANCEL_CHILDREN_TAG not in tags:
+        return default
+    try:
+        return bool(checked("cancel_children", tags[CANCEL_CHILDREN_TAG]))
+    except SettingsError as error:
+        logger.warning("tag %s ignored: %s", CANCEL_CHILDREN_TAG, error)
+        return default

@@ -2,11 +2,11 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import monotonic, time
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from dagster import DagsterInstance, DagsterRun
 
@@ -30,6 +30,13 @@ from dagster_taskiq.tasks.running_task import RunningTask
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+CancelRuns: TypeAlias = Callable[[DagsterInstance, Sequence[str], str, str], Mapping[str, str]]
+"""Of these runs, with a reason and an author; returns those that could not be cancelled, and why."""
+
+
+def cancel_none(_: DagsterInstance, run_ids: Sequence[str], reason: str, requested_by: str) -> Mapping[str, str]:
+    """For who launches no runs from runs."""
+    return dict.fromkeys(run_ids, f"nobody here can cancel them ({reason}, {requested_by})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +66,8 @@ class WorkerContext:
     """The worker's process, in words."""
     cancel_tasks: Callable[[Iterable[str]], Awaitable[Any]]
     """Sends a cancel message for each task id; what fails does not raise."""
+    cancel_runs: CancelRuns = cancel_none
+    """As `dagster_taskiq.cancel_runs`. Blocks on the database and on SQS."""
     metrics: Metrics = field(default_factory=lambda: Metrics([], ""))
     shutdown: CancelSignal = field(default_factory=CancelSignal)
     """Set when the worker's drain is over: whatever still goes on here has to end."""

@@ -103,6 +103,8 @@ class Conclusion:
     """The kind of that event."""
     has_steps: bool = False
     """Whether steps of the run are still running, and it is not to be final before they have stopped."""
+    is_cancelled: bool = False
+    """Whether the run is to be CANCELED, or is it already."""
     cleanup: CleanupRecord = NO_CLEANUP
     """Whether there are cleanup handlers to be run before, and which have failed."""
 
@@ -153,6 +155,7 @@ def examine(
             clean_exit=end is not None and end.exit_code == 0,
         )
     )
+    is_cancelled = _is_cancelled(action, kind, run, history)
     settlement = Settlement.LEAVE if kind is CancelKind.LEASE_LOST else Settlement.DELETE
     return Conclusion(
         run=run,
@@ -163,7 +166,8 @@ def examine(
         failure=_failure_message(end, cancellation, worker_id),
         held=DagsterEventType(held["verdict"]) if held else None,
         has_steps=action in _AFTER_ITS_STEPS and bool(StepClaims(instance).running(run_id)),
-        cleanup=cleanup_record(instance, run_id) if _is_cancelled(action, kind, run, history) else CleanupRecord(),
+        is_cancelled=is_cancelled,
+        cleanup=cleanup_record(instance, run_id) if is_cancelled else CleanupRecord(),
     )
 
 

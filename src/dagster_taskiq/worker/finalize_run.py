@@ -21,6 +21,7 @@ from dagster_taskiq.storage import engine_events
 from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.running_steps import StopOfSteps
 from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, add_own_tags, own_tags
+from dagster_taskiq.worker.children import cancel_children
 from dagster_taskiq.worker.claim_watch import TAKEN_OVER
 from dagster_taskiq.worker.cleanup_task import clean_up
 from dagster_taskiq.worker.context import WorkerContext
@@ -77,6 +78,10 @@ class _Finalization:
         if conclusion.has_steps:
             shutting_down = self._cancellation is not None and self._cancellation.kind is CancelKind.SHUTDOWN
             await stop_steps(self._context, self._run, patient=not shutting_down)
+            conclusion = await self._examine()
+        if conclusion.is_cancelled and conclusion.run is not None:
+            if not await cancel_children(self._context, conclusion.run, self._cancellation):
+                return await self._give_up("interrupted; the runs that it launched are cancelled elsewhere")
             conclusion = await self._examine()
         if conclusion.cleanup.due and conclusion.run is not None:
             if not await self._clean_up(conclusion.run):

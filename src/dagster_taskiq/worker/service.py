@@ -49,7 +49,7 @@ from dagster_taskiq.storage.tags import TASK_ID_TAG
 from dagster_taskiq.tasks.cancel_listener import CancelListener
 from dagster_taskiq.tasks.running_tasks import RunningTasks
 from dagster_taskiq.worker.claim_watch import ClaimWatch
-from dagster_taskiq.worker.context import WorkerContext
+from dagster_taskiq.worker.context import CancelRuns, WorkerContext, cancel_none
 from dagster_taskiq.worker.ecs import Agent, Protection, until_outdated
 from dagster_taskiq.worker.health import answering
 from dagster_taskiq.worker.heart import Heart
@@ -74,12 +74,13 @@ def run_worker(
     name: str | None = None,
     on_ready: Callable[[str], None] | None = None,
     agent: Agent | None = None,
+    cancel_runs: CancelRuns,
 ) -> int:
     """Run a worker on the instance of `$DAGSTER_HOME` until it is told to stop; blocks; returns the exit code.
 
     `name` begins the worker's id. `on_ready` is called with that id once the worker listens to all its queues. Installs
     handlers for SIGTERM and SIGINT. `agent`: that of ECS, in a container of it; default: what the environment names.
-    Raises `DagsterTaskiqError` when it cannot start.
+    `cancel_runs`: for the runs that a terminated run has launched. Raises `DagsterTaskiqError` when it cannot start.
     """
     server = _forked_server(settings)
     try:
@@ -88,7 +89,7 @@ def run_worker(
             server.warm_up()
             if instance.run_monitoring_enabled:
                 settings.check_against_cancel_timeout(instance.run_monitoring_cancel_timeout_seconds)
-            asyncio.run(_run(instance, settings, name, on_ready, agent or Agent.here(), server))
+            asyncio.run(_run(instance, settings, name, on_ready, agent or Agent.here(), server, cancel_runs))
     finally:
         server.discard()
     return 0
@@ -122,6 +123,7 @@ class Worker:
         where: str | None = None,
         agent: Agent | None = None,
         server: ForkServer | None = None,
+        cancel_runs: CancelRuns = cancel_none,
     ) -> None:
         """`where`: the worker's process, in words. `agent`: that of ECS, asked for protection from scale-in.
 
@@ -132,6 +134,7 @@ class Worker:
         self._settings = settings
         self._where = f"{where}, pid {os.getpid()}" if where else f"pid {os.getpid()} on {socket.gethostname()}"
         self._agent = agent
+        self._cancel_runs = cancel_runs
         self._fork_server = server or fork_server(instance.get_ref(), settings)
         self._heartbeats = Heartbeats.of_runs(instance, settings)
         self._lane = Lane("the database, for cancels of others", _IS_OVER_S)
@@ -271,6 +274,7 @@ class Worker:
                 settings.metrics, queue_name(settings.queue_url), on_ecs=on_ecs(), stdout_is_a_log=True
             ),
             cancel_tasks=partial(_cancel_tasks, brokers[0], self.worker_id),
+            cancel_runs=self._cancel_runs,
             unusable=lambda: [message for broker in brokers for message in broker.unusable.told()],
         )
 
@@ -363,12 +367,14 @@ async def _run(
     on_ready: Callable[[str], None] | None,
     agent: Agent,
     server: ForkServer,
+    cancel_runs: CancelRuns,
 ) -> None:
     task = await agent.task()
     if task is None:
-        worker = Worker(instance, settings, name=name, agent=agent, server=server)
+        worker = Worker(instance, settings, name=name, agent=agent, server=server, cancel_runs=cancel_runs)
     else:
-        worker = Worker(instance, settings, name=name or task.name, where=task.where, agent=agent, server=server)
+        known = {"name": name or task.name, "where": task.where}
+        worker = Worker(instance, settings, **known, agent=agent, server=server, cancel_runs=cancel_runs)
     with log_context(worker=worker.worker_id):
         await worker.run(on_ready, handle_signals=True)
 
