@@ -158,11 +158,12 @@ class Table:
         children = [int(mark[1]) for mark in marks if mark[0] == "child"]
         left = platform.processes(run_id) + [pid for pid in children if psutil.pid_exists(pid)]
         steps = self.steps(case)
+        killed = Stage.KILLED in platform.stages(run_id) or bool(platform.step_notes(run_id, Stage.KILLED))
         return Seen(
             finally_ran=counts["finally"] // steps if counts["finally"] % steps == 0 else -1,
             handler_ran=counts["undone"] // steps if counts["undone"] % steps == 0 else -1,
             state=" ".join(states),
-            killed=Stage.KILLED in platform.stages(run_id) if case.way != WORKER_KILLED else None,
+            killed=killed if case.way != WORKER_KILLED else None,
             tree_gone=not left,
             status=platform.status(run_id).value,
             sensor_told=told[run_id],
