@@ -9,6 +9,7 @@ from dagster_taskiq.version import __version__
 
 if TYPE_CHECKING:
     from dagster_taskiq.cancel_many import CancelProgress, CancelReport, cancel_runs
+    from dagster_taskiq.cancel_sources import cancel_backfill, cancel_schedule, cancel_sensor
     from dagster_taskiq.cancellable_broker import CancellableSQSBroker
     from dagster_taskiq.cancellable_receiver import CancellableReceiver
     from dagster_taskiq.cancellation.model import CancelKind
@@ -55,8 +56,11 @@ __all__ = [
     "TaskiqRunCoordinator",
     "TaskiqRunLauncher",
     "__version__",
+    "cancel_backfill",
     "cancel_run",
     "cancel_runs",
+    "cancel_schedule",
+    "cancel_sensor",
     "cancellation_token",
     "clean_up_run",
     "fake_token",
@@ -90,8 +94,11 @@ _HOME = {
     "TaskView": "tasks.predicates",
     "TaskiqRunCoordinator": "coordinator",
     "TaskiqRunLauncher": "launcher",
+    "cancel_backfill": "cancel_sources",
     "cancel_run": "runs",
     "cancel_runs": "cancel_many",
+    "cancel_schedule": "cancel_sources",
+    "cancel_sensor": "cancel_sources",
     "cancellation_token": "op_api",
     "clean_up_run": "runs",
     "fake_token": "testing",

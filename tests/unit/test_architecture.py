@@ -57,6 +57,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "runs": FLOOR | DOMAIN | {"launcher", "cleanup", "sqs"},
     "run_selection": FLOOR | DOMAIN | {"termination"},
     "cancel_many": FLOOR | DOMAIN | {"launcher", "runs", "run_selection"},
+    "cancel_sources": FLOOR | DOMAIN | {"cancel_many", "run_selection", "runs"},
     "doctor": FLOOR | DOMAIN | {"launcher", "coordinator", "sqs"},
     "story": FLOOR | DOMAIN | {"launcher", "coordinator"},
     "examples": {""},
