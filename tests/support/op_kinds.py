@@ -71,6 +71,29 @@ async def asynchronous(context: dg.OpExecutionContext) -> None:
 
 @on_cancel(undo)
 @dg.op(pool=POOL)
+async def blocking_coroutine(context: dg.OpExecutionContext) -> None:
+    """It never gives the event loop a chance to cancel it."""
+    with at_work(context):
+        time.sleep(NEVER_S)  # noqa: ASYNC251 - what some code of users does
+
+
+@on_cancel(undo)
+@dg.op(pool=POOL)
+def shielded_generator(context: dg.OpExecutionContext) -> Iterator[Any]:
+    """Its shield is open across a `yield`; the interrupt waits until it ends."""
+    with at_work(context, ready=False) as token:
+        with token.shield():
+            yield dg.AssetMaterialization("halfway")
+            say(context.run.tags, "started")
+            token.wait(NEVER_S)
+            time.sleep(0.3)
+            say(context.run.tags, "tidied")
+        time.sleep(NEVER_S)
+        yield dg.Output(None)
+
+
+@on_cancel(undo)
+@dg.op(pool=POOL)
 def generator(context: dg.OpExecutionContext) -> Iterator[Any]:
     with at_work(context, ready=False):
         yield dg.AssetMaterialization("halfway")
@@ -275,7 +298,18 @@ def graph_of(op: dg.OpDefinition) -> dg.GraphDefinition:
 
 
 OPS = (
-    *(sync, asynchronous, generator, async_generator, thread_pool, deaf_thread_pool, to_thread, process_pool),
+    *(
+        sync,
+        asynchronous,
+        blocking_coroutine,
+        generator,
+        shielded_generator,
+        async_generator,
+        thread_pool,
+        deaf_thread_pool,
+        to_thread,
+        process_pool,
+    ),
     *(subprocesses, new_session, c_call, pipes, cli, with_anyio),
 )
 GRAPHS = {op.name: graph_of(op) for op in OPS} | {"nested_graph": nested_graph, "dynamic": dynamic}

@@ -108,6 +108,7 @@ INSTEAD: Mapping[str, Mapping[str, Any]] = {
     "deaf_thread_pool": {"finally_ran": 0, "killed": True},
     # `finally` has run; the thread is not waited for, or under the multiprocess executor until the grace is over.
     "to_thread": {"killed": True},
+    "shielded_generator": {"tidied": 1},
     "pipes": {"tidied": 1},
     "cli": {"tidied": 1},
     "with_anyio": {"tidied": 1},
