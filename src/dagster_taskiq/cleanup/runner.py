@@ -25,7 +25,7 @@ from dagster_taskiq.dagster_compat.interrupts import raise_interrupts_as
 from dagster_taskiq.dagster_compat.retry import retry_storage
 from dagster_taskiq.dagster_compat.storage import outages
 from dagster_taskiq.storage import engine_events
-from dagster_taskiq.storage.engine_events import OF_KEY
+from dagster_taskiq.storage.engine_events import ATTEMPTS_KEY, NEXT_KEY, OF_KEY
 from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.step_state import forget_states, state_of
 
@@ -169,6 +169,8 @@ class Cleanup:
             then = f"the next one in {pause_s:.3g} s"
         handler = pending.handler
         event = engine_events.cleanup(handler.name, handler.identity, attempt, seconds, failure, then)
+        facts = {ATTEMPTS_KEY: 1 + (pending.policy.max_retries if pending.policy is not None else 0)}
+        event = engine_events.with_facts(event, facts | ({NEXT_KEY: pause_s} if pause_s is not None else {}))
         write_attempt(self._instance, self._run, pending.step_key, event, whole=pending.whole)
         self._tell({"ended": "failed" if failure else "succeeded"})
         return pause_s

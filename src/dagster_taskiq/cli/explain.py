@@ -1,4 +1,7 @@
-"""Which exceptions a person can fix, and what the command line prints for them: one line each."""
+"""Which exceptions a person can fix, and what the command line prints for them: one line each.
+
+Errors only; `run explain`, the life of a run, is in `run_explain`.
+"""
 
 from collections.abc import Iterator
 

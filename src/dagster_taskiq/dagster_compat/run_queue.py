@@ -54,7 +54,7 @@ def priority_of(tags: Mapping[str, str]) -> int:
 def limits_that_hold(instance: DagsterInstance, run_id: str) -> list[LimitHit]:
     """The limits of tags and pools that keep this run in the queue. Reads 2,000 runs in progress at most."""
     from dagster._core.op_concurrency_limits_counter import GlobalOpConcurrencyLimitsCounter
-    from dagster._core.storage.dagster_run import ACTIVE_RUN_STATUSES
+    from dagster._core.storage.dagster_run import ACTIVE_RUN_STATUSES, RunOpConcurrency
     from dagster._utils.tags import TagConcurrencyLimitsCounter
 
     run, config = instance.get_run_by_id(run_id), run_queue_config(instance)
@@ -81,7 +81,10 @@ def limits_that_hold(instance: DagsterInstance, run_id: str) -> list[LimitHit]:
         pool_granularity=instance.get_concurrency_config().pool_config.pool_granularity,
     )
     if counter.is_blocked(run):
-        found += [LimitHit("pool", name, storage.get_concurrency_info(name).limit) for name in pools[:_MOST_POOLS]]
+        for name in pools[:_MOST_POOLS]:
+            alone = RunOpConcurrency(root_key_counts={name: 1}, has_unconstrained_root_nodes=False, all_pools={name})
+            if counter.is_blocked(run._replace(run_op_concurrency=alone)):  # a NamedTuple's own way
+                found.append(LimitHit("pool", name, storage.get_concurrency_info(name).limit))
     return found
 
 

@@ -7,10 +7,12 @@ from dagster import DagsterEventType as Kind
 
 from dagster_taskiq.storage.engine_events import (
     ATTEMPT_KEY,
+    ATTEMPTS_KEY,
     BY_KEY,
     FAILED_KEY,
     GRACE_KEY,
     HANDLER_KEY,
+    NEXT_KEY,
     OF_KEY,
     PATIENCE_KEY,
     PROCESSES_KEY,
@@ -66,7 +68,8 @@ class Phases:
     cleaning: tuple[str, float] | None = None
     """The handlers that are being run, in words, and since when."""
     cleanup_failures: tuple[str, ...] = ()
-    last_cleanup: str = ""
+    next_attempts: dict[str, tuple[int, int, float]] = field(default_factory=dict)
+    """Of handlers that have failed: the number of the next attempt, how many there are, and when it begins."""
     final_at: float | None = None
     final: Outcome | None = None
     final_text: str = ""
@@ -179,7 +182,11 @@ class Phases:
         note = str(facts.get(FAILED_KEY, ""))
         attempt = int(facts.get(ATTEMPT_KEY, 1))
         self.bars.append(Bar(BarKind.CLEANUP, label, event.at - seconds, event.at, outcome, attempt=attempt, note=note))
-        self.last_cleanup = event.text
+        if NEXT_KEY in facts:
+            most = int(facts.get(ATTEMPTS_KEY, attempt + 1))
+            self.next_attempts[label] = (attempt + 1, most, event.at + float(facts[NEXT_KEY]))
+        else:
+            self.next_attempts.pop(label, None)
         if self.cleaning is not None:
             self.cleaning = self.cleaning[0], event.at
 

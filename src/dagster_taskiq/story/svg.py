@@ -79,10 +79,13 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _axis(scale: Scale, top: float, bottom: float) -> Iterator[str]:
+    free_from = 0.0
     for place, label in scale.ticks(8):
-        x = _LEFT + place
+        x, half = _LEFT + place, len(label) * _CHARACTER / 2
         yield f'<line class="grid" x1="{x:.1f}" y1="{top + 4:.1f}" x2="{x:.1f}" y2="{bottom:.1f}"/>'
-        yield _text(x, top, label, "soft", anchor="middle" if place else "start")
+        if x - half > free_from:
+            free_from = x + half
+            yield _text(x, top, label, "soft", anchor="middle")
 
 
 def _mark_rows(story: Story) -> int:

@@ -163,8 +163,7 @@ def _canceling(phases: Phases, around: Surroundings) -> Iterator[Wait]:
         yield _dead_owner(around)
         return
     if phases.cleaning is not None:
-        last = f"; before: {phases.last_cleanup}" if phases.last_cleanup else ""
-        what = f"cleanup on {owner.worker_id}: {phases.cleaning[0]}{last}"
+        what = f"cleanup on {owner.worker_id}: {_handlers(phases)}"
         yield Wait(what, phases.cleaning[1], None, ("its log lines are in the run's log; it has a timeout of its own",))
     elif cancel.gone_at is not None:
         yield Wait(f"worker {owner.worker_id} to write its end; its processes are gone", cancel.gone_at)
@@ -182,6 +181,15 @@ def _canceling(phases: Phases, around: Surroundings) -> Iterator[Wait]:
         yield Wait(what, since, until if until > around.now else None, (advice,))
     if around.steps:
         yield Wait(f"steps that have not stopped: {_steps(around.steps)}", since, cancel.patience_until)
+
+
+def _handlers(phases: Phases) -> str:
+    """Those that have failed and are tried again; before any has, all of them."""
+    tried_again = [
+        f"attempt {number} of {most} of {label}, at {clock(begins)} UTC"
+        for label, (number, most, begins) in phases.next_attempts.items()
+    ]
+    return "; ".join(tried_again[:_NAMED]) or (phases.cleaning[0] if phases.cleaning is not None else "")
 
 
 def _steps(steps: Sequence[StepOwner]) -> str:

@@ -4,12 +4,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from tests.unit.story.test_stories import replayed, story_of
+from tests.unit.story.test_stories import replayed
 
+from dagster_taskiq.storage.engine_events import Stage
 from dagster_taskiq.story.log import Log
 from dagster_taskiq.story.model import Story, Wait
 from dagster_taskiq.story.surroundings import Messages, OwnerFacts, PoolWait, QueuePlace, StepOwner, Surroundings
-from dagster_taskiq.story.tell import tell
+from dagster_taskiq.story.tell import STATUSES, tell
 
 ROOM = {"workers_alive": 1, "slots": 4, "free_slots": 2, "step_slots": 4, "free_step_slots": 4}
 ALIVE = OwnerFacts("w-1", "alive", 0.0)
@@ -17,10 +18,18 @@ DEAD = OwnerFacts("w-1", "dead", 0.0)
 
 
 def at(name: str, text: str, **around: Any) -> Story:
-    """The story when that has just been written."""
-    events = replayed(name)[1].events
-    places = [number for number, event in enumerate(events) if text in event.text or text == event.kind]
-    return story_of(name, places[0] + 1, **around)
+    """The story when that has just been written. What reaches a worker may be written before CANCELING, or after."""
+    facts, log = replayed(name)
+    events = list(log.events)
+    if text == CANCELING:
+        events = [event for event in events if event.stage not in (Stage.REACHED, Stage.INTERRUPTING)]
+    (place, *_) = [number for number, event in enumerate(events) if text in event.text or text == event.kind]
+    events = events[: place + 1]
+    status = ([STATUSES[event.kind] for event in events if event.kind in STATUSES] or ["NOT_STARTED"])[-1]
+    status = "CANCELING" if any(event.stage is Stage.INTERRUPTING for event in events) else status
+    now = max(event.at for event in events) + 1
+    facts = replace(facts, status=status, ended=None)
+    return tell(facts, replace(log, events=tuple(events)), Surroundings(now, **around))
 
 
 def told(waits: tuple[Wait, ...]) -> str:
@@ -75,10 +84,11 @@ def test_steps_that_have_not_stopped() -> None:
     assert waits[-1].until is not None
 
 
-def test_a_cleanup_that_goes_on_names_the_attempt_before() -> None:
+def test_a_cleanup_that_goes_on_names_the_attempt() -> None:
     waits = at("not_cleaned_up", 'cleanup "fails_until_mended" failed', **ROOM, owner=ALIVE).waits
+    assert "cleanup on w-1: attempt 2 of 2 of fails_until_mended of cannot_be_cleaned_up, at " in told(waits)
+    waits = at("not_cleaned_up", "cleaning up on worker", **ROOM, owner=ALIVE).waits
     assert "cleanup on w-1: undo of cannot_be_cleaned_up" in told(waits)
-    assert "before: cleanup" in told(waits)
 
 
 @pytest.mark.parametrize(
