@@ -119,3 +119,18 @@ def test_without_sqs_their_statuses_stop_them(endpoint: str) -> None:
         assert sorted(report.marked) == sorted(report.cancelled) == sorted(going)
         assert str(report) == "2 cancelled; no cancel message for 2 of them"
         assert {platform.status(run_id) for run_id in going} == {STATUS.CANCELING}
+
+
+def test_on_postgresql(endpoint: str, postgres: str) -> None:
+    extra = {**WITH_COORDINATOR, "storage": {"postgres": {"postgres_url": postgres}}}
+    with open_platform(endpoint, extra=extra) as platform:
+        run_ids = [submit(platform) for _ in range(3)]
+        report = cancel_runs(platform.instance, RunsFilter(job_name="sleepy_job"), reason="why", requested_by="ada")
+        assert sorted(report.cancelled) == sorted(run_ids)
+        for run_id in run_ids:
+            assert platform.status(run_id) is STATUS.CANCELED
+            events = Counter(platform.events(run_id))
+            assert events[DagsterEventType.RUN_CANCELED] == events[DagsterEventType.RUN_CANCELING] == 1
+            assert platform.run(run_id).tags[CANCEL_REASON_TAG] == "why"
+        found = platform.instance.get_runs(RunsFilter(tags={CANCELLED_BY_TAG: "ada"}))
+        assert sorted(run.run_id for run in found) == sorted(run_ids)
