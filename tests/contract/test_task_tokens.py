@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import threading
 import time
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
@@ -394,3 +395,49 @@ async def test_who_wants_to_hear_that_a_task_was_cancelled_does(
     assert {(event.stage, event.reason, event.requested_by) for event in of_all} == {("finished", "enough", "me")}
     assert caplog.messages.count("a listener for cancellations failed") == 3
     assert caplog.messages.count("a listener for cancellations is not waited for any more") == 6
+
+
+async def in_a_task_group(part: Callable[[float], Awaitable[None]]) -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(part(0.2))  # type: ignore[arg-type]
+        await asyncio.sleep(60)
+
+
+async def side_by_side(part: Callable[[float], Awaitable[None]]) -> None:
+    await asyncio.gather(part(0.1), part(0.2))
+    await asyncio.sleep(60)
+
+
+@pytest.mark.parametrize("at_work", [in_a_task_group, side_by_side])
+async def test_the_last_shield_interrupts_the_task_whoever_had_it(
+    standard_url: str, endpoint: str, at_work: Callable[..., Awaitable[None]]
+) -> None:
+    told: list[str] = []
+    started = asyncio.Event()
+
+    async def part(seconds: float) -> None:
+        token = cancellation_token()
+        with token.shield():
+            started.set()
+            while not token.is_cancelled:  # noqa: ASYNC110 - what a task may do
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(seconds)
+            told.append("completed")
+        told.append("nothing raised")
+
+    async def work() -> None:
+        try:
+            await at_work(part)
+            told.append("unreachable")
+        finally:
+            await asyncio.sleep(0.01)
+            told.append("finally")
+
+    async with bench(standard_url, endpoint) as at:
+        task = await at.broker.register_task(work, task_name="work").kiq()
+        await started.wait()
+        await at.broker.cancel_task(task.task_id, reason="enough")
+        assert isinstance(await error_of(task), TaskCancelled)
+        parts = 1 if at_work is in_a_task_group else 2
+        assert told == ["completed", "nothing raised"] * parts + ["finally"]
+        await at.all_quiet()

@@ -183,6 +183,8 @@ class _Coroutine:
         self._interrupts = interrupts
         self._task = task
         self._asked_at = 0.0
+        self._blocked: asyncio.Future[Any] | None = None
+        """Another task of the loop, that was interrupted because it blocked it."""
 
     def is_current(self) -> bool:
         """Whether it is the task that calls this, and not one that it has started."""
@@ -202,7 +204,7 @@ class _Coroutine:
 
     def _cancel(self) -> None:
         self.over.set()
-        if self.taken or self._task.done():
+        if self.taken or self._task.done() or (self._blocked is not None and not self._blocked.done()):
             return
         if self._interrupts._cancelled.has_shields:  # noqa: SLF001 - one piece in two classes
             self.asked = False  # it waits again
@@ -214,9 +216,13 @@ class _Coroutine:
         current = asyncio.current_task(self.loop)
         if current is None:
             return  # between two steps: it will react
+        self.over.set()
         if current is self._task:
             self.taken = self._interrupts.delivered = True
-            self.over.set()
+        else:
+            # Whoever waits for it is cancelled when its `finally` blocks have run: through them it would reach these.
+            self._blocked = current
+            current.add_done_callback(lambda _: self._cancel())
         raise asyncio.CancelledError(self._interrupts._reason)  # noqa: SLF001
 
     def _watch(self, over: threading.Event) -> None:
