@@ -22,7 +22,7 @@ from tests.acceptance.conftest import open_platform
 from tests.acceptance.operator.test_coordinator import beat, queued, submit
 from tests.support.moto import sqs_client
 from tests.support.platform import CLEANUP_JOBS, Platform
-from tests.support.run_logs import record
+from tests.support.run_logs import record, replay
 from tests.support.waiting import wait_until
 
 from dagster_taskiq.errors import DagsterTaskiqError
@@ -209,3 +209,18 @@ def test_logs_for_the_unit_tests(working: Platform, working_steps: Platform) -> 
         working.jobs = jobs
     tell(working_steps, "steps_cancelled", "two_steps", 2)
     tell(working_steps, "steps_succeeded", "dynamic_steps", seconds=0.1)
+
+
+@pytest.mark.postgres
+def test_it_reads_the_same_in_postgresql(endpoint: str, postgres: str) -> None:
+    """The columns of the table of events, and their times; also of half of a log."""
+    with open_platform(endpoint, extra={"storage": {"postgres": {"postgres_url": postgres}}}) as platform:
+        run = replay(platform.instance, "not_cleaned_up")
+        story = story_of(platform.instance, run.run_id)
+        bars = {bar.label: bar for bar in story.bars}
+        assert bars["cannot_be_cleaned_up"].outcome.value == "cancelled"
+        assert story.ended is not None
+        assert 0 < bars["cannot_be_cleaned_up"].began - story.created < story.ended - story.created < 60
+        assert story.events == len(platform.instance.all_logs(run.run_id))
+        half = replay(platform.instance, "steps_cancelled", until=20)
+        assert [bar.ended for bar in story_of(platform.instance, half.run_id).bars if bar.kind.value == "step"]
