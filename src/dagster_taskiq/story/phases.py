@@ -74,6 +74,8 @@ class Phases:
     final: Outcome | None = None
     final_text: str = ""
     not_requested: str = ""
+    lingers: tuple[str, float] | None = None
+    """What a run waits for whose work is over, in words, and since when."""
 
     def take(self, event: Logged) -> None:
         """Of the run, or of a cleanup handler of one of its steps."""
@@ -149,6 +151,12 @@ class Phases:
         self.cancel.grace_s = event.facts.get(GRACE_KEY)
         self.marks.append(Mark(event.at, "SIGTERM"))
         self._stopping(event.at)
+
+    def _waiting_for_threads(self, event: Logged) -> None:
+        self.lingers = event.text, event.at
+
+    def _waiting_for_steps(self, event: Logged) -> None:
+        self.lingers = event.text, event.at
 
     def _killed(self, event: Logged) -> None:
         self.cancel.killed_at, self.cancel.killed = event.at, event.text

@@ -87,5 +87,4 @@ class Surroundings:
     visibility_timeout_s: float = 30.0
     status_poll_s: float = 5.0
     reconcile_every_s: float = 60.0
-    dead_after_s: float = 15.0
     start_timeout_s: float | None = None

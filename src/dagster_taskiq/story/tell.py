@@ -155,7 +155,8 @@ def _cancellation(phases: Phases) -> Iterator[str]:
         grace = f", with {cancel.grace_s:g} s of grace" if cancel.grace_s is not None else ""
         yield f"SIGTERM to pid {cancel.pid}{grace}."
     if cancel.killed_at is not None:
-        yield f"It ignored SIGTERM: {cancel.killed}."
+        ignored = "It ignored SIGTERM" if cancel.interrupted_at is not None else "It had to be killed"
+        yield f"{ignored}: {cancel.killed}."
     if cancel.killed_processes:
         yield f"Had to be killed: {cancel.killed_processes}."
     if cancel.gone_at is not None:

@@ -7,7 +7,7 @@ from dagster_taskiq.story.log import Log
 from dagster_taskiq.story.model import Bar, Outcome, Wait
 from dagster_taskiq.story.phases import Phases
 from dagster_taskiq.story.steps import WAITS
-from dagster_taskiq.story.surroundings import ALIVE, PoolWait, QueuePlace, StepOwner, Surroundings
+from dagster_taskiq.story.surroundings import ALIVE, SILENT, PoolWait, QueuePlace, StepOwner, Surroundings
 from dagster_taskiq.story.text import clock, duration
 
 QUIET_AFTER_S: Final = 60.0
@@ -131,13 +131,16 @@ def _dead_owner(around: Surroundings) -> Wait:
     if owner.given_up:
         what = f"Dagster's run monitoring, which was told that worker {owner.worker_id} is dead"
         return Wait(what, owner.heard, None, ("is the daemon alive? its log",))
-    state = "is dead" if owner.state != "silent" else "is silent"
+    state = "is dead" if owner.state != SILENT else "is silent"
     by_message = (
         around.now + around.visibility_timeout_s * 4 / 3
         if owner.heard is None
         else (owner.heard + around.visibility_timeout_s * 4 / 3)
     )
-    what = f"its worker {owner.worker_id} {state}{heard}; another one takes over when the run's message comes again"
+    doubt = "if it is dead, " if owner.state == SILENT else ""
+    what = (
+        f"its worker {owner.worker_id} {state}{heard}; {doubt}another one takes over when the run's message comes again"
+    )
     advice = [
         "if its message is lost, the worker that looks for lost runs (every"
         f" {duration(around.reconcile_every_s)}) does it"
@@ -213,6 +216,10 @@ def _started(phases: Phases, steps: Sequence[Bar], log: Log, around: Surrounding
             "then it is resumed" if around.can_resume else "then it becomes FAILURE: run monitoring does not resume it"
         )
         yield Wait(wait.what, wait.since, wait.until, (*wait.advice, then))
+        return
+    if phases.lingers is not None:
+        what, since = phases.lingers
+        yield Wait(what, since, None, ("to end it now: dagster-taskiq run cancel",))
         return
     yield from map(_pool, around.pools)
     waiting = [bar for bar in steps if bar.outcome is Outcome.GOING_ON and bar.note == WAITS]

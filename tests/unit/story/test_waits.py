@@ -6,7 +6,13 @@ from typing import Any
 import pytest
 from tests.unit.story.test_stories import replayed
 
-from dagster_taskiq.storage.engine_events import Stage
+from dagster_taskiq.storage.engine_events import (
+    EngineEvent,
+    Stage,
+    threads_killed,
+    waiting_for_steps,
+    waiting_for_threads,
+)
 from dagster_taskiq.story.log import Log
 from dagster_taskiq.story.model import Story, Wait
 from dagster_taskiq.story.surroundings import Messages, OwnerFacts, PoolWait, QueuePlace, StepOwner, Surroundings
@@ -52,6 +58,7 @@ STARTING, STARTED, CANCELING = "Submitted to queue", "PIPELINE_START", "PIPELINE
         (STARTED, {**ROOM, "owner": DEAD}, ["its worker w-1 is dead", "then it becomes FAILURE"]),
         (STARTED, {**ROOM, "owner": DEAD, "can_resume": True}, ["then it is resumed"]),
         (STARTED, {"owner": DEAD}, ["no worker is alive to do it"]),
+        (STARTED, {**ROOM, "owner": replace(DEAD, state="silent")}, ["is silent", "if it is dead, another one"]),
         (STARTED, ROOM, ["a worker to receive it"]),
         (CANCELING, {**ROOM, "owner": ALIVE}, ["the cancellation to reach worker w-1", "dagster-taskiq doctor"]),
         (CANCELING, {**ROOM, "owner": DEAD}, ["another one takes over", "looks for lost runs"]),
@@ -141,3 +148,22 @@ def test_steps_that_were_sent_and_that_no_worker_takes() -> None:
     assert "2 steps that were sent (step_0, step_1): no worker that takes steps is alive" in told(
         tell(facts, log, Surroundings(now, owner=ALIVE)).waits
     )
+
+
+@pytest.mark.parametrize("written", [waiting_for_threads(7, ["upload"], 60, 0), waiting_for_steps(["load"])])
+def test_a_run_whose_work_is_over_and_that_is_not(written: EngineEvent) -> None:
+    facts, log = replayed("succeeded")
+    last = log.events[-2]
+    event = replace(last, id=last.id + 1, step_key=None, kind="ENGINE_EVENT", stage=written.stage, text=written.message)
+    log = replace(log, events=(*log.events[:-1], event))
+    story = tell(replace(facts, status="STARTED", ended=None), log, Surroundings(last.at + 9, owner=ALIVE))
+    assert [wait.what for wait in story.waits] == [written.message]
+
+
+def test_threads_that_had_to_be_killed_have_ignored_no_signal() -> None:
+    facts, log = replayed("succeeded")
+    written, last = threads_killed(7, 60, ["upload"], 0), log.events[-2]
+    event = replace(last, step_key=None, kind="ENGINE_EVENT", stage=written.stage, text=written.message)
+    story = tell(facts, replace(log, events=(*log.events[:-1], event, log.events[-1])), Surroundings(last.at + 9))
+    assert f"It had to be killed: {written.message}." in story.summary
+    assert "SIGTERM" not in " ".join(story.summary)
