@@ -24,7 +24,8 @@ from dagster_taskiq.dagster_compat.interrupts import (
 
 REACTS_WITHIN_S: Final = 1.0
 """An event loop that has not reacted to its task's cancellation within this time is taken for blocked."""
-_ABANDONED_PAUSE_S: Final = 0.01
+_AGAIN_S: Final = 0.01
+"""Between two signals to the main thread, of which the first is enough nearly always."""
 
 
 class Interrupts:
@@ -42,6 +43,7 @@ class Interrupts:
         self._cancelled = cancelled
         self._record = record
         self._waits = False
+        self._received = 0
         self._coroutine: _Coroutine | None = None
         self._generators: dict[Any, asyncio.AbstractEventLoop] = {}
         if threading.current_thread() is threading.main_thread():
@@ -76,10 +78,8 @@ class Interrupts:
         if self.delivered or not (self._waits or self._cancelled.came_while_shielded):
             return
         loop = _running_loop()
-        if threading.current_thread() is not threading.main_thread():
-            _signal_main_thread()
-        elif abandoned:
-            _thread.start_new_thread(_signal_main_thread, (_ABANDONED_PAUSE_S,))
+        if abandoned or threading.current_thread() is not threading.main_thread():
+            _thread.start_new_thread(self._interrupt_main_thread, ())
         elif loop is None:
             self._raise_here()
         elif self._coroutine is None or self._coroutine.loop is not loop:
@@ -111,6 +111,7 @@ class Interrupts:
     def _receive(self, wanted: Callable[[], object]) -> None:
         """In the signal handler."""
         self.came = True
+        self._received += 1
         if self.delivered:
             return
         # In this order: a shield that is closed meanwhile, in another thread, sees that there is one.
@@ -128,6 +129,17 @@ class Interrupts:
                 self._record()
                 self.delivered = True
                 raise
+
+    def _interrupt_main_thread(self) -> None:
+        """In a thread of its own: again and again, until the handler has run.
+
+        CPython goes to sleep without a look at a signal that comes at the last moment, and nobody else sends another.
+        The first one waits a moment, because what is raised in a generator that is thrown away is lost.
+        """
+        before = self._received
+        while self._received == before and not self.delivered:
+            time.sleep(_AGAIN_S)
+            _signal_main_thread()
 
     def _deliver_by_token(self) -> None:
         self._record()
@@ -245,8 +257,7 @@ def _cancel_others(loop: asyncio.AbstractEventLoop) -> None:
             task.cancel()
 
 
-def _signal_main_thread(after_s: float = 0.0) -> None:
-    time.sleep(after_s)
+def _signal_main_thread() -> None:
     ident = threading.main_thread().ident
     if ident is not None:
         signal.pthread_kill(ident, signal.SIGTERM)

@@ -9,7 +9,7 @@ import pytest
 pytestmark = pytest.mark.timeout(200)
 
 CASES = '''
-import asyncio, json, os, signal, socket, sys, threading, time, traceback
+import asyncio, gc, json, os, signal, socket, sys, threading, time, traceback
 import dagster as dg
 from dagster_taskiq import cancellation_token
 from dagster_taskiq.child.child_process import ChildProcess
@@ -143,6 +143,26 @@ def out_of_order():
         told.append("completed")
         second.__exit__(None, None, None)
         told.append("unreachable")
+    finally:
+        told.append("finally")
+
+
+def closed_generator():
+    def inner():
+        with cancellation_token().shield():
+            yield
+            yield
+
+    def use():
+        parts = inner()
+        next(parts)
+        cancel()
+        told.append("completed")
+
+    try:
+        use()  # its generator is closed by the collector, where nobody sees what is raised
+        gc.collect()
+        time.sleep(300)
     finally:
         told.append("finally")
 
@@ -330,6 +350,7 @@ EXPECTED = {
     "in_a_thread": ["completed", "finally"],
     "thread_of_a_function": ["completed", "finally"],
     "out_of_order": ["completed", "finally"],
+    "closed_generator": ["completed", "finally"],
     "blocks": ["finally"],
     "blocks_in_a_shield": ["completed", "finally"],
     "child_task_blocks": ["child finally", "finally"],
