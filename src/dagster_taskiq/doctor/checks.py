@@ -273,5 +273,5 @@ def _stuck(instance: DagsterInstance, settings: Settings) -> Finding:
     if not stuck:
         return ok("cancellations", "none takes too long")
     reason = f"CANCELING for more than {patience_s:.0f} s: {_some(stuck)}"
-    repair = "dagster-taskiq worker list: one has to be alive to finish them; the run's event log says what is missing"
+    repair = "dagster-taskiq run explain RUN_ID says what it waits for; dagster-taskiq worker list: one has to be alive"
     return Finding("cancellations", "warning", reason, repair)

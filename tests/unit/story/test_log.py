@@ -15,7 +15,7 @@ from dagster_taskiq.story.surroundings import Surroundings
 from dagster_taskiq.story.tell import RunFacts, tell
 
 Kind = DagsterEventType
-OF_A_STEP = (Kind.STEP_WORKER_STARTING, Kind.STEP_START, Kind.STEP_OUTPUT, Kind.HANDLED_OUTPUT, Kind.STEP_SUCCESS)
+OF_A_STEP = (Kind.STEP_WORKER_STARTING, Kind.STEP_START, Kind.ENGINE_EVENT, Kind.HANDLED_OUTPUT, Kind.STEP_SUCCESS)
 STEPS = 10_000
 BEGAN = 1_700_000_000.0
 

@@ -204,6 +204,23 @@ def test_no_text_of_a_picture_is_cut_off(name: str) -> None:
         assert last <= 1000, text
 
 
+def test_a_long_name_is_not_drawn_over_the_bars() -> None:
+    story = story_of("steps_cancelled")
+    story = replace(story, bars=tuple(replace(bar, label=bar.label * 20) for bar in story.bars))
+    picture = parsed(svg_of(story))
+    svg = "{http://www.w3.org/2000/svg}"
+    for row in picture.iter(f"{svg}g"):
+        name, bar = row.find(f"{svg}text"), row.find(f"{svg}rect")
+        assert name is not None
+        assert bar is not None
+        assert float(name.attrib["x"]) + 7.3 * len(name.text or "") <= float(bar.attrib["x"])
+        whole = row.find(f"{svg}title")
+        assert whole is not None
+        assert len(whole.text or "") > 100, "it is shown where the mouse is"
+    for line in on_a_terminal(story, 60).splitlines():
+        assert len(line) <= 60
+
+
 def test_what_must_be_seen_of_many_steps_is_seen() -> None:
     story = with_most_steps(story_of("steps_succeeded"), 2)
     assert len(outcomes(story, BarKind.STEP)) == 2
