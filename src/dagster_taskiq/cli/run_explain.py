@@ -1,6 +1,5 @@
 """`dagster-taskiq run explain`: the life of one run, and what it waits for."""
 
-import asyncio
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -86,6 +85,8 @@ def _is_whole(run_id: str) -> bool:
 
 def _ask_queue(settings: "Settings") -> "Messages":
     """How many messages the work queue has. Never raises: what is asked about is the run."""
+    import asyncio
+
     from dagster_taskiq.sqs.admin import queue_status
     from dagster_taskiq.sqs.client import Connection
     from dagster_taskiq.story.surroundings import Messages
