@@ -19,6 +19,7 @@ from dagster_taskiq.cancellation.model import CancelOutcome
 from dagster_taskiq.cleanup.record import cleanup_record
 from dagster_taskiq.cleanup.runner import Cleanup
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
+from dagster_taskiq.dagster_compat.instance import open_instance
 from dagster_taskiq.dagster_compat.interrupts import capture_interrupts
 from dagster_taskiq.dagster_compat.storage import run_ids_beginning_with
 from dagster_taskiq.errors import CleanupFailed, DagsterTaskiqError, RunNotFound
@@ -77,7 +78,8 @@ def cancel_run(
     `requested_by`: default `this_user()`. `instance`: default that of `$DAGSTER_HOME`.
 
     Returns at once. True: the run is being stopped. False: it is finished already, or cannot be stopped. Raises
-    `RunNotFound`, and `DagsterTaskiqError` when the instance has another run launcher.
+    `RunNotFound`, and `DagsterTaskiqError` when the instance has another run launcher. A database that does not answer
+    makes it raise, not hang; without the database's driver it is `DriverMissing`.
     """
     return request_cancel(run_id, reason=reason, requested_by=requested_by, instance=instance).stops
 
@@ -87,7 +89,7 @@ def request_cancel(
 ) -> CancelOutcome:
     """As `cancel_run`, and tells what came of it."""
     with ExitStack() as stack:
-        instance = instance or stack.enter_context(DagsterInstance.get())
+        instance = instance or stack.enter_context(open_instance())
         run, launcher = _run(instance, run_id), launcher_of(instance)
         by = clean_text(requested_by or this_user())
         if run.status is not DagsterRunStatus.QUEUED:
@@ -139,7 +141,7 @@ def clean_up_run(
     as a worker has the run. On SIGINT or SIGTERM it raises `KeyboardInterrupt`.
     """
     with ExitStack() as stack:
-        instance = instance or stack.enter_context(DagsterInstance.get())
+        instance = instance or stack.enter_context(open_instance())
         run, launcher = _run(instance, run_id), launcher_of(instance)
         claims = Claims(instance, Heartbeats.of_runs(instance, launcher.settings))
         owner = claims.owner(run_id)

@@ -3,28 +3,20 @@
 Knows how a queue of this package has to be configured; asks AWS with `sqs.probe`. Does not know Dagster.
 """
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Final
 
 from dagster_taskiq.doctor.finding import Finding, line, ok, unknown
+from dagster_taskiq.doctor.permission_checks import look_at_permissions
 from dagster_taskiq.errors import AccessDenied, DagsterTaskiqError, QueueUnreachable
 from dagster_taskiq.queue_names import is_fifo, queue_name
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.sqs.admin import CANCEL_RETENTION_S, CANCEL_VISIBILITY_S, WORK_RETENTION_S, identity, queue_urls
 from dagster_taskiq.sqs.client import Connection, split_endpoint
-from dagster_taskiq.sqs.probe import QueueFacts, has_credentials, look_at_queue, may, try_bucket
+from dagster_taskiq.sqs.probe import BucketTried, QueueFacts, has_credentials, look_at_queue, try_bucket
 from dagster_taskiq.sqs.s3_payloads import PAYLOAD_PREFIX
 
-_ROLES: Final[Mapping[str, Mapping[str, Sequence[str]]]] = {
-    "launcher": {"work": ("sqs:SendMessage",), "cancels": ("sqs:SendMessage",)},
-    "worker": {
-        "work": ("sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:ChangeMessageVisibility"),
-        "steps": ("sqs:SendMessage", "sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:ChangeMessageVisibility"),
-        "cancels": ("sqs:SendMessage", "sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:ChangeMessageVisibility"),
-    },
-}
 _MANY_CANCELS: Final = 20
 _SKEW_S: Final = 5.0
 _FATAL_SKEW_S: Final = 300.0
@@ -38,10 +30,11 @@ _LONG_KEPT_S: Final = 3_600
 
 async def look_at_aws(settings: Settings, queues: dict[str, QueueFacts]) -> AsyncIterator[Finding]:
     """Credentials, queues, clock, permissions, bucket. Adds the facts about each queue to `queues`, by role."""
-    credentials = await _credentials(settings)
+    credentials, caller = await _credentials(settings)
     yield credentials
     if credentials.verdict == "error":
         return
+    bucket = await try_bucket(settings.payload_bucket, settings.region_name) if settings.payload_bucket else None
     connection = Connection(settings.region_name, settings.endpoint_url)
     try:
         client = await connection.client()
@@ -50,17 +43,16 @@ async def look_at_aws(settings: Settings, queues: dict[str, QueueFacts]) -> Asyn
             for finding in _queue(role, url, queues[role], settings):
                 yield finding
         yield _clock(queues)
-        for who, needs in _ROLES.items():
-            yield await _permissions(client, settings, who, needs, queues)
+        for finding in await look_at_permissions(client, settings, caller, bucket):
+            yield finding
     finally:
         await connection.close()
-    if settings.payload_bucket is not None:
-        yield await _bucket(settings.payload_bucket, settings.region_name)
+    if settings.payload_bucket and bucket is not None:
+        yield _bucket(settings.payload_bucket, bucket)
 
 
-async def _bucket(bucket: str, region_name: str) -> Finding:
+def _bucket(bucket: str, tried: BucketTried) -> Finding:
     check = "payload bucket"
-    tried = await try_bucket(bucket, region_name)
     if tried.error is None:
         return ok(check, f"{bucket}: an object was written, read and deleted under {PAYLOAD_PREFIX}")
     if tried.denied:
@@ -71,20 +63,23 @@ async def _bucket(bucket: str, region_name: str) -> Finding:
     return Finding(check, "error", tried.error, "check the network, and AWS_ENDPOINT_URL_S3")
 
 
-async def _credentials(settings: Settings) -> Finding:
+async def _credentials(settings: Settings) -> tuple[Finding, str | None]:
+    """And whose they are: an ARN; None when that is not known."""
     check = "credentials"
     repair = "give the task an IAM role (taskRoleArn), or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     endpoint, own = split_endpoint(settings.endpoint_url)
     if not own and not await has_credentials():
-        return Finding(check, "error", "there are none", repair)
+        return Finding(check, "error", "there are none", repair), None
     if endpoint is not None:
-        return ok(check, f"found; {endpoint} is not asked for their owner")
+        return ok(check, f"found; {endpoint} is not asked for their owner"), None
     try:
-        return ok(check, await identity(settings.region_name))
+        caller = await identity(settings.region_name)
     except AccessDenied as error:
-        return Finding(check, "error", line(error), f"{repair}; the current ones have expired, or are wrong")
+        wrong = f"{repair}; the current ones have expired, or are wrong"
+        return Finding(check, "error", line(error), wrong), None
     except (DagsterTaskiqError, TimeoutError) as error:
-        return unknown(check, f"AWS STS does not answer whose they are: {line(error)}", "check the network")
+        return unknown(check, f"AWS STS does not answer whose they are: {line(error)}", "check the network"), None
+    return ok(check, caller), caller
 
 
 def _queue(role: str, url: str, facts: QueueFacts, settings: Settings) -> Iterator[Finding]:
@@ -167,29 +162,3 @@ def _clock(queues: Mapping[str, QueueFacts]) -> Finding:
     reason = f"this clock is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} AWS's"
     fatal = abs(skew) >= _FATAL_SKEW_S
     return Finding("clock", "error" if fatal else "warning", reason, "start a time service: timedatectl set-ntp true")
-
-
-async def _permissions(
-    client: Any,
-    settings: Settings,
-    who: str,
-    needs: Mapping[str, Sequence[str]],
-    queues: Mapping[str, QueueFacts],
-) -> Finding:
-    missing, untried = [], []
-    for role, url in queue_urls(settings.queue_url).items():
-        needed = needs.get(role, ())
-        allowed = await asyncio.gather(*[may(client, url, action) for action in needed])
-        missing += [
-            f"{action} on {queue_name(url)}" for action, may in zip(needed, allowed, strict=True) if may is False
-        ]
-        untried += [queue_name(url)] if None in allowed else []
-    check = f"permissions of a {who}"
-    if missing:
-        policy = {"launcher": "LauncherPolicy", "worker": "WorkerPolicy"}[who]
-        repair = f"attach {policy} of infra/queues.yaml, if this is the role of a {who}"
-        return Finding(check, "warning", f"these credentials lack {', '.join(missing)}", repair)
-    if untried:
-        reason = f"could not be tried on {', '.join(untried)}"
-        return unknown(check, reason, "correct what is wrong with the queues first")
-    return ok(check, "each request that it makes was tried, and none is refused")

@@ -29,6 +29,11 @@ def blocks() -> list[tuple[str, str]]:
     return re.findall(r"^```(bash|yaml|docker)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 
 
+def test_no_loop_on_the_page_is_endless() -> None:
+    """One that waits for a run would wait for ever when the run fails."""
+    assert not [text for language, text in blocks() if language == "bash" and re.search(r"\b(until|while)\b", text)]
+
+
 class Shell:
     """A terminal: what one block exports, the next one has."""
 

@@ -129,13 +129,17 @@ def test_an_outdated_worker_takes_nothing_new_and_ends_after_its_work(endpoint: 
     with open_platform(endpoint, source=source) as platform, ecs_agent() as agent:
         with platform.worker(program=(sys.executable, "-c", OFTEN), env=agent.environment) as worker:
             first = platform.launch("sleepy_job", seconds=12)
+            endless = platform.launch("sleepy_job", seconds=600)
             platform.marked(first, "started")
+            platform.marked(endless, "started")
             wait_until(lambda: agent.protected, "it is protected")
             agent.deployed = "loaders:8"
             wait_until(lambda: "outdated: no new work" in worker.log(), "it knows", within=60, seen=worker.log)
             second = platform.launch("quick_job", seconds=0)
+            assert platform.launcher.terminate(endless)
             assert worker.process.wait(60) == 0, worker.log()
         assert platform.status(first) is DagsterRunStatus.SUCCESS, platform.story(first)
+        assert platform.status(endless) is DagsterRunStatus.CANCELED, platform.story(endless)
         assert platform.status(second) is DagsterRunStatus.STARTING, "for a worker of the new version"
         assert not agent.protected
 

@@ -16,20 +16,13 @@ from tests.support.platform import Platform, write_home
 
 from dagster_taskiq.queue_names import queue_name
 from dagster_taskiq.sqs.admin import queue_urls
+from dagster_taskiq.sqs.permissions import NEEDS
 
 pytestmark = pytest.mark.acceptance
 
 TEMPLATE: Final = Path(__file__).parents[3] / "infra" / "queues.yaml"
-# What launcher and worker call; see the broker.
-LAUNCHER_ACTIONS: Final = {"sqs:SendMessage", "sqs:GetQueueUrl", "sqs:GetQueueAttributes"}
-WORKER_ACTIONS: Final = {
-    "sqs:ReceiveMessage",
-    "sqs:DeleteMessage",
-    "sqs:ChangeMessageVisibility",
-    "sqs:GetQueueUrl",
-    "sqs:GetQueueAttributes",
-    "sqs:SendMessage",
-}
+LOOKS: Final = {"sqs:GetQueueUrl", "sqs:GetQueueAttributes"}
+"""For `queue status` and `doctor`."""
 
 BUCKET: Final = "too-large-for-a-message"
 KEY: Final = "arn:aws:kms:us-east-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"
@@ -90,15 +83,13 @@ def test_the_queues_are_those_that_launcher_and_worker_derive(stack: Stack) -> N
 
 def test_the_policies_allow_what_is_needed_and_nothing_else(stack: Stack) -> None:
     work, steps, cancels = queues(stack)
-    assert allowed(stack, "LauncherPolicyArn") == dict.fromkeys((work, cancels), LAUNCHER_ACTIONS)
-    assert allowed(stack, "WorkerPolicyArn") == {
-        work: WORKER_ACTIONS - {"sqs:SendMessage"},
-        steps: WORKER_ACTIONS,
-        cancels: WORKER_ACTIONS,
-    }
+    names = {"work": work, "steps": steps, "cancels": cancels}
+    for who, output in (("launcher", "LauncherPolicyArn"), ("worker", "WorkerPolicyArn")):
+        needed = {names[role]: {*actions, *LOOKS} for role, actions in NEEDS[who].items() if role in names}
+        assert allowed(stack, output) == needed
     if "PayloadPolicyArn" in stack.outputs:
         assert allowed(stack, "PayloadPolicyArn") == {
-            f"{BUCKET}/dagster-taskiq/payloads/*": {"s3:PutObject", "s3:GetObject", "s3:DeleteObject"},
+            f"{BUCKET}/dagster-taskiq/payloads/*": set(NEEDS["worker"]["payloads"]),
             KEY.rpartition(":")[2]: {"kms:Decrypt", "kms:GenerateDataKey"},
         }
     assert ("PayloadPolicyArn" in stack.outputs) is queue_name(work).endswith(".fifo")
