@@ -234,8 +234,12 @@ class CancelListener:
         """Those that are held now, and the leases that they no longer have."""
         if self._held is None:
             return [], []
-        earlier = [self._held.hold(one) for one in ours]
-        return ours, [lease for lease in earlier if lease is not None]
+        kept, earlier = [], []
+        for one in ours:
+            if self._held.has_room(one):
+                kept.append(one)
+                earlier.append(self._held.hold(one))
+        return kept, [lease for lease in earlier if lease is not None]
 
     def _needs_nobody(self, cancel: ReceivedCancel) -> bool:
         task_id = cancel.request.task_id

@@ -110,10 +110,14 @@ class Results:
             raise
         for task in late:
             task.cancel()
-        errors = [error for task in done if (error := task.exception()) is not None]
+        errors = [error for task in done if (error := _failure_of(task)) is not None]
         if errors or late:
             why = repr(errors[0]) if errors else f"no answer within {within_s:.0f} s"
             logger.warning("cannot read results of %d tasks: %s", len(errors) + len(late), why)
+
+
+def _failure_of(task: "asyncio.Task[Any]") -> BaseException | None:
+    return asyncio.CancelledError("in the result backend") if task.cancelled() else task.exception()
 
 
 def _outcome(label: object) -> TaskCancelOutcome:

@@ -5,10 +5,14 @@ A worker that is killed takes no cancel with it: the message becomes visible aga
 
 import asyncio
 from collections.abc import Callable
+from typing import Final
 
 from dagster_taskiq.sqs.lease import Lease
 from dagster_taskiq.sqs.settlement import Settlement
 from dagster_taskiq.tasks.cancel_queue import ReceivedCancel
+
+_MOST: Final = 3
+"""So many of one task are held at once. One would do; those that come later are kept for longer by the queue."""
 
 
 class HeldCancels:
@@ -24,6 +28,11 @@ class HeldCancels:
         _, earlier = of_task.get(cancel.message_id, (None, None))
         of_task[cancel.message_id] = cancel, self._lease_of(cancel).start()
         return earlier
+
+    def has_room(self, cancel: ReceivedCancel) -> bool:
+        """Whether this one is to be held: not the hundredth that somebody has sent for the same task."""
+        held = self._held.get(cancel.request.task_id, {})
+        return cancel.message_id in held or sum(not lease.lost for _, lease in held.values()) < _MOST
 
     def of(self, task_id: str) -> ReceivedCancel | None:
         """One that is held for the task."""

@@ -95,15 +95,29 @@ async def notify_all(
 
 
 async def _call(listener: Listener, event: CancellationEvent) -> None:
+    about = {"task_id": event.task_id}
+    running = asyncio.create_task(_failure_of(listener, event), name=f"tell of {event.task_id}")
     try:
-        async with asyncio.timeout(LISTENER_S):
-            if inspect.iscoroutinefunction(listener):
-                await listener(event)
-                return
-            result = await _LANE.call(listener, event)
-            if inspect.isawaitable(result):
-                await result
-    except TimeoutError:
-        logger.warning("a listener for cancellations is not waited for any more", extra={"task_id": event.task_id})
-    except Exception:
-        logger.exception("a listener for cancellations failed", extra={"task_id": event.task_id})
+        done, _ = await asyncio.wait({running}, timeout=LISTENER_S)
+    except asyncio.CancelledError:
+        running.cancel()
+        raise
+    if not done:
+        running.cancel()  # and if it does not end then, it is left alone
+        logger.warning("a listener for cancellations is not waited for any more", extra=about)
+    elif (failure := running.result()) is not None:
+        logger.error("a listener for cancellations failed", exc_info=failure, extra=about)
+
+
+async def _failure_of(listener: Listener, event: CancellationEvent) -> BaseException | None:
+    """What it has raised. What is no `Exception`, as of `sys.exit`, is not to end the worker."""
+    try:
+        if inspect.iscoroutinefunction(listener):
+            await listener(event)
+            return None
+        result = await _LANE.call(listener, event)
+        if inspect.isawaitable(result):
+            await result
+    except BaseException as error:  # noqa: BLE001 - it is logged, and changes nothing
+        return error
+    return None

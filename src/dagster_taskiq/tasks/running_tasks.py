@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 
 from dagster_taskiq._ttl_cache import TTLCache
-from dagster_taskiq.cancellation.model import Cancellation
+from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.tasks.predicates import TaskView
 from dagster_taskiq.tasks.running_task import RunningTask
 
@@ -47,11 +47,15 @@ class RunningTasks(Mapping[str, RunningTask]):
         return task is not None
 
     def cancel_all(self, cancellation_of: Callable[[TaskView], Cancellation | None]) -> dict[str, Cancellation]:
-        """Cancel those that run here and for which there is a cancellation; returns these, by task id."""
+        """Cancel those that run here and for which there is a cancellation; returns these, by task id.
+
+        Not those that somebody has cancelled already: each of them has its cancel message.
+        """
         cancelled = {}
         for task in list(self._tasks.values()):
-            cancellation = cancellation_of(task.view) if task.view is not None and not task.over else None
-            if cancellation is not None:
+            if task.view is None or task.over or (task.cancellation and task.cancellation.kind >= CancelKind.REQUESTED):
+                continue
+            if (cancellation := cancellation_of(task.view)) is not None:
                 task.cancel(cancellation)
                 cancelled[task.task_id] = cancellation
         return cancelled

@@ -11,11 +11,14 @@ from dagster_taskiq.cancellation.model import CancelChannel, CancelKind, Cancell
 from dagster_taskiq.errors import QueueUnreachable
 from dagster_taskiq.messages import CancelRequest, StandingCancel
 from dagster_taskiq.sqs.lease import Lease
+from dagster_taskiq.sqs.settlement import Settlement
 from dagster_taskiq.tasks.cancel_listener import LONGEST_SIT_OUT_S, SIT_OUT_S, CancelListener
 from dagster_taskiq.tasks.cancel_queue import Received, ReceivedCancel, ReceivedStanding
 from dagster_taskiq.tasks.held_cancels import HeldCancels
 from dagster_taskiq.tasks.predicates import Predicates, TaskView
-from dagster_taskiq.tasks.standing_cancels import EVERY_S, StandingCancels
+from dagster_taskiq.tasks.running_task import RunningTask
+from dagster_taskiq.tasks.running_tasks import RunningTasks
+from dagster_taskiq.tasks.standing_cancels import CLOCKS_DIFFER_S, EVERY_S, StandingCancels
 
 pytestmark = pytest.mark.anyio
 
@@ -195,6 +198,22 @@ async def test_the_owner_keeps_the_cancel_until_its_work_is_settled(over: bool, 
     assert kept.calls.count(call) == 1
 
 
+async def test_of_many_cancels_of_one_task_a_few_are_held() -> None:
+    queue, leases = Queue(), list[Lease]()
+
+    def lease_of(_: ReceivedCancel) -> Lease:
+        leases.append(Lease(Kept(), visibility_timeout_s=30))
+        return leases[-1]
+
+    listening = CancelListener(queue, Here("t"), cancel_ttl_s=120, held=HeldCancels(lease_of), now=lambda: NOW)
+    for first in range(0, 100, 10):
+        await listening.handle([cancel_of("t", message_id=f"m-{number}") for number in range(first, first + 10)])
+    assert (len(leases), len(queue.deleted), queue.handed_back) == (3, 97, [])
+    await listening.handle([cancel_of("t", message_id="m-0")])  # a new receipt of one that is held
+    assert (len(leases), len(queue.deleted)) == (4, 97)
+    await listening.settled("t", over=True)
+
+
 async def test_an_old_cancel_that_was_held_stays_until_the_work_has_come_again() -> None:
     queue, now = Queue(), NOW
     listening = CancelListener(queue, Here(), cancel_ttl_s=120, comes_back_s=40, now=lambda: now)
@@ -241,9 +260,27 @@ async def test_a_standing_cancel_is_handed_on_to_all_and_then_comes_rarely() -> 
     assert queue.paused == {"r-a": EVERY_S}
     assert listening.cancelled_ahead("w", TaskView("w", "n", {"group": "a"}, NOW - 9)) is not None
     assert listening.cancelled_ahead("w", TaskView("w", "n", {"group": "a"}, NOW + 9)) is None
-    now += 601
+    now += 601 + CLOCKS_DIFFER_S
     await listening.handle([standing_of("a", age_s=0, receive_count=5)])
     assert queue.deleted == ["m-a"]
+
+
+async def test_standing_cancels_send_one_cancel_for_each_task_that_they_stop() -> None:
+    async def settle(settlement: Settlement, delay_s: int = 0) -> None:
+        pass
+
+    queue, here = Queue(), RunningTasks()
+    for task_id, cause in (("t", None), ("u", CancelKind.SHUTDOWN), ("v", CancelKind.REQUESTED)):
+        view = TaskView(task_id, "n", {"group": "a"}, NOW - 1)
+        here.add(task := RunningTask(task_id, settle=settle, view=view))
+        if cause is not None:
+            task.cancel(Cancellation(cause))
+    standing = StandingCancels(Predicates(), now=lambda: NOW)
+    listening = CancelListener(queue, here, cancel_ttl_s=120, standing=standing, now=lambda: NOW)
+    for group in "abcd":
+        await listening.handle([standing_of(group, age_s=0, receive_count=1)])
+    assert queue.sent == ["t", "u"]
+    assert [task.cancellation and task.cancellation.kind for task in here.values()] == [CancelKind.REQUESTED] * 3
 
 
 async def test_workers_of_runs_do_not_know_standing_cancels(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,8 +9,8 @@ from taskiq import TaskiqMessage
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.errors import MessageUnreadable
 from dagster_taskiq.messages import CancelRequest, StandingCancel, read_cancel
-from dagster_taskiq.tasks.predicates import SENT_AT_LABEL, Predicates, TaskView
-from dagster_taskiq.tasks.standing_cancels import EVERY_S, SPREAD_S, StandingCancels
+from dagster_taskiq.tasks.predicates import SENT_AT_LABEL, Predicate, Predicates, TaskView
+from dagster_taskiq.tasks.standing_cancels import CLOCKS_DIFFER_S, EVERY_S, FORGOTTEN_S, SPREAD_S, StandingCancels
 
 SENT = 1_000_000.0
 ASKED = Cancellation(CancelKind.REQUESTED, "enough")
@@ -54,7 +54,8 @@ def test_it_means_tasks_that_were_sent_before_it(
 
 
 def test_it_ends_after_its_time_to_live() -> None:
-    standing = known(StandingCancel("group", "a", ttl_s=60), StandingCancel("group", "b"), at=SENT + 61)
+    over = SENT + 61 + CLOCKS_DIFFER_S
+    standing = known(StandingCancel("group", "a", ttl_s=60), StandingCancel("group", "b"), at=over)
     assert standing.is_over("m-0")
     assert standing.cancellation_of(view(group="a")) is None
     assert not standing.is_over("m-1")
@@ -77,6 +78,61 @@ def test_so_many_are_remembered_and_no_more(monkeypatch: pytest.MonkeyPatch) -> 
     standing = known(*[StandingCancel("group", str(number)) for number in range(3)])
     meant = [standing.cancellation_of(view(group=number)) is not None for number in range(3)]
     assert meant == [False, True, True]
+
+
+async def _ends_with(task: TaskView) -> bool:
+    return False
+
+
+def awaits(task: TaskView) -> object:
+    return _ends_with(task)
+
+
+def yields(task: TaskView) -> object:
+    yield False
+
+
+def leaves(task: TaskView) -> object:
+    raise SystemExit(1)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("predicate", [awaits, yields, leaves])
+def test_a_predicate_that_gives_no_answer_cancels_nothing(
+    predicate: Predicate, caplog: pytest.LogCaptureFixture
+) -> None:
+    predicates = Predicates()
+    predicates.add(predicate, "p")
+    standing = StandingCancels(predicates, now=lambda: SENT)
+    standing.see("m", StandingCancel("predicate", "p"), ASKED, SENT)
+    assert [standing.cancellation_of(view()), standing.cancellation_of(view())] == [None, None]
+    assert len(caplog.messages) == 1
+    assert "predicate p failed, and cancels nothing" in caplog.text
+
+
+def test_other_clocks_do_not_make_it_go_round_for_longer_nor_delete_it() -> None:
+    at = SENT - 600  # this machine's clock is ten minutes behind
+    standing = StandingCancels(Predicates(), now=lambda: at)
+    standing.see("m", StandingCancel("group", "a", ttl_s=60), ASKED, SENT)
+    assert standing.spreads("m")
+    at += SPREAD_S
+    assert not standing.spreads("m")
+    ahead = known(StandingCancel("group", "a", ttl_s=60), at=SENT + 60 + CLOCKS_DIFFER_S)
+    assert ahead.cancellation_of(view(group="a")) is None
+    assert not ahead.is_over("m-0")
+
+
+def test_what_it_had_to_forget_sleeps_and_does_not_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dagster_taskiq.tasks.standing_cancels._MOST", 2)
+    requests = [StandingCancel("group", str(number)) for number in range(3)]
+    standing = known(*requests)
+    for _ in range(2):
+        again = [standing.see(f"m-{number}", one, ASKED, SENT) for number, one in enumerate(requests)]
+        assert again == [False, False, False]
+    assert [standing.spreads(f"m-{number}") for number in range(3)] == [False, True, True]
+    assert standing.pause_s("m-0", 100) == FORGOTTEN_S
+    assert not standing.is_over("m-0")
+    assert standing.cancellation_of(view(group=2)) is ASKED
 
 
 def test_a_retry_is_as_old_as_its_first_try_and_nobody_makes_a_task_younger() -> None:
