@@ -27,7 +27,7 @@ EVERY_S: Final = 20
 FORGOTTEN_S: Final = 300
 """So rarely the message of one comes back that had to be forgotten: nobody needs it."""
 CLOCKS_DIFFER_S: Final = 300.0
-"""A message is kept for so long after its end: SQS refuses requests of clocks that differ by more, or little more."""
+"""So long after its end a message is deleted also by who has not known it all the time, and only has a clock."""
 _MOST: Final = 1_000
 
 
@@ -39,6 +39,8 @@ class _Known:
     until: float
     first_at: float
     """When it was first seen here, by the clock of this machine."""
+    gone_at: float
+    """From when on nobody needs its message, whatever the clocks of the others say."""
     seen: int = 0
     fails: bool = False
 
@@ -51,7 +53,7 @@ class StandingCancels:
         self._now = now
         self._known: OrderedDict[str, _Known] = OrderedDict()
         self._forgotten: TTLCache[float] = TTLCache()
-        """Until when they count for which there was no room. Taking them anew would push out others, and so on."""
+        """Until when the messages are kept for which there was no room. Taking them anew would push out others, and so on."""
         self._forgets = False
 
     def see(self, message_id: str, request: StandingCancel, cancellation: Cancellation, sent_at: float) -> bool:
@@ -62,8 +64,10 @@ class StandingCancels:
         if new:
             now = self._now()
             self._forget(now)
-            until = sent_at + (CANCEL_RETENTION_S if request.ttl_s is None else request.ttl_s)
-            self._known[message_id] = _Known(request, cancellation, sent_at, until, now)
+            ttl_s = CANCEL_RETENTION_S if request.ttl_s is None else request.ttl_s
+            until = sent_at + ttl_s
+            gone_at = min(now + ttl_s, until + CLOCKS_DIFFER_S)
+            self._known[message_id] = _Known(request, cancellation, sent_at, until, now, gone_at)
             if request.scope == "predicate" and self._predicates.get(request.value) is None:
                 text = "cancel of many tasks: no predicate %r is known here; is its module imported?"
                 logger.warning(text, clean_text(request.value))
@@ -71,20 +75,20 @@ class StandingCancels:
         return new
 
     def _forget(self, now: float) -> None:
-        for message_id in [key for key, known in self._known.items() if known.until + CLOCKS_DIFFER_S < now]:
+        for message_id in [key for key, known in self._known.items() if known.gone_at < now]:
             del self._known[message_id]
         while len(self._known) >= _MOST:
             message_id, known = self._known.popitem(last=False)
             if not self._forgets:
                 self._forgets = True
                 logger.warning("more than %d cancels of many tasks stand; the oldest are forgotten", _MOST)
-            self._forgotten.add(message_id, known.until)
+            self._forgotten.add(message_id, known.gone_at)
 
     def is_over(self, message_id: str) -> bool:
         """Whether its time to live has ended, by the clock of any machine: nobody needs its message."""
         known = self._known.get(message_id)
-        until = known.until if known is not None else self._forgotten.get(message_id)
-        return until is None or until + CLOCKS_DIFFER_S < self._now()
+        gone_at = known.gone_at if known is not None else self._forgotten.get(message_id)
+        return gone_at is None or gone_at < self._now()
 
     def spreads(self, message_id: str) -> bool:
         """Whether it was sent so recently that there are workers that have not seen it."""
