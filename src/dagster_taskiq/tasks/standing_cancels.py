@@ -53,7 +53,7 @@ class StandingCancels:
         self._now = now
         self._known: OrderedDict[str, _Known] = OrderedDict()
         self._forgotten: TTLCache[float] = TTLCache()
-        """Until when the messages are kept for which there was no room. Taking them anew would push out others, and so on."""
+        """Until when the messages are kept for which there was no room. Taking them anew would push out others."""
         self._forgets = False
 
     def see(self, message_id: str, request: StandingCancel, cancellation: Cancellation, sent_at: float) -> bool:
