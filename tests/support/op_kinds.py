@@ -119,6 +119,7 @@ def thread_pool(context: dg.OpExecutionContext) -> None:
         waiting = [pool.submit(token.wait, NEVER_S) for _ in range(2)]
         say(context.run.tags, "started")
         waiting[0].result()
+        token.raise_if_cancelled()  # the threads may hear of it before the interrupt comes, and the op would succeed
 
 
 @on_cancel(undo)
