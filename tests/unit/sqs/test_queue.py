@@ -145,7 +145,7 @@ class Client:
     """Answers batches as told."""
 
     def __init__(self, answer: dict[str, Any] | Exception) -> None:
-        self.meta = SimpleNamespace(region_name="eu-west-1")
+        self.meta = SimpleNamespace(region_name="eu-west-1", endpoint_url="https://sqs.eu-west-1.amazonaws.com")
         self._answer = answer
 
     async def _request(self, **_: Any) -> dict[str, Any]:
