@@ -234,6 +234,12 @@ class Claims:
             logger.exception("engine event could not be written", extra={"run_id": run.run_id})
 
 
+def held_claims(instance: DagsterInstance) -> list[Claim]:
+    """The claims that workers hold, dead ones included, in one query."""
+    claims = map(_parsed, values_under(instance, _PREFIX).values())
+    return [claim for claim in claims if claim.state is ClaimState.HELD]
+
+
 def forget_old_claims(instance: DagsterInstance, heartbeats: Heartbeats, now: Callable[[], float] = time.time) -> None:
     """Delete the claims on runs that are finished, or were deleted, and whose worker did not come to do it.
 

@@ -1,17 +1,18 @@
-"""Which workers are there, and what does each one work on? The answer of `worker list`, only from heartbeats.
+"""Which workers are there, and what does each one work on? From heartbeats, and from the claims that are newer.
 
-Knows heartbeats and Dagster's runs; not SQS, not processes. All calls block on the database.
+Knows heartbeats, claims and Dagster's runs; not SQS, not processes. All calls block on the database.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunRecord, RunsFilter
 
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
 from dagster_taskiq.settings import Settings
+from dagster_taskiq.storage.claims import Claim, held_claims
 from dagster_taskiq.storage.heartbeats import Heartbeat, Heartbeats
 
 ALIVE: Final = "alive"
@@ -20,6 +21,8 @@ DEAD: Final = "dead"
 GONE: Final = "gone"
 _IMPLICIT_JOB: Final = "__ASSET_JOB"
 _NAMED_ASSETS: Final = 2
+_Entry: TypeAlias = tuple[str, str | None, float]
+"""Run, step, since when."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +73,11 @@ def list_workers(instance: DagsterInstance, settings: Settings, *, everybody: bo
         state = _state(last, now, settings.dead_after_s, given_up)
         if everybody or state in (ALIVE, SILENT):
             found.append((last, state))
-    runs = _runs(instance, [last for last, _ in found])
-    return [_worker_info(last, state, runs) for last, state in found]
+    work = _work(instance, [last for last, _ in found])
+    run_ids = {run_id for entries in work.values() for run_id, _, _ in entries}
+    records = instance.get_run_records(RunsFilter(run_ids=sorted(run_ids))) if run_ids else ()
+    runs = {record.dagster_run.run_id: record for record in records}
+    return [_worker_info(last, state, work[last.worker_id], runs) for last, state in found]
 
 
 def _state(last: Heartbeat, now: float, silent_after_s: float, dead_after_s: float) -> str:
@@ -90,20 +96,27 @@ def describe_assets(run: DagsterRun) -> str:
     return ", ".join(selected[:_NAMED_ASSETS]) + more
 
 
-def _runs(instance: DagsterInstance, beats: Sequence[Heartbeat]) -> dict[str, RunRecord]:
-    """The record of every run that a worker is working on."""
-    run_ids = {entry[0] for last in beats for entry in last.facts.get("work", ())}
-    if not run_ids:
-        return {}
-    records = instance.get_run_records(RunsFilter(run_ids=sorted(run_ids)))
-    return {record.dagster_run.run_id: record for record in records}
+def _work(instance: DagsterInstance, beats: Sequence[Heartbeat]) -> dict[str, list[_Entry]]:
+    """What each worker is at: as its heartbeat says, and the runs that it has picked up since then."""
+    claims: dict[str, list[Claim]] = {}
+    for claim in held_claims(instance) if beats else ():
+        claims.setdefault(claim.worker_id, []).append(claim)
+    found: dict[str, list[_Entry]] = {}
+    for last in beats:
+        entries: list[_Entry] = [(run_id, step_key, since) for run_id, step_key, since in last.facts.get("work", ())]
+        known = {run_id for run_id, step_key, _ in entries if step_key is None}
+        # Both times are by the clock of that worker.
+        newer = [one for one in claims.get(last.worker_id, ()) if one.since > last.at and one.run_id not in known]
+        entries += [(claim.run_id, None, claim.since) for claim in newer]
+        found[last.worker_id] = entries
+    return found
 
 
-def _worker_info(last: Heartbeat, state: str, runs: dict[str, RunRecord]) -> WorkerInfo:
+def _worker_info(last: Heartbeat, state: str, entries: Sequence[_Entry], runs: Mapping[str, RunRecord]) -> WorkerInfo:
     facts: dict[str, Any] = dict(last.facts)
     slots = facts.get("slots", (None, None))
     work = []
-    for run_id, step_key, since in facts.get("work", ()):
+    for run_id, step_key, since in entries:
         record = runs.get(run_id)
         if record is None:
             work.append(WorkInfo(run_id, None, None, step_key, since))

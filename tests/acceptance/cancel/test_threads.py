@@ -81,7 +81,7 @@ def test_a_run_that_waits_for_them_can_be_terminated(platform: Platform) -> None
     run_id = platform.launch("uploads_in_a_thread_job", grace=300, seconds=3_000)
     platform.wait_for_stage(run_id, Stage.WAITING_FOR_THREADS)
     assert platform.status(run_id) is DagsterRunStatus.STARTED
-    assert run_id[:8] in platform.command("worker", "list").stdout, "its worker's heartbeat names it"
+    assert run_id[:8] in platform.command("worker", "list").stdout, "also before its worker's next heartbeat"
     assert platform.launcher.terminate(run_id)
     assert platform.finished(run_id) is DagsterRunStatus.CANCELED, platform.story(run_id)
     platform.assert_nothing_left(run_id)

@@ -9,6 +9,7 @@ from dagster import AssetKey, DagsterEvent, DagsterEventType, DagsterInstance, D
 from dagster._core.test_utils import create_run_for_test
 
 from dagster_taskiq.settings import Settings
+from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.waiting import NOTED_AFTER_S, WaitNotes, describe_wait, describe_waiting
 from dagster_taskiq.storage.workers import list_workers
@@ -86,6 +87,19 @@ def test_a_run_that_was_cancelled_by_force_is_listed_while_its_worker_names_it(w
     run = ended(world, DagsterEventType.RUN_CANCELED)
     world.beat("w", run)
     assert world.listed() == [run.run_id]
+
+
+def test_a_run_that_was_picked_up_since_the_last_heartbeat_is_listed(world: World) -> None:
+    claims = Claims(world.instance, Heartbeats(world.instance, 30, 10))
+    known, new, released = (world.run(DagsterRunStatus.STARTED) for _ in range(3))
+    world.beat("w", known, ago=5)
+    world.beat("another", ago=5)
+    for run in (new, released):
+        assert claims.take(run, "w", "a task", "", None) is not None
+    assert claims.release(released, "it was handed back")
+    assert world.listed() == [known.run_id, new.run_id]
+    world.beat("w", known)
+    assert world.listed() == [known.run_id], "the heartbeat is newer than the claim"
 
 
 def test_what_a_run_of_selected_assets_makes_is_named(world: World) -> None:
