@@ -20,7 +20,7 @@ from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage import engine_events
 from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.event_log import append_event
-from dagster_taskiq.storage.status_repair import repair_late_canceling
+from dagster_taskiq.storage.status_repair import repair_late_canceling, restore, terminal_events
 from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, TASK_ID_TAG, add_own_tags, own_tags
 from dagster_taskiq.tasks.producer import Producer, result_of
 
@@ -62,7 +62,11 @@ class Termination:
         if task_id is None:
             self._keep_why(run, reason, requested_by)
             self._append(run, engine_events.no_task_id())
-            self._instance.report_run_canceled(run, "Nothing that this launcher started can be working on the run.")
+            if history := terminal_events(self._instance, run.run_id):
+                # Withdrawn from the queue at the moment in which Dagster's daemon took it: it is not to end twice.
+                restore(self._instance, run, history)
+            else:
+                self._instance.report_run_canceled(run, "Nothing that this launcher started can be working on the run.")
             return CancelOutcome.NOT_OURS
         return self._terminate(run, task_id, reason, requested_by, request)
 

@@ -324,5 +324,7 @@ def write_home(
             "config_source": dict(source),
         },
     }
-    document = {"run_launcher": launcher, "telemetry": {"enabled": False}, **extra}
+    # Dagster only asks a code server to end; one that nobody has waited for fails whichever test collects it.
+    code_servers = {"wait_for_local_processes_on_shutdown": True}
+    document = {"run_launcher": launcher, "telemetry": {"enabled": False}, "code_servers": code_servers, **extra}
     (home / "dagster.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(document))))

@@ -73,6 +73,18 @@ def move_runs(
     return moved
 
 
+def set_status(instance: DagsterInstance, run_id: str, status: DagsterRunStatus) -> DagsterRunStatus | None:
+    """Give a run this status, without an event; returns the one that it had, or None when nothing had to be done.
+
+    Whoever writes another status at the same moment is not overwritten unseen: it looks again. Raises `TypeError` for a
+    storage that is not one of Dagster's SQL storages.
+    """
+    while (run := instance.get_run_by_id(run_id)) is not None and run.status is not status:
+        if move_runs(instance, [run], run.status, status):
+            return run.status
+    return None
+
+
 def statuses_of(instance: DagsterInstance, run_ids: Sequence[str]) -> dict[str, DagsterRunStatus]:
     """The statuses of these runs, in one query; one that is not there is left out."""
     from dagster._core.storage.runs import SqlRunStorage

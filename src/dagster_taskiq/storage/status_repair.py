@@ -8,9 +8,9 @@ All calls block on the database.
 from collections.abc import Sequence
 from typing import Final
 
-from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus
+from dagster import DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus
 
-from dagster_taskiq._retry import poll_until
+from dagster_taskiq.dagster_compat.many_runs import set_status
 from dagster_taskiq.dagster_compat.storage import event_of
 from dagster_taskiq.storage.engine_events import restored
 from dagster_taskiq.storage.event_log import append_event
@@ -27,8 +27,6 @@ _SETS_A_STATUS: Final = _TERMINAL | {
     DagsterEventType.RUN_START,
     DagsterEventType.RUN_CANCELING,
 }
-_STATUS_PATIENCE_S: Final = 1.0
-_LOOK_EVERY_S: Final = 0.02
 
 
 def terminal_events(instance: DagsterInstance, run_id: str) -> list[DagsterEventType]:
@@ -42,17 +40,15 @@ def true_status(history: Sequence[DagsterEventType]) -> DagsterRunStatus:
 
 
 def restore(instance: DagsterInstance, run: DagsterRun, history: Sequence[DagsterEventType]) -> DagsterRunStatus:
-    """Write the true one of these terminal events again, and return the status that it gives to the run.
+    """Give the run the status of the true one of these terminal events again, and return it.
 
-    It is not written again when it is the last event of the log and its status follows within a second: Dagster writes
-    the event first and then the status, and its writer may be between the two.
+    The event is not written a second time: sensors of run statuses would see another end. A note says what happened,
+    unless the true event is the last word of the log: then its writer is between the event and the status.
     """
     true, status = _true_event(history), true_status(history)
-    if _events(instance, run.run_id, _SETS_A_STATUS)[-1:] == [true] and _has_or_gets(instance, run.run_id, status):
-        return status
-    append_event(instance, run, restored(f"the run is {status.value}, and a late event made it {run.status.value}"))
-    event = DagsterEvent(true.value, run.job_name, message=f"The run stays {status.value}.")
-    instance.report_dagster_event(event, run.run_id)
+    was = set_status(instance, run.run_id, status)
+    if was is not None and _events(instance, run.run_id, _SETS_A_STATUS)[-1:] != [true]:
+        append_event(instance, run, restored(f"the run is {status.value}, and a late event made it {was.value}"))
     return status
 
 
@@ -92,13 +88,3 @@ def _true_event(history: Sequence[DagsterEventType]) -> DagsterEventType:
 def _events(instance: DagsterInstance, run_id: str, of: set[DagsterEventType]) -> list[DagsterEventType]:
     events = [event_of(entry) for entry in instance.all_logs(run_id, of_type=of)]
     return [event.event_type for event in events if event is not None]
-
-
-def _has_or_gets(instance: DagsterInstance, run_id: str, status: DagsterRunStatus) -> bool:
-    """Whether the run has that status within a second; a run that is deleted meanwhile needs none."""
-
-    def has() -> bool:
-        run = instance.get_run_by_id(run_id)
-        return run is None or run.status is status
-
-    return poll_until(has, within_s=_STATUS_PATIENCE_S, every_s=_LOOK_EVERY_S)

@@ -327,7 +327,8 @@ def test_under_dagsters_own_launcher(endpoint: str) -> None:
         patch.setenv("DAGSTER_TASKIQ_SQS_QUEUE_URL", platform.queue_url)
         patch.setenv("DAGSTER_TASKIQ_SQS_ENDPOINT_URL", endpoint)
         # The same home, and so the same storage, without our launcher.
-        (platform.home / "default.yaml").write_text("telemetry: {enabled: false}\n")
+        settings = "telemetry: {enabled: false}\ncode_servers: {wait_for_local_processes_on_shutdown: true}\n"
+        (platform.home / "default.yaml").write_text(settings)
         instance = stack.enter_context(DagsterInstance.from_config(str(platform.home), "default.yaml"))
         process = stack.enter_context(WorkspaceProcessContext(instance, target))
         workspace = process.create_request_context()
