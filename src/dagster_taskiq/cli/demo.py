@@ -14,7 +14,7 @@ INTERRUPTED = 130
 def demo() -> None:
     """Launch two real runs over an embedded SQS, terminate them, and show what happened and when.
 
-    The first one indexes every Python source file of this machine and rolls back. The second one ignores its interrupt
+    The first one enters a bakery's sales of one day into its books and rolls back. The second one ignores its interrupt
     and has to be killed. Exit code 0 only if both ended CANCELED with no process left. Needs the extra [local];
     all connections are on loopback.
 

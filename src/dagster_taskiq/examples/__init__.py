@@ -1,1 +1,1 @@
-"""Example jobs. They work on what every machine has: the Python source files that are installed on it."""
+"""The project that `dagster-taskiq dev` serves and `demo` runs. In a checkout it is in `examples/`."""

@@ -6,21 +6,18 @@ Knows Dagster's event log and the process table, and reads there what it prints.
 import os
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass, field
+from typing import Any, Final
 
-from dagster import DagsterEventType, DagsterInstance, DagsterRunStatus, EventLogEntry, reconstructable
+from dagster import DagsterEventType, DagsterInstance, DagsterRunStatus, EventLogEntry, JobDefinition, reconstructable
 
 from dagster_taskiq.errors import DagsterTaskiqError
-from dagster_taskiq.examples.index_sources import index_sources, stubborn_index
+from dagster_taskiq.examples.bakery.definitions import defs
 from dagster_taskiq.local.dev import Playground, playground
 from dagster_taskiq.local.instance_config import InstanceConfig
 from dagster_taskiq.local.process_manager import StopRequest, stop_requests
 from dagster_taskiq.storage.engine_events import STAGE_KEY
 from dagster_taskiq.storage.tags import GRACE_SECONDS_TAG
-
-if TYPE_CHECKING:
-    from dagster import JobDefinition
 
 FINAL: Final = frozenset({DagsterRunStatus.CANCELED, DagsterRunStatus.FAILURE, DagsterRunStatus.SUCCESS})
 _STATUS_EVENTS: Final = {
@@ -34,6 +31,16 @@ _TICK_S: Final = 0.02
 
 class DemoFailed(DagsterTaskiqError):
     """What was promised did not happen."""
+
+
+def a_day() -> JobDefinition:
+    """The bakery's job `day`, as the worker finds it: by the name of this function."""
+    return defs.resolve_job_def("day")
+
+
+def an_oven() -> JobDefinition:
+    """The bakery's job `bake`."""
+    return defs.resolve_job_def("bake")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,25 +57,31 @@ class Scene:
     """One run, what must be in its log before it is terminated, and what must be there in the end."""
 
     title: str
-    job: "JobDefinition"
+    job: Callable[[], JobDefinition]
     under_way: str
     grace_s: float
     must_show: tuple[str, ...]
     """Texts or stages that must be in the log exactly once."""
+    day: str | None = None
+    """The partition."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """How long its steps take."""
 
 
 SCENES: Final = (
     Scene(
-        title="A job that indexes every Python source file of this machine, in one transaction",
-        job=index_sources,
-        under_way="indexed ",
+        title="A job that enters a bakery's sales of one day into its books, in one transaction",
+        job=a_day,
+        under_way="entered ",
         grace_s=30,
         must_show=("interrupting", "finally: rolled back", "finally: database closed", "tree_gone"),
+        day="2025-01-07",
+        seconds={"receipts": 0.5, "sales": 20},
     ),
     Scene(
         title="A job that ignores its interrupt, and has a subprocess that does, too",
-        job=stubborn_index,
-        under_way="indexing stubbornly",
+        job=an_oven,
+        under_way="baking stubbornly",
         grace_s=2,
         must_show=("interrupting", "killed", "tree_gone"),
     ),
@@ -97,7 +110,7 @@ class Demo:
         """Launch, wait until the op has begun, terminate, wait for the end; then check what is left."""
         idle = self._ground.processes().keys()
         run_id = self._launch(scene)
-        print_line(f"launched run {run_id} of {scene.job.name}")
+        print_line(f"launched run {run_id} of {scene.job().name}")
         line = self._until_under_way(scene, run_id)
         busy = self._ground.processes().keys() - idle
         print_line(f"the op says: {line}  ({len(busy)} processes running)")
@@ -111,9 +124,11 @@ class Demo:
         return Outcome(scene, run_id, moments, tuple(complaints(scene, status, left, moments, accepted=accepted)))
 
     def _launch(self, scene: Scene) -> str:
+        day = {} if scene.day is None else {"dagster/partition": scene.day}
         run = self._instance.create_run_for_job(
-            scene.job,
-            tags={GRACE_SECONDS_TAG: f"{scene.grace_s:g}"},
+            scene.job(),
+            run_config={"ops": {step: {"config": {"seconds": seconds}} for step, seconds in scene.seconds.items()}},
+            tags={GRACE_SECONDS_TAG: f"{scene.grace_s:g}", **day},
             job_code_origin=reconstructable(scene.job).get_python_origin(),
         )
         no_workspace: Any = None  # the run record is enough: no workspace, no code server

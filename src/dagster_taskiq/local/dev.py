@@ -35,7 +35,7 @@ from dagster_taskiq.settings import ENDPOINT_URL_VARIABLE, QUEUE_URL_VARIABLE, R
 REGION: Final = "us-east-1"
 QUEUE: Final = "dagster-tasks"
 ACCOUNT: Final = "123456789012"
-EXAMPLES: Final = "dagster_taskiq.examples.index_sources"
+EXAMPLES: Final = "dagster_taskiq.examples.bakery.definitions"
 COMMAND_LINE: Final = (sys.executable, "-m", "dagster_taskiq.cli")
 _LOCAL_EXTRA: Final = "install it with: pip install 'dagster-taskiq[local]'"
 

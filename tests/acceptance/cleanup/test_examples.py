@@ -8,7 +8,7 @@ from typing import Any
 import psycopg2  # type: ignore[import-untyped]
 import pytest
 from dagster import DagsterRunStatus
-from dagster._core.definitions.reconstruct import ReconstructableJob
+from dagster._core.definitions.reconstruct import ReconstructableJob, ReconstructableRepository
 from tests.acceptance.conftest import open_platform
 from tests.support.moto import aws_client
 from tests.support.platform import Platform
@@ -22,6 +22,9 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)
 EXAMPLES = Path(__file__).parents[3] / "examples"
 POLITELY, KILLED = "10", "0"
 """Seconds of grace: with none, there is only what the cleanup handler does."""
+
+
+BAKERY = "dagster_taskiq.examples.bakery.definitions"
 
 
 def launch(platform: Platform, file: str, job: str, op: str, config: Mapping[str, Any], grace: str) -> str:
@@ -113,6 +116,22 @@ def test_a_subprocess(endpoint: str, tmp_path: Path) -> None:
     assert told == [], [int(one.parts[2]) for one in told]
 
 
+@pytest.mark.parametrize("grace", [POLITELY, KILLED], ids=["politely", "killed"])
+def test_half_a_file_of_the_bakery(endpoint: str, grace: str) -> None:
+    recon = ReconstructableRepository.for_module(BAKERY, "defs").get_reconstructable_job("day")
+    with working(endpoint) as platform:
+        files = Path(platform.instance.storage_directory()).parent / "bakery" / "receipts"
+        run = platform.instance.create_run_for_job(
+            recon.get_definition(),
+            tags={GRACE_SECONDS_TAG: grace, "marks": "", "dagster/partition": "2025-01-07"},
+            job_code_origin=recon.get_python_origin(),
+        )
+        platform.instance.launch_run(run.run_id, workspace=None)  # type: ignore[arg-type]
+        cancelled_in_the_middle(platform, run.run_id, lambda: list(files.glob("*.part")))
+        assert list(files.iterdir()) == []
+        assert any(entry.message.startswith("removed ") for entry in platform.instance.all_logs(run.run_id))
+
+
 def _read(path: Path) -> bytes:
     with contextlib.suppress(OSError):
         return path.read_bytes()
@@ -121,6 +140,6 @@ def _read(path: Path) -> bytes:
 
 def test_every_example_is_tested() -> None:
     told = Path(__file__).read_text()
-    files = {path.name for path in EXAMPLES.glob("*.py")} - {"index_sources.py"}  # which is what `dev` and `demo` run
+    files = {path.name for path in EXAMPLES.glob("*.py")}
     assert files
     assert all(f'"{name}"' in told for name in files), files

@@ -34,7 +34,7 @@ pytestmark = [
     pytest.mark.xdist_group("browser"),
 ]
 
-JOB = "index_sources"  # works for more than a minute on what is installed here, and says how far it is
+JOB = "enters"  # works for ten minutes, and says how far it is
 JOBS = Path(browser_jobs.__file__)
 WAITS = "waits"
 SLOTS = 4
@@ -137,14 +137,14 @@ def ui(browser: Browser, it: Served, pictures: Path) -> Iterator[Screen]:
         yield shown
 
 
-def is_indexing(event: Event) -> bool:
-    return event.step == "index_text" and event.message.startswith("indexed ")
+def is_entering(event: Event) -> bool:
+    return event.step == "enter_for_ever" and event.message.startswith("entered ")
 
 
 def launch_and_see_it_work(shown: Screen, it: Served) -> tuple[str, int]:
     """Launch the job in the UI and wait until its op says that it is in the middle of its work: run and pid."""
     run_id = shown.launch(FILE, JOB)
-    it.dagster.wait_for_event(run_id, is_indexing, "the op's own message")
+    it.dagster.wait_for_event(run_id, is_entering, "the op's own message")
     started = it.dagster.wait_for_event(run_id, lambda event: "Started process for run" in event.message, "the process")
     found = re.search(r"\(pid: (\d+)\)", started.message)
     assert found, started

@@ -89,7 +89,7 @@ def started_as_ecs_would(shell: Shell, endpoint: str, agent: FakeAgent, log: Pat
 def daemon(environ: dict[str, str], cwd: Path) -> "subprocess.Popen[bytes]":
     """Where webserver and daemon run, which have the jobs as an installed module."""
     return subprocess.Popen(
-        ["dagster-daemon", "run", "-m", "dagster_taskiq.examples.index_sources"],
+        ["dagster-daemon", "run", "-m", "dagster_taskiq.examples.bakery.definitions"],
         cwd=cwd,
         env=environ,
         stdout=subprocess.DEVNULL,
