@@ -114,9 +114,11 @@ class Child:
         if "stays" in message:
             self.stays = tuple(map(str, message["stays"]))
             return
-        self.messages.append(message)
         if self.spec.on_message is not None:
             self.spec.on_message(message)
+        if "log" in message:  # there may be any number of them
+            return
+        self.messages.append(message)
         if "finished" in message:
             self.finished_at = time.monotonic()
             self.finished.set()

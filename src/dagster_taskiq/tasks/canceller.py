@@ -180,9 +180,8 @@ class Canceller:
 
     async def _notify(self, task_ids: Iterable[str], reason: str | None, requested_by: str | None) -> None:
         if self.middlewares:
-            for task_id in task_ids:
-                event = CancellationEvent("requested", task_id, reason=reason, requested_by=requested_by)
-                await notify_all(self.middlewares, event)
+            events = [CancellationEvent("requested", one, reason=reason, requested_by=requested_by) for one in task_ids]
+            await asyncio.gather(*[notify_all(self.middlewares, event) for event in events])
 
     def _require_cancellation(self) -> None:
         if not self.enable_cancellation:

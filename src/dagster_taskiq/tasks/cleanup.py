@@ -11,7 +11,7 @@ from typing import Any, Final
 from dagster_taskiq._attempt_limit import HARD_TIMEOUT_S, too_long
 from dagster_taskiq._lane import Lane
 from dagster_taskiq._text import clean_text
-from dagster_taskiq.cancellation.handlers import Handler
+from dagster_taskiq.cancellation.handlers import Handler, RetryPolicyLike
 from dagster_taskiq.cancellation.state import State
 from dagster_taskiq.tasks.handler_process import HandlerFailed, call_in_process, packed, why_not_alone
 
@@ -80,8 +80,16 @@ async def _see_through(handler: Handler, describe: Callable[[int], TaskCleanupCo
             return None
         logger.warning("cleanup %s of task %s failed (attempt %d): %s", handler.name, context.task_id, attempt, failure)
         if attempt < most and handler.retry_policy is not None:
-            await asyncio.sleep(float(handler.retry_policy.calculate_delay(attempt)))
+            await asyncio.sleep(_delay_s(handler.retry_policy, attempt, handler.name))
     return f"{handler.name}: {failure}"
+
+
+def _delay_s(policy: RetryPolicyLike, attempt: int, handler: str) -> float:
+    try:
+        return float(policy.calculate_delay(attempt))
+    except Exception:  # one of the user's own: the handler is tried again all the same
+        logger.exception("the retry policy of cleanup %s does not tell how long to wait", handler)
+        return 0.0
 
 
 async def _call(handler: Handler, context: TaskCleanupContext) -> None:

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 from dagster_taskiq._attempt_limit import HARD_TIMEOUT_S, no_reaction
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
@@ -28,6 +29,10 @@ logger = logging.getLogger(__name__)
 _TARGET: Final = "dagster_taskiq.tasks.handler_child:run"
 _BEGINS_WITHIN_S: Final = 120.0
 """For the interpreter's start and the import of the handler's module; then the process is ended."""
+AT_ONCE: Final = 8
+"""Such processes of one worker: each is an interpreter of its own, and a whole group may be cancelled at once."""
+
+_slots: Final[WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore]] = WeakKeyDictionary()
 
 
 class HandlerFailed(Exception):
@@ -99,7 +104,8 @@ async def call_in_process(
     }
     limit_s = HARD_TIMEOUT_S  # also of threads that the handler leaves behind
     spec = ChildSpec(_TARGET, argument, f"cleanup-{uuid.uuid4().hex}", limit_s, limit_s, limit_s, on_message=hear)
-    end = await _seen_through(spec, _BEGINS_WITHIN_S + timeout_s + HARD_TIMEOUT_S)
+    async with _slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(AT_ONCE)):
+        end = await _seen_through(spec, _BEGINS_WITHIN_S + timeout_s + HARD_TIMEOUT_S)
     if not any("succeeded" in message for message in end.messages):
         raise HandlerFailed(_why(end, began_at, timeout_s))
 

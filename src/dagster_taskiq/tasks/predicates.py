@@ -60,7 +60,11 @@ class Predicates:
         module, own = getattr(predicate, "__module__", None), getattr(predicate, "__qualname__", "")
         if name is None and (module in (None, "__main__") or "<" in own):
             raise ValueError(f"{predicate!r}: give it a name, or define it in a module that workers import, too")
-        self._by_name[name or f"{module}:{own}"] = predicate
+        name = name or f"{module}:{own}"
+        known = self._by_name.get(name, predicate)
+        if (known.__module__, known.__qualname__) != (module, own):
+            raise ValueError(f"{predicate!r}: another predicate has the name {name!r} already")
+        self._by_name[name] = predicate
 
     def get(self, name: str) -> Predicate | None:
         """The predicate of that name, if there is one."""

@@ -3,12 +3,14 @@
 import asyncio
 import logging
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
 from dagster_taskiq.cancellation.handlers import Handler
 from dagster_taskiq.cancellation.state import State
-from dagster_taskiq.tasks import cleanup
+from dagster_taskiq.tasks import cleanup, handler_process
 from dagster_taskiq.tasks.cleanup import TaskCleanupContext, clean_up_task
 from dagster_taskiq.tasks.handler_process import why_not_alone
 
@@ -83,6 +85,35 @@ def notes_its_thread(context: TaskCleanupContext) -> None:
 
 def describe_with(argument: object) -> TaskCleanupContext:
     return TaskCleanupContext("id", "task", [argument], {}, {}, State(), None, None, 1, logging.getLogger(__name__))
+
+
+class Confused:
+    max_retries = 1
+
+    def calculate_delay(self, attempt: int) -> float:
+        raise ZeroDivisionError(attempt)
+
+
+async def test_a_retry_policy_that_raises_is_no_end_of_the_retries(caplog: pytest.LogCaptureFixture) -> None:
+    undo = Handler(leaves, "undo", Confused(), 20)
+    assert await clean_up_task([undo], describe) == ("undo: SystemExit: 2",)
+    assert "the retry policy of cleanup undo does not tell how long to wait" in caplog.messages
+
+
+def notes_begin_and_end(context: TaskCleanupContext) -> None:
+    (path,) = context.args
+    for what in ("begin", "end"):
+        with Path(path).open("a") as notes:
+            notes.write(f"{what}\n")
+        time.sleep(0.2)  # so that another one, if there were one, would write in between
+
+
+async def test_processes_of_handlers_are_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(handler_process, "AT_ONCE", 1)
+    path = tmp_path / "notes"
+    context = TaskCleanupContext("id", "task", [str(path)], {}, {}, State(), None, None, 1, logging.getLogger(__name__))
+    assert await clean_up_task([handler(notes_begin_and_end, 60) for _ in range(3)], lambda _: context) == ()
+    assert path.read_text().split() == ["begin", "end"] * 3
 
 
 def test_which_handlers_another_process_can_find() -> None:

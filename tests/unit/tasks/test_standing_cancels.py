@@ -110,6 +110,15 @@ def test_a_predicate_that_gives_no_answer_cancels_nothing(
     assert "predicate p failed, and cancels nothing" in caplog.text
 
 
+def test_two_predicates_of_one_name_are_refused() -> None:
+    predicates = Predicates()
+    predicates.add(leaves, "p")
+    predicates.add(leaves, "p")  # its module was imported again
+    with pytest.raises(ValueError, match="another predicate has the name 'p' already"):
+        predicates.add(yields, "p")
+    assert predicates.get("p") is leaves
+
+
 def test_other_clocks_do_not_make_it_go_round_for_longer_nor_delete_it() -> None:
     at = SENT - 600  # this machine's clock is ten minutes behind
     standing = StandingCancels(Predicates(), now=lambda: at)
