@@ -14,6 +14,10 @@ class SettingsError(DagsterTaskiqError):
     """A setting is missing, unknown, out of range, or contradicts another one."""
 
 
+class QueryError(DagsterTaskiqError):
+    """What is to say which runs are meant cannot be understood, or contradicts itself."""
+
+
 class DriverMissing(DagsterTaskiqError):
     """The URL of Dagster's database asks for a driver that is not installed."""
 

@@ -55,7 +55,9 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "coordinator": FLOOR | DOMAIN | {"launcher", "metrics"},
     "executor": FLOOR | DOMAIN | {"launcher", "core_execution_loop", "cancellable_broker", "tasks", "sqs"},
     "runs": FLOOR | DOMAIN | {"launcher", "cleanup", "sqs"},
-    "run_selection": FLOOR | DOMAIN | {"termination"},
+    "run_where": FLOOR,
+    "run_query": FLOOR | DOMAIN | {"run_where"},
+    "run_selection": FLOOR | DOMAIN | {"termination", "run_query"},
     "cancel_many": FLOOR | DOMAIN | {"launcher", "runs", "run_selection"},
     "cancel_sources": FLOOR | DOMAIN | {"cancel_many", "run_selection", "runs"},
     "doctor": FLOOR | DOMAIN | {"launcher", "coordinator", "sqs"},
@@ -64,7 +66,8 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "local": FLOOR | DOMAIN | {"examples", "sqs"},
     "cli": FLOOR
     | DOMAIN
-    | {"cancel_many", "doctor", "local", "story", "runs", "worker", "sqs", "launcher", "metrics", "process"},
+    | {"cancel_many", "doctor", "local", "story", "runs", "worker", "sqs", "launcher", "metrics", "process"}
+    | {"run_query", "run_selection", "cancel_sources", "cancel_fence"},
 }
 """Room to rooms. `""` is the public interface, `dagster_taskiq` itself."""
 
@@ -75,6 +78,7 @@ FENCES: Mapping[str, set[str]] = {
     "aws_embedded_metrics": {"metrics"},
     "opentelemetry": {"metrics"},
     "pythonjsonlogger": {"cli"},
+    "simpleeval": {"run_where"},
     "taskiq": {"cancellable_broker", "cancellable_receiver", "tasks", "worker"},
     "taskiq_aws": {"cancellable_broker"},
     "tenacity": {"_retry"},

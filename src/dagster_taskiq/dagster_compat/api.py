@@ -15,7 +15,18 @@ from dagster._core.launcher import (
 from dagster._core.run_coordinator import SubmitRunContext
 from dagster._core.run_coordinator.queued_run_coordinator import RunQueueConfig
 from dagster._core.storage.dagster_run import FINISHED_STATUSES
-from dagster._core.storage.tags import BACKFILL_ID_TAG, MAX_RETRIES_TAG, PARENT_RUN_ID_TAG, PRIORITY_TAG
+from dagster._core.storage.tags import (
+    ASSET_PARTITION_RANGE_END_TAG,
+    ASSET_PARTITION_RANGE_START_TAG,
+    BACKFILL_ID_TAG,
+    MAX_RETRIES_TAG,
+    MULTIDIMENSIONAL_PARTITION_PREFIX,
+    PARENT_RUN_ID_TAG,
+    PARTITION_NAME_TAG,
+    PRIORITY_TAG,
+    SCHEDULE_NAME_TAG,
+    SENSOR_NAME_TAG,
+)
 from dagster._serdes import ConfigurableClass, ConfigurableClassData, deserialize_value, serialize_value
 
 RESUME_RUN_LOG_MESSAGE: Final = "Launching a new run worker to resume run"
@@ -23,12 +34,18 @@ RESUME_RUN_LOG_MESSAGE: Final = "Launching a new run worker to resume run"
 bring the daemon with it. A test says when Dagster's own is another one."""
 
 __all__ = [
+    "ASSET_PARTITION_RANGE_END_TAG",
+    "ASSET_PARTITION_RANGE_START_TAG",
     "BACKFILL_ID_TAG",
     "FINISHED_STATUSES",
     "MAX_RETRIES_TAG",
+    "MULTIDIMENSIONAL_PARTITION_PREFIX",
     "PARENT_RUN_ID_TAG",
+    "PARTITION_NAME_TAG",
     "PRIORITY_TAG",
     "RESUME_RUN_LOG_MESSAGE",
+    "SCHEDULE_NAME_TAG",
+    "SENSOR_NAME_TAG",
     "CheckRunHealthResult",
     "ConfigurableClass",
     "ConfigurableClassData",
