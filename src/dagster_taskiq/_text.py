@@ -1,4 +1,4 @@
-"""Texts that others have given us, made fit for databases, queues and screens. A leaf."""
+"""Texts for people: those that others have given us, made fit for databases, queues and screens; durations. A leaf."""
 
 import re
 from typing import Final
@@ -15,3 +15,20 @@ def clean_text(text: str, longest: int | None = MAX_TEXT_LENGTH) -> str:
     not UTF-8, and from JSON. Each becomes U+FFFD, the replacement character.
     """
     return _UNFIT.sub("\N{REPLACEMENT CHARACTER}", text[:longest])
+
+
+def duration(seconds: float) -> str:
+    """`0.168` as "168 ms", `75` as "1 min 15 s", `7400` as "2 h 3 min"."""
+    seconds = max(0.0, seconds)
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole} s"
+    for unit, below, length, small in (("d", "h", 86_400, 3_600), ("h", "min", 3_600, 60), ("min", "s", 60, 1)):
+        if whole >= length:
+            rest = whole % length // small
+            return f"{whole // length} {unit}" + (f" {rest} {below}" if rest else "")
+    return f"{whole} s"

@@ -15,6 +15,7 @@ from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun,
 from dagster_taskiq._text import clean_text
 from dagster_taskiq._time_limit import CALL_S
 from dagster_taskiq.cancellation.model import CancelOutcome
+from dagster_taskiq.cancellation.words import asked
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
 from dagster_taskiq.dagster_compat.connections import bounded_calls
 from dagster_taskiq.dagster_compat.many_runs import can_move_runs, move_runs, statuses_of, store_events
@@ -219,10 +220,11 @@ class _Many:
 
     def _events(self, run: DagsterRun) -> list[DagsterEvent]:
         canceling, canceled = DagsterEventType.RUN_CANCELING, DagsterEventType.RUN_CANCELED
+        asked_by = self._by, self._reason
         return [
             as_dagster_event(run, engine_events.requested("none yet", self._reason, self._by)),
-            DagsterEvent(canceling.value, run.job_name, message="Canceling run from the queue."),
-            DagsterEvent(canceled.value, run.job_name, message="Canceled before it was started."),
+            DagsterEvent(canceling.value, run.job_name, message=asked("Canceling run from the queue.", *asked_by)),
+            DagsterEvent(canceled.value, run.job_name, message=asked("Canceled before it was started.", *asked_by)),
         ]
 
     def _ask(self, run_ids: Sequence[str]) -> None:

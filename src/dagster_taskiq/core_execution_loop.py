@@ -35,7 +35,7 @@ from dagster_taskiq.steps.plan import Plan
 from dagster_taskiq.steps.stopping import Stopping
 from dagster_taskiq.steps.submission import Submission
 from dagster_taskiq.steps.tracking import Tracking
-from dagster_taskiq.storage import engine_events
+from dagster_taskiq.storage import step_events
 
 _WRITE_WHAT_IS_WAITED_FOR_AFTER_S: Final = 5.0
 
@@ -153,7 +153,7 @@ class _Loop:
             if plan.is_interrupted():
                 yield from self._stop()
             if not written and time.monotonic() - began > _WRITE_WHAT_IS_WAITED_FOR_AFTER_S:
-                plan.append(engine_events.waiting_for_steps(tracking.open_steps()))
+                plan.append(step_events.waiting_for_steps(tracking.open_steps()))
                 written = True
             plan.rest()
             yield from tracking.read_log()

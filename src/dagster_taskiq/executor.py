@@ -39,7 +39,7 @@ from dagster_taskiq.messages import EXECUTE_STEP, StepMessage, pack
 from dagster_taskiq.queue_names import queue_name
 from dagster_taskiq.settings import TOP_LEVEL_KEYS, Settings
 from dagster_taskiq.sqs.s3_payloads import WITHIN_S, PayloadBucket
-from dagster_taskiq.storage import engine_events
+from dagster_taskiq.storage import step_events
 from dagster_taskiq.storage.event_log import StepRef
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.step_claims import StepClaims
@@ -143,7 +143,7 @@ class SQSStepHandler(TaskiqStepHandler):
         messages = self._messages(contexts)
         queue = queue_name(self._settings.steps_queue_url)
         for context, message in zip(contexts, messages, strict=True):
-            event = engine_events.step_submitted(message.task_id, queue)
+            event = step_events.step_submitted(message.task_id, queue)
             DagsterEvent.step_worker_starting(context.get_step_context(message.step_key), event.message, event.facts)
         try:
             refused = self.send(messages, contexts[0].dagster_run.job_name)

@@ -10,6 +10,7 @@ from dagster import Any as Any_
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, Field, Permissive
 
 from dagster_taskiq.cancellation.model import CancelOutcome
+from dagster_taskiq.cancellation.words import UNKNOWN_AUTHOR
 from dagster_taskiq.dagster_compat.api import (
     FINISHED_STATUSES,
     CheckRunHealthResult,
@@ -189,7 +190,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         Returns True when something was done that stops it, False when there is nothing to stop (unknown or finished)
         or nothing that this launcher could stop. The run is CANCELED when its processes are gone.
         """
-        return self.cancel(run_id, requested_by=engine_events.UNKNOWN_AUTHOR)
+        return self.cancel(run_id, requested_by=UNKNOWN_AUTHOR)
 
     def cancel(self, run_id: str, *, reason: str | None = None, requested_by: str) -> bool:
         """As `terminate`, and the run's log names who asked, and why. See `request_cancel`."""

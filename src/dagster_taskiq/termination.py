@@ -13,6 +13,7 @@ from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
 
 from dagster_taskiq._text import clean_text
 from dagster_taskiq.cancellation.model import CancelOutcome
+from dagster_taskiq.cancellation.words import UNKNOWN_AUTHOR, asked
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
 from dagster_taskiq.errors import QueueUnreachable
 from dagster_taskiq.metrics import REQUESTED, Metrics
@@ -72,7 +73,7 @@ class Termination:
 
     def _keep_why(self, run: DagsterRun, reason: str | None, requested_by: str) -> None:
         """In the run's tags, for workers that do not get the message, and for people."""
-        author = requested_by if requested_by != engine_events.UNKNOWN_AUTHOR else None
+        author = requested_by if requested_by != UNKNOWN_AUTHOR else None
         given, known = {CANCEL_REASON_TAG: reason, CANCELLED_BY_TAG: author}, own_tags(run)
         new = {tag: value for tag, value in given.items() if value and known.get(tag) != value}
         try:
@@ -95,16 +96,18 @@ class Termination:
         # Before the status: who reads that reads them with it.
         self._keep_why(run, reason, requested_by)
         if run.status is not DagsterRunStatus.CANCELING:
-            self._instance.report_run_canceling(run)
+            self._instance.report_run_canceling(run, asked(engine_events.TERMINATING, requested_by, reason))
             # It may have ended in between: the transition is unguarded, and nobody else would ever finish it.
             if (over := repair_late_canceling(self._instance, run.run_id)) is not None:
                 # Our own message can have been that quick.
                 return CancelOutcome.ASKED if over is DagsterRunStatus.CANCELED else CancelOutcome.NOTHING
         if waiting and self._is_unclaimed(run.run_id):
             # Status written, then the claims read: a worker that claims from now on reads CANCELING.
-            if reason or requested_by != engine_events.UNKNOWN_AUTHOR:
+            if reason or requested_by != UNKNOWN_AUTHOR:
                 self._append(run, engine_events.requested(task_id, reason, requested_by))
-            self._instance.report_run_canceled(run, "Canceled before a worker had picked it up.")
+            self._instance.report_run_canceled(
+                run, asked("Canceled before a worker had picked it up.", requested_by, reason)
+            )
             return CancelOutcome.WITHDRAWN
         outcome = CancelOutcome.ASKED
         try:

@@ -21,7 +21,8 @@ from dagster_taskiq.dagster_compat.interrupts import DagsterExecutionInterrupted
 from dagster_taskiq.dagster_compat.retry import retry_storage
 from dagster_taskiq.dagster_compat.storage import event_of, is_stored
 from dagster_taskiq.messages import StepMessage
-from dagster_taskiq.storage.engine_events import PATIENCE_KEY, TASK_ID_KEY, cleanup_handlers
+from dagster_taskiq.storage.cleanup_events import cleanup_handlers
+from dagster_taskiq.storage.engine_events import PATIENCE_KEY, TASK_ID_KEY
 from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.status_repair import repair_early_end
 from dagster_taskiq.storage.step_state import forget_states

@@ -18,13 +18,13 @@ from typing import Any, Final
 from dagster import DagsterInstance, DagsterRun, build_resources
 
 from dagster_taskiq._attempt_limit import attempt_limit
-from dagster_taskiq._text import clean_text
+from dagster_taskiq._text import clean_text, duration
 from dagster_taskiq.cleanup.plan import CleanupHistory, PendingHandler, read_history
 from dagster_taskiq.dagster_compat.definitions import job_of, resource_config, resources_for, run_logger
 from dagster_taskiq.dagster_compat.interrupts import raise_interrupts_as
 from dagster_taskiq.dagster_compat.retry import retry_storage
 from dagster_taskiq.dagster_compat.storage import outages
-from dagster_taskiq.storage import engine_events
+from dagster_taskiq.storage import cleanup_events, engine_events
 from dagster_taskiq.storage.engine_events import ATTEMPTS_KEY, NEXT_KEY, OF_KEY
 from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.step_state import forget_states, state_of
@@ -111,7 +111,7 @@ class Cleanup:
         if self._history.beginnings >= _MOST_BEGINNINGS:
             return self._end([f"{self._history.beginnings} workers ended while they ran it"])
         if handlers:
-            self._write(engine_events.cleanup_began(self._who, [pending.name for pending in handlers]))
+            self._write(cleanup_events.cleanup_began(self._who, [pending.name for pending in handlers]))
         try:
             self._run_all(handlers)
         except Stopped:
@@ -120,7 +120,7 @@ class Cleanup:
         return self._end(failures)
 
     def _end(self, failures: Sequence[str]) -> Outcome:
-        self._write(engine_events.cleanup_ended(failures))
+        self._write(cleanup_events.cleanup_ended(failures))
         if not failures:
             forget_states(self._instance, self._run.run_id)
         return Outcome(tuple(failures))
@@ -166,9 +166,9 @@ class Cleanup:
         pause_s, then = None, "" if failure is None else "no attempt is left"
         if failure is not None and not pending.exhausted and pending.policy is not None:
             pause_s = float(pending.policy.calculate_delay(attempt))
-            then = f"the next one in {pause_s:.3g} s"
+            then = f"the next one in {duration(pause_s)}"
         handler = pending.handler
-        event = engine_events.cleanup(handler.name, handler.identity, attempt, seconds, failure, then)
+        event = cleanup_events.cleanup(handler.name, handler.identity, attempt, seconds, failure, then)
         facts = {ATTEMPTS_KEY: 1 + (pending.policy.max_retries if pending.policy is not None else 0)}
         event = engine_events.with_facts(event, facts | ({NEXT_KEY: pause_s} if pause_s is not None else {}))
         write_attempt(self._instance, self._run, pending.step_key, event, whole=pending.whole)

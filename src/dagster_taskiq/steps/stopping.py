@@ -17,7 +17,7 @@ from dagster_taskiq.dagster_compat.execution import interrupted_step
 from dagster_taskiq.dagster_compat.retry import retry_storage
 from dagster_taskiq.steps.plan import SHORTEST_REST_S, Plan
 from dagster_taskiq.steps.tracking import Tracking
-from dagster_taskiq.storage import engine_events
+from dagster_taskiq.storage import step_events
 from dagster_taskiq.storage.event_log import run_will_resume
 from dagster_taskiq.storage.running_steps import StopOfSteps
 
@@ -76,20 +76,20 @@ class Stopping:
         stop = StopOfSteps(plan.handler.patience_s(plan.run))
         yield from tracking.read_log()
         if tracking.open.workers:
-            plan.append(engine_events.forwarding(tracking.open_steps(), stop.patience_s))
+            plan.append(step_events.forwarding(tracking.open_steps(), stop.patience_s))
         while tracking.open.workers:
             # Also those that were claimed only now. Who was not claimed before the run was to be stopped is dropped.
             if late := stop.not_yet_cancelled(tracking.open.workers):
                 plan.handler.terminate_tasks(late)
             if stop.is_too_long:
-                plan.append(engine_events.steps_not_stopped(tracking.open_steps(), stop.waited_s))
+                plan.append(step_events.steps_not_stopped(tracking.open_steps(), stop.waited_s))
                 break
             time.sleep(SHORTEST_REST_S)
             yield from tracking.read_log()
             tracking.close_dead()
         else:
             if stop.cancelled:
-                plan.append(engine_events.steps_stopped(len(stop.cancelled), stop.waited_s))
+                plan.append(step_events.steps_stopped(len(stop.cancelled), stop.waited_s))
         self._write_off(stop.cancelled)
         yield from tracking.read_log()
 

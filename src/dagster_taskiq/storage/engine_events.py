@@ -1,7 +1,11 @@
-"""The wording of every engine event of this package, in one place. Knows no storage.
+"""What an engine event of this package is, and the wording of those about a run. Knows no storage.
 
-A terminated run reads: picked up by worker … · Requested Taskiq task cancellation. · cancellation reached worker …
-· interrupting pid …: SIGTERM · process tree gone after … s · RUN_CANCELED.
+Those about steps are in `step_events`, those about cleanup handlers in `cleanup_events`. A terminated run reads:
+picked up by worker … · Requested Taskiq task cancellation. By … · cancellation reached worker …, by … · interrupting
+pid …: SIGTERM · process tree gone after … · RUN_CANCELED.
+
+Durations are in words in a message ("318 ms"), and in the metadata a number of seconds, in whole milliseconds; the
+label says so. What is for programs rather than people has a label that begins with `dagster-taskiq/`.
 """
 
 import enum
@@ -9,12 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from dagster_taskiq._text import duration
 from dagster_taskiq.cancellation.model import CancelChannel, Cancellation
+from dagster_taskiq.cancellation.words import asked, by_whom, what_stops
 
 STAGE_KEY: Final = "dagster-taskiq/stage"
 WORKER_KEY: Final = "dagster-taskiq/worker"
 TASK_ID_KEY: Final = "dagster-taskiq/task_id"
-PATIENCE_KEY: Final = "dagster-taskiq/patience_s"
+PATIENCE_KEY: Final = "waits at most (s)"
 WHY_KEY: Final = "why"
 REASON_KEY: Final = "reason"
 BY_KEY: Final = "requested by"
@@ -22,19 +28,21 @@ HANDLER_KEY: Final = "handler"
 IDENTITY_KEY: Final = "declared on"
 ATTEMPT_KEY: Final = "attempt"
 ATTEMPTS_KEY: Final = "attempts at most"
-NEXT_KEY: Final = "next attempt after_s"
+NEXT_KEY: Final = "next attempt after (s)"
 FAILED_KEY: Final = "failed"
 OF_KEY: Final = "of"
 RETRY_KEY: Final = "may be tried again"
 STAYS_KEY: Final = "what still runs"
 ENDED_KEY: Final = "step has said how it ended"
-GRACE_KEY: Final = "grace_s"
+GRACE_KEY: Final = "grace (s)"
+TOOK_KEY: Final = "took (s)"
 PROCESSES_KEY: Final = "killed processes"
-_NAMED_STEPS: Final = 10
+_NAMED: Final = 10
 
-UNKNOWN_AUTHOR: Final = "Dagster UI or API"
 TASK_ID_MISSING: Final = "Taskiq task ID missing; unable to cancel run task."
 CANCELLATION_REQUESTED: Final = "Requested Taskiq task cancellation."
+TERMINATING: Final = "Sending run termination request."
+"""As Dagster says it."""
 
 
 class Stage(enum.StrEnum):
@@ -77,6 +85,21 @@ class EngineEvent:
     error: str | None = None
 
 
+def with_facts(event: EngineEvent, facts: Mapping[str, str | int | float]) -> EngineEvent:
+    """The same event with additional facts."""
+    return replace(event, facts={**event.facts, **facts})
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first ten of them."""
+    return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+
+
+def counted(number: int, what: str) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def submitted(task_id: str, queue: str, ignored_tags: Sequence[str] = ()) -> EngineEvent:
     """The launcher has sent the run to its queue. `ignored_tags`: those of the run that are for another launcher."""
     ignored = f"; without effect here: the tags {', '.join(ignored_tags)}" if ignored_tags else ""
@@ -89,7 +112,8 @@ def submitted(task_id: str, queue: str, ignored_tags: Sequence[str] = ()) -> Eng
 
 def waiting(waited_s: float, older: int, why: str) -> EngineEvent:
     """No worker has it yet. `older`: runs that wait and were created before it."""
-    message = f"waiting for a worker for {max(0.0, waited_s):.0f} s, older runs that wait: {older}; {why}"
+    waited = duration(waited_s) if waited_s >= 1 else "0 s"
+    message = f"waiting for a worker for {waited}, older runs that wait: {older}; {why}"
     return EngineEvent(Stage.WAITING, message, {"older runs": older, WHY_KEY: why})
 
 
@@ -112,59 +136,7 @@ def requested(task_id: str, reason: str | None, requested_by: str) -> EngineEven
     facts: dict[str, str | int | float] = {TASK_ID_KEY: task_id, BY_KEY: requested_by}
     if reason:
         facts[REASON_KEY] = reason
-    return EngineEvent(Stage.REQUESTED, CANCELLATION_REQUESTED, facts)
-
-
-def cleanup_handlers(names: Sequence[str]) -> EngineEvent:
-    """What has to be done if the run is cancelled."""
-    return EngineEvent(Stage.CLEANUP_HANDLERS, f"cleanup handlers, should the run be cancelled: {_listed(names)}")
-
-
-def cleanup_began(worker_id: str, names: Sequence[str]) -> EngineEvent:
-    """The work has stopped; the handlers of what was cut short are running."""
-    return EngineEvent(
-        Stage.CLEANUP_BEGAN, f"cleaning up on worker {worker_id}: {_listed(names)}", {WORKER_KEY: worker_id}
-    )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMED_STEPS]) + (", …" if len(names) > _NAMED_STEPS else "")
-
-
-def cleanup(
-    handler: str, identity: str, attempt: int, seconds: float, error: str | None, then: str = ""
-) -> EngineEvent:
-    """One attempt of one handler. `identity`: see `Handler`. `then`: what happens next when it has failed."""
-    facts: dict[str, str | int | float] = {
-        HANDLER_KEY: handler,
-        IDENTITY_KEY: identity,
-        ATTEMPT_KEY: attempt,
-        "seconds": round(seconds, 3),
-    }
-    how = f"(attempt {attempt}, {seconds:.1f} s{f'; {then}' if then else ''})"
-    if error is None:
-        return EngineEvent(Stage.CLEANUP, f'cleanup "{handler}" succeeded {how}', facts)
-    return EngineEvent(
-        Stage.CLEANUP, f'cleanup "{handler}" failed {how}: {error}', facts | {FAILED_KEY: error}, error=error
-    )
-
-
-def with_facts(event: EngineEvent, facts: Mapping[str, str | int | float]) -> EngineEvent:
-    """The same event with additional facts."""
-    return replace(event, facts={**event.facts, **facts})
-
-
-def cleanup_ended(reasons: Sequence[str]) -> EngineEvent:
-    """All handlers have ended. `reasons`: one for each that failed."""
-    if not reasons:
-        return EngineEvent(Stage.CLEANUP_ENDED, "cleanup finished")
-    facts = {FAILED_KEY: "\n".join(reasons)}
-    return EngineEvent(Stage.CLEANUP_ENDED, cleanup_failed(reasons), facts, error=cleanup_failed(reasons))
-
-
-def cleanup_failed(reasons: Sequence[str]) -> str:
-    """Why the run is FAILURE and not CANCELED."""
-    return f"cleanup failed: {'; '.join(reasons)}"
+    return EngineEvent(Stage.REQUESTED, asked(CANCELLATION_REQUESTED, requested_by, reason), facts)
 
 
 def request_failed(error: str, status_poll_s: float) -> EngineEvent:
@@ -210,7 +182,7 @@ def reached(worker_id: str, cancellation: Cancellation) -> EngineEvent:
     """The cancellation has reached the worker that has the run."""
     after = ""
     if cancellation.requested_at is not None:
-        after = f" after {max(0, round((cancellation.received_at - cancellation.requested_at) * 1000))} ms"
+        after = f" after {duration(cancellation.received_at - cancellation.requested_at)}"
     how = f"attempt {cancellation.attempt}"
     if cancellation.channel is not CancelChannel.CANCEL_QUEUE:
         how = f"by {cancellation.channel.value}"
@@ -221,10 +193,9 @@ def reached(worker_id: str, cancellation: Cancellation) -> EngineEvent:
         facts[WHY_KEY] = cancellation.cause
     if cancellation.requested_by:
         facts[BY_KEY] = cancellation.requested_by
-    what = "cancellation" if cancellation.kind.name == "REQUESTED" else f"{cancellation.kind.name.lower()}"
-    return EngineEvent(
-        Stage.REACHED, f"{what} reached worker {worker_id}{after} ({how})", facts, cancellation.received_at
-    )
+    whom = by_whom(cancellation.requested_by, cancellation.reason) or cancellation.cause
+    message = f"{what_stops(cancellation)} reached worker {worker_id}{after} ({how}){f', {whom}' if whom else ''}"
+    return EngineEvent(Stage.REACHED, message, facts, cancellation.received_at)
 
 
 def interrupting(pid: int, grace_s: float, at: float) -> EngineEvent:
@@ -245,7 +216,7 @@ def killed(pid: int, waited_s: float, shield: str | None, at: float) -> EngineEv
         facts["shield"] = shield
     return EngineEvent(
         Stage.KILLED,
-        f"pid {pid} did not end within {waited_s:.3g} s{inside}: SIGKILL to its whole process tree",
+        f"pid {pid} did not end within {duration(waited_s)}{inside}: SIGKILL to its whole process tree",
         facts,
         at,
     )
@@ -268,8 +239,8 @@ def threads_killed(pid: int, waited_s: float, stays: Sequence[str], at: float) -
     what = _what_stays(stays)
     return EngineEvent(
         Stage.KILLED,
-        f"the work of pid {pid} was over, but after {waited_s:.3g} s it still waited for {what}: SIGKILL to its whole"
-        " process tree",
+        f"the work of pid {pid} was over, but after {duration(waited_s)} it still waited for {what}: SIGKILL to its"
+        " whole process tree",
         {"pid": pid, STAYS_KEY: what},
         at,
     )
@@ -287,13 +258,13 @@ def tree_gone(
 
     `ended` is for steps only: whether the step has reported how it ended; if not, `step_lost` follows.
     """
-    after = f" after {after_s:.3f} s" if after_s is not None else ""
+    after = f" after {duration(after_s)}" if after_s is not None else ""
     what = f"; had to kill {', '.join(killed_processes)}" if killed_processes else ""
     facts: dict[str, str | int | float] = {}
     if after_s is not None:
-        facts["seconds"] = after_s
+        facts[TOOK_KEY] = after_s
     if ended is not None:
-        facts[ENDED_KEY] = int(ended)
+        facts[ENDED_KEY] = ended
     if killed_processes:
         facts[PROCESSES_KEY] = ", ".join(killed_processes)
     return EngineEvent(Stage.TREE_GONE, f"process tree gone{after}{what}", facts, at)
@@ -316,75 +287,3 @@ def finished_all_the_same() -> EngineEvent:
 def restored(what: str) -> EngineEvent:
     """A late writer had overwritten the final state."""
     return EngineEvent(Stage.MENDED, f"{what}: restoring the final state")
-
-
-def step_submitted(task_id: str, queue: str) -> EngineEvent:
-    """The executor has sent a step to its queue."""
-    return EngineEvent(
-        Stage.SUBMITTED, f"Submitted to queue {queue} as task {task_id}", {TASK_ID_KEY: task_id, "queue": queue}
-    )
-
-
-def forwarding(steps: Sequence[str], patience_s: float) -> EngineEvent:
-    """The run is being stopped, and its executor forwards that to the running steps."""
-    which = f" ({_listed(steps)})" if steps else ""
-    return EngineEvent(
-        Stage.FORWARDING,
-        f"forwarding the interrupt to {len(steps)} steps{which}; waiting for them to stop, at most {patience_s:g} s",
-        {"steps": len(steps), PATIENCE_KEY: patience_s},
-    )
-
-
-def steps_stopped(steps: int, after_s: float) -> EngineEvent:
-    """All running steps have stopped."""
-    return EngineEvent(Stage.STEPS_STOPPED, f"{steps} steps stopped after {after_s:.3f} s", {"steps": steps})
-
-
-def steps_not_stopped(steps: Sequence[str], waited_s: float) -> EngineEvent:
-    """Some steps had not stopped within the limit."""
-    return EngineEvent(
-        Stage.STEPS_STOPPED,
-        f"{len(steps)} steps had not stopped after {waited_s:.1f} s and are no longer waited for; their workers stop"
-        f" them as soon as they see that the run is over: {', '.join(steps[:_NAMED_STEPS])}",
-        {"steps": len(steps)},
-        error="not all steps have stopped",
-    )
-
-
-def waiting_for_steps(steps: Sequence[str]) -> EngineEvent:
-    """All steps have ended, but not all of their processes."""
-    return EngineEvent(
-        Stage.WAITING_FOR_STEPS,
-        f"waiting for {len(steps)} steps to run their hooks and to give back their resources: {_listed(steps)}",
-        {"steps": len(steps)},
-    )
-
-
-def step_lost(worker_id: str, task_id: str, why: str, *, retry: bool) -> EngineEvent:
-    """The step's process is gone and has not reported how the step ended; its run decides what follows."""
-    facts: dict[str, str | int | float] = {WORKER_KEY: worker_id, TASK_ID_KEY: task_id, WHY_KEY: why, RETRY_KEY: retry}
-    return EngineEvent(Stage.STEP_LOST, f"step lost on worker {worker_id}: {why}", facts)
-
-
-def cancelling_children(run_ids: Sequence[str]) -> EngineEvent:
-    """The run is being stopped, and takes the runs with it that it launched."""
-    many = "1 run" if len(run_ids) == 1 else f"{len(run_ids)} runs"
-    message = f"cancelling {many} that this run launched: {_listed(run_ids)}"
-    return EngineEvent(Stage.CHILDREN, message, {"runs": len(run_ids)})
-
-
-def children_final(runs: int, after_s: float) -> EngineEvent:
-    """All of them have ended."""
-    return EngineEvent(Stage.CHILDREN, f"all of them final after {after_s:.1f} s", {"runs": runs})
-
-
-def children_not_final(run_ids: Sequence[str], waited_s: float, why: str | None) -> EngineEvent:
-    """Some of them had not ended within the limit. `why`: what is known of one of them."""
-    because = f" ({why})" if why else ""
-    return EngineEvent(
-        Stage.CHILDREN,
-        f"{len(run_ids)} runs that this run launched were not final after {waited_s:.1f} s and are no longer waited"
-        f" for: {_listed(run_ids)}{because}",
-        {"runs": len(run_ids)},
-        error="not all runs that it launched have ended",
-    )

@@ -20,6 +20,9 @@ from dagster_taskiq.storage.engine_events import (
 
 _PAGE: Final = 1000
 _EVERY_KIND: Final = set(DagsterEventType)
+_FOR_PROGRAMS: Final = "dagster-taskiq/"
+_DIGITS: Final = 3
+"""Of a number of seconds: milliseconds."""
 
 
 class RunLog:
@@ -82,13 +85,14 @@ def append_event(instance: DagsterInstance, run: DagsterRun, event: EngineEvent,
 
 
 def as_dagster_event(run: DagsterRun, event: EngineEvent, step_key: str | None = None) -> DagsterEvent:
-    """What `append_event` appends. Its texts are cleaned.
+    """What `append_event` appends: first what is for people, then what is for programs. Its texts are cleaned.
 
     Parts of them come from users' errors and names, and a page of Dagster's UI that shows half a character fails.
     """
     error = error_info(clean_text(event.error, None)) if event.error else None
-    facts = {key: clean_text(value, None) if isinstance(value, str) else value for key, value in event.facts.items()}
-    data = EngineEventData(metadata={STAGE_KEY: event.stage.value, **facts}, error=error)
+    facts = sorted(event.facts.items(), key=lambda fact: fact[0].startswith(_FOR_PROGRAMS))
+    metadata = {key: _fit(value) for key, value in (*facts, (STAGE_KEY, event.stage.value))}
+    data = EngineEventData(metadata=metadata, error=error)
     return DagsterEvent(
         event_type_value=DagsterEventType.ENGINE_EVENT.value,
         job_name=run.job_name,
@@ -96,6 +100,12 @@ def as_dagster_event(run: DagsterRun, event: EngineEvent, step_key: str | None =
         event_specific_data=data,
         step_key=step_key,
     )
+
+
+def _fit(value: str | float) -> str | float:
+    if isinstance(value, str):
+        return clean_text(value, None)
+    return value if isinstance(value, int) else round(value, _DIGITS)
 
 
 def parse_event(event: DagsterEvent) -> tuple[Stage, dict[str, Any]] | None:

@@ -17,6 +17,7 @@ from dagster_taskiq.storage.engine_events import (
     PATIENCE_KEY,
     PROCESSES_KEY,
     REASON_KEY,
+    TOOK_KEY,
     WORKER_KEY,
     Stage,
 )
@@ -186,7 +187,7 @@ class Phases:
         of = f" of {facts[OF_KEY]}" if facts.get(OF_KEY) else ""
         label = f"{facts.get(HANDLER_KEY, 'handler')}{of}"
         outcome = Outcome.FAILED if failed else Outcome.SUCCEEDED
-        seconds = float(facts.get("seconds", 0))
+        seconds = float(facts.get(TOOK_KEY, 0))
         note = str(facts.get(FAILED_KEY, ""))
         attempt = int(facts.get(ATTEMPT_KEY, 1))
         self.bars.append(Bar(BarKind.CLEANUP, label, event.at - seconds, event.at, outcome, attempt=attempt, note=note))

@@ -6,7 +6,8 @@ from typing import Final
 
 from dagster import DagsterEventType as Kind
 
-from dagster_taskiq.storage.engine_events import UNKNOWN_AUTHOR, Stage
+from dagster_taskiq.cancellation.words import UNKNOWN_AUTHOR
+from dagster_taskiq.storage.engine_events import Stage
 from dagster_taskiq.story.log import Log, Logged
 from dagster_taskiq.story.model import Bar, BarKind, Moment, Outcome, Story, with_most_steps
 from dagster_taskiq.story.phases import FINAL, FOR_WORKER, IN_QUEUE, Phases

@@ -2,22 +2,9 @@
 
 from datetime import UTC, datetime
 
+from dagster_taskiq._text import duration
 
-def duration(seconds: float) -> str:
-    """`0.168` as "168 ms", `75` as "1 min 15 s", `7400` as "2 h 3 min"."""
-    seconds = max(0.0, seconds)
-    if seconds < 0.9995:
-        return f"{seconds * 1000:.0f} ms"
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 100:
-        return f"{whole} s"
-    for unit, below, length, small in (("d", "h", 86_400, 3_600), ("h", "min", 3_600, 60), ("min", "s", 60, 1)):
-        if whole >= length:
-            rest = whole % length // small
-            return f"{whole // length} {unit}" + (f" {rest} {below}" if rest else "")
-    return f"{whole} s"
+__all__ = ["clock", "date_and_clock", "duration", "one_line"]
 
 
 def clock(at: float) -> str:

@@ -17,10 +17,11 @@ from dagster_taskiq.cleanup.record import cleanup_record
 from dagster_taskiq.dagster_compat.api import BACKFILL_ID_TAG, FINISHED_STATUSES
 from dagster_taskiq.dagster_compat.storage import backfill_status
 from dagster_taskiq.storage.claims import Claim, Claims, ClaimState
-from dagster_taskiq.storage.engine_events import Stage, step_lost
+from dagster_taskiq.storage.engine_events import Stage
 from dagster_taskiq.storage.event_log import StepRef, append_event, read_engine_events, run_will_resume
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.step_claims import StepClaims, StepState
+from dagster_taskiq.storage.step_events import step_lost
 from dagster_taskiq.storage.tags import TASK_ID_TAG, add_own_tags, own_tags
 
 logger = logging.getLogger(__name__)

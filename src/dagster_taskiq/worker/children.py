@@ -13,8 +13,10 @@ from typing import Final
 from dagster import DagsterRun, DagsterRunStatus, RunsFilter
 
 from dagster_taskiq.cancellation.model import Cancellation
+from dagster_taskiq.cancellation.words import UNKNOWN_AUTHOR
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES, PARENT_RUN_ID_TAG
-from dagster_taskiq.storage import engine_events
+from dagster_taskiq.storage import step_events
+from dagster_taskiq.storage.engine_events import EngineEvent
 from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, cancels_children, own_tags
 from dagster_taskiq.worker.context import WorkerContext
@@ -43,7 +45,7 @@ async def cancel_children(context: WorkerContext, run: DagsterRun, cancellation:
         if new := [child for child in left if child.run_id not in seen]:
             seen.update(child.run_id for child in new)
             patience_s = max(patience_s, *(context.settings.children_patience_s(context.grace_s(one)) for one in new))
-            await _tell(context, run, engine_events.cancelling_children([child.run_id for child in new]))
+            await _tell(context, run, step_events.cancelling_children([child.run_id for child in new]))
             for start in range(0, len(new), _TOGETHER):
                 some = [child.run_id for child in new[start : start + _TOGETHER]]
                 try:
@@ -56,17 +58,17 @@ async def cancel_children(context: WorkerContext, run: DagsterRun, cancellation:
         waited_s = monotonic() - began
         if waited_s >= patience_s or all(child.run_id in failed for child in left):
             why = next((failed[child.run_id] for child in left if child.run_id in failed), None)
-            event = engine_events.children_not_final([child.run_id for child in left], waited_s, why)
+            event = step_events.children_not_final([child.run_id for child in left], waited_s, why)
             await _tell(context, run, event)
             return True
         await asyncio.sleep(pause_s)
         pause_s = min(_LONGEST_PAUSE_S, pause_s * 1.5)
     if seen:
-        await _tell(context, run, engine_events.children_final(len(seen), monotonic() - began))
+        await _tell(context, run, step_events.children_final(len(seen), monotonic() - began))
     return True
 
 
-async def _tell(context: WorkerContext, run: DagsterRun, event: engine_events.EngineEvent) -> None:
+async def _tell(context: WorkerContext, run: DagsterRun, event: EngineEvent) -> None:
     await context.through_outages(lambda: append_event(context.instance, run, event), "write an engine event")
 
 
@@ -84,4 +86,4 @@ def _why(run: DagsterRun, cancellation: Cancellation | None) -> tuple[str, str]:
     reason = tags.get(CANCEL_REASON_TAG) or (cancellation.reason if cancellation is not None else None)
     by = tags.get(CANCELLED_BY_TAG) or (cancellation.requested_by if cancellation is not None else None)
     why = f"parent run {run.run_id} was terminated"
-    return f"{why}: {reason}" if reason else why, by or engine_events.UNKNOWN_AUTHOR
+    return f"{why}: {reason}" if reason else why, by or UNKNOWN_AUTHOR

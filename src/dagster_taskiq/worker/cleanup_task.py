@@ -15,7 +15,7 @@ from dagster_taskiq.cleanup.runner import write_attempt
 from dagster_taskiq.errors import ChildStartFailed
 from dagster_taskiq.metrics import CLEANUP_ATTEMPTS
 from dagster_taskiq.process.supervise import ChildEnd
-from dagster_taskiq.storage import engine_events
+from dagster_taskiq.storage import cleanup_events
 from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.worker.context import WorkerContext
 from dagster_taskiq.worker.finalization import how_it_ended
@@ -71,7 +71,7 @@ async def clean_up(context: WorkerContext, run: DagsterRun, task_id: str) -> boo
                 continue
             crashes += 1
             if crashes == _MOST_CRASHES:
-                event = engine_events.cleanup_ended([how_it_ended(end, "the process of the cleanup handlers")])
+                event = cleanup_events.cleanup_ended([how_it_ended(end, "the process of the cleanup handlers")])
                 await context.lane.call(append_event, context.instance, run, event)
                 return True
 
@@ -82,5 +82,7 @@ def _write_lost(context: WorkerContext, run: DagsterRun, report: dict[str, Any],
     why = how_it_ended(end, "its process")
     if seconds >= float(report["timeout_s"]) + HARD_TIMEOUT_S:
         why = no_reaction(report["timeout_s"])
-    event = engine_events.cleanup(str(report["handler"]), str(report["identity"]), int(report["attempt"]), seconds, why)
+    event = cleanup_events.cleanup(
+        str(report["handler"]), str(report["identity"]), int(report["attempt"]), seconds, why
+    )
     write_attempt(context.instance, run, report["of"], event, whole=bool(report["whole"]))

@@ -14,6 +14,7 @@ from dagster import DagsterEventType, DagsterInstance, DagsterRun, DagsterRunSta
 
 from dagster_taskiq._time_limit import check_time
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
+from dagster_taskiq.cancellation.words import asked
 from dagster_taskiq.cleanup.record import NO_CLEANUP, CleanupRecord, cleanup_record
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES, MAX_RETRIES_TAG
 from dagster_taskiq.dagster_compat.execution import failure_of_a_handler, unexpected_termination
@@ -21,11 +22,13 @@ from dagster_taskiq.dagster_compat.storage import deserialize_entry
 from dagster_taskiq.process.supervise import ChildEnd
 from dagster_taskiq.sqs.settlement import Settlement
 from dagster_taskiq.storage.claims import Claims
-from dagster_taskiq.storage.engine_events import cleanup_failed, finished_all_the_same, left_behind
+from dagster_taskiq.storage.cleanup_events import cleanup_failed
+from dagster_taskiq.storage.engine_events import finished_all_the_same, left_behind
 from dagster_taskiq.storage.event_log import append_event, run_will_resume
 from dagster_taskiq.storage.status_repair import restore, terminal_events, true_status
 from dagster_taskiq.storage.step_claims import StepClaims
 from dagster_taskiq.storage.step_state import forget_states
+from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, own_tags
 from dagster_taskiq.worker.claim_watch import CUT_OFF
 
 _NOT_BEGUN: Final = {DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING}
@@ -196,7 +199,9 @@ def fail(instance: DagsterInstance, claims: Claims, run_id: str, why: str) -> bo
     return True
 
 
-def conclude(instance: DagsterInstance, conclusion: Conclusion, end: ChildEnd | None) -> None:
+def conclude(
+    instance: DagsterInstance, conclusion: Conclusion, end: ChildEnd | None, cancellation: Cancellation | None
+) -> None:
     """Give back what the run held, and write its final state: who sees that state can rely on the former."""
     run, action = conclusion.run, conclusion.action
     if run is None:
@@ -210,7 +215,8 @@ def conclude(instance: DagsterInstance, conclusion: Conclusion, end: ChildEnd | 
             instance.add_run_tags(run.run_id, {MAX_RETRIES_TAG: "0"})
         instance.report_run_failed(run, cleanup_failed(failures), failure_of_a_handler())
     elif action is FinalAction.CANCELED:
-        instance.report_run_canceled(run, f'Execution of run for "{run.job_name}" canceled.')
+        text = f'Execution of run for "{run.job_name}" canceled.'
+        instance.report_run_canceled(run, asked(text, *_who_and_why(run, cancellation)))
     elif action is FinalAction.FAILURE:
         instance.report_run_failed(run, conclusion.failure, unexpected_termination())
     elif action is FinalAction.RESTORE:
@@ -222,6 +228,13 @@ def conclude(instance: DagsterInstance, conclusion: Conclusion, end: ChildEnd | 
         instance.handle_new_event(deserialize_entry(conclusion.entry))
         if conclusion.held is DagsterEventType.RUN_SUCCESS and _last(end, "state"):
             forget_states(instance, run.run_id)
+
+
+def _who_and_why(run: DagsterRun, cancellation: Cancellation | None) -> tuple[str | None, str | None]:
+    """As the worker was told, or as it is in the run's tags."""
+    tags = own_tags(run)
+    by, reason = (cancellation.requested_by, cancellation.reason) if cancellation is not None else (None, None)
+    return by or tags.get(CANCELLED_BY_TAG), reason or tags.get(CANCEL_REASON_TAG)
 
 
 def _last(end: ChildEnd | None, key: str) -> dict[str, Any]:

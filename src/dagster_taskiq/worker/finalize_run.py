@@ -17,7 +17,7 @@ from dagster_taskiq.cancellation.model import CancelChannel, CancelKind, Cancell
 from dagster_taskiq.metrics import CLEANUPS, FINISHED, TO_FINAL
 from dagster_taskiq.process.supervise import ChildEnd
 from dagster_taskiq.sqs.settlement import Settled, Settlement
-from dagster_taskiq.storage import engine_events
+from dagster_taskiq.storage import step_events
 from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.running_steps import StopOfSteps
 from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, add_own_tags, own_tags
@@ -158,7 +158,7 @@ class _Finalization:
         def write() -> Conclusion:
             nonlocal current
             wanted, current = current or self._look(), None
-            conclude(self._context.instance, wanted, self._end)
+            conclude(self._context.instance, wanted, self._end, self._cancellation)
             return wanted
 
         return await self._blocking(write, "write the final state of a run")
@@ -203,5 +203,5 @@ async def stop_steps(context: WorkerContext, run: DagsterRun, *, patient: bool =
         if stop.is_too_long:
             break
         await asyncio.sleep(min(0.5, 0.05 + stop.waited_s / 10))
-    event = engine_events.steps_not_stopped([step_keys[task_id] for task_id in task_ids], stop.waited_s)
+    event = step_events.steps_not_stopped([step_keys[task_id] for task_id in task_ids], stop.waited_s)
     await context.through_outages(lambda: append_event(context.instance, run, event), "write an engine event")

@@ -19,7 +19,7 @@ from dagster_taskiq.messages import EXECUTE_STEP, StepMessage
 from dagster_taskiq.process.supervise import ChildEnd
 from dagster_taskiq.sqs.s3_payloads import PayloadBucket
 from dagster_taskiq.sqs.settlement import Settled, Settlement
-from dagster_taskiq.storage import engine_events
+from dagster_taskiq.storage import step_events
 from dagster_taskiq.storage.event_log import StepRef, append_event
 from dagster_taskiq.tasks.running_task import RunningTask, current_task
 from dagster_taskiq.worker.admission import Action, Candidate, Decision, admit_step, admit_step_again
@@ -197,7 +197,7 @@ class StepWork:
     async def _report_lost(self, run: DagsterRun, message: StepMessage, why: str, *, may_retry: bool) -> None:
         """The run must learn of it, or it would wait until it looks after the worker: so not at once give up."""
         context = self._context
-        event = engine_events.step_lost(context.worker_id, message.task_id, why, retry=may_retry)
+        event = step_events.step_lost(context.worker_id, message.task_id, why, retry=may_retry)
         await retry_async(
             lambda: context.lane.call(append_event, context.instance, run, event, message.step_key),
             doing="report how a step ended",

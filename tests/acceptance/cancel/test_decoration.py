@@ -17,7 +17,8 @@ from tests.support.moto import sqs_client
 from tests.support.platform import Platform
 
 from dagster_taskiq import cancel_run
-from dagster_taskiq.storage.engine_events import Stage, cleanup
+from dagster_taskiq.storage.cleanup_events import cleanup
+from dagster_taskiq.storage.engine_events import Stage
 from dagster_taskiq.storage.event_log import append_event, read_engine_events
 from dagster_taskiq.storage.step_state import state_of
 from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG

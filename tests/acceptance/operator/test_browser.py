@@ -174,7 +174,7 @@ def test_a_click_on_terminate_stops_the_run(browser: Browser, at_work: Served, t
         canceled = kinds(events).index("RUN_CANCELED")
         assert place(events, Stage.REQUESTED) < canceled
         assert place(events, Stage.TREE_GONE) < canceled
-        assert events[place(events, Stage.REQUESTED)].message == CANCELLATION_REQUESTED
+        assert events[place(events, Stage.REQUESTED)].message == f"{CANCELLATION_REQUESTED} From Dagster's UI or API"
         assert events[place(events, Stage.TREE_GONE)].message.startswith("process tree gone after")
         assert [event.message for event in events].count("finally: database closed") == 1
         at_work.queues_are_empty()

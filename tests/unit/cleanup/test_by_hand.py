@@ -10,7 +10,7 @@ from dagster_taskiq.errors import CleanupFailed, DagsterTaskiqError
 from dagster_taskiq.launcher import TaskiqRunLauncher
 from dagster_taskiq.runs import clean_up_run
 from dagster_taskiq.storage.claims import Claims
-from dagster_taskiq.storage.engine_events import cleanup_handlers
+from dagster_taskiq.storage.cleanup_events import cleanup_handlers
 from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.heartbeats import Heartbeats
 

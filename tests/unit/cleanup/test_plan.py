@@ -13,7 +13,7 @@ from dagster._core.execution.plan.objects import ErrorSource, StepFailureData, S
 from dagster_taskiq import CleanupContext, on_cancel
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.cleanup.plan import PendingHandler, handler_names, read_history
-from dagster_taskiq.storage import engine_events
+from dagster_taskiq.storage import cleanup_events, engine_events
 from dagster_taskiq.storage.event_log import append_event
 
 
@@ -118,11 +118,11 @@ def test_what_was_done_is_not_done_again() -> None:
             pending.handler.identity for pending in read_history(instance, log.run).outstanding(job, log.run)
         )
         assert of_op != of_job
-        succeeded = engine_events.cleanup("undo", of_op, 1, 0.1, None)
+        succeeded = cleanup_events.cleanup("undo", of_op, 1, 0.1, None)
         done = engine_events.with_facts(succeeded, {engine_events.OF_KEY: "upload"})
         append_event(instance, log.run, done, "upload")
         assert log.outstanding() == ["undo"]
-        broke = engine_events.cleanup("undo", of_job, 1, 0.1, "it broke")
+        broke = cleanup_events.cleanup("undo", of_job, 1, 0.1, "it broke")
         append_event(instance, log.run, engine_events.with_facts(broke, {engine_events.OF_KEY: ""}))
         (left,) = read_history(instance, log.run).outstanding(job, log.run)
         assert (left.failed, left.exhausted) == (["it broke"], True)
@@ -151,7 +151,7 @@ def test_handlers_of_one_name_are_told_apart_by_where_they_were_declared() -> No
         assert len({pending.key for pending in left()}) == len(names)
         while todo := left():
             assert [pending.name for pending in todo] == names
-            event = engine_events.cleanup(todo[0].handler.name, todo[0].handler.identity, 1, 0.1, None)
+            event = cleanup_events.cleanup(todo[0].handler.name, todo[0].handler.identity, 1, 0.1, None)
             append_event(
                 instance, log.run, engine_events.with_facts(event, {engine_events.OF_KEY: todo[0].step_key or ""})
             )

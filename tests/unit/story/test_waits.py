@@ -10,9 +10,9 @@ from dagster_taskiq.storage.engine_events import (
     EngineEvent,
     Stage,
     threads_killed,
-    waiting_for_steps,
     waiting_for_threads,
 )
+from dagster_taskiq.storage.step_events import waiting_for_steps
 from dagster_taskiq.story.log import Log
 from dagster_taskiq.story.model import Story, Wait
 from dagster_taskiq.story.surroundings import Messages, OwnerFacts, PoolWait, QueuePlace, StepOwner, Surroundings

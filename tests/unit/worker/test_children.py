@@ -105,7 +105,7 @@ async def test_those_that_do_not_end_are_named_and_no_longer_waited_for(
     child = world.make(parent)
     world.instance.add_run_tags(child.run_id, {GRACE_SECONDS_TAG: "0.1"})
     assert await cancel_children(world.context, parent, TERMINATED)
-    assert "1 runs that this run launched were not final after 0." in world.story(parent)[-1]
+    assert "1 run that this run launched had not ended after " in world.story(parent)[-1]
     assert child.run_id in world.story(parent)[-1]
     assert [*read_engine_events(world.instance, parent.run_id)]
 

@@ -21,11 +21,12 @@ from dagster_taskiq.process.supervise import ChildEnd
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage import step_claims
 from dagster_taskiq.storage.claims import Claims
-from dagster_taskiq.storage.engine_events import EngineEvent, Stage, picked_up, released, step_lost, tree_gone
+from dagster_taskiq.storage.engine_events import EngineEvent, Stage, picked_up, released, tree_gone
 from dagster_taskiq.storage.event_log import RunLog, StepRef, append_event, read_engine_events
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.running_steps import RunningSteps
 from dagster_taskiq.storage.step_claims import StepClaim, StepClaims, StepState, forget_old_step_claims
+from dagster_taskiq.storage.step_events import step_lost
 from dagster_taskiq.tasks.running_task import RunningTask
 from dagster_taskiq.worker import step_task
 from dagster_taskiq.worker.admission import Action, Candidate, Decision, admit_step, admit_step_again
@@ -167,7 +168,7 @@ async def test_what_is_told_of_the_end_survives_an_outage(
     writer.record_end(ChildEnd(4711, 0, (), interrupted_at=1.0, kill_at=None, killed=(), gone_at=2.0), reported=True)
     await writer.written()
     events = [entry.dagster_event for entry in world.instance.all_logs(world.run.run_id) if entry.dagster_event]
-    assert events[-1].message == "process tree gone after 1.000 s"
+    assert events[-1].message == "process tree gone after 1.0 s"
     assert events[-1].step_key == (STEP if step else None)
 
 

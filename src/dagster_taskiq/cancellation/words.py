@@ -1,0 +1,30 @@
+"""What is said of a cancellation to people: who has asked for it, and why. Knows only what a cancellation is."""
+
+from typing import Final
+
+from dagster_taskiq.cancellation.model import CancelKind, Cancellation
+
+UNKNOWN_AUTHOR: Final = "Dagster UI or API"
+"""Who has asked, where Dagster does not say who it was."""
+_KINDS: Final = {
+    CancelKind.REQUESTED: "cancellation",
+    CancelKind.SHUTDOWN: "shutdown",
+    CancelKind.LEASE_LOST: "loss of the lease",
+}
+
+
+def by_whom(requested_by: str | None, reason: str | None) -> str:
+    """`by ada: wrong input file`, as the end of a sentence, in one line; empty when nothing is known."""
+    who = {None: "", "": "", UNKNOWN_AUTHOR: "from Dagster's UI or API"}.get(requested_by, f"by {requested_by}")
+    return " ".join(": ".join(part for part in (who, reason or "") if part).split())
+
+
+def asked(text: str, requested_by: str | None, reason: str | None) -> str:
+    """The text of an event, and then as a sentence of its own by whom it was asked for, and why."""
+    whom = by_whom(requested_by, reason)
+    return f"{text} {whom[0].upper()}{whom[1:]}" if whom else text
+
+
+def what_stops(cancellation: Cancellation) -> str:
+    """`cancellation`, `shutdown` or `loss of the lease`."""
+    return _KINDS[cancellation.kind]
