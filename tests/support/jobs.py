@@ -52,6 +52,19 @@ def sleepy(config: Marks) -> None:
 
 
 @dg.op
+def closes_when_told(config: Marks) -> None:
+    """Its cleanup lasts as long as there is a file."""
+    try:
+        mark(config, f"started {os.getpid()}")
+        time.sleep(config.seconds)
+    finally:
+        until = time.monotonic() + config.seconds
+        while Path(f"{config.marks}.hold").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        mark(config, "cleanup-end")
+
+
+@dg.op
 def busy(config: Marks) -> None:
     until = time.monotonic() + config.seconds
     try:
@@ -286,6 +299,7 @@ def _job_of(op: dg.OpDefinition) -> dg.JobDefinition:
 
 
 sleepy_job = _job_of(sleepy)
+closes_when_told_job = _job_of(closes_when_told)
 busy_job = _job_of(busy)
 blocked_in_c_job = _job_of(blocked_in_c)
 carries_on_job = _job_of(carries_on)
