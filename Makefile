@@ -111,6 +111,16 @@ unit: $(STAMP) ## Run the tests without I/O
 acceptance: $(STAMP) ## Run the tests with real processes, signals, queues, databases and a browser
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/acceptance $(PYTEST_ARGS)
 
+# Every warning is an error: a link or an anchor that leads nowhere, a page that the menu does not have.
+# (`--quiet` would hide warnings from the strictness as well.)
+.PHONY: docs
+docs: $(STAMP) ## Build the site into build/site, strictly
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+.PHONY: docs-serve
+docs-serve: $(STAMP) ## Show the site on http://127.0.0.1:8000, and again after each change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --no-strict --dev-addr 127.0.0.1:8000
+
 .PHONY: precommit
 precommit: $(STAMP) ## Run what git runs before a commit (to let git do it: .venv/bin/pre-commit install)
 	$(BIN)/pre-commit run --all-files

@@ -319,7 +319,7 @@ CONFIG_FIELDS: Final[Mapping[str, Any]] = {
         "queue_url": "URL of the work queue; those of the steps queue and the cancel queue are derived from it.",
         "region_name": "AWS region of the queues.",
         "endpoint_url": "Another SQS endpoint than AWS's own: an emulator, a VPC endpoint.",
-        "config_source": "All other settings; see the table in the README.",
+        "config_source": "All other settings; see docs/reference/settings.md.",
     }.items()
 }
 """Launcher and executor take the same keys. `Settings` checks the values, with one text for every way in."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
+from dagster_taskiq._setting_rules import RULE, Name, Range, boolean_of, name_of, number_of, url_of
 from dagster_taskiq.errors import SettingsError
 from dagster_taskiq.queue_names import cancel_queue_url, steps_queue_url
 
@@ -19,6 +20,13 @@ ENABLE_CANCELLATION_VARIABLE: Final = "DAGSTER_TASKIQ_ENABLE_CANCELLATION"
 QUEUE_URL_VARIABLE: Final = "DAGSTER_TASKIQ_SQS_QUEUE_URL"
 ENDPOINT_URL_VARIABLE: Final = "DAGSTER_TASKIQ_SQS_ENDPOINT_URL"
 REGION_VARIABLES: Final = ("AWS_REGION", "AWS_DEFAULT_REGION")
+ENVIRONMENT: Final[Mapping[str, tuple[str, ...]]] = {
+    "queue_url": (QUEUE_URL_VARIABLE,),
+    "region_name": REGION_VARIABLES,
+    "endpoint_url": (ENDPOINT_URL_VARIABLE,),
+    "enable_cancellation": (ENABLE_CANCELLATION_VARIABLE,),
+}
+"""The variables of a setting: the first one that is set counts, if the configuration does not have the setting."""
 TOP_LEVEL_KEYS: Final = ("queue_url", "region_name", "endpoint_url", "config_source")
 _REGION_IN_HOST = re.compile(r"(?:^|\.)sqs\.([a-z0-9-]+)\.(?:amazonaws\.com|on\.aws|api\.aws|localhost)")
 DEFAULT_DRAIN_S: Final = 15
@@ -27,27 +35,8 @@ _HANDLERS_S: Final = 60.0
 """A handler has a minute unless it says otherwise."""
 StartMethod = Literal["forkserver", "spawn"]
 MetricsTo = Literal["auto", "emf", "otel", "off"]
-_RULE: Final = "rule"
-"""In the metadata of a field: by what `checked` checks its value."""
 # Bucket names: https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html
 _BUCKET: Final = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
-
-
-@dataclass(frozen=True, slots=True)
-class _Range:
-    """The numbers that a setting may have; whole ones only, if its field is an `int`."""
-
-    low: float
-    high: float
-    unit: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Name:
-    """The texts that a setting may have."""
-
-    pattern: str
-    what: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,49 +44,62 @@ class Settings:
     """All settings of launcher and worker. Durations are seconds."""
 
     queue_url: str
-    """URL of the work queue; those of the steps queue and the cancel queue are derived from it."""
-    region_name: str = field(metadata={_RULE: _Name(r"[a-z0-9-]{2,40}", "an AWS region such as 'us-east-1'")})
+    """URL of the work queue, as `aws sqs get-queue-url` prints it; those of the steps queue and the cancel queue are
+    derived from it."""
+    region_name: str = field(metadata={RULE: Name(r"[a-z0-9-]{2,40}", "an AWS region such as 'us-east-1'")})
+    """Region of the queues. Without it and its variables: the one in the host of `queue_url`."""
     endpoint_url: str | None = None
-    """Another SQS endpoint than AWS's own (an emulator, a VPC endpoint)."""
+    """Another SQS endpoint than AWS's own: a VPC endpoint, an emulator. `http://key:secret@host` has its credentials
+    in it."""
 
     enable_cancellation: bool = True
+    """When off, *Terminate* writes that to the run's log and does nothing. It counts where `terminate` is called, in
+    the webserver, as well as in workers."""
     cancel_children: bool = False
-    """When a run was terminated: also cancel the runs that it launched. For one run: the tag of that name."""
+    """When a run was terminated: also cancel the runs that it launched. For one job or run: the tag
+    `dagster-taskiq/cancel_children`."""
     is_fair_queue: bool = False
     """On a standard queue: send the job's name as message group, so that one backfill cannot delay all other jobs."""
     # SQS: wait time 0-20 s, batches of 1-10, visibility up to 12 h (AWS API reference, ReceiveMessage).
-    wait_time_seconds: int = field(default=20, metadata={_RULE: _Range(0, 20, "seconds")})
+    wait_time_seconds: int = field(default=20, metadata={RULE: Range(0, 20, "seconds")})
     """Long polling: how long one receive may wait for a message."""
-    max_number_of_messages: int = field(default=1, metadata={_RULE: _Range(1, 10, "messages")})
-    """Work messages per receive. More than one only helps when tasks are short."""
-    visibility_timeout_seconds: int = field(default=30, metadata={_RULE: _Range(4, 43_200, "seconds")})
-    """How long a message stays hidden without renewal: after a worker has died, the delay until another one gets it."""
-    cancel_ttl: float = field(default=120, metadata={_RULE: _Range(10, 86_400, "seconds")})
-    """Seconds after which a cancel message that no worker claims is deleted."""
-    grace_seconds: float = field(default=30, metadata={_RULE: _Range(0, 3_600, "seconds")})
-    """Seconds between the interrupt and the kill."""
-    exit_patience_seconds: float = field(default=3_600, metadata={_RULE: _Range(0, 604_800, "seconds")})
-    """How long a run or step waits, after its end, for threads of its process. Python itself waits without a limit."""
-    cancelled_exit_patience_seconds: float = field(default=5, metadata={_RULE: _Range(0, 3_600, "seconds")})
-    """The same when it was cancelled, within the grace."""
-    status_poll_seconds: float = field(default=5, metadata={_RULE: _Range(0.2, 300, "seconds")})
-    """How often the run status in the database is read, the second channel of a cancellation."""
-    drain_seconds: float = field(default=DEFAULT_DRAIN_S, metadata={_RULE: _Range(0, 86_400, "seconds")})
-    """At shutdown: how long running work may continue before it is interrupted."""
-    stop_timeout_seconds: float = field(default=30, metadata={_RULE: _Range(2, 86_400, "seconds")})
-    """The `stopTimeout` of the worker's container: after it, ECS kills everything."""
-    max_concurrent_runs: int = field(default=4, metadata={_RULE: _Range(0, 1_000, "runs")})
-    """Runs that one worker works on at a time; 0: this worker takes no runs."""
-    max_concurrent_steps: int = field(default=4, metadata={_RULE: _Range(0, 1_000, "steps")})
-    """Steps of `taskiq_executor` that one worker works on at a time, besides its runs; 0: it takes no steps."""
-    payload_bucket: str | None = field(default=None, metadata={_RULE: _Name(_BUCKET, "an S3 bucket")})
+    max_number_of_messages: int = field(default=1, metadata={RULE: Range(1, 10, "messages")})
+    """Work messages for each receive, at most. A worker never receives more than it has free slots for. More than one
+    only helps when tasks are short."""
+    visibility_timeout_seconds: int = field(default=30, metadata={RULE: Range(4, 43_200, "seconds")})
+    """How long a message stays hidden without renewal: after a worker has died, the delay until another one gets its
+    runs. It is renewed while a run is being worked on, so it does not limit how long runs take."""
+    cancel_ttl: float = field(default=120, metadata={RULE: Range(10, 86_400, "seconds")})
+    """A cancel message that no worker claims is deleted after this time."""
+    grace_seconds: float = field(default=30, metadata={RULE: Range(0, 3_600, "seconds")})
+    """Seconds between the interrupt and the kill. For one job or run: the tag `dagster-taskiq/grace_seconds`."""
+    exit_patience_seconds: float = field(default=3_600, metadata={RULE: Range(0, 604_800, "seconds")})
+    """After a run or step has succeeded or failed: how long it waits for threads of its process that still run. Python
+    itself waits without a limit."""
+    cancelled_exit_patience_seconds: float = field(default=5, metadata={RULE: Range(0, 3_600, "seconds")})
+    """The same after it was cancelled, within the grace."""
+    status_poll_seconds: float = field(default=5, metadata={RULE: Range(0.2, 300, "seconds")})
+    """How often a worker reads the status of its runs in the database, the second channel of a cancellation."""
+    drain_seconds: float = field(default=DEFAULT_DRAIN_S, metadata={RULE: Range(0, 86_400, "seconds")})
+    """At shutdown: how long running work may continue before it is interrupted. The worker ends as soon as nothing
+    runs; an idle one within a second."""
+    stop_timeout_seconds: float = field(default=30, metadata={RULE: Range(2, 86_400, "seconds")})
+    """The `stopTimeout` of the worker's container, after which ECS kills everything. The worker ends before."""
+    max_concurrent_runs: int = field(default=4, metadata={RULE: Range(0, 1_000, "runs")})
+    """Runs that one worker works on at a time (`worker start --max-runs`). 0, or `--steps-only`: it takes no runs."""
+    max_concurrent_steps: int = field(default=4, metadata={RULE: Range(0, 1_000, "steps")})
+    """Steps of `taskiq_executor` that one worker works on at a time, besides its runs (`worker start --max-steps`).
+    0, or `--runs-only`: it takes no steps."""
+    payload_bucket: str | None = field(default=None, metadata={RULE: Name(_BUCKET, "an S3 bucket")})
     """S3 bucket for what is too large for a message of SQS: what a step knows after thousands of outputs."""
-    start_method: StartMethod = field(default="forkserver", metadata={_RULE: ("forkserver", "spawn")})
-    """How the child is started: forked from a warm process, or as a fresh interpreter."""
-    metrics: MetricsTo = field(default="auto", metadata={_RULE: ("auto", "emf", "otel", "off")})
-    """Where metrics go: CloudWatch's embedded format on stdout, OpenTelemetry; `auto`: what is available."""
+    start_method: StartMethod = field(default="forkserver", metadata={RULE: ("forkserver", "spawn")})
+    """How the process of a run or step starts: `forkserver` forks a warm process (milliseconds), `spawn` starts a new
+    interpreter (a second)."""
+    metrics: MetricsTo = field(default="auto", metadata={RULE: ("auto", "emf", "otel", "off")})
+    """Where metrics go: `emf`, CloudWatch's embedded metric format on the stdout of workers and Dagster's daemon;
+    `otel`, OpenTelemetry; `off`. `auto`: `emf` in a container of ECS, and `otel` where its SDK is installed."""
     preload_modules: tuple[str, ...] = ()
-    """Modules that the warm process imports before it forks."""
+    """Modules that the warm process imports before it forks: your code, and the libraries that it imports."""
 
     @property
     def steps_queue_url(self) -> str:
@@ -270,7 +272,8 @@ SOURCE_KEYS: Final = tuple(
     one.name for one in fields(Settings) if one.name not in {"queue_url", "region_name", "endpoint_url"}
 )
 """The keys of `config_source`."""
-_RULES: Final[Mapping[str, object]] = {one.name: one.metadata.get(_RULE) for one in fields(Settings)}
+RULES: Final[Mapping[str, object]] = {one.name: one.metadata.get(RULE) for one in fields(Settings)}
+"""The allowed values of each setting: a `Range`, a `Name`, a tuple of all of them, or None, where the type says it."""
 _WHOLE: Final = {one.name for one in fields(Settings) if one.type is int}
 
 
@@ -301,92 +304,43 @@ def _refuse_unknown(given: Mapping[str, Any], known: Iterable[str], where: str) 
 
 
 def _from_environment(values: dict[str, Any], config: Mapping[str, Any], environ: Mapping[str, str]) -> None:
-    queue_url = values.get("queue_url") or config.get("queue_url") or environ.get(QUEUE_URL_VARIABLE)
+    def given(key: str) -> Any:
+        variables = (environ[name] for name in ENVIRONMENT[key] if environ.get(name))
+        return values.get(key) or config.get(key) or next(variables, None)
+
+    queue_url = given("queue_url")
     if not queue_url:
         raise SettingsError(f"no queue: set queue_url in the configuration, or the variable {QUEUE_URL_VARIABLE}")
-    values["queue_url"] = _url("queue_url", queue_url)
-    endpoint_url = values.get("endpoint_url") or config.get("endpoint_url") or environ.get(ENDPOINT_URL_VARIABLE)
-    values["endpoint_url"] = endpoint_url or None
-    region = values.get("region_name") or config.get("region_name")
-    region = region or next((environ[name] for name in REGION_VARIABLES if environ.get(name)), None)
+    values["queue_url"] = url_of("queue_url", queue_url)
+    values["endpoint_url"] = given("endpoint_url")
+    region = given("region_name")
     if not region and isinstance(queue_url, str):
         match = _REGION_IN_HOST.search(urlsplit(queue_url).hostname or "")
         region = match[1] if match else None
     if not region:
         raise SettingsError("no region: set region_name in the configuration, or the variable AWS_REGION")
     values["region_name"] = region
-    if "enable_cancellation" not in values and environ.get(ENABLE_CANCELLATION_VARIABLE):
-        values["enable_cancellation"] = environ[ENABLE_CANCELLATION_VARIABLE]
+    if "enable_cancellation" not in values and (found := given("enable_cancellation")):
+        values["enable_cancellation"] = found
 
 
 def checked(key: str, value: Any) -> Any:
     """The value of one setting in its type. Raises `SettingsError` when it has another type, or is out of range."""
-    rule = _RULES.get(key)
-    if isinstance(rule, _Range):
-        return _number(key, value, rule, whole=key in _WHOLE)
-    if isinstance(rule, _Name):
-        return _name(key, value, rule)
+    rule = RULES.get(key)
+    if isinstance(rule, Range):
+        return number_of(key, value, rule, whole=key in _WHOLE)
+    if isinstance(rule, Name):
+        return name_of(key, value, rule)
     if isinstance(rule, tuple):
         if value not in rule:
             raise SettingsError(f"{key} must be {' or '.join(map(repr, rule))}, not {value!r}")
         return value
     if key in {"enable_cancellation", "cancel_children", "is_fair_queue"}:
-        return _boolean(key, value)
+        return boolean_of(key, value)
     if key in {"queue_url", "endpoint_url"}:
-        return _url(key, value)
+        return url_of(key, value)
     if key == "preload_modules":
         if isinstance(value, str) or not all(isinstance(name, str) for name in value):
             raise SettingsError("preload_modules must be a list of module names")
         return tuple(value)
     raise SettingsError(f"unknown setting {key!r}")
-
-
-def _name(key: str, value: Any, rule: _Name) -> str | None:
-    if value is None and key == "payload_bucket":
-        return None
-    if not isinstance(value, str) or not re.fullmatch(rule.pattern, value):
-        raise SettingsError(f"{key} must be the name of {rule.what}, not {value!r}")
-    return value
-
-
-def _number(key: str, value: Any, allowed: _Range, *, whole: bool) -> float:
-    number = _as_number(value)
-    if number is None or (whole and not number.is_integer()):
-        kind = "a whole number" if whole else "a number"
-        raise SettingsError(f"{key} must be {kind} of {allowed.unit}, not {value!r}")
-    if not allowed.low <= number <= allowed.high:
-        raise SettingsError(f"{key} must be between {allowed.low:g} and {allowed.high:g} {allowed.unit}, not {value}")
-    return int(number) if whole else number
-
-
-def _as_number(value: Any) -> float | None:
-    if isinstance(value, bool):
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-
-
-def _boolean(key: str, value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    text = str(value).strip().lower()
-    if text in {"1", "true", "yes", "on"}:
-        return True
-    if text in {"0", "false", "no", "off"}:
-        return False
-    raise SettingsError(f"{key} must be true or false, not {value!r}")
-
-
-def _url(key: str, value: Any) -> str | None:
-    if value is None and key == "endpoint_url":
-        return None
-    parts = urlsplit(value) if isinstance(value, str) else None
-    if parts is None or parts.scheme not in {"http", "https"} or not parts.netloc:
-        raise SettingsError(f"{key} must be a URL that begins with http:// or https://, not {value!r}")
-    if key == "queue_url" and not parts.path.strip("/"):
-        raise SettingsError(
-            f"queue_url must end with the queue's name, as 'aws sqs get-queue-url' prints it; not {value!r}"
-        )
-    return str(value)

@@ -19,6 +19,7 @@ FLOOR = {
     "messages",
     "settings",
     "_retry",
+    "_setting_rules",
     "_text",
     "_shield",
     "_ttl_cache",

@@ -18,6 +18,9 @@ ROOT = Path(dagster_taskiq.__file__).parents[2]
 PACKAGE = Path(dagster_taskiq.__file__).parent
 README = (ROOT / "README.md").read_text()
 CANCELLATION = (ROOT / "CANCELLATION.md").read_text()
+PAGES = sorted(
+    str(path.relative_to(ROOT)) for pattern in ("*.md", "docs/**/*.md", "examples/*.md") for path in ROOT.glob(pattern)
+)
 DEFAULTS = {field.name: field.default for field in fields(Settings)}
 
 
@@ -55,26 +58,7 @@ def issubclass_of_exception(name: str) -> bool:
     return isinstance(thing, type) and issubclass(thing, BaseException)
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        "README.md",
-        "CANCELLATION.md",
-        "CONTRIBUTING.md",
-        "CHANGELOG.md",
-        "examples/README.md",
-        "docs/cleanup.md",
-        "docs/deploy-on-ecs.md",
-        "docs/glossary.md",
-        "docs/installation.md",
-        "docs/plain-taskiq.md",
-        "docs/promises.md",
-        "docs/releasing.md",
-        "docs/run-explain.md",
-        "docs/security.md",
-        "docs/decisions/README.md",
-    ],
-)
+@pytest.mark.parametrize("page", PAGES)
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     path = ROOT / page
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
@@ -125,9 +109,13 @@ def test_the_changelog_has_the_version() -> None:
     assert (dagster_taskiq.__version__ in versions) is is_release
 
 
-@pytest.mark.parametrize(
-    "page", sorted(ROOT.glob("docs/**/*.md")) + sorted(ROOT.glob("*.md")), ids=lambda page: page.name
-)
-def test_the_pages_name_tests_that_are_there(page: Path) -> None:
-    named = re.findall(r"`(tests/[a-z_/]+(?:\.py)?)`", page.read_text())
+@pytest.mark.parametrize("page", PAGES)
+def test_the_pages_name_tests_that_are_there(page: str) -> None:
+    named = re.findall(r"`(tests/[a-z_/]+(?:\.py)?)`", (ROOT / page).read_text())
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_every_decision_is_in_the_list() -> None:
+    folder = ROOT / "docs" / "decisions"
+    listed = re.findall(r"^\d+\. \[.+\]\((.+)\)$", (folder / "README.md").read_text(), re.MULTILINE)
+    assert listed == sorted(path.name for path in folder.glob("[0-9]*.md"))
