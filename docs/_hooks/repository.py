@@ -29,7 +29,8 @@ ELSEWHERE: Final = {
     "CANCELLATION.md": "cancellation.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
-    "examples/README.md": "examples.md",
+    "examples/README.md": "examples/index.md",
+    "examples/bakery/README.md": "examples/bakery.md",
 }
 """Pages that are not in `docs/`, and what they are called in the site."""
 _IN_SITE: Final = {site: path for path, site in ELSEWHERE.items()}
