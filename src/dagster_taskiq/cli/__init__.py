@@ -24,7 +24,7 @@ class OneLineErrors(click.Group):
         """Run the command; a foreseeable error becomes a `ClickException`."""
         try:
             return super().invoke(ctx)
-        except (click.exceptions.Exit, click.Abort, click.ClickException):
+        except (click.exceptions.Exit, click.Abort, click.ClickException, BrokenPipeError):
             raise
         except Exception as error:
             from dagster_taskiq.cli.explain import explain

@@ -1,6 +1,5 @@
 """`dagster-taskiq queue`: create the queues, show their status."""
 
-import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -10,14 +9,19 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 from dagster_taskiq.cli.options import config_option, soon_over
+from dagster_taskiq.cli.output import TableOrLines
+from dagster_taskiq.cli.watch import show, watch_options
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.table import Table
 
     from dagster_taskiq.settings import Settings
     from dagster_taskiq.sqs.admin import QueueStatus
     from dagster_taskiq.storage.heartbeats import Heartbeat
-    from dagster_taskiq.storage.waiting import WaitingRuns
+    from dagster_taskiq.storage.waiting import CancelledRuns, WaitingRuns
 
 T = TypeVar("T")
 _ANSWER_S: Final = 15.0
@@ -72,73 +76,40 @@ def create_missing(settings: "Settings") -> tuple[str, ...]:
 
 @queue.command()
 @config_option
+@watch_options
 @click.option("--json", "as_json", is_flag=True, help="For programs: one JSON array.")
 @soon_over
-def status(config_file: Path | None, *, as_json: bool) -> None:
+def status(config_file: Path | None, *, every_s: float | None, as_json: bool) -> None:
     """Show how many messages wait in each queue, and what is wrong with it. Exit code 1 when a queue is missing.
 
-    Where there is a $DAGSTER_HOME, also how many runs wait for a worker, for how long, and why; and which messages
-    living workers have found to be of no use: those come again, ever more rarely, until they expire or are purged.
-    With --json that is in `runs_waiting` and `unusable` of the work queue; null: the database was not asked.
+    Where there is a $DAGSTER_HOME, also how many runs wait for a worker, for how long, and why; how many of them, and
+    of the messages, are cancelled already and will not start; and which messages living workers have found to be of no
+    use: those come again, ever more rarely, until they expire or are purged.
+    With --json that is in `runs_waiting`, `cancelled` and `unusable` of the work queue; null: the database was not
+    asked, or did not answer.
 
     \b
     Example:
       dagster-taskiq queue status
+      dagster-taskiq queue status --watch
       dagster-taskiq queue status --json | jq '.[] | select(.role == "work").visible'
     """
-    import asyncio
-
-    from dagster_taskiq._lane import Lane
     from dagster_taskiq.cli.configured import configured
-    from dagster_taskiq.cli.explain import explain
     from dagster_taskiq.errors import QueueMissing
-    from dagster_taskiq.sqs.admin import queue_status
 
     settings = configured(config_file)
-    queues = _ask(settings, lambda client: queue_status(client, settings.queue_url))
-    trouble = None
-    try:
-        runs = asyncio.run(Lane("the database", _ANSWER_S).call(_look_at_runs, settings))
-    except Exception as error:  # noqa: BLE001 - what was asked for are the queues, and they have answered
-        runs, trouble = None, f"runs that wait: {explain(error) or repr(error)}"
-    if as_json:
-        of_work = {
-            "runs_waiting": runs and {**asdict(runs.waiting), "why": runs.why},
-            "unusable": runs and runs.unusable,
-        }
-        listed = [{"name": one.name, **asdict(one), **(of_work if one.role == "work" else {})} for one in queues]
-        click.echo(json.dumps(listed, indent=2))
-    else:
-        _show(queues)
-        _show_runs(runs)
-    if trouble is not None:
-        click.echo(trouble, err=True)
-    missing = [warning for queue in queues if not queue.exists for warning in queue.warnings]
+
+    def draw(seen: _Seen) -> _Picture:
+        return _Picture(seen, with_trouble=every_s is not None)
+
+    seen = show(lambda: _look(settings), draw, _to_json, as_json=as_json, every_s=every_s)
+    if seen is None:
+        return
+    if seen.trouble is not None:
+        click.echo(seen.trouble, err=True)
+    missing = [warning for queue in seen.queues if not queue.exists for warning in queue.warnings]
     if missing:
         raise QueueMissing(missing[0])
-
-
-def _show(queues: "Sequence[QueueStatus]") -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE)
-    table.add_column("queue", no_wrap=True)
-    table.add_column("role")
-    for heading in ("waiting", "in flight", "hidden for", "kept for"):
-        table.add_column(heading, justify="right")
-    for queue in queues:
-        seen = [
-            str(queue.visible),
-            str(queue.in_flight),
-            *map(_duration, (queue.visibility_timeout_s, queue.retention_s)),
-        ]
-        table.add_row(queue.name, queue.role, *(seen if queue.known else "????") if queue.exists else ["missing"])
-    console = Console()
-    console.print(table)
-    for warning in (warning for queue in queues if queue.exists for warning in queue.warnings):
-        console.print(f"[yellow]warning[/yellow] {warning}", highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +118,36 @@ class _Runs:
 
     waiting: "WaitingRuns"
     why: str
+    cancelled: "CancelledRuns"
     unusable: "Sequence[Mapping[str, Any]]"
     """Of the work queue and the steps queue."""
 
 
-def _look_at_runs(settings: "Settings") -> _Runs | None:
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    queues: "Sequence[QueueStatus]"
+    runs: _Runs | None
+    trouble: str | None
+    """Why there are no `runs`, where there is an instance."""
+
+
+def _look(settings: "Settings") -> _Seen:
+    """Raises what SQS answers; the database is asked besides, with a bound of its own."""
+    import asyncio
+
+    from dagster_taskiq._lane import Lane
+    from dagster_taskiq.cli.explain import explain
+    from dagster_taskiq.sqs.admin import queue_status
+
+    queues = _ask(settings, lambda client: queue_status(client, settings.queue_url))
+    visible = next((one.visible for one in queues if one.role == "work" and one.exists and one.known), None)
+    try:
+        return _Seen(queues, asyncio.run(Lane("the database", _ANSWER_S).call(_look_at_runs, settings, visible)), None)
+    except Exception as error:  # noqa: BLE001 - what was asked for are the queues, and they have answered
+        return _Seen(queues, None, f"runs that wait: {explain(error) or repr(error)}")
+
+
+def _look_at_runs(settings: "Settings", visible: int | None) -> _Runs | None:
     """None where no instance is configured. Raises what Dagster and its database raise."""
     import os
 
@@ -160,25 +156,92 @@ def _look_at_runs(settings: "Settings") -> _Runs | None:
     from dagster_taskiq.dagster_compat.instance import open_instance
     from dagster_taskiq.queue_names import queue_name
     from dagster_taskiq.storage.heartbeats import Heartbeats
-    from dagster_taskiq.storage.waiting import waiting_runs, why_runs_wait
+    from dagster_taskiq.storage.waiting import cancelled_runs, waiting_runs, why_runs_wait
     from dagster_taskiq.storage.workers import list_workers
 
     with open_instance() as instance:
         living = Heartbeats.of_runs(instance, settings).living()
+        workers = list_workers(instance, settings)
         return _Runs(
             waiting_runs(instance),
-            why_runs_wait(list_workers(instance, settings), settings),
+            why_runs_wait(workers, settings),
+            cancelled_runs(instance, workers, visible),
             _unusable(living, queue_name(settings.queue_url)),
         )
 
 
-def _show_runs(runs: _Runs | None) -> None:
-    if runs is None:
-        return
-    click.echo(runs.waiting.described(runs.why) or "no run waits for a worker")
+def _to_json(seen: _Seen) -> list[dict[str, Any]]:
+    runs = seen.runs
+    of_work = {
+        "runs_waiting": runs and {**asdict(runs.waiting), "why": runs.why},
+        "cancelled": runs and asdict(runs.cancelled),
+        "unusable": runs and runs.unusable,
+    }
+    return [{"name": one.name, **asdict(one), **(of_work if one.role == "work" else {})} for one in seen.queues]
+
+
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    seen: _Seen
+    with_trouble: bool
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+        from rich.text import Text
+
+        yield TableOrLines(_table(self.seen.queues), lambda: _lines(self.seen.queues))
+        for warning in (warning for queue in self.seen.queues if queue.exists for warning in queue.warnings):
+            yield Text.assemble(("warning", "yellow"), " ", warning)
+        if self.seen.runs is not None:
+            yield from map(Text, _said_of_runs(self.seen.runs))
+        if self.with_trouble and self.seen.trouble is not None:
+            yield Text(self.seen.trouble, style="yellow")
+
+
+def _table(queues: "Sequence[QueueStatus]") -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    table.add_column("queue", overflow="fold")
+    table.add_column("role", no_wrap=True)
+    for heading in ("waiting", "in flight", "hidden for", "kept for"):
+        table.add_column(heading, justify="right")
+    for queue in queues:
+        table.add_row(queue.name, queue.role, *_numbers(queue) if queue.exists else ["missing"])
+    return table
+
+
+def _lines(queues: "Iterable[QueueStatus]") -> "Iterator[str]":
+    for queue in queues:
+        yield f"{queue.name}, {queue.role}"
+        waiting, in_flight, hidden, kept = _numbers(queue)
+        numbers = f"{waiting} wait, {in_flight} in flight; hidden for {hidden}, kept for {kept}"
+        yield f"  {numbers}" if queue.exists else "  missing"
+
+
+def _numbers(queue: "QueueStatus") -> tuple[str, str, str, str]:
+    if not queue.known:
+        return "?", "?", "?", "?"
+    hidden, kept = map(_duration, (queue.visibility_timeout_s, queue.retention_s))
+    return str(queue.visible), str(queue.in_flight), hidden, kept
+
+
+def _said_of_runs(runs: _Runs) -> "Iterator[str]":
+    yield runs.waiting.described(runs.why) or "no run waits for a worker"
+    if ended := runs.waiting.of_cancelled_backfills:
+        yield f"{ended} more wait and will not start: their backfill was cancelled, and Dagster's daemon ends them"
+    cancelled = runs.cancelled
+    if cancelled.canceling:
+        nobody = f"; no worker has {cancelled.without_worker} of them" if cancelled.without_worker else ""
+        yield f"being cancelled: {cancelled.canceling}{nobody}"
+    if cancelled.messages:
+        yield (
+            f"cancelled already: the runs of about {cancelled.messages} messages that wait in the work queue;"
+            " a worker that receives one deletes it"
+        )
     for message in runs.unusable:
         again = datetime.fromtimestamp(message["again_at"], UTC)
-        click.echo(
+        yield (
             f"message {message['id']} is of no use to any worker: received {message['received']} times,"
             f" comes again at {again:%Y-%m-%d %H:%M} UTC: {message['why']}"
         )

@@ -1,28 +1,28 @@
 """`dagster-taskiq worker`: start a worker in the foreground, list all workers, ask for their health."""
 
-import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from dagster_taskiq._gc import collection_paused
 from dagster_taskiq.cli.options import config_option, log_format_option, log_level_option, soon_over
+from dagster_taskiq.cli.output import TableOrLines, age
+from dagster_taskiq.cli.watch import show, watch_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from typing import Any
 
     from dagster import DagsterInstance
+    from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
 
     from dagster_taskiq.cli.logs import LogFormat
     from dagster_taskiq.storage.workers import WorkerInfo, WorkInfo
 
-_PIPE_WIDTH: Final = 500
-_TABLE_WIDTH: Final = 100
-"""Columns of a terminal that the table of workers needs."""
+_NOBODY: Final = "no worker is alive; start one with `dagster-taskiq worker start`"
 
 
 @click.group()
@@ -142,17 +142,19 @@ def health(pid: int | None) -> None:
 @worker.command("list")
 @config_option
 @click.option("--all", "everybody", is_flag=True, help="Also workers of the last week that are dead or gone.")
+@watch_options
 @click.option("--json", "as_json", is_flag=True, help="For programs: one JSON array.")
 @soon_over
-def list_workers(config_file: Path | None, *, everybody: bool, as_json: bool) -> None:
+def list_workers(config_file: Path | None, *, everybody: bool, every_s: float | None, as_json: bool) -> None:
     """Show which workers are alive, and what each one is working on, since when. Asks only Dagster's database.
 
     Every worker writes a heartbeat there. `silent`: its heartbeat is late, and nothing has been decided about its
-    work yet. Exit code 1 when no worker is alive.
+    work yet. Exit code 1 when no worker is alive; with --watch, 0 on Ctrl-C.
 
     \b
     Example:
       dagster-taskiq worker list
+      dagster-taskiq worker list --watch
       dagster-taskiq worker list --json | jq '.[] | select(.work == []).worker_id'
     """
     from dataclasses import asdict
@@ -164,31 +166,40 @@ def list_workers(config_file: Path | None, *, everybody: bool, as_json: bool) ->
 
     settings = configured(config_file)
     with open_instance() as instance:
-        workers = list_workers(instance, settings, everybody=everybody)
-        waiting = None if as_json else describe_waiting(instance, settings, workers)
-    if as_json:
-        click.echo(json.dumps([asdict(worker) for worker in workers], indent=2))
-    elif workers:
-        _show(workers)
-    if waiting is not None:
-        click.echo(waiting)
-    if not any(worker.state == ALIVE for worker in workers):
-        click.echo("no worker is alive; start one with `dagster-taskiq worker start`", err=True)
+
+        def look() -> _Fleet:
+            workers = list_workers(instance, settings, everybody=everybody)
+            lines = [] if as_json else [describe_waiting(instance, settings, workers)]
+            if every_s is not None and not any(worker.state == ALIVE for worker in workers):
+                lines.append(_NOBODY)
+            return _Fleet(workers, [line for line in lines if line is not None])
+
+        def to_json(fleet: _Fleet) -> list[dict[str, Any]]:
+            return [asdict(worker) for worker in fleet.workers]
+
+        fleet = show(look, _Picture, to_json, as_json=as_json, every_s=every_s)
+    if fleet is not None and not any(worker.state == ALIVE for worker in fleet.workers):
+        click.echo(_NOBODY, err=True)
         raise SystemExit(1)
 
 
-def _show(workers: "Sequence[WorkerInfo]") -> None:
-    from rich.console import Console
+@dataclass(frozen=True, slots=True)
+class _Fleet:
+    workers: "Sequence[WorkerInfo]"
+    lines: "Sequence[str]"
+    """About the runs that wait, and about nobody being there."""
 
-    console = Console()
-    # A pipe has no width: each line is one whole worker or piece of work.
-    if not console.is_terminal:
-        console = Console(width=_PIPE_WIDTH)
-    if console.width < _TABLE_WIDTH:
-        for line in _lines(workers):
-            console.print(line, highlight=False, markup=False)
-    else:
-        console.print(_table(workers))
+
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    fleet: _Fleet
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+        from rich.text import Text
+
+        if workers := self.fleet.workers:
+            yield TableOrLines(_table(workers), lambda: _lines(workers))
+        yield from map(Text, self.fleet.lines)
 
 
 def _table(workers: "Sequence[WorkerInfo]") -> "Table":
@@ -200,13 +211,13 @@ def _table(workers: "Sequence[WorkerInfo]") -> "Table":
     for heading in ("worker", "state", "heartbeat", "up", "runs", "steps", "working on", "status", "for"):
         table.add_column(heading, no_wrap=heading not in ("worker", "working on"), overflow="fold")
     for worker in workers:
-        up = _age(now - worker.since) if worker.since is not None and worker.state != "gone" else ""
-        row = [worker.worker_id, worker.state, f"{_age(now - worker.heard)} ago", up, *_slots(worker)]
+        up = age(now - worker.since) if worker.since is not None and worker.state != "gone" else ""
+        row = [worker.worker_id, worker.state, f"{age(now - worker.heard)} ago", up, *_slots(worker)]
         for work in worker.work or (None,):
             if work is None:
                 table.add_row(*row)
             else:
-                table.add_row(*row, _name(work), work.status or "", _age(now - work.since))
+                table.add_row(*row, _name(work), work.status or "", age(now - work.since))
             row = [""] * len(row)
     return table
 
@@ -217,10 +228,10 @@ def _lines(workers: "Sequence[WorkerInfo]") -> "Iterator[str]":
     for worker in workers:
         runs, steps = _slots(worker)
         yield worker.worker_id
-        yield f"  {worker.state}, heartbeat {_age(now - worker.heard)} ago, runs {runs or '?'}, steps {steps or '?'}"
+        yield f"  {worker.state}, heartbeat {age(now - worker.heard)} ago, runs {runs or '?'}, steps {steps or '?'}"
         for work in worker.work:
             yield f"  {_name(work)}"
-            yield f"    {work.status or '?'} for {_age(now - work.since)}"
+            yield f"    {work.status or '?'} for {age(now - work.since)}"
 
 
 def _slots(worker: "WorkerInfo") -> tuple[str, str]:
@@ -235,12 +246,3 @@ def _slots(worker: "WorkerInfo") -> tuple[str, str]:
 def _name(work: "WorkInfo") -> str:
     step = f" step {work.step_key}" if work.step_key else ""
     return f"{work.assets or work.job or '(deleted)'} {work.run_id[:8]}{step}"
-
-
-def _age(seconds: float) -> str:
-    """`7400` as `2 h`: in the largest unit with a value of 2 or more, else in seconds."""
-    seconds = max(0.0, seconds)
-    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds // length:.0f} {unit}"
-    return f"{seconds:.0f} s"

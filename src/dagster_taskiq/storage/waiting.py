@@ -7,15 +7,18 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
+from dagster_taskiq.dagster_compat.run_counts import count_cancelled_before_start, count_waiting
 from dagster_taskiq.queue_names import queue_name
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage import engine_events
+from dagster_taskiq.storage.claims import held_claims
 from dagster_taskiq.storage.event_log import append_event
+from dagster_taskiq.storage.tags import TASK_ID_TAG
 from dagster_taskiq.storage.workers import ALIVE, WorkerInfo, list_workers
 
 logger = logging.getLogger(__name__)
@@ -24,10 +27,11 @@ NOTED_AFTER_S: Final = 60.0
 _LOOK_EVERY_S: Final = 30.0
 _NOTES_AT_ONCE: Final = 100
 _STATUSES: Final = (DagsterRunStatus.QUEUED, DagsterRunStatus.STARTING)
-_WAITING: Final = RunsFilter(statuses=_STATUSES)
 _IN_PROGRESS: Final = RunsFilter(
     statuses=[DagsterRunStatus.STARTING, DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING]
 )
+_MESSAGES_ARE_KEPT: Final = timedelta(days=14)
+"""The longest that SQS allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,10 @@ class WaitingRuns:
     """How many runs wait, and since when the oldest one has been there, in seconds; 0 when there is none."""
 
     count: int
+    """Those that will start."""
     oldest_s: float
+    of_cancelled_backfills: int = 0
+    """Those that wait and will not start: no worker starts them, and Dagster's daemon ends them."""
 
     def described(self, why: str) -> str | None:
         """One line about all of them; None when there is none. `why`: as `why_runs_wait` says it."""
@@ -45,14 +52,51 @@ class WaitingRuns:
         return f"{many} for {self.oldest_s:.0f} s: {why}"
 
 
+@dataclass(frozen=True, slots=True)
+class CancelledRuns:
+    """What will not start, or is about to end, although it may look as if it waited."""
+
+    canceling: int
+    """Runs that are being cancelled."""
+    without_worker: int
+    """Those of them that no living worker has: the next one that receives the run's message finishes it."""
+    messages: int | None
+    """Messages in the work queue, about, whose run was cancelled before a worker had it. None: it cannot be told."""
+
+
 def waiting_runs(instance: DagsterInstance) -> WaitingRuns:
     """The runs in Dagster's queue, and those that were handed over and are not at work yet. Blocks on the database.
 
     Those that a limit of the run queue, of a tag or of a pool holds back are among them.
     """
-    count = instance.get_runs_count(_WAITING)
-    oldest = instance.get_run_records(_WAITING, limit=1, ascending=True) if count else ()
-    return WaitingRuns(count, max((time.time() - one.create_timestamp.timestamp() for one in oldest), default=0.0))
+    found = count_waiting(instance, _STATUSES)
+    oldest_s = max(0.0, time.time() - found.oldest) if found.oldest is not None else 0.0
+    return WaitingRuns(found.count, oldest_s, found.of_cancelled_backfills)
+
+
+def cancelled_runs(instance: DagsterInstance, workers: Sequence[WorkerInfo], visible: int | None) -> CancelledRuns:
+    """What of all that seems to wait is cancelled already. Blocks on the database.
+
+    `workers`: those of `list_workers`. `visible`: how many messages wait in the work queue. A message says only to who
+    receives it which run it is of. But each run in progress that no living worker has needs one; the others are of runs
+    that were cancelled, as many as were cancelled before they were started at most.
+    """
+    living = {worker.worker_id for worker in workers}
+    claimed = [claim.run_id for claim in held_claims(instance) if claim.worker_id in living]
+    needed = runs_in_progress(instance) - _count_among(instance, claimed, *_IN_PROGRESS.statuses)
+    canceling = instance.get_runs_count(RunsFilter(statuses=[DagsterRunStatus.CANCELING]))
+    never_started = None
+    if visible is not None:
+        since = datetime.now(UTC) - _MESSAGES_ARE_KEPT
+        never_started = count_cancelled_before_start(instance, TASK_ID_TAG, since)
+    messages = None
+    if never_started is not None and visible is not None:
+        messages = min(never_started, max(0, visible - needed))
+    return CancelledRuns(canceling, canceling - _count_among(instance, claimed, DagsterRunStatus.CANCELING), messages)
+
+
+def _count_among(instance: DagsterInstance, run_ids: Sequence[str], *statuses: DagsterRunStatus) -> int:
+    return instance.get_runs_count(RunsFilter(run_ids=run_ids, statuses=statuses)) if run_ids else 0
 
 
 def runs_in_progress(instance: DagsterInstance) -> int:

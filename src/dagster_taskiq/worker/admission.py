@@ -15,6 +15,7 @@ from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
 
 from dagster_taskiq.cleanup.record import cleanup_record
 from dagster_taskiq.dagster_compat.api import BACKFILL_ID_TAG, FINISHED_STATUSES
+from dagster_taskiq.dagster_compat.run_counts import CANCELLED_BACKFILL
 from dagster_taskiq.dagster_compat.storage import backfill_status
 from dagster_taskiq.storage.claims import Claim, Claims, ClaimState
 from dagster_taskiq.storage.engine_events import Stage
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 WorkKind = Literal["execute_run", "resume_run", "execute_step"]
 
-_CANCELLED_BACKFILL: Final = frozenset({"CANCELING", "CANCELED", "FAILING"})
 _MONITORING_DECIDES_S: Final = 30.0
 """Run monitoring was told that a worker is dead: for so long the worker's own message is not followed, because
 monitoring resumes the run, under another task id, or fails it."""
@@ -162,7 +162,7 @@ def _after_the_claim(candidate: Candidate, run: DagsterRun | None, before: Claim
 def _its_backfill_is_cancelled(instance: DagsterInstance, run: DagsterRun) -> bool:
     """Dagster terminates the runs of such a backfill at its daemon's next tick; until then slots become free."""
     backfill_id = run.tags.get(BACKFILL_ID_TAG)
-    return backfill_id is not None and backfill_status(instance, backfill_id) in _CANCELLED_BACKFILL
+    return backfill_id is not None and backfill_status(instance, backfill_id) in CANCELLED_BACKFILL
 
 
 def admit_step_again(

@@ -24,6 +24,7 @@ from tests.support.proxy import sqs_proxy
 from dagster_taskiq.cli import main
 from dagster_taskiq.errors import QueueError
 from dagster_taskiq.storage.heartbeats import Heartbeats
+from dagster_taskiq.storage.tags import TASK_ID_TAG
 
 pytestmark = pytest.mark.acceptance
 
@@ -209,6 +210,25 @@ def test_status_for_programs_says_what_waits_and_what_is_of_no_use(desk: Desk) -
     shown = desk.ask("queue", "status").out
     assert "1 run waits, for " in shown
     assert "message m is of no use to any worker: received 3 times" in shown
+
+
+def test_status_tells_apart_what_is_cancelled_already(desk: Desk) -> None:
+    desk.launcher()
+    client = sqs_client(desk.endpoint_url)
+    for _ in range(3):
+        client.send_message(QueueUrl=desk.queue_url, MessageBody="of a run")
+    client.close()
+    with DagsterInstance.from_config(str(desk.home)) as instance:
+        create_run_for_test(instance, status=DagsterRunStatus.STARTING)
+        create_run_for_test(instance, status=DagsterRunStatus.CANCELING)
+        for tags in ({TASK_ID_TAG: "its message is in the queue"}, {}):
+            create_run_for_test(instance, status=DagsterRunStatus.CANCELED, tags=tags)
+    work = json.loads(desk.ask("queue", "status", "--json").out)[0]
+    assert work["cancelled"] == {"canceling": 1, "without_worker": 1, "messages": 1}
+    shown = desk.ask("queue", "status").out
+    assert "1 run waits, for " in shown
+    assert "being cancelled: 1; no worker has 1 of them" in shown
+    assert "cancelled already: the runs of about 1 messages" in shown
 
 
 def test_status_of_the_queues_comes_without_the_database(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

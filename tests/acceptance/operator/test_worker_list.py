@@ -2,17 +2,16 @@
 
 import json
 import os
-import pty
 import signal
 import subprocess
 import sys
-from contextlib import suppress
 from typing import Any
 
 import pytest
 from dagster import DagsterRunStatus
 from tests.acceptance.conftest import steps_platform
 from tests.support.platform import Platform
+from tests.support.terminal import CLI, on_terminal
 from tests.support.waiting import wait_until
 
 from dagster_taskiq.storage.workers import list_workers
@@ -33,22 +32,10 @@ def ask(platform: Platform, *arguments: str) -> "subprocess.CompletedProcess[str
 
 def on_a_terminal(platform: Platform, columns: int) -> list[str]:
     """The lines that a person sees on a terminal of that width."""
-    ours, theirs = pty.openpty()
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dagster_taskiq.cli", "worker", "list"],
-            env=os.environ | {"DAGSTER_HOME": str(platform.home), "COLUMNS": str(columns), "TERM": "dumb"},
-            stdout=theirs,
-        )
-        os.close(theirs)
-        written = b""
-        with suppress(OSError):  # the end of a terminal is an error
-            while data := os.read(ours, 65536):
-                written += data
-        assert process.wait(60) == 0
-    finally:
-        os.close(ours)
-    return written.decode().splitlines()
+    environ = os.environ | {"DAGSTER_HOME": str(platform.home), "TERM": "dumb"}
+    with on_terminal((*CLI, "worker", "list"), environ, columns=columns) as terminal:
+        assert terminal.ended() == 0
+        return terminal.lines
 
 
 def states(platform: Platform, *arguments: str) -> dict[str, Any]:

@@ -6,12 +6,22 @@ from dataclasses import dataclass
 
 import pytest
 from dagster import AssetKey, DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus
+from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
 from dagster._core.test_utils import create_run_for_test
 
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.heartbeats import Heartbeats
-from dagster_taskiq.storage.waiting import NOTED_AFTER_S, WaitNotes, describe_wait, describe_waiting
+from dagster_taskiq.storage.tags import TASK_ID_TAG
+from dagster_taskiq.storage.waiting import (
+    NOTED_AFTER_S,
+    CancelledRuns,
+    WaitNotes,
+    cancelled_runs,
+    describe_wait,
+    describe_waiting,
+    waiting_runs,
+)
 from dagster_taskiq.storage.workers import list_workers
 
 SETTINGS = Settings(queue_url="http://127.0.0.1/1/tasks", region_name="us-east-1")
@@ -107,6 +117,43 @@ def test_what_a_run_of_selected_assets_makes_is_named(world: World) -> None:
     world.beat("w", world.run(DagsterRunStatus.STARTED, job_name="__ASSET_JOB", asset_selection=assets))
     (worker,) = list_workers(world.instance, SETTINGS)
     assert [work.assets for work in worker.work] == ["a, b and 1 more"]
+
+
+def test_runs_of_a_cancelled_backfill_wait_and_will_not_start(world: World) -> None:
+    """As workers and Dagster's daemon see it."""
+    for number, status in enumerate(
+        (BulkActionStatus.REQUESTED, BulkActionStatus.CANCELING, BulkActionStatus.CANCELED)
+    ):
+        backfill = PartitionBackfill(f"b{number}", status, False, {}, backfill_timestamp=time.time())
+        world.instance.add_backfill(backfill)
+        for state in (DagsterRunStatus.STARTING, DagsterRunStatus.STARTED):
+            world.run(state, tags={"dagster/backfill": backfill.backfill_id})
+    world.run()
+    found = waiting_runs(world.instance)
+    assert (found.count, found.of_cancelled_backfills) == (2, 2)
+
+
+def canceled(world: World, **facts: object) -> None:
+    world.run(DagsterRunStatus.CANCELED, tags={TASK_ID_TAG: "a task"}, **facts)
+
+
+def test_messages_that_no_run_in_progress_needs_are_of_cancelled_runs(world: World) -> None:
+    def found(visible: int | None) -> CancelledRuns:
+        return cancelled_runs(world.instance, list_workers(world.instance, SETTINGS), visible)
+
+    assert found(7) == CancelledRuns(0, 0, 0), "plain tasks, or others that we know nothing of"
+    claims = Claims(world.instance, Heartbeats(world.instance, 30, 10))
+    with_worker, without = (world.run(DagsterRunStatus.CANCELING) for _ in range(2))
+    world.run(DagsterRunStatus.STARTING)
+    world.beat("w", with_worker)
+    for run, worker in ((with_worker, "w"), (without, "one that is dead")):
+        assert claims.take(run, worker, "a task", "", None) is not None
+    for _ in range(4):
+        canceled(world)
+    assert found(5) == CancelledRuns(2, 1, 3), "two are needed: of the run that starts, and of the one without a worker"
+    assert found(2).messages == 0
+    assert found(100).messages == 4
+    assert found(None) == CancelledRuns(2, 1, None), "the queue could not be asked"
 
 
 def notes(world: World, run: DagsterRun) -> list[str]:
