@@ -60,8 +60,8 @@ def test_an_outage_is_a_line_and_what_was_seen_stays(tmp_path: Path) -> None:
         terminal.shows("the first picture", "line 10", "… and 19 more lines")
         seen.unlink()
         terminal.shows("no news. [Errno 2] No such file or directory", "the first picture")
-        seen.write_text("news")
-        terminal.shows("news")
+        seen.write_text("good weather")
+        terminal.shows("good weather")
         assert "no news" not in terminal.screen
         terminal.process.send_signal(signal.SIGTERM)
         assert terminal.ended() == 128 + signal.SIGTERM
