@@ -36,6 +36,7 @@ from tests.support.warm import CLI, Lines, Process, start_command, start_program
 JOBS = Path(__file__).parent / "jobs.py"
 STEP_JOBS = Path(__file__).parent / "step_jobs.py"
 CLEANUP_JOBS = Path(__file__).parent / "cleanup_jobs.py"
+FOREIGN_JOBS = Path(__file__).parent / "foreign_jobs.py"
 STATE_JOBS = Path(__file__).parent / "state_jobs.py"
 REAL_WORKER = (*CLI, "worker", "start")
 """For a worker with an interpreter of its own, as people start it."""
@@ -191,6 +192,12 @@ class Platform:
 
     def stages(self, run_id: str) -> list[Stage]:
         return [stage for stage, _ in read_engine_events(self.instance, run_id)]
+
+    def failure(self, run_id: str, step_key: str) -> str:
+        """What Dagster's UI shows of the error of a step that has failed."""
+        entries = self.instance.all_logs(run_id, of_type=DagsterEventType.STEP_FAILURE)
+        (event,) = [entry.dagster_event for entry in entries if entry.step_key == step_key and entry.dagster_event]
+        return event.step_failure_data.error_display_string
 
     def wait_for_stage(self, run_id: str, stage: Stage) -> str:
         """The facts of that engine event, as text."""

@@ -51,7 +51,8 @@ class Cancellation:
 
     Times are seconds since the epoch. `attempt` counts the deliveries of the cancel message, this one included.
     `deadline`: when the process of the work is killed, as far as its own process knows.
-    `reason`: what a person said, or None. Code of the user's sees it. `cause`: why, in our words, for logs alone.
+    `reason`: what a person said, or None. Code of the user's sees it. `cause`: why, in our words, for logs
+    alone.
     """
 
     kind: CancelKind

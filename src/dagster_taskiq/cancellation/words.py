@@ -6,6 +6,8 @@ from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 
 UNKNOWN_AUTHOR: Final = "Dagster UI or API"
 """Who has asked, where Dagster does not say who it was."""
+THE_RUN: Final = "the run of the step"
+"""Who has asked for the end of a step, where it is not known who has asked for that of the run."""
 _KINDS: Final = {
     CancelKind.REQUESTED: "cancellation",
     CancelKind.SHUTDOWN: "shutdown",
@@ -23,6 +25,21 @@ def asked(text: str, requested_by: str | None, reason: str | None) -> str:
     """The text of an event, and then as a sentence of its own by whom it was asked for, and why."""
     whom = by_whom(requested_by, reason)
     return f"{text} {whom[0].upper()}{whom[1:]}" if whom else text
+
+
+def why_stopped(cancellation: Cancellation | None, what: str) -> str:
+    """`stopped: run terminated by ada: wrong input file`, in one line.
+
+    `what` was done when a person asked for it. None: it is not known what has interrupted the work.
+    """
+    if cancellation is None:
+        return "stopped: it was interrupted"
+    if cancellation.requested_by == THE_RUN:
+        return "stopped: its run was stopped"
+    whom = by_whom(cancellation.requested_by, cancellation.reason)
+    if cancellation.kind is CancelKind.REQUESTED and (whom or not cancellation.cause):
+        return f"stopped: {what}{f' {whom}' if cancellation.requested_by else whom and f': {whom}'}"
+    return f"stopped: {cancellation.cause or what_stops(cancellation)}"
 
 
 def what_stops(cancellation: Cancellation) -> str:

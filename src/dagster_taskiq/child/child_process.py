@@ -9,20 +9,27 @@ import threading
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
-from dagster import DagsterInstance
+from dagster import DagsterInstance, DagsterRunStatus
 
 from dagster_taskiq.cancellation.current import NO_WORKER, CancellableProcess, current_process, enter_process
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.cancellation.state import State
 from dagster_taskiq.cancellation.token import CancellationToken, never
+from dagster_taskiq.cancellation.words import why_stopped
 from dagster_taskiq.child.control_channel import ADDRESS_VARIABLE, ControlChannel, invitation, join
 from dagster_taskiq.child.control_listener import ControlListener
 from dagster_taskiq.child.current_step import CurrentStep, StepOfRun
 from dagster_taskiq.child.interrupts import Interrupts
 from dagster_taskiq.child.op_token import OpToken
+from dagster_taskiq.child.step_process import tell_in_step_processes
+from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
 from dagster_taskiq.dagster_compat.definitions import current_op
+from dagster_taskiq.dagster_compat.retry import retry_storage
+from dagster_taskiq.dagster_compat.step_failures import tell_interrupts
 from dagster_taskiq.dagster_compat.step_scope import watch_process_of_step, watch_steps
 from dagster_taskiq.storage.step_state import state_of
+
+_FROM_ELSEWHERE: Final = Cancellation(CancelKind.SHUTDOWN, cause="a signal came that its worker has not sent")
 
 
 class ChildProcess:
@@ -44,6 +51,8 @@ class ChildProcess:
         self.interrupts = Interrupts(control.signal, self._record_interrupt)
         watch_steps(self._step.began, self._step_ended)
         watch_process_of_step(self._step.is_made_for)
+        tell_interrupts(lambda _: self._why_stopped(of_step))
+        tell_in_step_processes()
         enter_process(self)
         os.register_at_fork(after_in_child=self._forked)
 
@@ -71,9 +80,17 @@ class ChildProcess:
         """In the signal handler: what was sent before the signal is known when the op sees the interrupt."""
         self.control.wait_for_intent()
         if not self.control.signal.is_set:
-            self.control.signal.record(Cancellation(CancelKind.SHUTDOWN))  # a signal from elsewhere
+            self.control.signal.record(_FROM_ELSEWHERE)
         if self._listener is not None:
             self._listener.wake()
+
+    def _why_stopped(self, step: StepOfRun | None) -> str:
+        """For the failure of a step that was interrupted. `step`: the only one, which can be cancelled by itself."""
+        self.control.listen()
+        # It may have been interrupted because of the run's status, before it was told.
+        cancellation = self.cancellation or Cancellation(CancelKind.REQUESTED)
+        by_itself = step is not None and not _run_is_stopped(step)
+        return why_stopped(cancellation, "step cancelled" if by_itself else "run terminated")
 
     def token(self) -> CancellationToken:
         """See `CancellableProcess`. Whoever asks has a listener from then on."""
@@ -127,6 +144,11 @@ class ChildProcess:
         if not self.state_kept:
             self.state_kept = True
             self.control.send(state=True)
+
+
+def _run_is_stopped(step: StepOfRun) -> bool:
+    run = retry_storage(lambda: step.instance.get_run_by_id(step.run_id), "read the run")
+    return run is None or run.status in {*FINISHED_STATUSES, DagsterRunStatus.CANCELING}
 
 
 _states: Final[WeakKeyDictionary[Any, State]] = WeakKeyDictionary()

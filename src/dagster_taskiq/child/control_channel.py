@@ -100,7 +100,11 @@ class ControlChannel:
     def _receive(self, intent: Any) -> None:
         with suppress(KeyError, TypeError):  # what is no intent
             cancellation = Cancellation(
-                CancelKind[intent["intent"]], intent.get("reason"), intent.get("by"), deadline=intent.get("deadline")
+                CancelKind[intent["intent"]],
+                intent.get("reason"),
+                intent.get("by"),
+                deadline=intent.get("deadline"),
+                cause=intent.get("cause"),
             )
             self.intents.append(intent)
             self.signal.record(cancellation)

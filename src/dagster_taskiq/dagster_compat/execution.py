@@ -11,6 +11,7 @@ from dagster import (
     DagsterRun,
 )
 from dagster._core.definitions.executor_definition import multiple_process_executor_requirements
+from dagster._core.errors import DagsterExecutionInterruptedError
 from dagster._core.events import JobFailureData, RunFailureReason
 from dagster._core.events.log import EventLogEntry
 from dagster._core.execution.context.system import IStepContext, PlanOrchestrationContext
@@ -144,8 +145,11 @@ def failed_for_good(entry: EventLogEntry) -> EventLogEntry:
     event = entry.dagster_event
     if event is None:
         raise ValueError("not the entry of an event")
+    error = event.step_retry_data.error
+    if error.cause is not None and error.cause.cls_name == DagsterExecutionInterruptedError.__name__:
+        error = error.cause
     data = StepFailureData(  # type: ignore[no-untyped-call]
-        error=event.step_retry_data.error, user_failure_data=None, error_source=ErrorSource.INTERRUPT
+        error=error, user_failure_data=None, error_source=ErrorSource.INTERRUPT
     )
     failure = event._replace(  # a NamedTuple's own way
         event_type_value=DagsterEventType.STEP_FAILURE.value,
@@ -165,7 +169,8 @@ def interrupted_step(step_context: IStepContext, why: str) -> DagsterEvent:
     data = StepFailureData(  # type: ignore[no-untyped-call]
         error=error_info(why), user_failure_data=None, error_source=ErrorSource.INTERRUPT
     )
-    return DagsterEvent.step_failure_event(step_context, data)
+    message = f'Execution of step "{step_context.step.key}" failed: {why}'
+    return DagsterEvent.step_failure_event(step_context, data, message)
 
 
 def unexpected_termination() -> JobFailureData:

@@ -7,9 +7,11 @@ from typing import Any, Final
 from dagster import DagsterInstance
 from dagster._core.execution.plan import execute_plan
 from dagster._core.executor import multiprocess
+from dagster._core.executor.multiprocess import MultiprocessExecutorChildProcessCommand as StepCommand
 
 _EXECUTE: Final = "execute_plan_iterator"
-__all__ = ["watch_process_of_step", "watch_steps"]
+_COMMAND: Final = "MultiprocessExecutorChildProcessCommand"
+__all__ = ["StepCommand", "use_step_command", "watch_process_of_step", "watch_steps"]
 
 
 def watch_steps(
@@ -53,6 +55,11 @@ def watch_process_of_step(began: Callable[[DagsterInstance, str, str], object]) 
         return execute(plan, job, run, *args, instance=instance, **kwargs)
 
     setattr(multiprocess, _EXECUTE, watched)
+
+
+def use_step_command(command: type[StepCommand]) -> None:
+    """Have the multiprocess executor of this process send it to the processes of its steps."""
+    setattr(multiprocess, _COMMAND, command)
 
 
 def _original(module: Any, name: str) -> Any:

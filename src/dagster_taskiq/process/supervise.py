@@ -160,7 +160,7 @@ class _Ladder:
     async def _interrupt_then_kill(self, cancellation: Cancellation, grace_s: float) -> None:
         # The child must know what this is before the signal comes: of a shutdown, the run may go on elsewhere.
         intent = {"intent": cancellation.kind.name, "reason": cancellation.reason, "by": cancellation.requested_by}
-        self._child.send(intent | {"deadline": time() + grace_s})
+        self._child.send(intent | {"cause": cancellation.cause, "deadline": time() + grace_s})
         self._interrupted_at = time()
         self._observer.interrupting(self._child.pid, grace_s)  # first: the op answers within a millisecond
         self._child.interrupt()

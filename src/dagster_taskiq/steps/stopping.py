@@ -12,6 +12,7 @@ from dagster import DagsterEvent, DagsterRunStatus
 
 from dagster_taskiq._retry import poll_until
 from dagster_taskiq.cancellation.current import current_process
+from dagster_taskiq.cancellation.words import why_stopped
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
 from dagster_taskiq.dagster_compat.execution import interrupted_step
 from dagster_taskiq.dagster_compat.retry import retry_storage
@@ -97,11 +98,12 @@ class Stopping:
         """Write of steps that had to be killed how they ended, and free what never-started ones hold."""
         plan = self._plan
         storage = plan.instance.event_log_storage
+        why = why_stopped(current_process().cancellation, "run terminated")
         for step_key, step in plan.running.items():
             task_id = plan.task_id(step_key)
             if task_id in self._tracking.open.workers:
                 continue
             if task_id in cancelled:
-                interrupted_step(plan.context.for_step(step), "stopped with its run; it had to be killed")
+                interrupted_step(plan.context.for_step(step), f"{why}; its process had to be killed")
             elif storage.supports_global_concurrency_limits:
                 storage.free_concurrency_slot_for_step(plan.context.run_id, step_key)

@@ -29,6 +29,7 @@ from dagster_taskiq._time_limit import CALL_S
 from dagster_taskiq.cancellable_broker import CancellableSQSBroker
 from dagster_taskiq.cancellable_receiver import CancellableReceiver, ReceiverHooks
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
+from dagster_taskiq.cancellation.words import THE_RUN
 from dagster_taskiq.child.main import PRELOAD, WARM_UP
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES, InstanceRef, serialize_value
 from dagster_taskiq.dagster_compat.connections import bound_connections
@@ -273,7 +274,7 @@ class Worker:
             metrics=Metrics.chosen(
                 settings.metrics, queue_name(settings.queue_url), on_ecs=on_ecs(), stdout_is_a_log=True
             ),
-            cancel_tasks=partial(_cancel_tasks, brokers[0], self.worker_id),
+            cancel_tasks=partial(_cancel_tasks, brokers[0]),
             cancel_runs=self._cancel_runs,
             unusable=lambda: [message for broker in brokers for message in broker.unusable.told()],
         )
@@ -351,11 +352,11 @@ class Worker:
         await asyncio.gather(*[receiver.stop_running(shutdown) for receiver in receivers])
 
 
-async def _cancel_tasks(broker: CancellableSQSBroker, worker_id: str, task_ids: Iterable[str]) -> None:
+async def _cancel_tasks(broker: CancellableSQSBroker, task_ids: Iterable[str]) -> None:
     """Send cancel messages; what cannot be sent is left to the status pollers."""
     if not broker.enable_cancellation:
         return
-    report = await broker.cancel_tasks(task_ids, requested_by=worker_id)
+    report = await broker.cancel_tasks(task_ids, requested_by=THE_RUN)
     if report.failed:
         logger.warning("cancel messages not sent, the status watch does it: %s", next(iter(report.failed.values())))
 

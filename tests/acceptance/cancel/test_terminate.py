@@ -1,16 +1,19 @@
 """Whatever an op does, Terminate stops it: CANCELED, nothing alive, clean-up to its end."""
 
+import re
 import signal
 import sqlite3
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from dagster import DagsterEventType, DagsterRunStatus
-from tests.support.platform import Platform
+from tests.support.platform import FOREIGN_JOBS, Platform
 from tests.support.waiting import wait_until
 
+from dagster_taskiq import cancel_run
 from dagster_taskiq.storage.engine_events import Stage
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
@@ -137,6 +140,23 @@ def test_the_steps_of_a_multiprocess_run_clean_up_too(working: Platform) -> None
     marks = Counter(working.marks(run_id))
     assert marks["cleanup-begin"] == marks["cleanup-end"]
     assert Stage.KILLED not in working.stages(run_id)
+
+
+@pytest.mark.parametrize("job", ["in_process", "in_processes", "in_forked_processes", "coroutine"])
+def test_the_failure_of_the_step_says_who_has_stopped_it_and_where_it_was(working: Platform, job: str) -> None:
+    """By the job's own code alone: none of Dagster's frames, none of ours."""
+    platform = replace(working, jobs=FOREIGN_JOBS)
+    run_id = platform.launch(job)
+    platform.marked(run_id, "started")
+    assert cancel_run(run_id, reason="wrong input file", requested_by="ada", instance=platform.instance)
+    assert platform.finished(run_id) is DagsterRunStatus.CANCELED
+    op = "loads_later" if job == "coroutine" else "loads"
+    told = platform.failure(run_id, op)
+    assert told.startswith("stopped: run terminated by ada: wrong input file\n"), told
+    files = {Path(file).name for file in re.findall(r'File "(.+?)", line', told)} - {"tasks.py"}  # of asyncio
+    assert files == {FOREIGN_JOBS.name}, told
+    assert "    await asyncio.sleep(300)" in told or "    time.sleep(300)" in told, told
+    assert ("ConnectionError: it does not answer" in told) == (op == "loads"), told
 
 
 def test_a_second_click_changes_nothing(working: Platform) -> None:

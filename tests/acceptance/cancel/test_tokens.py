@@ -126,6 +126,11 @@ def test_reason_and_author_from_end_to_end(tokens: Platform, job: str) -> None:
         facts = tokens.wait_for_stage(run_id, stage)
         assert "wrong input" in facts, facts
         assert "ada" in facts, facts
+    for text in ("Requested Taskiq task cancellation. By ada: wrong input", "canceled. By ada: wrong input"):
+        assert any(text in line for line in tokens.story(run_id)), tokens.story(run_id)
+    told = tokens.failure(run_id, "uploads")
+    assert told.startswith("stopped: run terminated by ada: wrong input\n"), told
+    assert "in work\n    time.sleep(config.seconds)" in told, told
 
 
 def test_the_reason_of_a_mere_message(tokens: Platform) -> None:

@@ -1,0 +1,51 @@
+"""A step of Dagster's multiprocess executor below a child of ours: what has interrupted it, for the run's log.
+
+Such a process is Dagster's, and nothing of this package runs in it otherwise: so this imports little, and asks the
+child above only when the step was interrupted.
+"""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from dagster_taskiq.dagster_compat.step_failures import tell_interrupts
+from dagster_taskiq.dagster_compat.step_scope import StepCommand, use_step_command
+
+if TYPE_CHECKING:
+    from dagster_taskiq.cancellation.model import Cancellation
+
+
+class TellingStepCommand(StepCommand):
+    """What the executor sends to the process of a step: Dagster's own, and beside it this module."""
+
+    def execute(self) -> Iterator[Any]:
+        """See Dagster's."""
+        tell_interrupts(lambda _: what_has_stopped(_cancellation_of_run()))
+        yield from super().execute()
+
+
+def tell_in_step_processes() -> None:
+    """Have it so in the processes that this one will start for steps."""
+    use_step_command(TellingStepCommand)
+
+
+def what_has_stopped(cancellation: "Cancellation | None") -> str:
+    """Of a step whose run is not known to be on."""
+    from dagster_taskiq.cancellation.words import why_stopped
+
+    return why_stopped(cancellation, "run terminated")
+
+
+def _cancellation_of_run() -> "Cancellation | None":
+    from dagster_taskiq.cancellation.current import NO_WORKER, current_process
+    from dagster_taskiq.child.control_channel import invitation, join
+
+    if (process := current_process()) is not NO_WORKER:
+        return process.cancellation
+    address = invitation()
+    if address is None or (control := join(address)) is None:
+        return None
+    with suppress(OSError):
+        control.wait_for_intent()
+    control.close()
+    return control.signal.cancellation

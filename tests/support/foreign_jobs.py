@@ -1,0 +1,65 @@
+"""Jobs whose code knows nothing of this package, and that are executed as their authors would do it anywhere.
+
+Each op writes `started` into the file `marks` where it is ready to be interrupted.
+"""
+
+import asyncio
+import time
+from pathlib import Path
+
+import dagster as dg
+
+
+class Marks(dg.Config):
+    marks: str
+
+
+def begin(config: Marks) -> None:
+    with Path(config.marks).open("a") as file:
+        file.write(f"started {time.time()}\n")
+
+
+def wait_for_the_warehouse(config: Marks) -> None:
+    begin(config)
+    time.sleep(300)
+
+
+def ask_the_first_replica() -> None:
+    raise ConnectionError("it does not answer")
+
+
+@dg.op
+def loads(config: Marks) -> None:
+    try:
+        ask_the_first_replica()
+    except ConnectionError:
+        wait_for_the_warehouse(config)
+
+
+@dg.op
+async def loads_later(config: Marks) -> None:
+    begin(config)
+    await asyncio.sleep(300)
+
+
+@dg.job(executor_def=dg.in_process_executor)
+def in_process() -> None:
+    loads()
+
+
+@dg.job(executor_def=dg.multiprocess_executor)
+def in_processes() -> None:
+    loads()
+
+
+@dg.job(executor_def=dg.multiprocess_executor.configured({"start_method": {"forkserver": {}}}))
+def in_forked_processes() -> None:
+    loads()
+
+
+@dg.job(executor_def=dg.in_process_executor)
+def coroutine() -> None:
+    loads_later()
+
+
+defs = dg.Definitions(jobs=[in_process, in_processes, in_forked_processes, coroutine])
