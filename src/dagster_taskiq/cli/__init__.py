@@ -3,10 +3,9 @@
 Everything heavy is imported by the command that needs it, so that `--help` is quick.
 """
 
-from typing import Any
-
 import click
 
+from dagster_taskiq.cli.commands import OneLineErrors
 from dagster_taskiq.cli.demo import demo
 from dagster_taskiq.cli.dev import dev
 from dagster_taskiq.cli.doctor import doctor
@@ -15,24 +14,6 @@ from dagster_taskiq.cli.queue import queue
 from dagster_taskiq.cli.run import run
 from dagster_taskiq.cli.worker import worker
 from dagster_taskiq.version import __version__
-
-
-class OneLineErrors(click.Group):
-    """A group of commands whose foreseeable errors are one line on stderr and exit code 1."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; a foreseeable error becomes a `ClickException`."""
-        try:
-            return super().invoke(ctx)
-        except (click.exceptions.Exit, click.Abort, click.ClickException, BrokenPipeError):
-            raise
-        except Exception as error:
-            from dagster_taskiq.cli.explain import explain
-
-            explanation = explain(error)
-            if explanation is None:
-                raise
-            raise click.ClickException(explanation) from error
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})

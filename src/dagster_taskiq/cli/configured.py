@@ -35,6 +35,14 @@ def _from_instance() -> Settings | None:
         raise SettingsError(
             f"no settings: set DAGSTER_HOME (the folder of dagster.yaml), or give -y FILE, or set {QUEUE_URL_VARIABLE}"
         )
+    home = Path(os.environ["DAGSTER_HOME"])
+    if home.is_dir() and not (home / "dagster.yaml").exists():
+        if os.environ.get(QUEUE_URL_VARIABLE):
+            return None
+        raise SettingsError(
+            f"there is no {home / 'dagster.yaml'}: is DAGSTER_HOME the right folder? Or give -y FILE,"
+            f" or set {QUEUE_URL_VARIABLE}"
+        )
     from dagster_shared.check import CheckError
 
     from dagster_taskiq.dagster_compat.instance import read_instance_ref

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 
 
-@click.command()
+@click.command(short_help="See two runs terminated, without any set-up.")
 def demo() -> None:
     """Launch two real runs over an embedded SQS, terminate them, and show what happened and when.
 

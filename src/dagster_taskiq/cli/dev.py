@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 
-@click.command()
+@click.command(short_help="Everything on this machine, with Dagster's UI.")
 @click.option(
     "-f",
     "--python-file",
@@ -25,9 +25,9 @@ import click
 def dev(file: Path | None, module: str | None, port: int | None, home: Path | None, *, no_worker: bool) -> None:
     """Run Dagster's UI, its daemon, a worker and an embedded SQS on this machine; one Ctrl-C stops them all.
 
-    Without -f and -m: the example jobs. Your environment, .env in this folder, and your dagster.yaml (of
-    --dagster-home, $DAGSTER_HOME or this folder) count as in 'dagster dev'. Added are queue, launcher and coordinator.
-    Needs the extra [local]. All connections are on loopback.
+    Without -f and -m: an example project, the books of a bakery. Your environment, .env in this folder, and your
+    dagster.yaml (of --dagster-home, $DAGSTER_HOME or this folder) count as in 'dagster dev'. Added are queue, launcher
+    and coordinator. Needs the extra [local]. All connections are on loopback.
 
     \b
     Example:

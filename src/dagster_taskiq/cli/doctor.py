@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _COLOURS: Final = {"ok": "green", "unknown": "cyan", "warning": "yellow", "error": "red"}
 
 
-@click.command()
+@click.command(short_help="Find out what is wrong here, and how to fix it.")
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="For programs: one JSON array.")
 @soon_over

@@ -5,11 +5,6 @@ Errors only; `run explain`, the life of a run, is in `run_explain`.
 
 from collections.abc import Iterator
 
-import yaml
-from dagster import DagsterError, DagsterInvalidConfigError
-from sqlalchemy.exc import SQLAlchemyError
-
-from dagster_taskiq.dagster_compat.storage import outages
 from dagster_taskiq.errors import DagsterTaskiqError
 
 _NO_HOME = "DAGSTER_HOME is not set"
@@ -23,6 +18,17 @@ def explain(error: BaseException) -> str | None:
         return "; ".join(dict.fromkeys(known)) if len(known) == len(parts) else None
     if isinstance(error, DagsterTaskiqError):
         return _one_line(str(error))
+    return _explain_others(error)
+
+
+def _explain_others(error: BaseException) -> str | None:
+    """Errors of Dagster and its libraries, which are imported here: ours are said at once."""
+    import yaml
+    from dagster import DagsterError, DagsterInvalidConfigError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from dagster_taskiq.dagster_compat.storage import outages
+
     if isinstance(error, DagsterInvalidConfigError):
         # Dagster's list of what it expected is its whole schema, hundreds of keys.
         return _one_line("; ".join(problem.message.split(' Expected: "{')[0] for problem in error.errors))

@@ -3,7 +3,7 @@
 import click
 
 
-@click.command()
+@click.command(short_help="Print a CloudFormation template.")
 @click.option(
     "--show", "template", type=click.Choice(["cluster", "queues", "workers"]), required=True, help="Which one."
 )
@@ -13,7 +13,8 @@ def infra(template: str) -> None:
     \b
     Example:
       dagster-taskiq infra --show queues > queues.yaml
-      aws cloudformation deploy --stack-name dagster-queues --template-file queues.yaml --capabilities CAPABILITY_IAM
+      aws cloudformation deploy --stack-name dagster-queues \\
+        --template-file queues.yaml --capabilities CAPABILITY_IAM
     """
     from importlib.resources import files
 

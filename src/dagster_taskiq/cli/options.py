@@ -8,6 +8,7 @@ from typing import Any, Final, TypeVar, cast
 import click
 
 from dagster_taskiq._gc import no_collection_until_exit
+from dagster_taskiq.cli.commands import only_what_was_asked
 
 LOG_LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
@@ -15,11 +16,15 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def soon_over(command: Command) -> Command:
-    """A command that ends within seconds: it does without garbage collection, which makes it a third quicker."""
+    """A command that answers within seconds, and says nothing else.
+
+    It does without garbage collection, which makes it a third quicker.
+    """
 
     @functools.wraps(command)
     def run(*args: Any, **options: Any) -> Any:
         no_collection_until_exit()
+        only_what_was_asked()
         return command(*args, **options)
 
     return cast("Command", run)

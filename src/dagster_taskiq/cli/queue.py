@@ -38,7 +38,7 @@ def queue() -> None:
     """
 
 
-@queue.command()
+@queue.command(short_help="Create those of the queues that are missing.")
 @config_option
 @soon_over
 def create(config_file: Path | None) -> None:
@@ -74,7 +74,7 @@ def create_missing(settings: "Settings") -> tuple[str, ...]:
     )
 
 
-@queue.command()
+@queue.command(short_help="What waits in each queue, and why.")
 @config_option
 @watch_options
 @click.option("--json", "as_json", is_flag=True, help="For programs: one JSON array.")
@@ -92,7 +92,7 @@ def status(config_file: Path | None, *, every_s: float | None, as_json: bool) ->
     Example:
       dagster-taskiq queue status
       dagster-taskiq queue status --watch
-      dagster-taskiq queue status --json | jq '.[] | select(.role == "work").visible'
+      dagster-taskiq queue status --json | jq '.[] | {name, visible}'
     """
     from dagster_taskiq.cli.configured import configured
     from dagster_taskiq.errors import QueueMissing

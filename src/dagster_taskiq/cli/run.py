@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dagster import DagsterInstance
 
 
-@click.group()
+@click.group(short_help="Explain runs, cancel them, clean up after them.")
 def run() -> None:
     """Explain a run, cancel it, or clean up after it.
 
@@ -40,6 +40,7 @@ def cancel(run_ids: tuple[str, ...], reason: str | None, requested_by: str | Non
     \b
     Example:
       dagster-taskiq run cancel 3e4a5f60 --reason "wrong input file"
+
     Says of each run what came of it, and returns at once. Exit code 1: at least one of them could not be stopped (it
     is finished, or unknown).
     """
@@ -82,7 +83,8 @@ def cleanup(run_id: str) -> None:
 
     \b
     Example, after the cause of "cleanup failed" was fixed:
-      dagster-taskiq run cleanup 3e4a...
+      dagster-taskiq run cleanup 3e4a5f60
+
     The run's code must be importable here, as on a worker. When all succeed, the run becomes CANCELED.
     """
     from dagster_taskiq.dagster_compat.instance import open_instance

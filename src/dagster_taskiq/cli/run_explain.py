@@ -43,6 +43,7 @@ def explain_run(
       dagster-taskiq run explain 3e4a5f60
       dagster-taskiq run explain 3e4a5f60 --html run.html --svg run.svg
       dagster-taskiq run explain 3e4a5f60 --json | jq .waits
+
     Exit code 0: the run was found, however it ended. 1: there is no such run, or another launcher has launched it, or
     the database does not answer. With --html or --svg only the names of the files are printed.
     """

@@ -36,7 +36,7 @@ def worker() -> None:
     """
 
 
-@worker.command()
+@worker.command(short_help="Work on runs and steps until SIGTERM.")
 @config_option
 @click.option("-n", "--name", metavar="NAME", help="Name of the worker in logs and events. Default: a new one.")
 @click.option("--max-runs", type=int, metavar="N", help="Runs at a time; the setting max_concurrent_runs.")
@@ -65,7 +65,7 @@ def start(
     \b
     Example:
       dagster-taskiq worker start
-      dagster-taskiq worker start -y config.yaml -n loader-1 --max-runs 2 --log-level DEBUG
+      dagster-taskiq worker start -n loader-1 --max-runs 2 --log-level DEBUG
       dagster-taskiq worker start --steps-only --max-steps 8
     """
     if runs_only and steps_only:
@@ -112,7 +112,7 @@ def _cancel_runs(
     return cancel_runs(instance, run_ids, reason=reason, requested_by=requested_by).failed
 
 
-@worker.command()
+@worker.command(short_help="Is the worker of this container alive?")
 @click.option("--pid", type=int, help="Only this worker. Default: every worker in this container.")
 def health(pid: int | None) -> None:
     """Ask the worker of this container whether it is alive; for its health check. Exit code 1: none answers.
@@ -123,7 +123,11 @@ def health(pid: int | None) -> None:
     \b
     Example:
       dagster-taskiq worker health
-      "healthCheck": {"command": ["CMD", "dagster-taskiq", "worker", "health"]}    (in a task definition)
+
+    In the task definition of a container:
+
+    \b
+      "healthCheck": {"command": ["CMD", "dagster-taskiq", "worker", "health"]}
     """
     from dagster_taskiq.worker.health import workers_here
 
@@ -139,7 +143,7 @@ def health(pid: int | None) -> None:
         raise SystemExit(1)
 
 
-@worker.command("list")
+@worker.command("list", short_help="Who is alive, and works on what?")
 @config_option
 @click.option("--all", "everybody", is_flag=True, help="Also workers of the last week that are dead or gone.")
 @watch_options

@@ -28,25 +28,6 @@ from dagster_taskiq.storage.tags import TASK_ID_TAG
 
 pytestmark = pytest.mark.acceptance
 
-COMMANDS = (
-    ["--help"],
-    ["worker", "--help"],
-    ["worker", "start", "--help"],
-    ["worker", "list", "--help"],
-    ["queue", "--help"],
-    ["queue", "create", "--help"],
-    ["queue", "status", "--help"],
-    ["worker", "health", "--help"],
-    ["doctor", "--help"],
-    ["run", "--help"],
-    ["run", "explain", "--help"],
-    ["run", "cancel", "--help"],
-    ["run", "cleanup", "--help"],
-    ["dev", "--help"],
-    ["demo", "--help"],
-    ["infra", "--help"],
-)
-
 
 @dataclass
 class Ended:
@@ -126,30 +107,6 @@ def assert_one_line(ended: Ended, *said: str) -> None:
     assert "Traceback" not in ended.err + ended.out, ended.err
     for text in said:
         assert text in errors[0], errors[0]
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_the_help_of_every_command_has_an_example(desk: Desk, command: list[str]) -> None:
-    ended = desk.ask(*command)
-    assert ended.code == 0, ended
-    assert "Example" in ended.out
-    assert "dagster-taskiq " in ended.out.split("Example", 1)[1]
-
-
-def test_help_is_quick_because_it_imports_next_to_nothing() -> None:
-    """Modules are counted, because time is the machine's. `import dagster` alone is more than eight hundred."""
-    code = (
-        "import json, sys; from dagster_taskiq.cli import main\n"
-        "for command in json.loads(sys.argv[1]): main(command, standalone_mode=False)\n"
-        "heavy = {'dagster', 'botocore', 'aioboto3', 'taskiq', 'rich', 'asyncio', 'sqlalchemy', 'yaml'}\n"
-        "print(json.dumps([sorted(heavy & set(sys.modules)), len(sys.modules)]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(COMMANDS)], capture_output=True, text=True, check=True
-    )
-    heavy, count = json.loads(done.stdout.splitlines()[-1])
-    assert heavy == []
-    assert count < 250
 
 
 def test_queues_are_created_once_and_shown(desk: Desk, endpoint: str) -> None:
