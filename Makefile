@@ -121,6 +121,10 @@ docs: $(STAMP) ## Build the site into build/site, strictly
 docs-serve: $(STAMP) ## Show the site on http://127.0.0.1:8000, and again after each change
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --no-strict --dev-addr 127.0.0.1:8000
 
+.PHONY: screenshot
+screenshot: $(STAMP) ## Make the picture of the README again: a cancelled run in Dagster's UI (needs Chromium)
+	$(BIN)/python -m tests.support.screenshot
+
 .PHONY: precommit
 precommit: $(STAMP) ## Run what git runs before a commit (to let git do it: .venv/bin/pre-commit install)
 	$(BIN)/pre-commit run --all-files

@@ -17,6 +17,7 @@ from dagster import DagsterInstance, DagsterRunStatus
 from tests.acceptance.operator.test_infra import client
 from tests.support.ecs_agent import FakeAgent, ecs_agent
 from tests.support.moto import moto_server
+from tests.support.shell import Shell, blocks
 from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.postgres, pytest.mark.timeout(300)]
@@ -25,43 +26,9 @@ ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "deploy-on-ecs.md"
 
 
-def blocks() -> list[tuple[str, str]]:
-    return re.findall(r"^```(bash|yaml|docker)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-
-
 def test_no_loop_on_the_page_is_endless() -> None:
     """One that waits for a run would wait for ever when the run fails."""
-    assert not [text for language, text in blocks() if language == "bash" and re.search(r"\b(until|while)\b", text)]
-
-
-class Shell:
-    """A terminal: what one block exports, the next one has."""
-
-    def __init__(self, folder: Path, cwd: Path, environ: dict[str, str]) -> None:
-        self._variables = folder / "variables"
-        self._cwd = cwd
-        self.environ = environ
-
-    def run(self, script: str) -> str:
-        known = f". {self._variables}\n" if self._variables.exists() else ""
-        try:
-            done = subprocess.run(
-                ["bash", "-c", f"{known}set -ex\n{script}\nset +x\nexport -p > {self._variables}"],
-                cwd=self._cwd,
-                env=self.environ,
-                capture_output=True,
-                text=True,
-                timeout=90,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise AssertionError(f"{error}: {error.stdout!r}\n{(error.stderr or b'')[-3000:]!r}") from None
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-
-def variable(shell: Shell, name: str) -> str:
-    return shell.run(f'echo "${name}"').strip()
+    assert not [one for one in blocks(PAGE) if one.language == "bash" and re.search(r"\b(until|while)\b", one.text)]
 
 
 def started_as_ecs_would(shell: Shell, endpoint: str, agent: FakeAgent, log: Path) -> "subprocess.Popen[bytes]":
@@ -70,7 +37,7 @@ def started_as_ecs_would(shell: Shell, endpoint: str, agent: FakeAgent, log: Pat
     (arn,) = ecs.list_task_definitions(familyPrefix="dagster-workers")["taskDefinitionArns"]
     (container,) = ecs.describe_task_definition(taskDefinition=arn)["taskDefinition"]["containerDefinitions"]
     told = {one["name"]: str(one["value"]) for one in container["environment"]}
-    told["DAGSTER_TASKIQ_SQS_QUEUE_URL"] = variable(shell, "DAGSTER_TASKIQ_SQS_QUEUE_URL")
+    told["DAGSTER_TASKIQ_SQS_QUEUE_URL"] = shell.variable("DAGSTER_TASKIQ_SQS_QUEUE_URL")
     assert [secret["name"] for secret in container["secrets"]] == ["DAGSTER_POSTGRES_URL"]
     image = log.with_name("image")
     image.mkdir()
@@ -100,7 +67,7 @@ def daemon(environ: dict[str, str], cwd: Path) -> "subprocess.Popen[bytes]":
 
 def assert_cancelled(shell: Shell, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("DAGSTER_TASKIQ_SQS_QUEUE_URL", "DAGSTER_TASKIQ_SQS_ENDPOINT_URL"):
-        monkeypatch.setenv(name, variable(shell, name))
+        monkeypatch.setenv(name, shell.variable(name))
     with DagsterInstance.from_config(str(home)) as instance:
         (run,) = instance.get_runs()
         assert run.status is DagsterRunStatus.CANCELED
@@ -135,7 +102,8 @@ def test_who_follows_the_page_terminates_a_run(tmp_path: Path, postgres: str, mo
         shell = Shell(tmp_path, checkout, environ)
         started: list[subprocess.Popen[bytes]] = []
         try:
-            for language, text in blocks():
+            for block in blocks(PAGE):
+                language, text = block.language, block.text
                 if language == "yaml":
                     (home / "dagster.yaml").write_text(text)
                 elif language == "bash" and "dagster job launch" in text:
@@ -143,7 +111,7 @@ def test_who_follows_the_page_terminates_a_run(tmp_path: Path, postgres: str, mo
                     shell.run(launch)
                     shutil.rmtree(checkout)
                     checkout.mkdir()
-                    queue_url = variable(shell, "DAGSTER_TASKIQ_SQS_QUEUE_URL")
+                    queue_url = shell.variable("DAGSTER_TASKIQ_SQS_QUEUE_URL")
                     started.append(daemon(environ | {"DAGSTER_TASKIQ_SQS_QUEUE_URL": queue_url}, home))
                     shell.run(rest)
                 elif language == "bash":
