@@ -3,10 +3,12 @@
 Everything is real: `dagster-taskiq dev` with its example jobs, a run of one of them, and `dagster-taskiq run cancel`.
 """
 
+import json
 import shutil
 import subprocess
 import sys
 import tempfile
+import uuid
 from pathlib import Path
 
 from tests.acceptance.operator.test_dev import dev
@@ -15,7 +17,7 @@ from tests.support.environment import clean_environment
 
 ROOT = Path(__file__).parents[2]
 PICTURE = ROOT / "docs" / "images" / "cancelled-run.png"
-LOCATION = "dagster_taskiq.examples.index_sources"
+MODULE = "dagster_taskiq.examples.bakery.definitions"
 SHOWN = "logs=type:ENGINE_EVENT&levels=event|info"
 """Of the log: what the launcher and the worker have written."""
 
@@ -37,10 +39,17 @@ def main() -> int:
 
 
 def cancelled_run(dagster: Dagster, environ: dict[str, str]) -> str:
-    run_id = dagster.launch(LOCATION, "index_sources")
-    dagster.wait_for_event(run_id, lambda event: "indexed 400 of" in event.message, "the op is in the middle")
-    command = [sys.executable, "-m", "dagster_taskiq.cli", "run", "cancel", run_id]
-    subprocess.run([*command, "--reason", "wrong input file", "--requested-by", "ada"], env=environ, check=True)
+    run_id = str(uuid.uuid4())
+    day = json.dumps({"dagster/partition": "2025-01-07"})
+    slowly = json.dumps({"ops": {"receipts": {"config": {"seconds": 60}}}})
+    launch = [sys.executable, "-m", "dagster", "job", "launch"]
+    launch += ["-m", MODULE, "-j", "day", "--tags", day, "--config-json", slowly, "--run-id", run_id]
+    subprocess.run(
+        [sys.executable, "-m", "dagster", "job", "launch", *launch], env=environ, check=True, stderr=subprocess.DEVNULL
+    )
+    dagster.wait_for_event(run_id, lambda event: "received 30 of" in event.message, "the op is in the middle")
+    cancel = ["-m", "dagster_taskiq.cli", "run", "cancel", run_id, "--reason", "wrong day", "--requested-by", "ada"]
+    subprocess.run([sys.executable, *cancel], env=environ, check=True)
     dagster.wait_for_status(run_id, "CANCELED")
     return run_id
 
@@ -48,12 +57,13 @@ def cancelled_run(dagster: Dagster, environ: dict[str, str]) -> str:
 def photograph(executable: str, address: str) -> None:
     """The page of the run, with the end of its log, when everything on it has been drawn."""
     with chromium(executable) as browser:
-        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page = browser.new_page(viewport={"width": 1280, "height": 1180})
         page.goto(address)
         page.get_by_text("Canceled", exact=True).first.wait_for()
-        page.get_by_text("process tree gone").first.wait_for()
-        page.get_by_text("Succeeded (1)").wait_for()
+        page.get_by_text("cleanup finished").first.wait_for()
+        page.get_by_text("Errored (1)").wait_for()
         page.get_by_text("Hide navigation").click()
+        page.mouse.move(600, 5)
         before, now = b"", page.screenshot()
         while before != now:
             page.wait_for_timeout(1500)

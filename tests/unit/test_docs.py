@@ -120,3 +120,17 @@ def test_every_decision_is_in_the_list() -> None:
     folder = ROOT / "docs" / "decisions"
     listed = re.findall(r"^\d+\. \[.+\]\((.+)\)$", (folder / "README.md").read_text(), re.MULTILINE)
     assert listed == sorted(path.name for path in folder.glob("[0-9]*.md"))
+
+
+def test_the_page_for_operators_has_every_alarm() -> None:
+    text = (ROOT / "docs" / "operate.md").read_text()
+    alarms = [
+        name
+        for template in sorted((ROOT / "infra").glob("*.yaml"))
+        for name in re.findall(r"^  (\w+):\n    Type: AWS::CloudWatch::Alarm$", template.read_text(), re.MULTILINE)
+    ]
+    assert len(alarms) > 4
+    sections = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##)", text, re.MULTILINE | re.DOTALL))
+    for alarm in alarms:
+        told = re.findall(r"^\*\*(.+?)\.\*\*", sections[alarm], re.MULTILINE)
+        assert told == ["Meaning", "First look", "Repair"], alarm

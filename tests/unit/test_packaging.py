@@ -69,5 +69,6 @@ def test_the_readme_names_the_versions_of_dagster_that_were_tested(file: str) ->
 def test_the_repository_has_one_address() -> None:
     home = PROJECT["urls"]["Homepage"]
     assert [url for url in PROJECT["urls"].values() if not url.startswith(home)] == []
-    (rewritten,) = TOOLS["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]
-    assert rewritten["replacement"] == f"]({home}/blob/main/"
+    pictures, links = TOOLS["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]
+    assert pictures["replacement"].endswith(f"({home}/raw/main/")
+    assert links["replacement"] == f"]({home}/blob/main/"

@@ -104,8 +104,7 @@ def do(block: Block, it: Terminals, project: Path) -> str:
     else:
         if "-j in_steps" in block.text:
             it.start_again()
-        said = it.shell.run(block.text)
-        return said
+        return it.shell.run(block.text)
     return ""
 
 

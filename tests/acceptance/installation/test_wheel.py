@@ -69,8 +69,11 @@ def test_what_the_index_shows_leads_somewhere(wheel: Path) -> None:
     page = str(metadata.get_payload())
     repository = dict(line.split(", ") for line in metadata.get_all("Project-URL") or [])["Homepage"]
     assert re.findall(r"\]\((?!https?:|#)[^)]*\)", page) == []
-    ours = re.findall(rf"\]\({re.escape(repository)}/blob/main/([^)#]+)", page)
+    ours = re.findall(rf"\]\({re.escape(repository)}/(?:blob|raw)/main/([^)#]+)", page)
     assert "docs/installation.md" in ours
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)", page)
+    assert pictures
+    assert [one for one in pictures if not one.startswith(f"{repository}/raw/main/")] == []
     assert [path for path in ours if not (ROOT / path).exists()] == []
 
 
