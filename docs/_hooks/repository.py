@@ -53,8 +53,10 @@ def link_in_site(url: str, src_uri: str) -> str:
     if target in ELSEWHERE or (target.startswith("docs/") and target.endswith(".md")):
         page = ELSEWHERE.get(target) or target.removeprefix("docs/")
         found = posixpath.relpath(page, posixpath.dirname(src_uri) or ".")
-    elif target.startswith(("docs/", "../")) or not (ROOT / target).exists():
+    elif target.startswith("../") or not (ROOT / target).exists():
         return url
+    elif target.startswith("docs/"):  # a picture
+        found = posixpath.relpath(target.removeprefix("docs/"), posixpath.dirname(src_uri) or ".")
     else:
         found = f"{HOME}/{'tree' if (ROOT / target).is_dir() else 'blob'}/main/{target}"
     return f"{found}#{parts.fragment}" if parts.fragment else found

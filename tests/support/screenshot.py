@@ -44,9 +44,7 @@ def cancelled_run(dagster: Dagster, environ: dict[str, str]) -> str:
     slowly = json.dumps({"ops": {"receipts": {"config": {"seconds": 60}}}})
     launch = [sys.executable, "-m", "dagster", "job", "launch"]
     launch += ["-m", MODULE, "-j", "day", "--tags", day, "--config-json", slowly, "--run-id", run_id]
-    subprocess.run(
-        [sys.executable, "-m", "dagster", "job", "launch", *launch], env=environ, check=True, stderr=subprocess.DEVNULL
-    )
+    subprocess.run(launch, env=environ, check=True, stderr=subprocess.DEVNULL)
     dagster.wait_for_event(run_id, lambda event: "received 30 of" in event.message, "the op is in the middle")
     cancel = ["-m", "dagster_taskiq.cli", "run", "cancel", run_id, "--reason", "wrong day", "--requested-by", "ada"]
     subprocess.run([sys.executable, *cancel], env=environ, check=True)

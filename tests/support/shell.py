@@ -5,10 +5,11 @@ Knows bash and Markdown; not what the commands do.
 
 import re
 import subprocess
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-_BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r'^( *)```(\w+)(?: title="([^"]+)")?\n(.*?)^\1```$', re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Block:
 
 
 def blocks(page: Path) -> list[Block]:
-    return [Block(*found) for found in _BLOCK.findall(page.read_text())]
+    found = _BLOCK.findall(page.read_text())
+    return [Block(language, title, textwrap.dedent(text)) for _, language, title, text in found]
 
 
 class Shell:

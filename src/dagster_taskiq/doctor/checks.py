@@ -30,7 +30,7 @@ from dagster_taskiq.sqs.probe import QueueFacts
 from dagster_taskiq.storage.workers import ALIVE, DEAD, WorkerInfo, list_workers
 
 _SKEW_S: Final = 5.0
-_CORRECT_CONFIG: Final = "correct 'run_launcher: config:' in dagster.yaml; the README has the table of settings"
+_CORRECT_CONFIG: Final = "correct 'run_launcher: config:' in dagster.yaml; docs/reference/settings.md has all settings"
 _SHORT_START_S: Final = 600
 _TESTED_DAGSTER: Final = (1, 13)
 
