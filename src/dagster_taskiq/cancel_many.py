@@ -4,6 +4,7 @@ Knows Dagster's runs and the launcher; not SQS, not processes. Which runs are me
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
 from dagster_taskiq.dagster_compat.connections import bounded_calls
 from dagster_taskiq.dagster_compat.many_runs import can_move_runs, move_runs, statuses_of, store_events
 from dagster_taskiq.launcher import TaskiqRunLauncher
-from dagster_taskiq.run_selection import RunSelection, WhichRuns, groups_of, select_runs
+from dagster_taskiq.run_selection import RunSelection, WhichRuns, groups_of, is_query, select_runs
 from dagster_taskiq.runs import launcher_of, request_cancel, this_user
 from dagster_taskiq.storage import engine_events
 from dagster_taskiq.storage.event_log import as_dagster_event
@@ -52,6 +53,26 @@ class CancelReport:
     """Not reached, because it was stopped before."""
     marked: tuple[str, ...] = ()
     """Of the cancelled: the cancel message could not be sent, so a worker sees the status within its polling time."""
+    withdrawn: tuple[str, ...] = ()
+    """Of the cancelled: ended while they waited, before a worker had them."""
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """Of the cancelled: those that a worker may have, and stops."""
+        withdrawn = frozenset(self.withdrawn)
+        return tuple(run_id for run_id in self.cancelled if run_id not in withdrawn)
+
+    def __add__(self, later: "CancelReport") -> "CancelReport":
+        """Both, of different runs."""
+        return CancelReport(
+            self.cancelled + later.cancelled,
+            self.already_finished + later.already_finished,
+            self.not_found + later.not_found,
+            {**self.failed, **later.failed},
+            self.left + later.left,
+            self.marked + later.marked,
+            self.withdrawn + later.withdrawn,
+        )
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -86,30 +107,58 @@ def cancel_runs(
     requested_by: str | None = None,
     tell: Callable[[CancelProgress], None] = lambda _: None,
     stop: Event | None = None,
+    per_second: float | None = None,
 ) -> CancelReport:
     """Stop many runs, each as `cancel_run` does it, and tell what became of them. Returns when all have been asked to.
 
-    `which`: a `RunsFilter`, whole ids, a function that is asked about every run that is not finished, or what
-    `select_runs` has found. First all runs that wait in Dagster's queue are ended, in the order in which it would start
-    them, then those that no worker has picked up; only then those at work are told, with one request for ten messages.
-    With a filter or a function, runs that come to match meanwhile are among them.
+    `which`: a `RunsFilter`, a `RunQuery`, whole ids, a function that is asked about every run that is not finished, or
+    what `select_runs` has found. First all runs that wait in Dagster's queue are ended, in the order in which it would
+    start them, then those that no worker has picked up; only then those at work are told, with one request for ten
+    messages.
+    With a filter, a query or a function, runs that come to match meanwhile are among them.
+
+    `per_second`: so many runs that are at work, at most, are told to stop in one second, because of what their ends do
+    to other systems. What waits has no such end, and is ended as quickly as it can be.
 
     `tell` is called after every group of runs. When `stop` is set, it returns soon, and says which runs are left.
     `requested_by`: default `this_user()`. Raises `DagsterTaskiqError` when the instance has another run launcher;
     what goes wrong with one run is in the report, and does not concern the others.
     """
-    many = _Many(
-        instance, launcher_of(instance), reason, clean_text(requested_by or this_user()), tell, stop or Event()
-    )
+    by = clean_text(requested_by or this_user())
+    pace = _Pace(per_second, stop := stop or Event())
+    many = _Many(instance, launcher_of(instance), reason, by, tell, stop, pace)
     many.cancel(which if isinstance(which, RunSelection) else select_runs(instance, which))
     for _ in range(_PASSES):
         again = many.started_meanwhile()
-        if callable(which) or isinstance(which, RunsFilter):
+        if not isinstance(which, RunSelection) and is_query(which):
             again = many.new_in(select_runs(instance, which), again)
         if many.is_stopped or not again:
             break
         many.cancel(again)
     return many.report()
+
+
+class _Pace:
+    """So many in a second, whoever asks. Knows no runs."""
+
+    def __init__(self, per_second: float | None, stop: Event) -> None:
+        self._per_second = per_second
+        self._stop = stop
+        self._lock = Lock()
+        self._next_at = time.monotonic()
+
+    def wait(self, count: int) -> None:
+        """Return when so many may be told, or when it is to stop."""
+        if self._per_second is None:
+            return
+        with self._lock:
+            at = max(self._next_at, time.monotonic())
+            self._next_at = at + count / self._per_second
+        self._stop.wait(max(0.0, at - time.monotonic()))
+
+    def group(self, most: int) -> int:
+        """How many are to be told together."""
+        return most if self._per_second is None else max(1, min(most, int(self._per_second)))
 
 
 class _Many:
@@ -121,6 +170,7 @@ class _Many:
         by: str,
         tell: Callable[[CancelProgress], None],
         stop: Event,
+        pace: _Pace,
     ) -> None:
         self._instance = instance
         self._launcher = launcher
@@ -128,6 +178,7 @@ class _Many:
         self._by = by
         self._tell = tell
         self._stop = stop
+        self._pace = pace
         self._lock = Lock()
         self._outcomes: dict[str, CancelOutcome | str | None] = {}
         """By run; a text says why it has failed, and None that it was not reached."""
@@ -150,20 +201,22 @@ class _Many:
                 return
             handed_over += self._safely(self._withdraw, some) or ()
             self._told(len(some))
-        for later in (handed_over, selection.at_work):
-            self._each_ten(later)
+        self._each_ten(handed_over)
+        self._each_ten(selection.at_work, self._pace)
 
-    def _each_ten(self, run_ids: Sequence[str]) -> None:
+    def _each_ten(self, run_ids: Sequence[str], pace: _Pace | None = None) -> None:
         def one_after_the_other() -> None:
             while not self.is_stopped:
                 with self._lock:
                     some = next(groups, None)
-                if some is None:
+                if pace is not None and some is not None:
+                    pace.wait(len(some))
+                if some is None or self.is_stopped:
                     return
                 self._safely(self._ask, some)
                 self._told(len(some))
 
-        groups = iter(groups_of(_MESSAGES, run_ids))
+        groups = iter(groups_of(_MESSAGES if pace is None else pace.group(_MESSAGES), run_ids))
         with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="cancel runs") as pool:
             for working in [pool.submit(one_after_the_other) for _ in range(_AT_ONCE)]:
                 working.result()
@@ -240,13 +293,19 @@ class _Many:
             outcome = outcomes[run.run_id]
             if isinstance(outcome, Exception):
                 self._outcomes[run.run_id] = f"{type(outcome).__name__}: {outcome}"
-            elif outcome is CancelOutcome.NOT_OURS and run.status is DagsterRunStatus.NOT_STARTED:
-                self._outcomes[run.run_id] = CancelOutcome.WITHDRAWN  # it was never launched
+            elif outcome is CancelOutcome.NOT_OURS and self._was_never_launched(run):
+                self._outcomes[run.run_id] = CancelOutcome.WITHDRAWN
             else:
                 self._outcomes[run.run_id] = outcome
         for run_id in set(run_ids) - runs.keys():
             self._outcomes.pop(run_id, None)
             self._not_found[run_id] = None
+
+    def _was_never_launched(self, run: DagsterRun) -> bool:
+        """Also one that is CANCELING because who took it from Dagster's queue died in the middle."""
+        if run.status is DagsterRunStatus.CANCELING:
+            return not self._instance.all_logs(run.run_id, of_type=DagsterEventType.RUN_STARTING)
+        return run.status is DagsterRunStatus.NOT_STARTED
 
     def started_meanwhile(self) -> RunSelection:
         """Those that were ended while they waited, and that Dagster's daemon started at the same moment."""
@@ -284,4 +343,5 @@ class _Many:
             failed=failed,
             left=tuple(of.get(None, ())),
             marked=tuple(of.get(CancelOutcome.MARKED, ())),
+            withdrawn=tuple(of.get(CancelOutcome.WITHDRAWN, ())),
         )

@@ -5,21 +5,19 @@ Knows what Dagster's instance stores about them; not their code.
 
 from typing import Any, Final
 
-from dagster import DagsterInstance, DagsterRun, RunsFilter
+from dagster import DagsterInstance
 
 from dagster_taskiq._text import clean_text
 from dagster_taskiq.cancel_many import CancelReport, cancel_runs
-from dagster_taskiq.dagster_compat.api import BACKFILL_ID_TAG
 from dagster_taskiq.dagster_compat.sources import (
     BULK_ACTION_TERMINAL_STATUSES,
-    SCHEDULE_NAME_TAG,
-    SENSOR_NAME_TAG,
     BulkActionStatus,
     InstigatorState,
     InstigatorType,
+    PartitionBackfill,
 )
 from dagster_taskiq.errors import DagsterTaskiqError
-from dagster_taskiq.run_selection import WhichRuns
+from dagster_taskiq.run_query import RunQuery
 from dagster_taskiq.runs import launcher_of
 
 _TRIES: Final = 3
@@ -53,10 +51,34 @@ def cancel_backfill(instance: DagsterInstance, backfill_id: str, **options: Any)
     launcher_of(instance)
     for _ in range(_TRIES):  # the daemon may be about to write the status that it has read before
         _mark_canceling(instance, backfill_id)
-        report = cancel_runs(instance, RunsFilter(tags={BACKFILL_ID_TAG: backfill_id}), **options)
+        report = cancel_runs(instance, RunQuery(backfill=backfill_id), **options)
         if not _goes_on(instance, backfill_id):
             break
     return report
+
+
+def stop_source(instance: DagsterInstance, query: RunQuery) -> str:
+    """Stop the schedule, the sensor or the backfill of a query, so that it launches no more runs; its runs go on.
+
+    Returns what it has stopped, in words. A second call is harmless, and for a backfill of use: the daemon may be about
+    to write the status that it has read before. Raises `DagsterTaskiqError` as `cancel_schedule` and `cancel_backfill`.
+    """
+    if query.backfill is not None:
+        _mark_canceling(instance, query.backfill)
+        return f"backfill {clean_text(query.backfill)}"
+    kind = InstigatorType.SCHEDULE if query.schedule is not None else InstigatorType.SENSOR
+    _, state = _find(instance, kind, query.schedule or query.sensor or "", query.location)
+    _stop(instance, state)
+    return f"{kind.value.lower()} {clean_text(state.name)}"
+
+
+def check_source(instance: DagsterInstance, query: RunQuery) -> None:
+    """Raise what `stop_source` would raise; stop nothing."""
+    if query.backfill is not None:
+        _backfill(instance, query.backfill)
+    else:
+        kind = InstigatorType.SCHEDULE if query.schedule is not None else InstigatorType.SENSOR
+        _find(instance, kind, query.schedule or query.sensor or "", query.location)
 
 
 def _goes_on(instance: DagsterInstance, backfill_id: str) -> bool:
@@ -65,12 +87,17 @@ def _goes_on(instance: DagsterInstance, backfill_id: str) -> bool:
     return backfill is not None and backfill.status not in over
 
 
-def _mark_canceling(instance: DagsterInstance, backfill_id: str) -> None:
+def _backfill(instance: DagsterInstance, backfill_id: str) -> PartitionBackfill:
     backfill = instance.get_backfill(backfill_id)
     if backfill is None:
         raise DagsterTaskiqError(
             f"there is no backfill {clean_text(backfill_id)} in this Dagster instance; is DAGSTER_HOME the right one?"
         )
+    return backfill
+
+
+def _mark_canceling(instance: DagsterInstance, backfill_id: str) -> None:
+    backfill = _backfill(instance, backfill_id)
     if _goes_on(instance, backfill_id):
         canceling = backfill.with_status(BulkActionStatus.CANCELING)  # type: ignore[no-untyped-call]
         instance.update_backfill(canceling)
@@ -85,6 +112,19 @@ def _cancel_source(
     options: dict[str, Any],
 ) -> CancelReport:
     launcher_of(instance)  # before anything is stopped
+    is_alone, state = _find(instance, kind, name, location)
+    _stop(instance, state)
+    if not include_runs:
+        return CancelReport((), (), (), {})
+    schedule, sensor = (name, None) if kind is InstigatorType.SCHEDULE else (None, name)
+    its_runs = RunQuery(schedule=schedule, sensor=sensor, location=None if is_alone else _location(state))
+    return cancel_runs(instance, its_runs, **options)
+
+
+def _find(
+    instance: DagsterInstance, kind: InstigatorType, name: str, location: str | None
+) -> tuple[bool, InstigatorState]:
+    """What the instance stores of a schedule or sensor, and whether it is the only one of that name."""
     named = [state for state in instance.all_instigator_state(instigator_type=kind) if state.name == name]
     found = [state for state in named if location is None or _location(state) == location]
     what = kind.value.lower()
@@ -96,29 +136,17 @@ def _cancel_source(
         )
     if len(found) > 1:
         where = ", ".join(sorted(map(_location, found)))
-        raise DagsterTaskiqError(f"several code locations have a {what} {name} ({where}); name one as location=")
-    (state,) = found
-    stop = instance.stop_schedule if kind is InstigatorType.SCHEDULE else instance.stop_sensor
+        raise DagsterTaskiqError(
+            f"several code locations have a {what} {name} ({where}); name one as location=, or --code-location"
+        )
+    return len(named) == 1, found[0]
+
+
+def _stop(instance: DagsterInstance, state: InstigatorState) -> None:
+    schedule = state.instigator_type is InstigatorType.SCHEDULE
+    stop = instance.stop_schedule if schedule else instance.stop_sensor
     if state.is_running:
         stop(state.instigator_origin_id, state.selector_id, None)
-    if not include_runs:
-        return CancelReport((), (), (), {})
-    tag = SCHEDULE_NAME_TAG if kind is InstigatorType.SCHEDULE else SENSOR_NAME_TAG
-    which: WhichRuns = RunsFilter(tags={tag: name})
-    if len(named) > 1:
-        which = _Launched(tag, name, _location(state))
-    return cancel_runs(instance, which, **options)
-
-
-class _Launched:
-    """The runs of one of several of the same name."""
-
-    def __init__(self, tag: str, name: str, location: str) -> None:
-        self._tag, self._name, self._location = tag, name, location
-
-    def __call__(self, run: DagsterRun) -> bool:
-        origin = run.remote_job_origin
-        return run.tags.get(self._tag) == self._name and origin is not None and origin.location_name == self._location
 
 
 def _location(state: InstigatorState) -> str:

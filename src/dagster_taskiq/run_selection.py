@@ -4,21 +4,19 @@ Knows Dagster's runs; not how one is cancelled. All calls block on the database.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Final, TypeAlias
+from dataclasses import dataclass, fields, replace
+from typing import TypeAlias
 
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
-from dagster_shared.record import replace
+from dagster_shared.record import replace as with_fields
 
 from dagster_taskiq._text import clean_text
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES, PRIORITY_TAG
+from dagster_taskiq.run_query import PAGE, UNFINISHED, RunQuery, find_runs
 from dagster_taskiq.termination import BEFORE_START
 
-WhichRuns: TypeAlias = RunsFilter | Iterable[str] | Callable[[DagsterRun], bool]
-"""A filter of Dagster's, ids, or a function that is asked about every run that is not finished."""
-
-_PAGE: Final = 500
-_UNFINISHED: Final = [status for status in DagsterRunStatus if status not in FINISHED_STATUSES]
+WhichRuns: TypeAlias = RunsFilter | RunQuery | Iterable[str] | Callable[[DagsterRun], bool]
+"""A filter of Dagster's, a query of ours, ids, or a function that is asked about every run that is not finished."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +35,36 @@ class RunSelection:
     def __len__(self) -> int:
         return len(self.waiting) + len(self.handed_over) + len(self.at_work)
 
+    def among(self, run_ids: Iterable[str]) -> "RunSelection":
+        """Those of it that are among these."""
+        kept = frozenset(run_ids)
+        return RunSelection(*(tuple(filter(kept.__contains__, getattr(self, one.name))) for one in fields(self)))
+
 
 def select_runs(instance: DagsterInstance, which: WhichRuns) -> RunSelection:
     """The runs that `cancel_runs` would stop, for who wants to see or to count them first. Changes nothing.
 
-    A `RunsFilter` that names no statuses means runs that are not finished; one that does, also those that are. Ids are
-    whole ids. Reads 500 runs at a time and keeps their ids.
+    A filter or a query that names no statuses means runs that are not finished; one that does, also those that are.
+    Ids are whole ids. Reads 500 runs at a time and keeps their ids.
     """
-    if not callable(which) and not isinstance(which, RunsFilter):
-        which = list(dict.fromkeys(map(clean_text, which)))
+    if callable(which) or isinstance(which, RunsFilter | RunQuery):
+        return selection_of(_read(instance, which))
+    run_ids = list(dict.fromkeys(map(clean_text, which)))
+    found = selection_of(_read(instance, run_ids))
+    known = {*found.waiting, *found.handed_over, *found.at_work, *found.already_finished}
+    return replace(found, not_found=tuple(run_id for run_id in run_ids if run_id not in known))
+
+
+def is_query(which: WhichRuns) -> bool:
+    """Whether other runs may come to match it; ids do not."""
+    return callable(which) or isinstance(which, RunsFilter | RunQuery)
+
+
+def selection_of(runs: Iterable[DagsterRun]) -> RunSelection:
+    """These runs, in the order in which they are to be stopped. Keeps their ids."""
     waiting: list[tuple[int, str]] = []
     others: dict[str, list[str]] = {"handed_over": [], "at_work": [], "already_finished": []}
-    for run in _read(instance, which):
+    for run in runs:
         if run.status is DagsterRunStatus.QUEUED:
             waiting.append((-_priority(run), run.run_id))
         elif run.status in FINISHED_STATUSES:
@@ -57,20 +73,19 @@ def select_runs(instance: DagsterInstance, which: WhichRuns) -> RunSelection:
             others["handed_over" if run.status in BEFORE_START else "at_work"].append(run.run_id)
     waiting.sort(key=lambda one: one[0])  # stable, as Dagster's daemon does it: of equals the oldest first
     found = {name: tuple(run_ids) for name, run_ids in others.items()}
-    not_found: tuple[str, ...] = ()
-    if not callable(which) and not isinstance(which, RunsFilter):
-        known = {run_id for _, run_id in waiting}.union(*found.values())
-        not_found = tuple(run_id for run_id in which if run_id not in known)
-    return RunSelection(tuple(run_id for _, run_id in waiting), **found, not_found=not_found)
+    return RunSelection(tuple(run_id for _, run_id in waiting), **found)
 
 
 def _read(instance: DagsterInstance, which: WhichRuns) -> Iterator[DagsterRun]:
-    if isinstance(which, RunsFilter):
-        yield from _pages(instance, which if which.statuses else replace(which, statuses=_UNFINISHED))
+    if isinstance(which, RunQuery):
+        query = which if which.statuses else replace(which, statuses=UNFINISHED)
+        yield from (record.dagster_run for record in find_runs(instance, query))
+    elif isinstance(which, RunsFilter):
+        yield from _pages(instance, which if which.statuses else with_fields(which, statuses=list(UNFINISHED)))
     elif callable(which):
-        yield from filter(which, _pages(instance, RunsFilter(statuses=_UNFINISHED)))
+        yield from filter(which, _pages(instance, RunsFilter(statuses=list(UNFINISHED))))
     else:
-        for run_ids in groups_of(_PAGE, list(which)):
+        for run_ids in groups_of(PAGE, list(which)):
             yield from instance.get_runs(RunsFilter(run_ids=run_ids), ascending=True)
 
 
@@ -83,9 +98,9 @@ def groups_of(size: int, run_ids: Sequence[str]) -> Iterator[list[str]]:
 def _pages(instance: DagsterInstance, filters: RunsFilter) -> Iterator[DagsterRun]:
     cursor: str | None = None
     while True:
-        page: Sequence[DagsterRun] = instance.get_runs(filters, cursor, _PAGE, ascending=True)
+        page: Sequence[DagsterRun] = instance.get_runs(filters, cursor, PAGE, ascending=True)
         yield from page
-        if len(page) < _PAGE:
+        if len(page) < PAGE:
             return
         cursor = page[-1].run_id
 

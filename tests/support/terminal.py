@@ -51,6 +51,10 @@ class Terminal:
             lambda: all(text in self.screen for text in texts), f"{texts}", within=within, seen=lambda: self.screen
         )
 
+    def types(self, text: str) -> None:
+        """As a person does."""
+        os.write(self._ours, text.encode())
+
     def interrupt(self) -> int:
         """Ctrl-C; its exit code."""
         os.write(self._ours, b"\x03")

@@ -60,7 +60,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "run_query": FLOOR | DOMAIN | {"run_where"},
     "run_selection": FLOOR | DOMAIN | {"termination", "run_query"},
     "cancel_many": FLOOR | DOMAIN | {"launcher", "runs", "run_selection"},
-    "cancel_sources": FLOOR | DOMAIN | {"cancel_many", "run_selection", "runs"},
+    "cancel_sources": FLOOR | DOMAIN | {"cancel_many", "run_query", "runs"},
     "doctor": FLOOR | DOMAIN | {"launcher", "coordinator", "sqs"},
     "story": FLOOR | DOMAIN | {"launcher", "coordinator"},
     "examples": {""},

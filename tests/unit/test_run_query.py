@@ -70,7 +70,7 @@ def query_of(*arguments: str) -> RunQuery:
 
     result = CliRunner().invoke(command, list(arguments))
     if result.exit_code:
-        raise click.UsageError(result.stderr)
+        raise click.ClickException(result.stderr)
     return found[0]
 
 
@@ -145,6 +145,6 @@ def test_more_runs_than_a_page(
     ],
 )
 def test_what_can_mean_no_run_is_refused(arguments: list[str], said: str) -> None:
-    with pytest.raises(click.UsageError) as raised:
+    with pytest.raises(click.ClickException) as raised:
         query_of(*arguments)
     assert said in " ".join(raised.value.message.split())

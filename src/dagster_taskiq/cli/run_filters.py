@@ -28,6 +28,12 @@ STATUSES: Final[Mapping[str, tuple[str, ...]]] = {
 _UNITS_S: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 
 
+class Refused(click.ClickException):
+    """It is not clear which runs are meant. One line, exit code 2; nothing was done."""
+
+    exit_code = 2
+
+
 def duration(value: str) -> float:
     """A time like `90s`, `15m`, `2h`, `3d` or `1h30m`, as the type of an option: in seconds."""
     parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", value)
@@ -115,7 +121,7 @@ _OPTIONS: Final = (
 
 
 def run_filters(command: Command) -> Command:
-    """The options of a `RunQuery`, passed as `query`. One that cannot be is a usage error, exit code 2."""
+    """The options of a `RunQuery`, passed as `query`. One that cannot be is `Refused`, exit code 2."""
 
     @functools.wraps(command)
     def with_query(*args: Any, **options: Any) -> Any:
@@ -143,4 +149,4 @@ def _query(given: dict[str, Any]) -> "RunQuery":
     try:
         return RunQuery(**given, statuses=tuple(map(DagsterRunStatus, names)))
     except QueryError as error:
-        raise click.UsageError(str(error)) from error
+        raise Refused(str(error)) from error

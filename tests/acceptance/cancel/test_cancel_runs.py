@@ -15,6 +15,7 @@ from tests.support.proxy import SqsProxy, sqs_proxy
 from tests.support.waiting import wait_until
 
 from dagster_taskiq import CancelProgress, cancel_runs, select_runs
+from dagster_taskiq.dagster_compat.many_runs import move_runs
 from dagster_taskiq.storage.engine_events import Stage
 from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG
 
@@ -134,3 +135,14 @@ def test_on_postgresql(endpoint: str, postgres: str) -> None:
             assert platform.run(run_id).tags[CANCEL_REASON_TAG] == "why"
         found = platform.instance.get_runs(RunsFilter(tags={CANCELLED_BY_TAG: "ada"}))
         assert sorted(run.run_id for run in found) == sorted(run_ids)
+
+
+def test_one_that_was_left_between_the_queue_and_its_end_is_cancelled(endpoint: str) -> None:
+    """Who withdrew it died after the first of the two statuses."""
+    with open_platform(endpoint, extra=WITH_COORDINATOR) as platform:
+        run_id = submit(platform)
+        queued, canceling = STATUS.QUEUED, STATUS.CANCELING
+        assert move_runs(platform.instance, [platform.run(run_id)], queued, canceling) == {run_id}
+        report = cancel_runs(platform.instance, [run_id])
+        assert (report.withdrawn, report.failed) == ((run_id,), {})
+        assert platform.status(run_id) is STATUS.CANCELED
