@@ -15,6 +15,16 @@ from dagster_taskiq.worker.ecs import AGENT_VARIABLE
 
 ARN = "arn:aws:ecs:us-east-1:123456789012:task/data/9c1f27aa5a5d4a0f8f3a6a4a5b6c7d8e"
 
+AWSLOGS = {
+    "LogDriver": "awslogs",
+    "LogOptions": {
+        "awslogs-create-group": "true",
+        "awslogs-group": "/dagster-taskiq/data",
+        "awslogs-region": "us-east-1",
+        "awslogs-stream": "worker/worker/9c1f27aa5a5d4a0f8f3a6a4a5b6c7d8e",
+    },
+}
+
 
 @dataclass
 class FakeAgent:
@@ -24,6 +34,8 @@ class FakeAgent:
     refusal: dict[str, Any] | None = None
     protected: bool = False
     answers_after_s: float = 0
+    log: dict[str, Any] | None = field(default_factory=lambda: dict(AWSLOGS))
+    """What it says of the container's log; None: it does not answer that."""
     deployed: str = "loaders:7"
     """The task definition of the service."""
     asked: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
@@ -73,6 +85,11 @@ class FakeAgent:
         services = [{"serviceName": name, "taskDefinition": arn} for name in (await request.json())["services"]]
         return web.json_response({"services": services, "failures": []}, content_type="application/x-amz-json-1.1")
 
+    async def _container(self, _: web.Request) -> web.Response:
+        if self.log is None:
+            return web.Response(status=500, text="the agent has no answer")
+        return web.json_response({"DockerId": "cd18", "Name": "worker", "DockerName": "worker", **self.log})
+
     async def _task(self, _: web.Request) -> web.Response:
         return web.json_response(
             {
@@ -92,6 +109,7 @@ def ecs_agent() -> Iterator[FakeAgent]:
     agent = FakeAgent()
     app = web.Application()
     app.add_routes([web.put("/api/abc/task-protection/v1/state", agent._state), web.get("/v4/abc/task", agent._task)])
+    app.add_routes([web.get("/v4/abc", agent._container)])
     app.add_routes([web.post("/", agent._ecs)])
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
 

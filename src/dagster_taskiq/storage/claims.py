@@ -24,7 +24,7 @@ from dagster_taskiq.dagster_compat.key_values import (
 )
 from dagster_taskiq.dagster_compat.storage import delete_values, values_under
 from dagster_taskiq.settings import Settings
-from dagster_taskiq.storage.engine_events import EngineEvent, picked_up, released
+from dagster_taskiq.storage.engine_events import EngineEvent, no_log, picked_up, released
 from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.heartbeats import Heartbeats
 
@@ -81,9 +81,17 @@ class Claims:
     """Reads and changes claims, and remembers which of them this process has. `heartbeats` decides who is alive."""
 
     def __init__(
-        self, instance: DagsterInstance, heartbeats: Heartbeats, without_message: Heartbeats | None = None
+        self,
+        instance: DagsterInstance,
+        heartbeats: Heartbeats,
+        without_message: Heartbeats | None = None,
+        log_of: Callable[[str], str | None] = no_log,
     ) -> None:
-        """`without_message`: decides who is alive for those who have not got the message of the run again."""
+        """`without_message`: decides who is alive for those who have not got the message of the run again.
+
+        `log_of`: where this worker's log of a run is to be read.
+        """
+        self._log_of = log_of
         self.instance = instance
         self.heartbeats = heartbeats
         self.without_message = without_message or heartbeats
@@ -146,7 +154,7 @@ class Claims:
             self._mine[run.run_id] = claim
         if seen is not None and seen.state is not ClaimState.RELEASED and seen.worker_id != worker_id:
             self._note(run, released(seen.worker_id, seen.task_id, f"it is dead, and {worker_id} takes over"))
-        self._note(run, picked_up(worker_id, task_id, where))
+        self._note(run, picked_up(worker_id, task_id, where, self._log_of(run.run_id)))
         return claim
 
     def release(self, run: DagsterRun, why: str, claim: Claim | None = None) -> bool:

@@ -36,6 +36,7 @@ STAYS_KEY: Final = "what still runs"
 ENDED_KEY: Final = "step has said how it ended"
 GRACE_KEY: Final = "grace (s)"
 TOOK_KEY: Final = "took (s)"
+LOG_KEY: Final = "log of the worker"
 PROCESSES_KEY: Final = "killed processes"
 _NAMED: Final = 10
 
@@ -72,6 +73,12 @@ class Stage(enum.StrEnum):
     CLEANUP_BEGAN = "cleanup_began"
     CLEANUP = "cleanup"
     CLEANUP_ENDED = "cleanup_ended"
+
+
+class Link(str):
+    """An address, which Dagster's UI shows as a link."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +124,16 @@ def waiting(waited_s: float, older: int, why: str) -> EngineEvent:
     return EngineEvent(Stage.WAITING, message, {"older runs": older, WHY_KEY: why})
 
 
-def picked_up(worker_id: str, task_id: str, where: str) -> EngineEvent:
-    """The claim: its place in the event log decides who owns the run."""
-    return EngineEvent(
-        Stage.PICKED_UP, f"picked up by worker {worker_id} ({where})", {WORKER_KEY: worker_id, TASK_ID_KEY: task_id}
-    )
+def no_log(_: str) -> None:
+    """Of a worker whose log nobody can link to."""
+
+
+def picked_up(worker_id: str, task_id: str, where: str, log_url: str | None = None) -> EngineEvent:
+    """A worker has the run, or the step. `log_url`: where the worker's log of it is to be read."""
+    facts = {WORKER_KEY: worker_id, TASK_ID_KEY: task_id}
+    if log_url is not None:
+        facts[LOG_KEY] = Link(log_url)
+    return EngineEvent(Stage.PICKED_UP, f"picked up by worker {worker_id} ({where})", facts)
 
 
 def released(worker_id: str, task_id: str, why: str) -> EngineEvent:

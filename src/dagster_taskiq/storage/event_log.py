@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun
+from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, MetadataValue
 
 from dagster_taskiq._text import clean_text
 from dagster_taskiq.dagster_compat.api import RESUME_RUN_LOG_MESSAGE, EngineEventData
@@ -15,6 +15,7 @@ from dagster_taskiq.storage.engine_events import (
     STAGE_KEY,
     TASK_ID_KEY,
     EngineEvent,
+    Link,
     Stage,
 )
 
@@ -102,7 +103,9 @@ def as_dagster_event(run: DagsterRun, event: EngineEvent, step_key: str | None =
     )
 
 
-def _fit(value: str | float) -> str | float:
+def _fit(value: str | float) -> str | float | MetadataValue[Any]:
+    if isinstance(value, Link):
+        return MetadataValue.url(value)
     if isinstance(value, str):
         return clean_text(value, None)
     return value if isinstance(value, int) else round(value, _DIGITS)

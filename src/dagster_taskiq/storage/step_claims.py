@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Final
@@ -24,7 +24,7 @@ from dagster_taskiq.dagster_compat.key_values import (
     values_between,
 )
 from dagster_taskiq.dagster_compat.storage import delete_values, outages
-from dagster_taskiq.storage.engine_events import EngineEvent, picked_up, released
+from dagster_taskiq.storage.engine_events import EngineEvent, no_log, picked_up, released
 from dagster_taskiq.storage.event_log import StepRef, append_event
 from dagster_taskiq.storage.heartbeats import Heartbeats
 
@@ -69,8 +69,10 @@ class StepClaim:
 class StepClaims:
     """Reads and changes the claims on steps."""
 
-    def __init__(self, instance: DagsterInstance) -> None:
+    def __init__(self, instance: DagsterInstance, log_of: Callable[[str], str | None] = no_log) -> None:
+        """`log_of`: where this worker's log of a run is to be read."""
         self._instance = instance
+        self._log_of = log_of
 
     def claim(self, run: DagsterRun, step: StepRef, worker_id: str, where: str) -> StepClaim:
         """Claim an attempt that nobody has. The claim as it is now: this worker's, or that of who has it, or had it.
@@ -90,7 +92,7 @@ class StepClaims:
                 return found
             if replace_value(self._instance, key, found.stored, mine.stored):
                 break
-        self._note(run, step, picked_up(worker_id, step.task_id, where))
+        self._note(run, step, picked_up(worker_id, step.task_id, where, self._log_of(run.run_id)))
         return mine
 
     def find(self, run_id: str, step: StepRef) -> StepClaim | None:

@@ -12,7 +12,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, NoReturn
 
 import aiohttp
@@ -20,6 +20,7 @@ import aiohttp
 from dagster_taskiq.errors import DagsterTaskiqError
 from dagster_taskiq.metrics import METADATA_VARIABLE
 from dagster_taskiq.sqs.ecs_service import task_definition_of
+from dagster_taskiq.worker.log_link import LogStream, log_stream
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,13 @@ class Task:
     revision: str
     service: str
     """Its name; empty when the agent does not tell, or when the task belongs to none."""
+    log: LogStream | None = None
+    """Of this container; None when that is not in CloudWatch."""
+
+    @property
+    def partition(self) -> str:
+        """That of AWS: "aws", "aws-cn"."""
+        return self.arn.split(":")[1]
 
     @property
     def region(self) -> str:
@@ -76,6 +84,10 @@ class Task:
         """The place of the worker, for the events of runs."""
         cluster = self.cluster.rpartition("/")[2]
         return f"ecs task {self.task_id} in cluster {cluster}"
+
+    def log_of(self, run_id: str) -> str | None:
+        """Where the worker's log of a run that begins now is to be read."""
+        return self.log.of_run(run_id, time.time()) if self.log is not None else None
 
 
 class Agent:
@@ -101,7 +113,7 @@ class Agent:
             return None
         try:
             found = await self._ask("GET", f"{self._metadata_uri}/task")
-            return Task(
+            task = Task(
                 arn=str(found["TaskARN"]),
                 cluster=str(found.get("Cluster", "")),
                 family=str(found.get("Family", "task")),
@@ -109,9 +121,18 @@ class Agent:
                 revision=str(found.get("Revision", "")),
                 service=str(found.get("ServiceName", "")),
             )
+            return replace(task, log=await self._log(task, self._metadata_uri))
         except (AgentRefused, KeyError) as error:
             logger.warning("the ECS agent does not answer which task this is: %s", error)
             return None
+
+    async def _log(self, task: Task, metadata_uri: str) -> LogStream | None:
+        try:
+            container = await self._ask("GET", metadata_uri)
+        except AgentRefused as error:
+            logger.warning("the ECS agent does not answer where this container's log is: %s", error)
+            return None
+        return log_stream(container, task.partition, task.region)
 
     async def protect(self, minutes: int = PROTECTED_FOR_MIN) -> None:
         """Keep ECS from scaling this task in, for so many minutes. Raises `AgentRefused`."""

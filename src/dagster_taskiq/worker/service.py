@@ -43,6 +43,7 @@ from dagster_taskiq.settings import Settings
 from dagster_taskiq.sqs.client import WARM_UP as SQS_WARM_UP
 from dagster_taskiq.sqs.s3_payloads import PayloadBucket
 from dagster_taskiq.storage.claims import Claims, forget_old_claims
+from dagster_taskiq.storage.engine_events import no_log
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.step_claims import StepClaims, forget_old_step_claims
 from dagster_taskiq.storage.step_state import forget_old_states
@@ -51,7 +52,7 @@ from dagster_taskiq.tasks.cancel_listener import CancelListener
 from dagster_taskiq.tasks.running_tasks import RunningTasks
 from dagster_taskiq.worker.claim_watch import ClaimWatch
 from dagster_taskiq.worker.context import CancelRuns, WorkerContext, cancel_none
-from dagster_taskiq.worker.ecs import Agent, Protection, until_outdated
+from dagster_taskiq.worker.ecs import Agent, Protection, Task, until_outdated
 from dagster_taskiq.worker.health import answering
 from dagster_taskiq.worker.heart import Heart
 from dagster_taskiq.worker.reconciler import Reconciler
@@ -121,19 +122,20 @@ class Worker:
         settings: Settings,
         *,
         name: str | None = None,
-        where: str | None = None,
+        task: Task | None = None,
         agent: Agent | None = None,
         server: ForkServer | None = None,
         cancel_runs: CancelRuns = cancel_none,
     ) -> None:
-        """`where`: the worker's process, in words. `agent`: that of ECS, asked for protection from scale-in.
+        """`task`: that of ECS, if this is in one. `agent`: that of ECS, asked for protection from scale-in.
 
         `server`: the fork server, if there is one already.
         """
         self.worker_id = f"{clean_text(name or socket.gethostname())}-{secrets.token_hex(4)}"
         self._instance = instance
         self._settings = settings
-        self._where = f"{where}, pid {os.getpid()}" if where else f"pid {os.getpid()} on {socket.gethostname()}"
+        self._where = f"{task.where}, pid {os.getpid()}" if task else f"pid {os.getpid()} on {socket.gethostname()}"
+        self._log_of = task.log_of if task else no_log
         self._agent = agent
         self._cancel_runs = cancel_runs
         self._fork_server = server or fork_server(instance.get_ref(), settings)
@@ -262,11 +264,12 @@ class Worker:
 
     def _context(self, brokers: Sequence[CancellableSQSBroker]) -> WorkerContext:
         settings = self._settings
+        without_message = Heartbeats.without_a_message(self._instance, settings)
         return WorkerContext(
             instance=self._instance,
             settings=settings,
-            claims=Claims(self._instance, self._heartbeats, Heartbeats.without_a_message(self._instance, settings)),
-            step_claims=StepClaims(self._instance),
+            claims=Claims(self._instance, self._heartbeats, without_message, self._log_of),
+            step_claims=StepClaims(self._instance, self._log_of),
             heartbeats_of_steps=Heartbeats.of_steps(self._instance, settings),
             processes=self._fork_server,
             worker_id=self.worker_id,
@@ -371,11 +374,8 @@ async def _run(
     cancel_runs: CancelRuns,
 ) -> None:
     task = await agent.task()
-    if task is None:
-        worker = Worker(instance, settings, name=name, agent=agent, server=server, cancel_runs=cancel_runs)
-    else:
-        known = {"name": name or task.name, "where": task.where}
-        worker = Worker(instance, settings, **known, agent=agent, server=server, cancel_runs=cancel_runs)
+    name = name or (task.name if task else None)
+    worker = Worker(instance, settings, name=name, task=task, agent=agent, server=server, cancel_runs=cancel_runs)
     with log_context(worker=worker.worker_id):
         await worker.run(on_ready, handle_signals=True)
 

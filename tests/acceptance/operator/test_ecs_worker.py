@@ -17,6 +17,8 @@ from tests.support.ecs_agent import FakeAgent, ecs_agent
 from tests.support.platform import CLEANUP_JOBS, ENTRYPOINT, Platform, WorkerProcess
 from tests.support.waiting import wait_until
 
+from dagster_taskiq.storage.engine_events import Stage
+
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
 
 
@@ -61,6 +63,9 @@ def test_protection_health_logs_and_metrics_from_start_to_drain_and_a_kill(endpo
             platform.marked(run_id, "started")
             wait_until(lambda: agent.protected, "it is protected")
             assert "ecs task 9c1f27aa5a5d4a0f8f3a6a4a5b6c7d8e in cluster data" in "\n".join(platform.story(run_id))
+            link = platform.wait_for_stage(run_id, Stage.PICKED_UP)
+            assert "us-east-1.console.aws.amazon.com/cloudwatch/home" in link, link
+            assert f"$2522{run_id}$2522" in link, link
             answer = platform.command("worker", "health", "--pid", str(worker.pid))
             assert answer.returncode == 0, answer
             assert "loaders-9c1f27aa" in answer.stdout, answer

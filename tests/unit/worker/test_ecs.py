@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -12,6 +13,7 @@ from tests.support.tcp_proxy import tcp_proxy
 from dagster_taskiq.metrics import on_ecs
 from dagster_taskiq.worker import ecs
 from dagster_taskiq.worker.ecs import Agent, AgentRefused, Protection
+from dagster_taskiq.worker.log_link import log_stream
 
 pytestmark = pytest.mark.anyio
 
@@ -44,6 +46,47 @@ async def test_it_tells_which_task_this_is(agent: FakeAgent) -> None:
     assert task.name == "loaders-9c1f27aa"
     assert task.where == "ecs task 9c1f27aa5a5d4a0f8f3a6a4a5b6c7d8e in cluster data"
     assert on_ecs(agent.environment)
+
+
+async def test_a_run_s_log_is_found_in_the_console_by_the_run(agent: FakeAgent) -> None:
+    task = await here(agent).task()
+    assert task is not None
+    url = task.log_of("8adb1c9d-e6ad-4f25-ae64-4db1fa32c38a")
+    assert url is not None
+    assert url.startswith(
+        "https://us-east-1.console.aws.amazon.com/cloudwatch/home?region=us-east-1#logsV2:log-groups/log-group/"
+        "$252Fdagster-taskiq$252Fdata/log-events/worker$252Fworker$252F9c1f27aa5a5d4a0f8f3a6a4a5b6c7d8e"
+        "$3FfilterPattern$3D$25228adb1c9d-e6ad-4f25-ae64-4db1fa32c38a$2522$26start$3D"
+    )
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        None,
+        {},
+        {"LogDriver": "awsfirelens", "LogOptions": {"Name": "datadog"}},
+        {"LogDriver": "awslogs", "LogOptions": {"awslogs-group": "/no/stream"}},
+    ],
+)
+async def test_a_log_that_is_elsewhere_has_no_address(agent: FakeAgent, log: dict[str, Any] | None) -> None:
+    agent.log, before = log, agent.log
+    try:
+        task = await here(agent).task()
+    finally:
+        agent.log = before
+    assert task is not None
+    assert task.log_of("8adb1c9d-e6ad-4f25-ae64-4db1fa32c38a") is None
+
+
+def test_the_console_of_another_partition() -> None:
+    told = {"LogDriver": "awslogs", "LogOptions": {"awslogs-group": "a b", "awslogs-stream": "s"}}
+    stream = log_stream(told, "aws-cn", "cn-north-1")
+    assert stream is not None
+    assert stream.of_run("r", 61.5) == (
+        "https://cn-north-1.console.amazonaws.cn/cloudwatch/home?region=cn-north-1#logsV2:log-groups/log-group/"
+        "a$2520b/log-events/s$3FfilterPattern$3D$2522r$2522$26start$3D1500"
+    )
 
 
 async def test_elsewhere_there_is_none() -> None:
