@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dagster_taskiq.executor import taskiq_executor
     from dagster_taskiq.launcher import TaskiqRunLauncher
     from dagster_taskiq.op_api import cancellation_token, on_cancel
+    from dagster_taskiq.reexecution import Reexecution, reexecute_run
     from dagster_taskiq.run_selection import RunSelection, select_runs
     from dagster_taskiq.runs import cancel_run, clean_up_run
     from dagster_taskiq.settings import Settings
@@ -44,6 +45,7 @@ __all__ = [
     "DagsterTaskiqError",
     "FakeToken",
     "OpCancelled",
+    "Reexecution",
     "RunNotFound",
     "RunSelection",
     "Settings",
@@ -65,6 +67,7 @@ __all__ = [
     "clean_up_run",
     "fake_token",
     "on_cancel",
+    "reexecute_run",
     "select_runs",
     "taskiq_executor",
 ]
@@ -83,6 +86,7 @@ _HOME = {
     "DagsterTaskiqError": "errors",
     "FakeToken": "testing",
     "OpCancelled": "child.op_token",
+    "Reexecution": "reexecution",
     "RunNotFound": "errors",
     "RunSelection": "run_selection",
     "Settings": "settings",
@@ -103,6 +107,7 @@ _HOME = {
     "clean_up_run": "runs",
     "fake_token": "testing",
     "on_cancel": "op_api",
+    "reexecute_run": "reexecution",
     "select_runs": "run_selection",
     "taskiq_executor": "executor",
 }

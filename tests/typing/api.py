@@ -11,6 +11,7 @@ from dagster_taskiq import (
     CancellationEvent,
     CancelReport,
     DagsterTaskiqError,
+    Reexecution,
     RunSelection,
     Settings,
     TaskCancelled,
@@ -20,6 +21,7 @@ from dagster_taskiq import (
     TaskView,
     __version__,
     cancel_runs,
+    reexecute_run,
     select_runs,
     taskiq_executor,
 )
@@ -33,6 +35,8 @@ instance = DagsterInstance.get()
 selected: RunSelection = select_runs(instance, RunsFilter(job_name="load"))
 report: CancelReport = cancel_runs(instance, selected, reason="why", requested_by="who", stop=Event())
 counts: Mapping[str, int] = cancel_runs(instance, ["id"], tell=lambda progress: print(progress.done)).counts
+again: Reexecution = reexecute_run("id", all_steps=True, tags={"ticket": "1"}, workspace="workspace.yaml")
+left: tuple[str, ...] = again.to_run + again.finished if again.run_id is not None else ()
 executor: ExecutorDefinition = taskiq_executor.configured({"max_concurrent": 20})
 definitions = Definitions(executor=executor)
 reason: str | None = TaskCancelled("why").reason

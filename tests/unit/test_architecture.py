@@ -56,6 +56,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "coordinator": FLOOR | DOMAIN | {"launcher", "metrics"},
     "executor": FLOOR | DOMAIN | {"launcher", "core_execution_loop", "cancellable_broker", "tasks", "sqs"},
     "runs": FLOOR | DOMAIN | {"launcher", "cleanup", "sqs"},
+    "reexecution": FLOOR | DOMAIN | {"launcher", "runs"},
     "run_where": FLOOR,
     "run_query": FLOOR | DOMAIN | {"run_where"},
     "run_selection": FLOOR | DOMAIN | {"termination", "run_query"},
@@ -68,7 +69,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "cli": FLOOR
     | DOMAIN
     | {"cancel_many", "doctor", "local", "story", "runs", "worker", "sqs", "launcher", "metrics", "process"}
-    | {"run_query", "run_selection", "cancel_sources", "cancel_fence"},
+    | {"run_query", "run_selection", "cancel_sources", "cancel_fence", "reexecution"},
 }
 """Room to rooms. `""` is the public interface, `dagster_taskiq` itself."""
 

@@ -8,6 +8,7 @@ import click
 from dagster_taskiq._text import clean_text
 from dagster_taskiq.cli.run_cancel import cancel
 from dagster_taskiq.cli.run_explain import explain_run
+from dagster_taskiq.cli.run_reexecute import reexecute
 
 
 @click.group(short_help="Explain runs, cancel them, clean up after them.")
@@ -49,3 +50,4 @@ def cleanup(run_id: str) -> None:
 
 run.add_command(cancel)
 run.add_command(explain_run)
+run.add_command(reexecute)

@@ -24,6 +24,7 @@ PATIENCE_KEY: Final = "waits at most (s)"
 WHY_KEY: Final = "why"
 REASON_KEY: Final = "reason"
 BY_KEY: Final = "requested by"
+PARENT_KEY: Final = "goes on from run"
 HANDLER_KEY: Final = "handler"
 IDENTITY_KEY: Final = "declared on"
 ATTEMPT_KEY: Final = "attempt"
@@ -49,6 +50,7 @@ TERMINATING: Final = "Sending run termination request."
 class Stage(enum.StrEnum):
     """What an event reports, for programs; in the event's metadata under `dagster-taskiq/stage`."""
 
+    REEXECUTED = "reexecuted"
     SUBMITTED = "submitted"
     WAITING = "waiting"
     PICKED_UP = "picked_up"
@@ -105,6 +107,17 @@ def listed(names: Sequence[str]) -> str:
 def counted(number: int, what: str) -> str:
     """`1 step`, `2 steps`."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def reexecuted(parent_run_id: str, by: str, finished: Sequence[str], to_run: Sequence[str]) -> EngineEvent:
+    """The run goes on from another one. `to_run`: its steps; empty: all of them."""
+    what = f"runs {counted(len(to_run), 'step')} ({listed(to_run)})" if to_run else "runs all steps"
+    kept = f"; finished there, and not run again: {listed(finished)}" if finished else ""
+    return EngineEvent(
+        Stage.REEXECUTED,
+        f"Goes on from run {parent_run_id}, as {by} has asked: {what}{kept}",
+        {PARENT_KEY: parent_run_id, BY_KEY: by},
+    )
 
 
 def submitted(task_id: str, queue: str, ignored_tags: Sequence[str] = ()) -> EngineEvent:

@@ -44,6 +44,11 @@ def own_tags(run: DagsterRun) -> Mapping[str, str]:
     return {name: value for name, value in run.tags.items() if name not in _OF_ONE_RUN}
 
 
+def inheritable_tags(run: DagsterRun) -> dict[str, str]:
+    """The run's tags that count for a run that goes on from it, too."""
+    return {name: value for name, value in run.tags.items() if name not in _OF_ONE_RUN}
+
+
 def drop_copied_tags(instance: DagsterInstance, run: DagsterRun) -> None:
     """Remove tags of ours that are copies of another run's."""
     if stale := run.tags.keys() - own_tags(run).keys():
