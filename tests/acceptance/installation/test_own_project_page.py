@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,13 @@ from tests.support.moto import free_port
 from tests.support.shell import Block, Shell, blocks
 from tests.support.waiting import wait_until
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.postgres, pytest.mark.timeout(480)]
+pytestmark = [
+    pytest.mark.acceptance,
+    pytest.mark.long,
+    pytest.mark.slow,
+    pytest.mark.postgres,
+    pytest.mark.timeout(480),
+]
 
 PAGE = Path(__file__).parents[3] / "docs" / "own-project.md"
 PORTS = ("5566", "3333")
@@ -51,20 +57,11 @@ class Terminals:
         )
         assert process.poll() is None, log.read_text()
 
-    def start_again(self) -> None:
-        """What has read the code: the worker, and Dagster."""
-        commands = [command for command, _ in self._going_on if not command.startswith("moto_server")]
-        self.end(lambda command: command in commands)
-        for command in commands:
-            self.start(command)
-
-    def end(self, wanted: Callable[[str], bool] = lambda command: True) -> None:
-        ending = [one for one in self._going_on if wanted(one[0])]
-        for command, process in ending:
+    def end(self) -> None:
+        for command, process in self._going_on:
             process.send_signal(signal.SIGINT if "dev" in command else signal.SIGTERM)
-        for _, process in ending:
+        for _, process in self._going_on:
             process.wait(60)
-        self._going_on = [one for one in self._going_on if one not in ending]
 
 
 @contextmanager
@@ -102,8 +99,6 @@ def do(block: Block, it: Terminals, project: Path) -> str:
         file = project / block.title
         file.write_text((file.read_text() if file.exists() else "") + block.text)
     else:
-        if "-j in_steps" in block.text:
-            it.start_again()
         return it.shell.run(block.text)
     return ""
 
