@@ -32,3 +32,9 @@ def duration(seconds: float) -> str:
             rest = whole % length // small
             return f"{whole // length} {unit}" + (f" {rest} {below}" if rest else "")
     return f"{whole} s"
+
+
+def one_line(text: str, at_most: int = 400) -> str:
+    """Without line breaks, control characters and superfluous spaces, and not longer than that."""
+    line = " ".join("".join(one if one.isprintable() else " " for one in text).split())
+    return line if len(line) <= at_most else line[: at_most - 1] + "…"

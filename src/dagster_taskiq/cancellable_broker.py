@@ -11,7 +11,7 @@ import json
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from logging import getLogger
 from typing import TYPE_CHECKING, Any, Final
 
@@ -102,6 +102,8 @@ class CancellableSQSBroker(SQSBroker, Canceller):  # type: ignore[misc]  # taski
         """What `predicate` has registered."""
         self.free_slots: Callable[[], int] = lambda: MAX_BATCH
         """How many messages the receiver takes, now. No more are received: what waits for a slot waits in SQS."""
+        self.may_receive: Callable[[], Awaitable[Any]] | None = None
+        """Awaited before work is received: until it returns, everything waits in SQS."""
 
     @classmethod
     def from_settings(cls, settings: Settings, queue_url: str) -> "CancellableSQSBroker":
@@ -195,6 +197,8 @@ class CancellableSQSBroker(SQSBroker, Canceller):  # type: ignore[misc]  # taski
             await shielded(_hand_back(waiting), name="hand back unstarted work")
 
     async def _receive(self) -> "Sequence[MessageTypeDef]":
+        if self.may_receive is not None:
+            await self.may_receive()
         at_most = max(1, min(self.max_messages, self.free_slots()))
         return await self._work.receive(at_most=at_most, wait_s=self.wait_time, visibility_s=self.visibility_timeout_s)
 

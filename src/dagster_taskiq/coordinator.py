@@ -16,8 +16,10 @@ from dagster_taskiq.dagster_compat.cancelable import let_starting_runs_be_termin
 from dagster_taskiq.dagster_compat.connections import bounded_calls
 from dagster_taskiq.errors import SettingsError
 from dagster_taskiq.launcher import TaskiqRunLauncher
-from dagster_taskiq.metrics import OLDEST_WAITS, RUN_SLOTS, RUNS_WAITING, Metrics, on_ecs
+from dagster_taskiq.metrics import OLDEST_WAITS, RUN_SLOTS, RUNS_HELD, RUNS_WAITING, Metrics, on_ecs
 from dagster_taskiq.queue_names import queue_name
+from dagster_taskiq.storage.fleet import Hold, HoldWatch
+from dagster_taskiq.storage.hold_notes import HoldNotes
 from dagster_taskiq.storage.slots import RunSlots
 from dagster_taskiq.storage.tags import drop_copied_tags
 from dagster_taskiq.storage.waiting import WaitNotes, waiting_runs
@@ -89,6 +91,7 @@ class TaskiqRunCoordinator(QueuedRunCoordinator[DagsterInstance]):
         self._dequeues = False
         self._known_slots: RunSlots | None = None
         self._known_notes: WaitNotes | None = None
+        self._known_hold: tuple[HoldWatch, HoldNotes] | None = None
         self._known_metrics: Metrics | None = None
         self._measured_at = 0.0
 
@@ -140,16 +143,17 @@ class TaskiqRunCoordinator(QueuedRunCoordinator[DagsterInstance]):
 
         Dagster counts runs that are STARTING, STARTED and CANCELING against it: what a worker is at work on, and what
         has been handed over. Elsewhere (every run's own process asks for the limits of pools here) it is the configured
-        limit, and costs nothing. Raises `SettingsError`.
+        limit, and costs nothing. While the fleet is held the number is 0. Raises `SettingsError`.
         """
         config = super().get_run_queue_config()
         if not self._dequeues:
             return config
         with bounded_calls(self._instance, CALL_S):
-            slots = self._slots().count()
-            self._measure(slots)
-            self._notes().write()
-        limit = slots + self._look_ahead
+            hold, slots = self._look_for_hold(), self._slots().count()
+            self._measure(slots, hold)
+            if hold is None:
+                self._notes().write()
+        limit = slots + self._look_ahead if hold is None else 0
         if config.max_concurrent_runs != _NO_LIMIT:
             limit = min(limit, config.max_concurrent_runs)
         return config._replace(max_concurrent_runs=limit)
@@ -179,6 +183,16 @@ class TaskiqRunCoordinator(QueuedRunCoordinator[DagsterInstance]):
             self._known_notes = WaitNotes(self._instance, self.check().settings)
         return self._known_notes
 
+    def _look_for_hold(self) -> Hold | None:
+        """Whether the fleet is held; the runs that wait are told."""
+        if self._known_hold is None:
+            self._known_hold = HoldWatch(self._instance), HoldNotes(self._instance)
+        watch, notes = self._known_hold
+        hold = watch.look()
+        if hold is not None:
+            notes.write(hold)
+        return hold
+
     def _metrics(self) -> Metrics:
         """Those of Dagster's daemon, which alone dequeues."""
         if self._known_metrics is None:
@@ -188,7 +202,7 @@ class TaskiqRunCoordinator(QueuedRunCoordinator[DagsterInstance]):
             )
         return self._known_metrics
 
-    def _measure(self, slots: int) -> None:
+    def _measure(self, slots: int, hold: Hold | None) -> None:
         metrics = self._metrics()
         if not metrics.wanted or time.monotonic() - self._measured_at < _MEASURE_EVERY_S:
             return
@@ -198,4 +212,6 @@ class TaskiqRunCoordinator(QueuedRunCoordinator[DagsterInstance]):
         except Exception:  # a number that is missing must not keep runs from being launched
             logger.exception("waiting runs could not be counted")
             return
-        metrics.put({RUNS_WAITING: waiting.count, OLDEST_WAITS: waiting.oldest_s, RUN_SLOTS: slots})
+        # A fleet is scaled on the runs that wait. More workers would not help those that are held.
+        waits, held = (waiting.count, 0) if hold is None else (0, waiting.count)
+        metrics.put({RUNS_WAITING: waits, RUNS_HELD: held, OLDEST_WAITS: waiting.oldest_s, RUN_SLOTS: slots})

@@ -31,6 +31,8 @@ from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage import engine_events
 from dagster_taskiq.storage.claims import Claims, Owner
 from dagster_taskiq.storage.event_log import append_event
+from dagster_taskiq.storage.fleet import read_hold
+from dagster_taskiq.storage.hold_notes import held_note
 from dagster_taskiq.storage.tags import (
     TASK_ID_TAG,
     own_tags,
@@ -160,6 +162,15 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             logger.warning("run not launched, and not needed any more: %s", error, extra={"run_id": run.run_id})
             return
         self._append(run, engine_events.submitted(task_id, queue_name(self.settings.queue_url), _ignored(run)))
+        self._note_hold(run)
+
+    def _note_hold(self, run: DagsterRun) -> None:
+        """Say in its log that the fleet is held: `TaskiqRunCoordinator` launches nothing then, others do."""
+        try:
+            if (hold := read_hold(self._instance)) is not None:
+                append_event(self._instance, run, held_note(hold))
+        except Exception:
+            logger.exception("it could not be noted that the fleet is held", extra={"run_id": run.run_id})
 
     def _make_broker(self) -> "CancellableSQSBroker":
         from dagster_taskiq.cancellable_broker import CancellableSQSBroker

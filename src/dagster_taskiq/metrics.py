@@ -47,8 +47,9 @@ CLEANUP_ATTEMPTS: Final = Metric("CleanupAttempts", "cleanup.attempts", "counter
 LEASES_LOST: Final = Metric("LeasesLost", "leases.lost", "counter", "messages that were no longer ours")
 RUNNING: Final = Metric("WorkRunning", "work.running", "gauge", "runs and steps that are running, in each worker")
 RUNS_WAITING: Final = Metric(
-    "RunsWaiting", "runs.waiting", "gauge", "runs in Dagster's queue, or handed over and not at work yet"
+    "RunsWaiting", "runs.waiting", "gauge", "runs in Dagster's queue, or handed over and not at work yet; held: 0"
 )
+RUNS_HELD: Final = Metric("RunsHeld", "runs.held", "gauge", "the same, while the fleet is held; else 0")
 OLDEST_WAITS: Final = Metric("SecondsOldestRunWaits", "runs.oldest", "gauge", "since the oldest of them was created")
 RUN_SLOTS: Final = Metric("RunSlots", "runs.slots", "gauge", "runs that all living workers can work on at a time")
 WAITED: Final = Metric("SecondsWaited", "work.waited", "histogram", "from sent to started")
@@ -66,6 +67,7 @@ ALL: Final = (
     RUNNING,
     WAITED,
     RUNS_WAITING,
+    RUNS_HELD,
     OLDEST_WAITS,
     RUN_SLOTS,
 )

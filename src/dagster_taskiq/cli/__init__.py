@@ -9,6 +9,7 @@ from dagster_taskiq.cli.commands import OneLineErrors
 from dagster_taskiq.cli.demo import demo
 from dagster_taskiq.cli.dev import dev
 from dagster_taskiq.cli.doctor import doctor
+from dagster_taskiq.cli.fleet import fleet
 from dagster_taskiq.cli.infra import infra
 from dagster_taskiq.cli.queue import queue
 from dagster_taskiq.cli.run import run
@@ -34,5 +35,6 @@ main.add_command(queue)
 main.add_command(dev)
 main.add_command(demo)
 main.add_command(run)
+main.add_command(fleet)
 main.add_command(doctor)
 main.add_command(infra)

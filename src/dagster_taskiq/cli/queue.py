@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from dagster_taskiq.settings import Settings
     from dagster_taskiq.sqs.admin import QueueStatus
+    from dagster_taskiq.storage.fleet import Hold
     from dagster_taskiq.storage.heartbeats import Heartbeat
     from dagster_taskiq.storage.waiting import CancelledRuns, WaitingRuns
 
@@ -86,7 +87,7 @@ def status(config_file: Path | None, *, every_s: float | None, as_json: bool) ->
     of the messages, are cancelled already and will not start; and which messages living workers have found to be of no
     use: those come again, ever more rarely, until they expire or are purged.
     With --json that is in `runs_waiting`, `cancelled` and `unusable` of the work queue; null: the database was not
-    asked, or did not answer.
+    asked, or did not answer. A fleet that is held (`fleet hold`) says so, with --json in `hold`.
 
     \b
     Example:
@@ -121,6 +122,7 @@ class _Runs:
     cancelled: "CancelledRuns"
     unusable: "Sequence[Mapping[str, Any]]"
     """Of the work queue and the steps queue."""
+    hold: "Hold | None"
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,18 +157,21 @@ def _look_at_runs(settings: "Settings", visible: int | None) -> _Runs | None:
         return None
     from dagster_taskiq.dagster_compat.instance import open_instance
     from dagster_taskiq.queue_names import queue_name
+    from dagster_taskiq.storage.fleet import read_hold
     from dagster_taskiq.storage.heartbeats import Heartbeats
     from dagster_taskiq.storage.waiting import cancelled_runs, waiting_runs, why_runs_wait
     from dagster_taskiq.storage.workers import list_workers
 
     with open_instance() as instance:
+        hold = read_hold(instance)
         living = Heartbeats.of_runs(instance, settings).living()
         workers = list_workers(instance, settings)
         return _Runs(
             waiting_runs(instance),
-            why_runs_wait(workers, settings),
+            hold.described() if hold is not None else why_runs_wait(workers, settings),
             cancelled_runs(instance, workers, visible),
             _unusable(living, queue_name(settings.queue_url)),
+            hold,
         )
 
 
@@ -176,6 +181,7 @@ def _to_json(seen: _Seen) -> list[dict[str, Any]]:
         "runs_waiting": runs and {**asdict(runs.waiting), "why": runs.why},
         "cancelled": runs and asdict(runs.cancelled),
         "unusable": runs and runs.unusable,
+        "hold": asdict(runs.hold) if runs and runs.hold else None,
     }
     return [{"name": one.name, **asdict(one), **(of_work if one.role == "work" else {})} for one in seen.queues]
 
@@ -227,7 +233,12 @@ def _numbers(queue: "QueueStatus") -> tuple[str, str, str, str]:
 
 
 def _said_of_runs(runs: _Runs) -> "Iterator[str]":
-    yield runs.waiting.described(runs.why) or "no run waits for a worker"
+    from dagster_taskiq.storage.waiting import HELD
+
+    if runs.hold is not None:
+        yield runs.hold.notice()
+    why = runs.why if runs.hold is None else HELD
+    yield runs.waiting.described(why) or "no run waits for a worker"
     if ended := runs.waiting.of_cancelled_backfills:
         yield f"{ended} more wait and will not start: their backfill was cancelled, and Dagster's daemon ends them"
     cancelled = runs.cancelled

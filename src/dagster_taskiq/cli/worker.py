@@ -1,4 +1,4 @@
-"""`dagster-taskiq worker`: start a worker in the foreground, list all workers, ask for their health."""
+"""`dagster-taskiq worker`: start a worker in the foreground, list all workers, stop them, ask for their health."""
 
 import time
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from dagster_taskiq._gc import collection_paused
 from dagster_taskiq.cli.options import config_option, log_format_option, log_level_option, soon_over
 from dagster_taskiq.cli.output import TableOrLines, age
 from dagster_taskiq.cli.watch import show, watch_options
+from dagster_taskiq.cli.worker_stop import stop_workers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from dagster_taskiq.cli.logs import LogFormat
+    from dagster_taskiq.settings import Settings
     from dagster_taskiq.storage.workers import WorkerInfo, WorkInfo
 
 _NOBODY: Final = "no worker is alive; start one with `dagster-taskiq worker start`"
@@ -27,12 +29,13 @@ _NOBODY: Final = "no worker is alive; start one with `dagster-taskiq worker star
 
 @click.group()
 def worker() -> None:
-    """Start workers, and see what they are working on.
+    """Start workers, see what they are working on, and stop them.
 
     \b
     Example:
       dagster-taskiq worker start -n loader-1 --max-runs 2 --max-steps 8
       dagster-taskiq worker list
+      dagster-taskiq worker stop loader-1 --reason "a larger machine"
     """
 
 
@@ -153,7 +156,8 @@ def list_workers(config_file: Path | None, *, everybody: bool, every_s: float | 
     """Show which workers are alive, and what each one is working on, since when. Asks only Dagster's database.
 
     Every worker writes a heartbeat there. `silent`: its heartbeat is late, and nothing has been decided about its
-    work yet. Exit code 1 when no worker is alive; with --watch, 0 on Ctrl-C.
+    work yet. `draining`: it takes nothing new, and ends. Exit code 1 when no worker is alive; with --watch, 0 on
+    Ctrl-C.
 
     \b
     Example:
@@ -165,7 +169,6 @@ def list_workers(config_file: Path | None, *, everybody: bool, every_s: float | 
 
     from dagster_taskiq.cli.configured import configured
     from dagster_taskiq.dagster_compat.instance import open_instance
-    from dagster_taskiq.storage.waiting import describe_waiting
     from dagster_taskiq.storage.workers import ALIVE, list_workers
 
     settings = configured(config_file)
@@ -173,10 +176,10 @@ def list_workers(config_file: Path | None, *, everybody: bool, every_s: float | 
 
         def look() -> _Fleet:
             workers = list_workers(instance, settings, everybody=everybody)
-            lines = [] if as_json else [describe_waiting(instance, settings, workers)]
+            lines = [] if as_json else _about(instance, settings, workers)
             if every_s is not None and not any(worker.state == ALIVE for worker in workers):
                 lines.append(_NOBODY)
-            return _Fleet(workers, [line for line in lines if line is not None])
+            return _Fleet(workers, lines)
 
         def to_json(fleet: _Fleet) -> list[dict[str, Any]]:
             return [asdict(worker) for worker in fleet.workers]
@@ -187,11 +190,22 @@ def list_workers(config_file: Path | None, *, everybody: bool, every_s: float | 
         raise SystemExit(1)
 
 
+def _about(instance: "DagsterInstance", settings: "Settings", workers: "Sequence[WorkerInfo]") -> list[str]:
+    """Who stops, whether the fleet is held, and what waits."""
+    from dagster_taskiq.storage.fleet import read_hold
+    from dagster_taskiq.storage.waiting import describe_waiting
+
+    hold = read_hold(instance)
+    lines = [*_endings(workers), hold.notice() if hold is not None else None]
+    lines.append(describe_waiting(instance, settings, workers, hold))
+    return [line for line in lines if line is not None]
+
+
 @dataclass(frozen=True, slots=True)
 class _Fleet:
     workers: "Sequence[WorkerInfo]"
     lines: "Sequence[str]"
-    """About the runs that wait, and about nobody being there."""
+    """About workers that stop, a hold, the runs that wait, and about nobody being there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +230,7 @@ def _table(workers: "Sequence[WorkerInfo]") -> "Table":
         table.add_column(heading, no_wrap=heading not in ("worker", "working on"), overflow="fold")
     for worker in workers:
         up = age(now - worker.since) if worker.since is not None and worker.state != "gone" else ""
-        row = [worker.worker_id, worker.state, f"{age(now - worker.heard)} ago", up, *_slots(worker)]
+        row = [worker.worker_id, worker.shown_state, f"{age(now - worker.heard)} ago", up, *_slots(worker)]
         for work in worker.work or (None,):
             if work is None:
                 table.add_row(*row)
@@ -232,10 +246,21 @@ def _lines(workers: "Sequence[WorkerInfo]") -> "Iterator[str]":
     for worker in workers:
         runs, steps = _slots(worker)
         yield worker.worker_id
-        yield f"  {worker.state}, heartbeat {age(now - worker.heard)} ago, runs {runs or '?'}, steps {steps or '?'}"
+        heard, taken = age(now - worker.heard), f"runs {runs or '?'}, steps {steps or '?'}"
+        yield f"  {worker.shown_state}, heartbeat {heard} ago, {taken}"
         for work in worker.work:
             yield f"  {_name(work)}"
             yield f"    {work.status or '?'} for {age(now - work.since)}"
+
+
+def _endings(workers: "Sequence[WorkerInfo]") -> "Iterator[str]":
+    """One line about each worker that stops: why, and what becomes of its work."""
+    now = time.time()
+    for worker in workers:
+        if worker.stopping is not None and worker.state == "alive":
+            until = worker.stopping.until
+            then = f"what still runs is interrupted in {age(until - now)}" if until else "what runs is finished"
+            yield f"{worker.worker_id} stops, by {worker.stopping.described()}; {then}"
 
 
 def _slots(worker: "WorkerInfo") -> tuple[str, str]:
@@ -250,3 +275,6 @@ def _slots(worker: "WorkerInfo") -> tuple[str, str]:
 def _name(work: "WorkInfo") -> str:
     step = f" step {work.step_key}" if work.step_key else ""
     return f"{work.assets or work.job or '(deleted)'} {work.run_id[:8]}{step}"
+
+
+worker.add_command(stop_workers)

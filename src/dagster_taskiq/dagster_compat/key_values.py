@@ -1,14 +1,16 @@
 """Single keys of Dagster's key-value storage: read, compared and swapped, found by their order.
 
-Every call is one statement, so what it decides is decided by the database: by SQLite, PostgreSQL and MySQL alike.
+Every call that decides something is one statement, so it is decided by the database: by SQLite, PostgreSQL and MySQL
+alike.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from dagster import DagsterInstance, DagsterRunStatus
 
 from dagster_taskiq._time_limit import check_time
+from dagster_taskiq.dagster_compat.storage import put_value
 from dagster_taskiq.errors import DagsterTaskiqError
 
 if TYPE_CHECKING:
@@ -32,6 +34,28 @@ def read_values(instance: DagsterInstance, keys: Iterable[str]) -> dict[str, str
     """The values of those keys of Dagster's key-value storage that are there."""
     wanted = set(keys)
     return dict(instance.daemon_cursor_storage.get_cursor_values(wanted)) if wanted else {}
+
+
+def put_value_and_read(instance: DagsterInstance, key: str, value: str, others: Sequence[str]) -> dict[str, str]:
+    """Set one key of Dagster's key-value storage; the values of those others that are there.
+
+    On PostgreSQL in one statement: it is what every worker asks all the time. On SQLite and MySQL in two.
+    """
+    from dagster._core.storage.runs.schema import KeyValueStoreTable
+    from sqlalchemy import select
+    from sqlalchemy.dialects import postgresql
+
+    with _sql_storage(instance).connect() as connection:
+        if connection.dialect.name == "postgresql":
+            table = KeyValueStoreTable.alias("other").c  # or else it would be the row that was just written
+            insert = postgresql.insert(KeyValueStoreTable).values(key=key, value=value)
+            upsert = insert.on_conflict_do_update(index_elements=["key"], set_={"value": value}).returning(
+                *[select(table.value).where(table.key == other).scalar_subquery() for other in others]
+            )
+            found = connection.execute(upsert).fetchone()
+            return {other: text for other, text in zip(others, found or (), strict=True) if text is not None}
+    put_value(instance, key, value)
+    return read_values(instance, others)
 
 
 def insert_value(instance: DagsterInstance, key: str, value: str) -> bool:

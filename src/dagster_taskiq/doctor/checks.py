@@ -27,6 +27,7 @@ from dagster_taskiq.launcher import TaskiqRunLauncher
 from dagster_taskiq.queue_names import queue_name
 from dagster_taskiq.settings import ENABLE_CANCELLATION_VARIABLE, Settings
 from dagster_taskiq.sqs.probe import QueueFacts
+from dagster_taskiq.storage.fleet import RELEASE, read_hold
 from dagster_taskiq.storage.workers import ALIVE, DEAD, WorkerInfo, list_workers
 
 _SKEW_S: Final = 5.0
@@ -165,6 +166,7 @@ def _of_settings(settings: Settings) -> Iterator[Finding]:
 
 def _dagster(instance: DagsterInstance, settings: Settings, queues: Mapping[str, QueueFacts]) -> Iterator[Finding]:
     yield _run_queue(instance)
+    yield from _hold(instance)
     if (bounds := connection_bounds(instance)) is not None:
         yield bounds
     yield from _monitoring(instance, settings)
@@ -188,6 +190,11 @@ def _run_queue(instance: DagsterInstance) -> Finding:
         reason = line(_settings_error(error) or error.__context__ or error)
         return Finding(check, "error", reason, f"correct dagster.yaml; the shortest is {ours}")
     return ok(check, f"TaskiqRunCoordinator; what has no slot waits in Dagster, but for {coordinator.look_ahead}")
+
+
+def _hold(instance: DagsterInstance) -> Iterator[Finding]:
+    if (hold := read_hold(instance)) is not None:
+        yield Finding("fleet", "warning", f"{hold.described()}; no run is begun", RELEASE)
 
 
 def _monitoring(instance: DagsterInstance, settings: Settings) -> Iterator[Finding]:

@@ -18,15 +18,18 @@ from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage import engine_events
 from dagster_taskiq.storage.claims import held_claims
 from dagster_taskiq.storage.event_log import append_event
+from dagster_taskiq.storage.fleet import Hold, read_hold
 from dagster_taskiq.storage.tags import TASK_ID_TAG
 from dagster_taskiq.storage.workers import ALIVE, WorkerInfo, list_workers
 
 logger = logging.getLogger(__name__)
 
+HELD: Final = "the fleet is held"
+"""Why runs wait, beside the line that says by whom."""
 NOTED_AFTER_S: Final = 60.0
 _LOOK_EVERY_S: Final = 30.0
 _NOTES_AT_ONCE: Final = 100
-_STATUSES: Final = (DagsterRunStatus.QUEUED, DagsterRunStatus.STARTING)
+WAITING_STATUSES: Final = (DagsterRunStatus.QUEUED, DagsterRunStatus.STARTING)
 _IN_PROGRESS: Final = RunsFilter(
     statuses=[DagsterRunStatus.STARTING, DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING]
 )
@@ -69,7 +72,7 @@ def waiting_runs(instance: DagsterInstance) -> WaitingRuns:
 
     Those that a limit of the run queue, of a tag or of a pool holds back are among them.
     """
-    found = count_waiting(instance, _STATUSES)
+    found = count_waiting(instance, WAITING_STATUSES)
     oldest_s = max(0.0, time.time() - found.oldest) if found.oldest is not None else 0.0
     return WaitingRuns(found.count, oldest_s, found.of_cancelled_backfills)
 
@@ -104,18 +107,22 @@ def runs_in_progress(instance: DagsterInstance) -> int:
     return instance.get_runs_count(_IN_PROGRESS)
 
 
-def describe_waiting(instance: DagsterInstance, settings: Settings, workers: Sequence[WorkerInfo]) -> str | None:
+def describe_waiting(
+    instance: DagsterInstance, settings: Settings, workers: Sequence[WorkerInfo], hold: Hold | None = None
+) -> str | None:
     """One line about all runs that wait; None when none does. `workers`: those of `list_workers`."""
-    return waiting_runs(instance).described(why_runs_wait(workers, settings))
+    why = why_runs_wait(workers, settings) if hold is None else HELD
+    return waiting_runs(instance).described(why)
 
 
 def describe_wait(instance: DagsterInstance, settings: Settings, run_id: str) -> str:
     """One line about a run that no worker has: for how long it has waited, how many are older, and why."""
-    why = why_runs_wait(list_workers(instance, settings), settings)
+    hold = read_hold(instance)
+    why = hold.described() if hold is not None else why_runs_wait(list_workers(instance, settings), settings)
     record = instance.get_run_record_by_id(run_id)
     if record is None:
         return "it was deleted"
-    older = instance.get_runs_count(RunsFilter(statuses=_STATUSES, created_before=record.create_timestamp))
+    older = instance.get_runs_count(RunsFilter(statuses=WAITING_STATUSES, created_before=record.create_timestamp))
     return engine_events.waiting(time.time() - record.create_timestamp.timestamp(), older, why).message
 
 
@@ -150,14 +157,14 @@ class WaitNotes:
 
     def _write(self, now: float) -> None:
         due = RunsFilter(
-            statuses=_STATUSES, created_after=self._written_until, created_before=_utc(now - NOTED_AFTER_S)
+            statuses=WAITING_STATUSES, created_after=self._written_until, created_before=_utc(now - NOTED_AFTER_S)
         )
         records = self._instance.get_run_records(due, limit=_NOTES_AT_ONCE, ascending=True)
         if not records:
             return
         why = why_runs_wait(list_workers(self._instance, self._settings), self._settings)
         first = records[0].create_timestamp
-        older = self._instance.get_runs_count(RunsFilter(statuses=_STATUSES, created_before=first))
+        older = self._instance.get_runs_count(RunsFilter(statuses=WAITING_STATUSES, created_before=first))
         for number, record in enumerate(records):
             waited_s = now - record.create_timestamp.timestamp()
             append_event(self._instance, record.dagster_run, engine_events.waiting(waited_s, older + number, why))

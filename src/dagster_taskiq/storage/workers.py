@@ -10,6 +10,7 @@ from typing import Any, Final, TypeAlias
 
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunRecord, RunsFilter
 
+from dagster_taskiq._text import one_line
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.claims import Claim, held_claims
@@ -19,6 +20,7 @@ ALIVE: Final = "alive"
 SILENT: Final = "silent"
 DEAD: Final = "dead"
 GONE: Final = "gone"
+DRAINING: Final = "draining"
 _IMPLICIT_JOB: Final = "__ASSET_JOB"
 _NAMED_ASSETS: Final = 2
 _Entry: TypeAlias = tuple[str, str | None, float]
@@ -40,6 +42,22 @@ class WorkInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class StopInfo:
+    """Since when a worker stops, and why. Times are by its own clock, in seconds since the epoch."""
+
+    at: float
+    by: str
+    """A person, `a signal` (SIGTERM), or `a deployment`."""
+    reason: str | None
+    until: float | None
+    """When what still runs is interrupted; None: never, it is finished."""
+
+    def described(self) -> str:
+        """Who has stopped it, and why, in one line."""
+        return f"{one_line(self.by)}: {one_line(self.reason)}" if self.reason else one_line(self.by)
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerInfo:
     """One worker, by its last heartbeat. Times are by its own clock, in seconds since the epoch."""
 
@@ -57,6 +75,15 @@ class WorkerInfo:
     work: tuple[WorkInfo, ...]
     queue: str | None = None
     """Name of the work queue that it serves."""
+    stopping: StopInfo | None = None
+    """It takes nothing new, and ends."""
+    held: float | None = None
+    """The hold on the fleet that it has heard of: since when that is."""
+
+    @property
+    def shown_state(self) -> str:
+        """`draining` for one that is alive and stops."""
+        return DRAINING if self.stopping is not None and self.state == ALIVE else self.state
 
 
 def list_workers(instance: DagsterInstance, settings: Settings, *, everybody: bool = False) -> list[WorkerInfo]:
@@ -133,7 +160,15 @@ def _worker_info(last: Heartbeat, state: str, entries: Sequence[_Entry], runs: M
         steps=slots[1],
         work=tuple(work),
         queue=facts.get("queue"),
+        stopping=_stopping(facts.get("stopping")),
+        held=facts.get("held"),
     )
+
+
+def _stopping(facts: Mapping[str, Any] | None) -> StopInfo | None:
+    if facts is None:
+        return None
+    return StopInfo(facts["at"], str(facts.get("by") or ""), facts.get("reason"), facts.get("until"))
 
 
 def _has_ended_since(record: RunRecord, last: Heartbeat) -> bool:

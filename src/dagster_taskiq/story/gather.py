@@ -22,6 +22,7 @@ from dagster_taskiq.launcher import TaskiqRunLauncher
 from dagster_taskiq.queue_names import queue_name
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.claims import Claim, Claims, ClaimState
+from dagster_taskiq.storage.fleet import read_hold
 from dagster_taskiq.storage.slots import RunSlots
 from dagster_taskiq.storage.step_claims import StepClaims
 from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, TASK_ID_TAG, own_tags
@@ -115,6 +116,7 @@ def _surroundings(
     monitored = instance.run_monitoring_enabled
     return Surroundings(
         now=now,
+        hold=hold.described() if (hold := read_hold(instance)) is not None else None,
         owner=owner,
         workers_alive=len(at_runs),
         slots=slots,

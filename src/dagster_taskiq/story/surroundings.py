@@ -72,6 +72,8 @@ class Surroundings:
     """All of it. Empty for a run that is over."""
 
     now: float
+    hold: str | None = None
+    """The fleet is held, by whom and why: no run is begun."""
     owner: OwnerFacts | None = None
     workers_alive: int = 0
     """That serve this queue and take runs."""

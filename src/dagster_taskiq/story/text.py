@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime
 
-from dagster_taskiq._text import duration
+from dagster_taskiq._text import duration, one_line
 
 __all__ = ["clock", "date_and_clock", "duration", "one_line"]
 
@@ -15,9 +15,3 @@ def clock(at: float) -> str:
 def date_and_clock(at: float) -> str:
     """ "2026-11-29 02:14:09 UTC"."""
     return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M:%S} UTC"
-
-
-def one_line(text: str, at_most: int = 400) -> str:
-    """Without line breaks, control characters and superfluous spaces, and not longer than that."""
-    line = " ".join("".join(one if one.isprintable() else " " for one in text).split())
-    return line if len(line) <= at_most else line[: at_most - 1] + "…"

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from dagster_taskiq.storage.fleet import RELEASE
 from dagster_taskiq.story.log import Log
 from dagster_taskiq.story.model import Bar, Outcome, Wait
 from dagster_taskiq.story.phases import Phases
@@ -25,6 +26,11 @@ def what_it_waits_for(
     status: str, phases: Phases, steps: Sequence[Bar], log: Log, around: Surroundings
 ) -> Iterator[Wait]:
     """In the order of their importance. Empty for a run that works, or is over."""
+    begins = status in ("QUEUED", "NOT_STARTED", "STARTING", "STARTED")
+    if around.hold is not None and begins and (around.owner is None or around.owner.state not in (ALIVE, SILENT)):
+        yield Wait(around.hold, None, None, (f"to let it begin: {RELEASE}",))
+        if around.owner is None:
+            return
     if status == "QUEUED":
         yield from _queued(phases, around)
     elif status in ("NOT_STARTED", "STARTING"):

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 WorkKind = Literal["execute_run", "resume_run", "execute_step"]
 
+_IS_STOPPED: Final = {DagsterRunStatus.CANCELING, DagsterRunStatus.CANCELED}
 _MONITORING_DECIDES_S: Final = 30.0
 """Run monitoring was told that a worker is dead: for so long the worker's own message is not followed, because
 monitoring resumes the run, under another task id, or fails it."""
@@ -71,9 +72,10 @@ class Candidate:
     where: str
 
 
-def admit_run(instance: DagsterInstance, claims: Claims, candidate: Candidate) -> Decision:
+def admit_run(instance: DagsterInstance, claims: Claims, candidate: Candidate, held: str | None = None) -> Decision:
     """Look the run up, claim it, look again, decide. Blocks on the database.
 
+    `held`: why nothing may be begun; then only what is to be cancelled goes on.
     LOOK_AGAIN means: call this again after `claims.heartbeats.confirm_s`. A decision other than that, DROP and
     HAND_BACK leaves the claim with this worker.
     """
@@ -86,6 +88,8 @@ def admit_run(instance: DagsterInstance, claims: Claims, candidate: Candidate) -
     other = _other_owner(claims, candidate, run, seen)
     if other is not None:
         return other
+    if held is not None and run.status not in _IS_STOPPED:
+        return Decision(Action.HAND_BACK, held, run)
     if TASK_ID_TAG not in own_tags(run):
         # Sent by somebody else's producer: from now on the run can be terminated all the same.
         add_own_tags(instance, run, {TASK_ID_TAG: candidate.task_id})

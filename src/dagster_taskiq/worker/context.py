@@ -73,6 +73,8 @@ class WorkerContext:
     """Set when the worker's drain is over: whatever still goes on here has to end."""
     lane: Lane = field(default_factory=lambda: Lane("the database, for work"))
     """Calls to the database, for work; the heartbeat and others have lanes of their own."""
+    held: Callable[[], str | None] = lambda: None
+    """Why no run may be begun, in words; None: it may be."""
     unusable: Callable[[], list[UnusableMessage]] = list
     """Messages that this worker has received and that nobody can use, for the heartbeat."""
     active: dict[str, ActiveTask] = field(default_factory=dict)

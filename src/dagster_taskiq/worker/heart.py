@@ -1,6 +1,6 @@
 """The worker's heartbeat: writes into Dagster's database that it is alive, and what it is working on.
 
-Knows heartbeats and time; not how anybody judges them.
+With the same query it reads what people want of this worker. Knows heartbeats and time; not how anybody judges them.
 """
 
 import asyncio
@@ -12,8 +12,10 @@ from dagster_taskiq._lane import Lane
 from dagster_taskiq._retry import retry_async
 from dagster_taskiq.metrics import RUNNING
 from dagster_taskiq.queue_names import queue_name
+from dagster_taskiq.storage.fleet import forget_stop
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.worker.context import WorkerContext
+from dagster_taskiq.worker.orders import Orders
 
 _MEASURE_EVERY_S: Final = 60
 
@@ -21,11 +23,12 @@ _MEASURE_EVERY_S: Final = 60
 class Heart:
     """Beats until cancelled."""
 
-    def __init__(self, heartbeats: Heartbeats, context: WorkerContext, stopping: asyncio.Event) -> None:
-        """`stopping`: set when the worker takes no more work."""
+    def __init__(self, heartbeats: Heartbeats, context: WorkerContext, stopping: asyncio.Event, orders: Orders) -> None:
+        """`stopping`: set when the worker takes no more work. `orders` are given what is read."""
         self._heartbeats = heartbeats
         self._context = context
         self._stopping = stopping
+        self._orders = orders
         self._started_at = time.time()
         self._measured_at = 0.0
         # A beat that has not arrived when the next one is due may as well be given up.
@@ -48,6 +51,7 @@ class Heart:
             "queue": queue_name(context.settings.queue_url),
             "slots": self._slots(),
             "work": work,
+            **self._orders.facts(),
         }
         if unusable := context.unusable():
             facts["unusable"] = [message.to_json() for message in unusable]
@@ -55,17 +59,16 @@ class Heart:
             self._measured_at = time.monotonic()
             context.metrics.put({RUNNING: len(work)})
         began = time.monotonic()
-        await self._lane.call(self._heartbeats.beat, context.worker_id, facts)
+        asked = await self._lane.call(self._heartbeats.beat, context.worker_id, facts, self._orders.asks)
         context.heard_at = began
+        self._orders.hear(asked)
 
     async def _pause(self, every_s: float) -> None:
-        """Until the next beat is due; it is when the worker begins to stop, so that nothing is handed over for it."""
-        if self._stopping.is_set():
-            await asyncio.sleep(every_s)
-            return
+        """Until the next beat is due; it is when there are news: a worker that stops is handed nothing more over."""
         with suppress(TimeoutError):
             async with asyncio.timeout(every_s):
-                await self._stopping.wait()
+                await self._orders.news.wait()
+        self._orders.news.clear()
 
     def _slots(self) -> list[int]:
         """Slots for runs and for steps; a worker that stops has none that is free."""
@@ -79,5 +82,7 @@ class Heart:
         """Write that the worker has ended, so that nobody waits for its heartbeat to grow old."""
         try:
             await self._lane.call(self._heartbeats.gone, self._context.worker_id)
+            if self._orders.was_asked_to_stop:
+                await self._lane.call(forget_stop, self._context.instance, self._context.worker_id)
         finally:
             self._lane.close()

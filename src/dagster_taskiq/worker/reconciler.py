@@ -200,6 +200,8 @@ class Reconciler:
     def _begin(self, lost: LostRun, finishing: asyncio.TaskGroup) -> None:
         run_id = lost.run.run_id
         takes_a_slot = lost.run.status in _GOES_ON
+        if takes_a_slot and self._context.held():
+            return  # nothing is begun; what is to be stopped is
         slots = self._context.settings.max_concurrent_runs - self._context.active_by_kind()["runs"]
         if lost.task_id in self._tasks or (slots <= 0 if takes_a_slot else len(self._mine) >= _AT_ONCE):
             return

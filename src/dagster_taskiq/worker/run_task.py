@@ -114,7 +114,9 @@ class RunWork:
         claims = self._context.claims
         while True:
             decision = await retry_async(
-                lambda: self._context.lane.call(admit_run, self._context.instance, claims, candidate),
+                lambda: self._context.lane.call(
+                    admit_run, self._context.instance, claims, candidate, self._context.held()
+                ),
                 doing="look up a run",
                 for_s=DATABASE_RETRY_S,
                 until=lambda: signal.is_shutdown,
@@ -144,7 +146,8 @@ class RunWork:
         if decision.action not in (Action.START, Action.RESUME):  # of these two `_execute` logs that they begin
             logger.info("run not started: %s", decision.action.value, extra=_about(candidate, decision))
         if decision.action is Action.HAND_BACK:
-            return context.hand_back_later()
+            # While the fleet is held nobody receives it: it is to be there when that ends.
+            return Settled(Settlement.HAND_BACK) if context.held() else context.hand_back_later()
         if decision.action is Action.DROP or run is None:
             return Settled(Settlement.DELETE)
         if decision.action is Action.FAIL:
@@ -173,6 +176,10 @@ class RunWork:
         if decision.is_stale(context.settings.dead_after_s) and not task.signal.is_set:
             log.ended(HANDED_BACK, "the worker hung")
             return await context.give_up(run, "the worker hung", delay_s=0)
+        # Since it was admitted; from here on it counts as at work, and goes on.
+        if (held := context.held()) is not None and not task.signal.is_set:
+            log.ended(HANDED_BACK, held)
+            return await context.give_up(run, held, delay_s=0)
         writer = EventWriter(context.instance, run, context.worker_id, task.signal, lane=context.lane)
         work = ChildWork(
             target=RUN_TARGET,

@@ -1,7 +1,8 @@
 """Puts the parts of a worker together and owns its start, its drain and its stop.
 
-Stopping: the first SIGTERM or SIGINT ends the receiving; what runs may go on for `drain_seconds` (cancellations are
-still received); then, or at a second signal, children are interrupted without a cancel intent.
+Stopping: the first SIGTERM or SIGINT, or a request from afar, ends the receiving; what runs may go on for
+`drain_seconds` (cancellations are still received); then, or at a second signal, children are interrupted without a
+cancel intent.
 """
 
 import asyncio
@@ -14,13 +15,11 @@ import socket
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from importlib import import_module
 from typing import Any, Final
 
 from dagster import DagsterInstance, RunsFilter
 from taskiq import TaskiqMessage
 
-from dagster_taskiq._gc import collection_paused
 from dagster_taskiq._lane import Lane
 from dagster_taskiq._log_context import log_context
 from dagster_taskiq._retry import retry_async
@@ -30,20 +29,18 @@ from dagster_taskiq.cancellable_broker import CancellableSQSBroker
 from dagster_taskiq.cancellable_receiver import CancellableReceiver, ReceiverHooks
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.cancellation.words import THE_RUN
-from dagster_taskiq.child.main import PRELOAD, WARM_UP
-from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES, InstanceRef, serialize_value
+from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
 from dagster_taskiq.dagster_compat.connections import bound_connections
-from dagster_taskiq.dagster_compat.instance import import_what_opening_takes, open_instance, read_instance_ref
-from dagster_taskiq.dagster_compat.storage import read_migration_scripts_once
+from dagster_taskiq.dagster_compat.instance import open_instance
 from dagster_taskiq.messages import run_of_step_task
 from dagster_taskiq.metrics import Metrics, on_ecs
 from dagster_taskiq.process.fork_server import ForkServer
 from dagster_taskiq.queue_names import queue_name
 from dagster_taskiq.settings import Settings
-from dagster_taskiq.sqs.client import WARM_UP as SQS_WARM_UP
 from dagster_taskiq.sqs.s3_payloads import PayloadBucket
 from dagster_taskiq.storage.claims import Claims, forget_old_claims
 from dagster_taskiq.storage.engine_events import no_log
+from dagster_taskiq.storage.fleet import StopRequest, forget_old_stops
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.step_claims import StepClaims, forget_old_step_claims
 from dagster_taskiq.storage.step_state import forget_old_states
@@ -53,8 +50,10 @@ from dagster_taskiq.tasks.running_tasks import RunningTasks
 from dagster_taskiq.worker.claim_watch import ClaimWatch
 from dagster_taskiq.worker.context import CancelRuns, WorkerContext, cancel_none
 from dagster_taskiq.worker.ecs import Agent, Protection, Task, until_outdated
+from dagster_taskiq.worker.forking import fork_server, forked_server
 from dagster_taskiq.worker.health import answering
 from dagster_taskiq.worker.heart import Heart
+from dagster_taskiq.worker.orders import Orders
 from dagster_taskiq.worker.reconciler import Reconciler
 from dagster_taskiq.worker.run_task import RunWork
 from dagster_taskiq.worker.status_poller import StatusPoller
@@ -84,7 +83,7 @@ def run_worker(
     handlers for SIGTERM and SIGINT. `agent`: that of ECS, in a container of it; default: what the environment names.
     `cancel_runs`: for the runs that a terminated run has launched. Raises `DagsterTaskiqError` when it cannot start.
     """
-    server = _forked_server(settings)
+    server = forked_server(settings)
     try:
         with open_instance() as instance:
             bound_connections(instance, ours=True)
@@ -95,22 +94,6 @@ def run_worker(
     finally:
         server.discard()
     return 0
-
-
-def _forked_server(settings: Settings) -> ForkServer:
-    """The fork server, forked from this process while it has neither connections nor threads.
-
-    What both of them need is imported before that, once.
-    """
-    with collection_paused():
-        reference = read_instance_ref()
-        for module in PRELOAD:
-            import_module(module)
-        import_what_opening_takes(reference)
-        read_migration_scripts_once()
-        server = fork_server(reference, settings)
-        server.fork_early()
-    return server
 
 
 class Worker:
@@ -142,20 +125,41 @@ class Worker:
         self._heartbeats = Heartbeats.of_runs(instance, settings)
         self._lane = Lane("the database, for cancels of others", _IS_OVER_S)
         self._tasks = RunningTasks()
-        self._ready = False
+        self._orders = Orders(self.worker_id, self._follow, settings.drain_seconds)
+        self._ready = self._signalled = False
         self._stopping = asyncio.Event()
         self._told_to_stop = asyncio.Event()
         self._drained = asyncio.Event()
 
     def stop(self) -> None:
-        """Drain and stop; called again: do not drain."""
-        if self._told_to_stop.is_set():
+        """Drain and stop, as at a signal; called again: do not drain."""
+        if self._signalled:
             logger.warning("stopping without a drain: runs are interrupted now")
             self._drained.set()
-        else:
-            logger.info("stopping: no new work; what runs has %g s to finish", self._settings.drain_seconds)
-            self._told_to_stop.set()
-            self._stopping.set()
+        elif not self._told_to_stop.is_set():
+            self._drain("a signal")
+        self._signalled = True
+
+    def _drain(self, by: str, reason: str | None = None) -> None:
+        logger.info("stopping: no new work; what runs has %g s to finish", self._settings.drain_seconds)
+        self._orders.stops(by, reason)
+        self._told_to_stop.set()
+        self._stopping.set()
+
+    def _end_after_work(self, by: str, reason: str | None = None) -> None:
+        self._orders.stops(by, reason, finish=True)
+        self._stopping.set()
+
+    def _follow(self, request: StopRequest) -> None:
+        """Do what somebody has asked for from afar. What was asked for before, and is more, stays."""
+        logger.info("asked to stop by %s", request.described())
+        if self._told_to_stop.is_set():
+            return
+        if not request.finish:
+            self._drain(request.by, request.reason)
+        elif not self._stopping.is_set():
+            logger.info("no new work; what runs is finished, then the worker ends")
+            self._end_after_work(request.by, request.reason)
 
     async def run(self, on_ready: Callable[[str], None] | None = None, *, handle_signals: bool = False) -> None:
         """Work until `stop`. Raises `DagsterTaskiqError` when a queue cannot be read or no child can be forked."""
@@ -164,7 +168,7 @@ class Worker:
                 asyncio.get_running_loop().add_signal_handler(number, self.stop)
         brokers = self._brokers()
         context = self._context(brokers)
-        heart = Heart(self._heartbeats, context, self._stopping)
+        heart = Heart(self._heartbeats, context, self._stopping, self._orders)
         bucket = self._settings.payload_bucket
         payloads = PayloadBucket(bucket, self._settings.region_name) if bucket else None
         try:
@@ -248,8 +252,9 @@ class Worker:
     async def _retire(self, agent: Agent) -> None:
         """When a deployment has replaced this worker's version: no new work, and end after what runs, however long."""
         await until_outdated(await agent.task())
-        logger.info("outdated: no new work; what runs is finished, then the worker ends")
-        self._stopping.set()
+        if not self._stopping.is_set():
+            logger.info("outdated: no new work; what runs is finished, then the worker ends")
+            self._end_after_work("a deployment")
 
     def _brokers(self) -> list[CancellableSQSBroker]:
         """One for each queue that this worker serves: runs, steps."""
@@ -279,6 +284,7 @@ class Worker:
             ),
             cancel_tasks=partial(_cancel_tasks, brokers[0]),
             cancel_runs=self._cancel_runs,
+            held=lambda: hold.described() if (hold := self._orders.hold) is not None else None,
             unusable=lambda: [message for broker in brokers for message in broker.unusable.told()],
         )
 
@@ -294,6 +300,7 @@ class Worker:
         still_ours: Callable[[str], Awaitable[bool]]
         if broker.queue_url == self._settings.queue_url:
             runs.register(broker)
+            broker.may_receive = self._orders.may_begin
             slots, still_ours = self._settings.max_concurrent_runs, context.still_ours
         else:
             StepWork(context, payloads).register(broker)
@@ -338,6 +345,7 @@ class Worker:
         with suppress(Exception):  # the next worker does it as well
             await self._lane.call(self._heartbeats.forget_the_long_dead)
             await self._lane.call(forget_old_states, self._instance)
+            await self._lane.call(forget_old_stops, self._instance)
             await self._lane.call(forget_old_claims, self._instance, self._heartbeats)
             await self._lane.call(forget_old_step_claims, self._instance, self._heartbeats)
 
@@ -384,12 +392,3 @@ def _describe_message(message: TaskiqMessage) -> dict[str, str]:
     """Run and step that a message names, if it does, for the log."""
     facts = {name: message.kwargs.get(name) for name in ("run_id", "step_key")}
     return {name: value[:_LONGEST_FACT] for name, value in facts.items() if isinstance(value, str)}
-
-
-def fork_server(reference: InstanceRef, settings: Settings) -> ForkServer:
-    """The process from which runs are forked: it has imported Dagster and opened the instance once."""
-    return ForkServer(
-        fresh=settings.start_method == "spawn",
-        preload=(*PRELOAD, *settings.preload_modules),
-        warm_up={WARM_UP: [serialize_value(reference)], SQS_WARM_UP: []},
-    )

@@ -59,9 +59,9 @@ def queued(endpoint: str, runs: int, *, source: Any = None, extra: Any = None, *
         yield platform
 
 
-def submit(platform: Platform, tags: dict[str, str] | None = None) -> str:
+def submit(platform: Platform, tags: dict[str, str] | None = None, job: str = "sleepy_job", **config: Any) -> str:
     repository = RemoteRepositoryOrigin(RegisteredCodeLocationOrigin("jobs"), "__repository__")
-    run = platform.create("sleepy_job", tags, remote_job_origin=RemoteJobOrigin(repository, "sleepy_job"))
+    run = platform.create(job, tags, remote_job_origin=RemoteJobOrigin(repository, job), **config)
     workspace: Any = None
     return platform.instance.run_coordinator.submit_run(SubmitRunContext(run, workspace)).run_id
 

@@ -11,6 +11,7 @@ from tests.support.query_counter import by_way_of, query_counter, target
 from tests.support.waiting import wait_until
 
 from dagster_taskiq.settings import Settings
+from dagster_taskiq.storage.fleet import hold_fleet
 from dagster_taskiq.storage.heartbeats import Heartbeats
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.postgres, pytest.mark.timeout(180)]
@@ -42,6 +43,12 @@ def test_an_idle_worker_asks_for_little(endpoint: str, postgres: str) -> None:
         time.sleep(60)  # a minute is what is measured
         requests, queries = proxy.seen.total() - requests, list(database.queries)
         assert worker.process.poll() is None, worker.log()
+        hold = hold_fleet(platform.instance, reason="migration", by="ada")
+        wait_until(
+            lambda: [last.facts.get("held") for last in heartbeats.last()] == [hold.since],
+            "it has read of the hold with the query of its heartbeat",
+            seen=worker.log,
+        )
         asked_at = time.monotonic()
         assert worker.stop() == 0
         stopped_after_s = time.monotonic() - asked_at
