@@ -4,7 +4,7 @@ import time
 
 import dagster as dg
 
-from dagster_taskiq.examples.bakery.definitions import defs as bakery
+from dagster_taskiq.examples.bakery import definitions as bakery
 
 FILE = "browser_jobs.py"
 DAYS = [f"day-{number:02}" for number in range(20)]
@@ -39,4 +39,4 @@ def waits() -> None:
     wait()
 
 
-defs = dg.Definitions.merge(bakery, dg.Definitions(jobs=[enters, waits]))
+defs = dg.Definitions.merge(bakery.defs, dg.Definitions(jobs=[enters, waits]))

@@ -5,6 +5,7 @@ Knows the configuration and Dagster's instance; `aws_checks` asks AWS. Changes n
 
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -33,7 +34,8 @@ from dagster_taskiq.storage.workers import ALIVE, DEAD, WorkerInfo, list_workers
 _SKEW_S: Final = 5.0
 _CORRECT_CONFIG: Final = "correct 'run_launcher: config:' in dagster.yaml; docs/reference/settings.md has all settings"
 _SHORT_START_S: Final = 600
-_TESTED_DAGSTER: Final = (1, 13)
+_TESTED_DAGSTER: Final = ("1.13.3", "1.14")
+"""From, and before: the range in our metadata."""
 
 
 async def examine(settings: Settings | None = None) -> AsyncIterator[Finding]:
@@ -74,9 +76,24 @@ def _versions() -> Finding:
     here = f"dagster-taskiq {ours}, dagster {dagster}, taskiq {version('taskiq')}, Python {platform.python_version()}"
     if sys.platform != "linux":
         return Finding("versions", "error", f"{here} on {sys.platform}", "run workers on Linux; launchers run anywhere")
-    if tuple(map(int, dagster.split(".")[:2])) != _TESTED_DAGSTER:
-        return Finding("versions", "warning", f"{here}; not tested", "pip install 'dagster>=1.13.3,<1.14'")
+    if not is_tested(dagster):
+        first, end = _TESTED_DAGSTER
+        reason = f"{here}; this release is tested with Dagster from {first} on, before {end}"
+        return Finding("versions", "warning", reason, f"pip install 'dagster>={first},<{end}'")
     return ok("versions", here)
+
+
+def is_tested(dagster: str) -> bool:
+    """Whether this version of Dagster is within the range that our metadata admits. Release candidates count as theirs.
+
+    pip keeps to it when it installs both; not when somebody installs another Dagster afterwards.
+    """
+    first, end = _TESTED_DAGSTER
+    return _numbers(first) <= _numbers(dagster) < _numbers(end)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version.partition("+")[0])[:3]))
 
 
 def _home() -> Finding:
