@@ -13,6 +13,7 @@ from typing import Any, Final
 import click
 
 _NO_FILE: Final = "No dagster instance configuration file"
+_NO_DATABASE: Final = "Retrying failed database connection"
 
 
 class Usage(click.UsageError):
@@ -66,9 +67,25 @@ def only_what_was_asked() -> None:
     """
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    logging.getLogger("dagster").addFilter(_is_no_notice)
+    for name in ("", "dagster"):
+        logger = logging.getLogger(name)
+        for known in [one for one in logger.filters if isinstance(one, _Notices)]:
+            logger.removeFilter(known)
+        logger.addFilter(_Notices())
 
 
-def _is_no_notice(record: logging.LogRecord) -> bool:
-    """Without a `dagster.yaml` Dagster says so in three lines; the error afterwards says it in one."""
-    return not record.getMessage().startswith(_NO_FILE)
+class _Notices:
+    """Drops what Dagster logs at length and the answer, or the error, says in one line.
+
+    It tries for a quarter of a minute to reach a database: a person should know why nothing happens meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._has_said_so = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """False: the record is not shown."""
+        if record.getMessage().startswith(_NO_DATABASE) and not self._has_said_so:
+            self._has_said_so = True
+            click.echo("Dagster's database does not answer; trying again", err=True)
+        return not record.getMessage().startswith((_NO_DATABASE, _NO_FILE))

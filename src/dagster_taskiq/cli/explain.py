@@ -3,8 +3,6 @@
 Errors only; `run explain`, the life of a run, is in `run_explain`.
 """
 
-from collections.abc import Iterator
-
 from dagster_taskiq.errors import DagsterTaskiqError
 
 _NO_HOME = "DAGSTER_HOME is not set"
@@ -27,7 +25,7 @@ def _explain_others(error: BaseException) -> str | None:
     from dagster import DagsterError, DagsterInvalidConfigError
     from sqlalchemy.exc import SQLAlchemyError
 
-    from dagster_taskiq.dagster_compat.storage import outages
+    from dagster_taskiq.dagster_compat.storage import outages, with_causes
 
     if isinstance(error, DagsterInvalidConfigError):
         # Dagster's list of what it expected is its whole schema, hundreds of keys.
@@ -41,23 +39,11 @@ def _explain_others(error: BaseException) -> str | None:
         return _one_line(f"not readable as YAML: {error}")
     if isinstance(error, (SQLAlchemyError, *outages())) and not isinstance(error, OSError):  # a `TimeoutError` is any
         return _one_line(
-            "Dagster's database does not answer, see storage in $DAGSTER_HOME/dagster.yaml: " + _with_causes(error)
+            "Dagster's database does not answer, see storage in $DAGSTER_HOME/dagster.yaml: " + with_causes(error)
         )
     if isinstance(error, DagsterError | OSError | ImportError):
-        return _one_line(_with_causes(error))
+        return _one_line(with_causes(error))
     return None
-
-
-def _with_causes(error: BaseException) -> str:
-    """The texts of an error and of its causes, outermost first, each once."""
-    texts = dict.fromkeys(str(link) or type(link).__name__ for link in _links(error))
-    return ": ".join(texts)
-
-
-def _links(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
 
 
 def _one_line(text: str, at_most: int = 600) -> str:

@@ -222,6 +222,22 @@ def outages() -> tuple[type[Exception], ...]:
     return tuple(errors)
 
 
+def with_causes(error: BaseException) -> str:
+    """The texts of an error and of its causes, outermost first, each once.
+
+    Of SQLAlchemy's errors only what the database's driver says: the rest is the statement, and a link.
+    """
+    from sqlalchemy.exc import DBAPIError
+
+    texts: dict[str, None] = {}
+    link: BaseException | None = error
+    while link is not None:
+        said = link.orig if isinstance(link, DBAPIError) and link.orig is not None else link
+        texts[str(said).strip() or type(said).__name__] = None
+        link = link.__cause__
+    return ": ".join(texts)
+
+
 def is_stored(instance: DagsterInstance, entry: EventLogEntry) -> bool:
     """Whether the log of its run holds this very event, by its time (in microseconds), step and type."""
     kind = entry.dagster_event_type

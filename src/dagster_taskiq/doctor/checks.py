@@ -20,6 +20,7 @@ from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 from dagster_taskiq._lane import Lane
 from dagster_taskiq.coordinator import TaskiqRunCoordinator
 from dagster_taskiq.dagster_compat.instance import open_instance
+from dagster_taskiq.dagster_compat.storage import outages, with_causes
 from dagster_taskiq.doctor.aws_checks import look_at_aws
 from dagster_taskiq.doctor.database_checks import connection_bounds
 from dagster_taskiq.doctor.finding import Finding, line, ok
@@ -124,13 +125,14 @@ def _instance() -> tuple[DagsterInstance | None, Finding]:
         if isinstance(error, DriverMissing):
             reason, _, repair = str(error).partition("; ")
             return None, Finding("storage", "error", reason, repair)
+        if isinstance(error, outages()) and not isinstance(error, OSError):
+            return None, _no_database(error)
         repair = "correct dagster.yaml as the reason says"
         return None, Finding("instance", "error", f"Dagster cannot load it: {line(error)}", repair)
     try:
         instance.get_runs(limit=1)
     except Exception as error:  # noqa: BLE001 - as above
-        repair = "correct 'storage' in dagster.yaml, and check that the database is running: dagster instance info"
-        return None, Finding("storage", "error", f"Dagster's database does not answer: {line(error)}", repair)
+        return None, _no_database(error)
     storage = type(instance.run_storage).__name__
     if "sqlite" in storage.lower():
         return instance, Finding(
@@ -140,6 +142,11 @@ def _instance() -> tuple[DagsterInstance | None, Finding]:
             "set 'storage: postgres:' in dagster.yaml (pip install dagster-postgres)",
         )
     return instance, ok("storage", f"{storage} answers")
+
+
+def _no_database(error: Exception) -> Finding:
+    repair = "correct 'storage' in dagster.yaml, and check that the database is running: dagster instance info"
+    return Finding("storage", "error", f"Dagster's database does not answer: {line(with_causes(error))}", repair)
 
 
 def _settings(instance: DagsterInstance) -> tuple[Settings | None, Finding]:

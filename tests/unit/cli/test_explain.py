@@ -3,6 +3,7 @@
 import pytest
 import yaml
 from dagster import DagsterInvariantViolationError
+from sqlalchemy.exc import OperationalError
 
 from dagster_taskiq.cli.explain import explain
 from dagster_taskiq.errors import QueueMissing, QueueUnreachable
@@ -16,6 +17,10 @@ from dagster_taskiq.errors import QueueMissing, QueueUnreachable
         (yaml.YAMLError("line 2"), "not readable as YAML: line 2"),
         (DagsterInvariantViolationError("not so"), "not so"),
         (PermissionError(13, "Permission denied", "x"), "[Errno 13] Permission denied: 'x'"),
+        (
+            OperationalError("SELECT secret", {"password": "s3cret"}, Exception("connection refused")),
+            "Dagster's database does not answer, see storage in $DAGSTER_HOME/dagster.yaml: connection refused",
+        ),
         (ZeroDivisionError(), None),
         (ExceptionGroup("helpers", [QueueMissing("a"), ZeroDivisionError()]), None),
     ],

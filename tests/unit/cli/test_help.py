@@ -94,29 +94,40 @@ def test_wrong_usage_is_one_line_and_where_to_look(given: list[str], said: str, 
 
 @pytest.fixture
 def filters_as_before() -> Iterator[None]:
-    logger = logging.getLogger("dagster")
-    before = list(logger.filters)
+    loggers = [logging.getLogger(), logging.getLogger("dagster")]
+    before = [list(logger.filters) for logger in loggers]
     with warnings.catch_warnings():
         yield
-    logger.filters[:] = before
+    for logger, filters in zip(loggers, before, strict=True):
+        logger.filters[:] = filters
 
 
 @pytest.mark.usefixtures("filters_as_before")
-def test_a_command_says_nothing_of_libraries(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_says_nothing_of_libraries(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "warnoptions", [])
+    only_what_was_asked()
     only_what_was_asked()
     with warnings.catch_warnings(record=True) as warned:
         warnings.warn("will be removed in 2.0", DeprecationWarning, stacklevel=1)
     assert warned == []
     logging.getLogger("dagster").warning("No dagster instance configuration file (dagster.yaml) found at /x.")
     logging.getLogger("dagster").warning("something else")
+    for _ in range(5):
+        logging.getLogger().warning("Retrying failed database connection: (psycopg2.OperationalError) …")
     assert caplog.messages == ["something else"]
+    assert capsys.readouterr().err == "Dagster's database does not answer; trying again\n"
+
+
+@pytest.mark.usefixtures("filters_as_before")
+def test_who_asks_for_warnings_gets_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "warnoptions", ["default"])
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         only_what_was_asked()
         warnings.warn("will be removed in 2.0", DeprecationWarning, stacklevel=1)
-    assert len(warned) == 1, "somebody asked for warnings"
+    assert len(warned) == 1
 
 
 def test_a_home_without_its_file_is_one_line(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Doctor knows which Dagster this release is tested with: the range that pip knows, too."""
 
 import re
-from importlib.metadata import requires
+from importlib.metadata import requires, version
 
 import pytest
 
@@ -25,7 +25,7 @@ from dagster_taskiq.doctor import checks
 def test_a_dagster_outside_of_the_tested_range_is_a_warning(
     monkeypatch: pytest.MonkeyPatch, dagster: str, tested: bool
 ) -> None:
-    known = checks.version
+    known = version
     monkeypatch.setattr(checks, "version", lambda name: dagster if name == "dagster" else known(name))
     found = checks._versions()
     assert found.verdict == ("ok" if tested else "warning")
