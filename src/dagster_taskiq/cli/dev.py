@@ -25,9 +25,10 @@ import click
 def dev(file: Path | None, module: str | None, port: int | None, home: Path | None, *, no_worker: bool) -> None:
     """Run Dagster's UI, its daemon, a worker and an embedded SQS on this machine; one Ctrl-C stops them all.
 
-    Without -f and -m: an example project, the books of a bakery. Your environment, .env in this folder, and your
-    dagster.yaml (of --dagster-home, $DAGSTER_HOME or this folder) count as in 'dagster dev'. Added are queue, launcher
-    and coordinator. Needs the extra [local]. All connections are on loopback.
+    Without -f and -m: the project of this folder, if it has workspace.yaml or a pyproject.toml with [tool.dagster];
+    else an example, the books of a bakery. Your environment, .env in this folder, and your dagster.yaml (of
+    --dagster-home, $DAGSTER_HOME or this folder) count as in 'dagster dev'. Added are queue, launcher and coordinator.
+    Needs the extra [local]. All connections are on loopback.
 
     \b
     Example:
@@ -36,9 +37,9 @@ def dev(file: Path | None, module: str | None, port: int | None, home: Path | No
     """
     if file is not None and module is not None:
         raise click.UsageError("give -f or -m, not both")
-    from dagster_taskiq.local.dev import EXAMPLES, serve
+    from dagster_taskiq.local.dev import serve
 
-    code = ["-f", str(file)] if file else ["-m", module or EXAMPLES]
+    code = ["-f", str(file)] if file else ["-m", module] if module else None
     serve(code, home=home, port=port, with_worker=not no_worker, print_line=print_line)
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -198,8 +199,23 @@ def _take_env_file() -> None:
     os.environ.update(found)
 
 
+def code_of(folder: Path) -> list[str]:
+    """What `dagster dev` is told to serve when the user names nothing.
+
+    Nothing, when the folder says it itself; else the examples. Raises `StartFailed` for a file that cannot be read.
+    """
+    if any((folder / name).exists() for name in ("workspace.yaml", "workspace.yml")):
+        return []
+    file = folder / "pyproject.toml"
+    try:
+        tools = tomllib.loads(file.read_text("utf-8")).get("tool", {}) if file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise StartFailed(f"{file} cannot be read: {error}") from error
+    return [] if {"dagster", "dg"} & tools.keys() else ["-m", EXAMPLES]
+
+
 def serve(
-    code: Sequence[str],
+    code: Sequence[str] | None,
     *,
     home: Path | None,
     port: int | None,
@@ -208,9 +224,14 @@ def serve(
 ) -> None:
     """`dagster-taskiq dev`: run everything until a signal comes. Raises `StartFailed` when a process ends before.
 
+    `code`: arguments of `dagster dev` that say what is served; None: what `code_of` says of the current folder.
     The environment of this process, `.env` in the current folder and the user's own `dagster.yaml` are everybody's.
     """
     _take_env_file()
+    if code is None:
+        code = code_of(Path.cwd())
+        served = "the example, a bakery; -f and -m serve your own" if code else f"the project in {Path.cwd()}"
+        print_line("dev", f"serving {served}")
     dagster_home = os.environ.get("DAGSTER_HOME")
     # Fast: a lost worker's messages come back after 10 s, and a Ctrl-C does not wait for running jobs.
     config: dict[str, Any] = {

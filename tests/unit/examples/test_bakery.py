@@ -1,5 +1,8 @@
 """The bakery keeps its books, and its automation launches what it says."""
 
+import importlib
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,3 +75,19 @@ def test_all_of_it_can_be_served() -> None:
     dg.Definitions.validate_loadable(defs)
     assert len(DAYS.get_partition_keys()) == 31
     assert {job.name for job in defs.resolve_all_job_defs()} >= {"day", "books", "audit", "bake"}
+
+
+def test_it_is_a_project_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user has it: under its own name, not ours."""
+    folder = Path(__file__).parents[3] / "examples" / "bakery"
+    monkeypatch.syspath_prepend(folder)
+    named = tomllib.loads((folder / "pyproject.toml").read_text())["tool"]["dagster"]["module_name"]
+    before = set(sys.modules)
+    own = importlib.import_module(named)
+    try:
+        assert own.__file__ == str(folder / "bakery" / "definitions.py")
+        dg.Definitions.validate_loadable(own.defs)
+    finally:
+        for name in set(sys.modules) - before:
+            if name.startswith("bakery"):
+                del sys.modules[name]
