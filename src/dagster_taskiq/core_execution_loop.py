@@ -36,6 +36,8 @@ from dagster_taskiq.steps.stopping import Stopping
 from dagster_taskiq.steps.submission import Submission
 from dagster_taskiq.steps.tracking import Tracking
 from dagster_taskiq.storage import step_events
+from dagster_taskiq.storage.celery_tags import warning_of_steps
+from dagster_taskiq.storage.event_log import append_event
 
 _WRITE_WHAT_IS_WAITED_FOR_AFTER_S: Final = 5.0
 
@@ -50,6 +52,8 @@ class TaskiqExecutor(StepDelegatingExecutor):
     def execute(self, plan_context: PlanOrchestrationContext, execution_plan: ExecutionPlan) -> Iterator[DagsterEvent]:
         """Execute the plan; yields the events of the run as they appear in its log."""
         self.handler.open()
+        if not plan_context.resume_from_failure:
+            _warn_of_tags(plan_context, execution_plan)
         try:
             with (
                 InstanceConcurrencyContext(plan_context.instance, plan_context.dagster_run) as pools,
@@ -105,6 +109,14 @@ class TaskiqExecutor(StepDelegatingExecutor):
             )
             for step in steps
         ]
+
+
+def _warn_of_tags(plan_context: PlanOrchestrationContext, execution_plan: ExecutionPlan) -> None:
+    """Once in a run, when steps of it have tags that mean nothing here."""
+    chosen = set(execution_plan.step_keys_to_execute)
+    warning = warning_of_steps({step.key: step.tags or {} for step in execution_plan.steps if step.key in chosen})
+    if warning is not None:
+        append_event(plan_context.instance, plan_context.dagster_run, warning)
 
 
 class _Loop:

@@ -29,6 +29,7 @@ from dagster_taskiq.metrics import Metrics, on_ecs
 from dagster_taskiq.queue_names import queue_name
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage import engine_events
+from dagster_taskiq.storage.celery_tags import warning_of_run
 from dagster_taskiq.storage.claims import Claims, Owner
 from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.fleet import read_hold
@@ -161,7 +162,10 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
                 raise
             logger.warning("run not launched, and not needed any more: %s", error, extra={"run_id": run.run_id})
             return
-        self._append(run, engine_events.submitted(task_id, queue_name(self.settings.queue_url), _ignored(run)))
+        self._append(run, engine_events.submitted(task_id, queue_name(self.settings.queue_url)))
+        warning = warning_of_run(run.tags) if task_name == EXECUTE_RUN else None
+        if warning is not None:
+            self._append(run, warning)
         self._note_hold(run)
 
     def _note_hold(self, run: DagsterRun) -> None:
@@ -317,11 +321,6 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             append_event(self._instance, run, event)
         except Exception:
             logger.exception("engine event could not be written", extra={"run_id": run.run_id})
-
-
-def _ignored(run: DagsterRun) -> list[str]:
-    """Tags by which the Celery launcher and executor choose a queue and a priority."""
-    return [tag for tag in run.tags if tag.startswith("dagster-celery/")]
 
 
 CONFIG_FIELDS: Final[Mapping[str, Any]] = {

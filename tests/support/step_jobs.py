@@ -158,6 +158,12 @@ def failing_cluster_steps() -> None:
 
 
 @dg.job(executor_def=taskiq_executor)
+def celery_tags_steps() -> None:
+    tagged = sleepy.tag({"dagster-celery/queue": "fast", "dagster-celery/priority": "3"})
+    afterwards([tagged.alias("one")(), tagged.alias("other")(), sleepy()])
+
+
+@dg.job(executor_def=taskiq_executor)
 def dynamic_steps() -> None:
     collected(fan_out().map(mapped).collect())
 
@@ -179,6 +185,7 @@ defs = dg.Definitions(
         dies_steps,
         cluster_steps,
         failing_cluster_steps,
+        celery_tags_steps,
         dynamic_steps,
         many_outputs,
     ]

@@ -51,6 +51,7 @@ class Stage(enum.StrEnum):
     """What an event reports, for programs; in the event's metadata under `dagster-taskiq/stage`."""
 
     REEXECUTED = "reexecuted"
+    IGNORED_TAGS = "ignored_tags"
     SUBMITTED = "submitted"
     WAITING = "waiting"
     PICKED_UP = "picked_up"
@@ -85,13 +86,17 @@ class Link(str):
 
 @dataclass(frozen=True, slots=True)
 class EngineEvent:
-    """One engine event, before it is written. `at` is in seconds since the epoch; None: the time of writing."""
+    """One engine event, before it is written. `at` is in seconds since the epoch; None: the time of writing.
+
+    `warns`: it has the level WARNING in the run's log.
+    """
 
     stage: Stage
     message: str
     facts: Mapping[str, str | int | float] = field(default_factory=dict)
     at: float | None = None
     error: str | None = None
+    warns: bool = False
 
 
 def with_facts(event: EngineEvent, facts: Mapping[str, str | int | float]) -> EngineEvent:
@@ -120,14 +125,17 @@ def reexecuted(parent_run_id: str, by: str, finished: Sequence[str], to_run: Seq
     )
 
 
-def submitted(task_id: str, queue: str, ignored_tags: Sequence[str] = ()) -> EngineEvent:
-    """The launcher has sent the run to its queue. `ignored_tags`: those of the run that are for another launcher."""
-    ignored = f"; without effect here: the tags {', '.join(ignored_tags)}" if ignored_tags else ""
+def submitted(task_id: str, queue: str) -> EngineEvent:
+    """The launcher has sent the run to its queue."""
     return EngineEvent(
-        Stage.SUBMITTED,
-        f"Submitted to queue {queue} as task {task_id}{ignored}",
-        {TASK_ID_KEY: task_id, "queue": queue},
+        Stage.SUBMITTED, f"Submitted to queue {queue} as task {task_id}", {TASK_ID_KEY: task_id, "queue": queue}
     )
+
+
+def ignored_tags(tags: Sequence[str], instead: str) -> EngineEvent:
+    """The run, or its steps, have tags for dagster-celery, which mean nothing here."""
+    message = f"Without effect, because they are dagster-celery's: {'; '.join(tags)}. Instead: {instead}"
+    return EngineEvent(Stage.IGNORED_TAGS, message, warns=True)
 
 
 def waiting(waited_s: float, older: int, why: str) -> EngineEvent:

@@ -1,5 +1,6 @@
 """Reading and writing a run's event log. Knows only Dagster's event log. Calls block on the database."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -82,7 +83,8 @@ class StepRef:
 
 def append_event(instance: DagsterInstance, run: DagsterRun, event: EngineEvent, step_key: str | None = None) -> None:
     """Append one engine event to the run's log, with the time at which it happened. Its texts are cleaned."""
-    instance.report_dagster_event(as_dagster_event(run, event, step_key), run.run_id, timestamp=event.at)
+    level = logging.WARNING if event.warns else logging.INFO
+    instance.report_dagster_event(as_dagster_event(run, event, step_key), run.run_id, level, timestamp=event.at)
 
 
 def as_dagster_event(run: DagsterRun, event: EngineEvent, step_key: str | None = None) -> DagsterEvent:

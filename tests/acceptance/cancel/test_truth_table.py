@@ -1,5 +1,6 @@
 """`launcher.terminate(run_id)`, row by row."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -246,9 +247,14 @@ def test_launching_tags_the_run_and_needs_nothing_but_its_record(platform: Platf
 
 
 def test_a_tag_for_celery_is_said_to_have_no_effect(platform: Platform) -> None:
-    run_id = platform.launch("quick_job", tags={"dagster-celery/queue": "fast"})
-    (said,) = [line for line in platform.story(run_id) if "Submitted to queue" in line]
-    assert said.endswith("; without effect here: the tags dagster-celery/queue"), said
+    run_id = platform.launch("quick_job", tags={"dagster-celery/queue": "fast", "team": "blue"})
+    (entry,) = [entry for entry in platform.instance.all_logs(run_id) if "dagster-celery" in str(entry.dagster_event)]
+    assert entry.level == logging.WARNING
+    assert entry.get_dagster_event().message == (
+        "Without effect, because they are dagster-celery's: dagster-celery/queue=fast of the run. Instead: a fleet has"
+        " one queue: limit what takes its slots by pools or tag_concurrency_limits, or have a second deployment with a"
+        " queue of its own"
+    )
 
 
 def test_health_is_never_unknown(platform: Platform) -> None:

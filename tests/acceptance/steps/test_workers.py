@@ -1,5 +1,6 @@
 """Steps on workers that serve one queue or both, that die, that are stopped, and that get messages twice."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -345,3 +346,14 @@ def test_under_dagsters_own_launcher(endpoint: str) -> None:
         assert default.finished(stopped.run_id) is DagsterRunStatus.CANCELED, default.story(stopped.run_id)
         assert default.mark_counts(stopped.run_id)["cleanup-end"] == 2
         default.assert_no_step_left(stopped.run_id)
+
+
+def test_the_tags_of_ops_for_celery_are_said_to_have_no_effect(working_steps: Platform) -> None:
+    run_id = working_steps.launch("celery_tags_steps", seconds=0)
+    assert working_steps.finished(run_id) is DagsterRunStatus.SUCCESS
+    (entry,) = [e for e in working_steps.instance.all_logs(run_id) if "dagster-celery" in str(e.dagster_event)]
+    assert entry.level == logging.WARNING
+    message = entry.get_dagster_event().message or ""
+    which = "dagster-celery/queue of 2 steps (one, other); dagster-celery/priority of 2 steps (one, other)"
+    assert message.startswith(f"Without effect, because they are dagster-celery's: {which}. Instead: "), message
+    assert "set dagster/priority on the op" in message
