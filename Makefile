@@ -157,7 +157,7 @@ benchmark-start: $(STAMP) ## Measure how long a worker takes to start, and its C
 	$(BIN)/python -m benchmarks.worker_start 2>benchmark.log || { tail -n 20 benchmark.log; exit 1; }
 
 .PHONY: benchmark-cancel-runs
-benchmark-cancel-runs: $(STAMP) ## Measure how long it takes to cancel 5,000 runs that wait (some minutes)
+benchmark-cancel-runs: $(STAMP) ## Measure how long `run cancel` takes for 5,000 runs that wait (some minutes)
 	$(BIN)/python -m benchmarks.cancel_runs 2>benchmark.log || { tail -n 20 benchmark.log; exit 1; }
 
 .PHONY: benchmark-token

@@ -1,4 +1,4 @@
-"""How long does it take to cancel very many runs that wait in Dagster's queue, and does one of them start meanwhile?
+"""How long does `run cancel` take for very many runs that wait in Dagster's queue, and is one launched meanwhile?
 
     make benchmark-cancel-runs      # or: python -m benchmarks.cancel_runs 5000 [directory of the home]
 
@@ -6,7 +6,9 @@ Dagster's daemon takes runs from the queue all the time, as quickly as it can, f
 where its files are decides how long it takes. SQS is moto on loopback.
 """
 
+import json
 import os
+import subprocess
 import sys
 import tempfile
 import threading
@@ -19,9 +21,10 @@ from tests.acceptance.conftest import open_platform
 from tests.acceptance.operator.test_coordinator import COORDINATOR, Daemon, beat
 from tests.support.moto import CREDENTIALS, moto_server
 from tests.support.platform import Platform
+from tests.support.warm import CLI
 
-from dagster_taskiq import CancelReport, cancel_runs
 from dagster_taskiq.dagster_compat.many_runs import store_events
+from dagster_taskiq.storage.tags import TASK_ID_TAG
 
 SLOTS = 50
 
@@ -59,15 +62,25 @@ def main() -> None:
         taking.start()
         while not platform.instance.get_runs_count(RunsFilter(statuses=[DagsterRunStatus.STARTING])):
             time.sleep(0.05)
+        before = launched(platform)
+        command = (*CLI, "run", "cancel", "--job", "quick_job", "--yes", "--json", "--reason", "benchmark")
         began = time.monotonic()
-        report: CancelReport = cancel_runs(
-            platform.instance, RunsFilter(job_name="quick_job"), reason="benchmark", requested_by="benchmark"
-        )
+        ended = subprocess.run(command, env=platform.environ(), capture_output=True, text=True, check=False)
         took = time.monotonic() - began
         over.set()
         taking.join()
+        report = json.loads(ended.stdout)
+        counts = ", ".join(
+            f"{len(ids)} {kind}" for kind, ids in report.items() if isinstance(ids, (list, dict)) and ids
+        )
         ends = platform.instance.get_runs_count(RunsFilter(statuses=[DagsterRunStatus.CANCELED]))
-        print(f"{report}; {took:.1f} s, {took / count * 1000:.1f} ms each; CANCELED: {ends} of {count}")
+        print(f"{counts}; {took:.1f} s, {took / count * 1000:.1f} ms each; CANCELED: {ends} of {count};")
+        print(f"exit code {ended.returncode}; launched before: {before}, meanwhile: {launched(platform) - before}")
+
+
+def launched(platform: Platform) -> int:
+    """How many have been given to SQS."""
+    return sum(TASK_ID_TAG in run.tags for run in platform.instance.get_runs())
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ _MESSAGES: Final = 10
 """Runs whose messages go in one request: as many as SQS takes."""
 _AT_ONCE: Final = 4
 """Such requests, with the writing into the database that belongs to them."""
+_A_MOMENT_S: Final = 60.0
+"""From Dagster's event that a run is starting until its launcher has given it a task id: milliseconds, most times."""
 _PASSES: Final = 5
 """So often it looks again for what matches only now, or was started while it was being ended."""
 
@@ -302,10 +304,18 @@ class _Many:
             self._not_found[run_id] = None
 
     def _was_never_launched(self, run: DagsterRun) -> bool:
-        """Also one that is CANCELING because who took it from Dagster's queue died in the middle."""
+        """That nothing was launched of a run without a task id; one without may also be another launcher's.
+
+        One that is CANCELING was left so by who took it from Dagster's queue and died. One that is STARTING since a
+        moment is about to be launched by ours: the worker that receives it drops it.
+        """
+        if run.status is DagsterRunStatus.NOT_STARTED:
+            return True
+        starting = self._instance.all_logs(run.run_id, of_type=DagsterEventType.RUN_STARTING)
         if run.status is DagsterRunStatus.CANCELING:
-            return not self._instance.all_logs(run.run_id, of_type=DagsterEventType.RUN_STARTING)
-        return run.status is DagsterRunStatus.NOT_STARTED
+            return not starting
+        is_new = bool(starting) and time.time() - starting[-1].timestamp < _A_MOMENT_S
+        return run.status is DagsterRunStatus.STARTING and is_new
 
     def started_meanwhile(self) -> RunSelection:
         """Those that were ended while they waited, and that Dagster's daemon started at the same moment."""

@@ -27,6 +27,7 @@ from dagster_taskiq.errors import DagsterTaskiqError, QueueUnreachable
 from dagster_taskiq.messages import EXECUTE_RUN, RESUME_RUN
 from dagster_taskiq.metrics import Metrics, on_ecs
 from dagster_taskiq.queue_names import queue_name
+from dagster_taskiq.run_fence import fence_for
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage import engine_events
 from dagster_taskiq.storage.celery_tags import warning_of_run
@@ -134,9 +135,21 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         """Tag the run with a new task id, then send its work.
 
         Raises `QueueError` when it cannot be sent, unless the run was terminated meanwhile, or a worker has it all the
-        same: from whatever is raised here Dagster makes a FAILURE.
+        same: from whatever is raised here Dagster makes a FAILURE. A run that a fence means is canceled instead.
         """
-        self._submit(context.dagster_run, EXECUTE_RUN)
+        if not self._ended_at_a_fence(context.dagster_run):
+            self._submit(context.dagster_run, EXECUTE_RUN)
+
+    @_in_time
+    def _ended_at_a_fence(self, run: DagsterRun) -> bool:
+        try:
+            fence = fence_for(self._instance, run)
+        except Exception:  # whatever it is: a fence that cannot be read must not keep runs from being launched
+            logger.exception("cannot look for fences", extra={"run_id": run.run_id})
+            return False
+        if fence is not None:
+            self._termination().end_at_fence(run, fence.fence_id, fence.reason, fence.requested_by)
+        return fence is not None
 
     @property
     def supports_resume_run(self) -> bool:

@@ -22,7 +22,14 @@ from dagster_taskiq.storage import engine_events
 from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.status_repair import repair_late_canceling, restore, terminal_events
-from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, TASK_ID_TAG, add_own_tags, own_tags
+from dagster_taskiq.storage.tags import (
+    CANCEL_FENCE_TAG,
+    CANCEL_REASON_TAG,
+    CANCELLED_BY_TAG,
+    TASK_ID_TAG,
+    add_own_tags,
+    own_tags,
+)
 from dagster_taskiq.tasks.producer import Producer, result_of
 
 if TYPE_CHECKING:
@@ -70,6 +77,15 @@ class Termination:
                 self._instance.report_run_canceled(run, "Nothing that this launcher started can be working on the run.")
             return CancelOutcome.NOT_OURS
         return self._terminate(run, task_id, reason, requested_by, request)
+
+    def end_at_fence(self, run: DagsterRun, fence_id: str, reason: str | None, requested_by: str) -> None:
+        """End a run that is about to be launched, and is not."""
+        add_own_tags(self._instance, run, {CANCEL_FENCE_TAG: fence_id})
+        self._keep_why(run, reason, requested_by)
+        self._append(run, engine_events.requested("none yet", reason, requested_by))
+        asked_by = requested_by, reason
+        self._instance.report_run_canceling(run, asked(engine_events.TERMINATING, *asked_by))
+        self._instance.report_run_canceled(run, asked("Canceled before it was launched, at a fence.", *asked_by))
 
     def _keep_why(self, run: DagsterRun, reason: str | None, requested_by: str) -> None:
         """In the run's tags, for workers that do not get the message, and for people."""

@@ -20,7 +20,10 @@ from dagster_taskiq import (
     TaskiqRunLauncher,
     TaskView,
     __version__,
+    cancel_backfill,
     cancel_runs,
+    cancel_schedule,
+    cancel_sensor,
     reexecute_run,
     select_runs,
     taskiq_executor,
@@ -37,6 +40,9 @@ report: CancelReport = cancel_runs(instance, selected, reason="why", requested_b
 counts: Mapping[str, int] = cancel_runs(instance, ["id"], tell=lambda progress: print(progress.done)).counts
 again: Reexecution = reexecute_run("id", all_steps=True, tags={"ticket": "1"}, workspace="workspace.yaml")
 left: tuple[str, ...] = again.to_run + again.finished if again.run_id is not None else ()
+stopped: CancelReport = cancel_schedule(instance, "nightly", location="etl", include_runs=False)
+ended: tuple[str, ...] = cancel_sensor(instance, "files", reason="why", requested_by="who").withdrawn
+told: tuple[str, ...] = cancel_backfill(instance, "kzuxgbsf", reason="why").told
 executor: ExecutorDefinition = taskiq_executor.configured({"max_concurrent": 20})
 definitions = Definitions(executor=executor)
 reason: str | None = TaskCancelled("why").reason

@@ -31,10 +31,13 @@ CANCEL_REASON_TAG: Final = "dagster-taskiq/cancel_reason"
 CANCELLED_BY_TAG: Final = "dagster-taskiq/cancelled_by"
 """Set when somebody cancels a run with an author."""
 
+CANCEL_FENCE_TAG: Final = "dagster-taskiq/cancel_fence"
+"""Set when a run was not launched because of a fence (`run cancel --until`): which fence."""
+
 RUN_ID_TAG: Final = "dagster-taskiq/run_id"
 """Set with the first of the tags above: the run that they are about."""
 
-_OF_ONE_RUN: Final = frozenset({TASK_ID_TAG, CANCEL_REASON_TAG, CANCELLED_BY_TAG, RUN_ID_TAG})
+_OF_ONE_RUN: Final = frozenset({TASK_ID_TAG, CANCEL_REASON_TAG, CANCELLED_BY_TAG, CANCEL_FENCE_TAG, RUN_ID_TAG})
 
 
 def own_tags(run: DagsterRun) -> Mapping[str, str]:
