@@ -132,7 +132,7 @@ class StandingCancel:
         arguments, ttl_s = data.get("arguments"), data.get("ttl_s")
         if arguments is not None and (not isinstance(arguments, dict) or scope != "predicate"):
             raise MessageUnreadable("cancel message whose arguments are not those of a predicate")
-        if ttl_s is not None and (not isinstance(ttl_s, int | float) or not 0 < ttl_s <= _MAX_TTL_S):
+        if ttl_s is not None and (type(ttl_s) not in (int, float) or not 0 < ttl_s <= _MAX_TTL_S):  # not bool
             raise MessageUnreadable(f"cancel message whose ttl_s is not between 0 and {_MAX_TTL_S:,}")
         reason, by, at = _text(data, "reason"), _text(data, "requested_by"), _moment(data.get("requested_at"))
         return cls(scope, value, arguments or {}, reason, by, at, float(ttl_s) if ttl_s is not None else None)
