@@ -1,29 +1,14 @@
 """A terminal in which the commands of a page are given, one block after the other.
 
-Knows bash and Markdown; not what the commands do.
+Knows bash; not what the commands do.
 """
 
-import re
+import os
 import subprocess
-import textwrap
-from dataclasses import dataclass
+import sys
 from pathlib import Path
 
-_BLOCK = re.compile(r'^( *)```(\w+)(?: title="([^"]+)")?\n(.*?)^\1```$', re.MULTILINE | re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Block:
-    """A block of code on a page. `title`: the file or the terminal that it belongs to."""
-
-    language: str
-    title: str
-    text: str
-
-
-def blocks(page: Path) -> list[Block]:
-    found = _BLOCK.findall(page.read_text())
-    return [Block(language, title, textwrap.dedent(text)) for _, language, title, text in found]
+from tests.support.pages import ROOT
 
 
 class Shell:
@@ -70,3 +55,13 @@ class Shell:
 
     def variable(self, name: str) -> str:
         return self.run(f'echo "${name}"').strip()
+
+
+def path_with_aws(folder: Path) -> str:
+    """`PATH` with our commands, and with as much of AWS's command line as the pages use (`aws_cli.py`)."""
+    bin_folder = folder / "bin"
+    bin_folder.mkdir()
+    aws = bin_folder / "aws"
+    aws.write_text(f'#!/bin/sh\nexec {sys.executable} -P {ROOT}/tests/support/aws_cli.py "$@"\n')
+    aws.chmod(0o755)
+    return f"{bin_folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"

@@ -6,12 +6,12 @@ import dagster as dg
 import pytest
 import yaml
 from dagster import DagsterInstance
-from tests.support.shell import blocks
+from tests.support.pages import blocks
 
 from dagster_taskiq.coordinator import TaskiqRunCoordinator
 from dagster_taskiq.launcher import TaskiqRunLauncher
 
-PAGE = Path(__file__).parents[2] / "docs" / "migrate-from-dagster-celery.md"
+PAGE = "docs/migrate-from-dagster-celery.md"
 BLOCKS = {block.title: block for block in blocks(PAGE) if block.title}
 
 

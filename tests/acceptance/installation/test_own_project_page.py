@@ -6,13 +6,15 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from dagster import DagsterInstance, DagsterRunStatus
 from tests.support.environment import clean_environment, processes_of
 from tests.support.moto import free_port
-from tests.support.shell import Block, Shell, blocks
+from tests.support.pages import Block, blocks
+from tests.support.shell import Shell
 from tests.support.waiting import wait_until
 
 pytestmark = [
@@ -23,7 +25,7 @@ pytestmark = [
     pytest.mark.timeout(480),
 ]
 
-PAGE = Path(__file__).parents[3] / "docs" / "own-project.md"
+PAGE = "docs/own-project.md"
 PORTS = ("5566", "3333")
 READY = {"moto_server": "Running on", "dagster-taskiq worker start": " is ready", "dagster dev": "Serving"}
 PROGRAMS = {"dagster": "dagster", "dagster-taskiq": "dagster_taskiq.cli", "moto_server": "moto.server"}
@@ -88,7 +90,7 @@ def with_free_ports(page: list[Block]) -> list[Block]:
             text = text.replace(port, other)
         return text
 
-    return [Block(one.language, one.title, moved(one.text)) for one in page]
+    return [replace(one, text=moved(one.text)) for one in page]
 
 
 def do(block: Block, it: Terminals, project: Path) -> str:

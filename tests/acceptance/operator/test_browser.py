@@ -21,10 +21,12 @@ from tests.support.browser import Dagster, Event, Screen, chromium, is_alive, sc
 from tests.support.browser_jobs import DAYS, FILE
 from tests.support.environment import clean_environment, processes_of
 from tests.support.moto import sqs_client
+from tests.support.pages import blocks
 from tests.support.waiting import wait_until
 
 from dagster_taskiq.queue_names import cancel_queue_url
 from dagster_taskiq.storage.engine_events import CANCELLATION_REQUESTED, Stage
+from dagster_taskiq.storage.tags import TASK_ID_TAG
 
 pytestmark = [
     pytest.mark.acceptance,
@@ -229,6 +231,25 @@ def test_runs_that_wait_are_never_started(browser: Browser, without_worker: Serv
         for run_id in (queued, handed_over):
             was_never_started(without_worker, run_id)
         assert Stage.SUBMITTED not in [event.stage for event in dagster.events(queued)]
+
+
+def test_a_program_terminates_a_run_over_graphql(without_worker: Served, tmp_path: Path) -> None:
+    """As `docs/cancel-from-anywhere.md` says."""
+    dagster = without_worker.dagster
+    run_id = dagster.launch(FILE, JOB)
+    dagster.wait_for_event(run_id, lambda event: event.stage == Stage.SUBMITTED, "the message")
+    environ = clean_environment(tmp_path) | {"DAGSTER_URL": dagster.address, "RUN_ID": run_id}
+    stop, tags = (one.text for one in blocks("docs/cancel-from-anywhere.md", "bash") if "graphql" in one.text)
+
+    def answer(script: str) -> str:
+        return subprocess.run(["bash", "-ec", script], env=environ, check=True, capture_output=True, text=True).stdout
+
+    assert TASK_ID_TAG in answer(tags)
+    assert "TerminateRunSuccess" in answer(stop)
+    assert "TerminateRunFailure" in answer(stop)
+    with without_worker.worker():
+        without_worker.queues_are_empty()
+    was_never_started(without_worker, run_id)
 
 
 def at_work_on(it: Served, **filters: object) -> set[str]:

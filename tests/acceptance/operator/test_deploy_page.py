@@ -17,18 +17,18 @@ from dagster import DagsterInstance, DagsterRunStatus
 from tests.acceptance.operator.test_infra import client
 from tests.support.ecs_agent import FakeAgent, ecs_agent
 from tests.support.moto import moto_server
-from tests.support.shell import Shell, blocks
+from tests.support.pages import ROOT, blocks
+from tests.support.shell import Shell, path_with_aws
 from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.postgres, pytest.mark.timeout(300)]
 
-ROOT = Path(__file__).parents[3]
-PAGE = ROOT / "docs" / "deploy-on-ecs.md"
+PAGE = "docs/deploy-on-ecs.md"
 
 
 def test_no_loop_on_the_page_is_endless() -> None:
     """One that waits for a run would wait for ever when the run fails."""
-    assert not [one for one in blocks(PAGE) if one.language == "bash" and re.search(r"\b(until|while)\b", one.text)]
+    assert not [one for one in blocks(PAGE, "bash") if re.search(r"\b(until|while)\b", one.text)]
 
 
 def started_as_ecs_would(shell: Shell, endpoint: str, agent: FakeAgent, log: Path) -> "subprocess.Popen[bytes]":
@@ -77,11 +77,6 @@ def assert_cancelled(shell: Shell, home: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_who_follows_the_page_terminates_a_run(tmp_path: Path, postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DAGSTER_POSTGRES_URL", postgres)
-    bin_folder = tmp_path / "bin"
-    bin_folder.mkdir()
-    aws = bin_folder / "aws"
-    aws.write_text(f'#!/bin/sh\nexec {sys.executable} -P {ROOT}/tests/support/aws_cli.py "$@"\n')
-    aws.chmod(0o755)
     home, log, checkout = tmp_path / "home", tmp_path / "log", tmp_path / "checkout"
     home.mkdir()
     for part in ("infra", "src/dagster_taskiq/examples"):
@@ -89,7 +84,7 @@ def test_who_follows_the_page_terminates_a_run(tmp_path: Path, postgres: str, mo
     with moto_server() as endpoint, ecs_agent() as agent:
         ec2 = client("ec2", endpoint)
         environ = os.environ | {
-            "PATH": f"{bin_folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": path_with_aws(tmp_path),
             "DAGSTER_HOME": str(home),
             "AWS_ENDPOINT_URL": endpoint,
             "DAGSTER_TASKIQ_SQS_ENDPOINT_URL": endpoint,
