@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def received(queue: tuple[Any, str]) -> list[CancelRequest]:
     return cancels  # type: ignore[return-value]
 
 
-def environment(endpoint: str, **more: str) -> Mapping[str, str]:
+def environment(endpoint: str, **more: str) -> dict[str, str]:
     return os.environ | {"AWS_ENDPOINT_URL": endpoint} | more
 
 
