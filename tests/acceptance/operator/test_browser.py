@@ -236,7 +236,7 @@ def test_runs_that_wait_are_never_started(browser: Browser, without_worker: Serv
 def test_a_program_terminates_a_run_over_graphql(without_worker: Served, tmp_path: Path) -> None:
     """As `docs/cancel-from-anywhere.md` says."""
     dagster = without_worker.dagster
-    run_id = dagster.launch(FILE, JOB)
+    run_id = dagster.launch(FILE, WAITS)
     dagster.wait_for_event(run_id, lambda event: event.stage == Stage.SUBMITTED, "the message")
     environ = clean_environment(tmp_path) | {"DAGSTER_URL": dagster.address, "RUN_ID": run_id}
     stop, tags = (one.text for one in blocks("docs/cancel-from-anywhere.md", "bash") if "graphql" in one.text)
