@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from dagster_taskiq.cli.options import config_option, soon_over
+from dagster_taskiq.cli.options import config_option, soon_over, waiting
 from dagster_taskiq.cli.run_filters import duration, text
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def hold(
     Runs can be cancelled meanwhile as ever. It is written into Dagster's database, so it outlives restarts of
     everything. Each worker hears of it with its next heartbeat: this command waits for that, and names those that have
     not heard it. Of a fleet that is held, it changes the reason. Exit code 1: a worker has not heard it; 4: with
-    --timeout, something still runs. Either way the fleet is held.
+    --timeout, something still runs; 130: Ctrl-C while it waited. In each case the fleet is held.
 
     \b
     Example:
@@ -79,9 +79,10 @@ def hold(
         held = hold_fleet(instance, reason=reason, by=by)
         if not as_json:
             click.echo(held.notice())
-        state = _until(instance, settings, lambda now: not now.not_heard, 3 * settings.heartbeat_every_s)
-        if wait:
-            state = _until(instance, settings, lambda now: now.hold is None or now.is_idle, timeout_s, aloud=True)
+        with waiting("not waiting any longer; the fleet stays held"):
+            state = _until(instance, settings, lambda now: not now.not_heard, 3 * settings.heartbeat_every_s)
+            if wait:
+                state = _until(instance, settings, lambda now: now.hold is None or now.is_idle, timeout_s, aloud=True)
     _show(state, as_json=as_json)
     if state.hold is None:
         raise click.ClickException("somebody has released the fleet meanwhile")

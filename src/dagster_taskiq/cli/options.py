@@ -1,7 +1,8 @@
 """Options that several commands share."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
@@ -10,6 +11,7 @@ import click
 from dagster_taskiq._gc import no_collection_until_exit
 from dagster_taskiq.cli.commands import only_what_was_asked
 
+INTERRUPTED: Final = 130
 LOG_LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -28,6 +30,16 @@ def soon_over(command: Command) -> Command:
         return command(*args, **options)
 
     return cast("Command", run)
+
+
+@contextmanager
+def waiting(then: str) -> Iterator[None]:
+    """While a command only waits for others. Ctrl-C ends it with exit code 130, and says what becomes of the rest."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(then, err=True)
+        raise SystemExit(INTERRUPTED) from None
 
 
 def config_option(command: Command) -> Command:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from dagster_taskiq.cli.options import config_option
+from dagster_taskiq.cli.options import config_option, waiting
 from dagster_taskiq.cli.run_filters import duration
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def stop_workers(
     it is interrupted, and goes on elsewhere where run monitoring allows it. With --finish nothing is interrupted.
     NAME is a worker's id, or its name if only one that is alive has it. The request is for this life of the worker: one
     that is started later under the same name works. Exit code 1: one is unknown, had ended before, or has not heard
-    it; 4: with --timeout, one has not ended.
+    it; 4: with --timeout, one has not ended; 130: Ctrl-C while it waited.
 
     \b
     Example:
@@ -78,7 +78,8 @@ def stop_workers(
         def look() -> list[Stop]:
             return look_at_stops(instance, settings, ids, finish=finish)
 
-        stops = _until_over(look, timeout_s) if wait else _until_heard(look, 3 * settings.heartbeat_every_s)
+        with waiting("not waiting any longer; the workers stop all the same"):
+            stops = _until_over(look, timeout_s) if wait else _until_heard(look, 3 * settings.heartbeat_every_s)
     _show(stops, as_json=as_json)
     unheard = [stop for stop in stops if stop.outcome == "asked"]
     left = [stop.worker.worker_id for stop in stops if wait and not stop.is_over]

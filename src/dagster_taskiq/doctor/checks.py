@@ -190,13 +190,16 @@ def _of_settings(settings: Settings) -> Iterator[Finding]:
 
 def _dagster(instance: DagsterInstance, settings: Settings, queues: Mapping[str, QueueFacts]) -> Iterator[Finding]:
     yield _run_queue(instance)
-    yield from _hold(instance)
+    hold = read_hold(instance)
+    if hold is not None:
+        yield Finding("fleet", "warning", f"{hold.described()}; no run begins", RELEASE)
     if (bounds := connection_bounds(instance)) is not None:
         yield bounds
     yield from _monitoring(instance, settings)
     workers = list_workers(instance, settings, everybody=True)
     yield from _workers(workers, queues)
-    yield from _without_message(instance, settings, workers)
+    if hold is None:
+        yield from _without_message(instance, settings, workers)
     yield _stuck(instance, settings)
 
 
@@ -214,11 +217,6 @@ def _run_queue(instance: DagsterInstance) -> Finding:
         reason = line(_settings_error(error) or error.__context__ or error)
         return Finding(check, "error", reason, f"correct dagster.yaml; the shortest is {ours}")
     return ok(check, f"TaskiqRunCoordinator; what has no slot waits in Dagster, but for {coordinator.look_ahead}")
-
-
-def _hold(instance: DagsterInstance) -> Iterator[Finding]:
-    if (hold := read_hold(instance)) is not None:
-        yield Finding("fleet", "warning", f"{hold.described()}; no run is begun", RELEASE)
 
 
 def _monitoring(instance: DagsterInstance, settings: Settings) -> Iterator[Finding]:

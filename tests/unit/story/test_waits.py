@@ -60,6 +60,8 @@ STARTING, STARTED, CANCELING = "Submitted to queue", "PIPELINE_START", "PIPELINE
         (STARTED, {"owner": DEAD}, ["no worker is alive to do it"]),
         (STARTED, {**ROOM, "owner": replace(DEAD, state="silent")}, ["is silent", "if it is dead, another one"]),
         (STARTED, ROOM, ["a worker to receive it"]),
+        (STARTING, {**ROOM, "hold": "held by ada"}, ["held by ada -> to let it begin: dagster-taskiq fleet release"]),
+        (STARTED, {**ROOM, "hold": "held by ada", "owner": DEAD}, ["held by ada -> ", "its worker w-1 is dead"]),
         (CANCELING, {**ROOM, "owner": ALIVE}, ["the cancellation to reach worker w-1", "dagster-taskiq doctor"]),
         (CANCELING, {**ROOM, "owner": DEAD}, ["another one takes over", "looks for lost runs"]),
         (CANCELING, {}, ["nobody has the run", "no worker is alive"]),
@@ -70,6 +72,12 @@ def test_what_it_waits_for(text: str, around: dict[str, Any], says: list[str]) -
     waits = at("killed", text, **around).waits
     for words in says:
         assert words in told(waits), told(waits)
+
+
+def test_a_hold_does_not_concern_what_is_at_work_or_is_being_stopped() -> None:
+    for text in (STARTED, CANCELING):
+        assert "held by ada" not in told(at("killed", text, **ROOM, owner=ALIVE, hold="held by ada").waits)
+    assert len(at("killed", STARTING, **ROOM, hold="held by ada").waits) == 1, "nothing else matters"
 
 
 def test_the_end_of_its_grace_is_named() -> None:
