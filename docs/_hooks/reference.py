@@ -20,7 +20,7 @@ from dagster_taskiq.cancellation.model import CancelChannel, CancelKind, Cancell
 from dagster_taskiq.cli import main
 from dagster_taskiq.metrics import ALL as METRICS
 from dagster_taskiq.settings import ENVIRONMENT, RULES, SOURCE_KEYS, Settings
-from dagster_taskiq.storage import engine_events
+from dagster_taskiq.storage import cleanup_events, engine_events, step_events
 from dagster_taskiq.storage import tags as tags_module
 
 _MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
@@ -146,14 +146,17 @@ def _example(name: str, annotation: Any) -> object:
 
 
 def _events() -> Iterator[tuple[str, engine_events.EngineEvent]]:
-    """Each function that makes an event, and an event that it made."""
-    for name, function in vars(engine_events).items():
-        types_of = typing.get_type_hints(function) if inspect.isfunction(function) else {}
-        if name.startswith("_") or types_of.pop("return", None) is not engine_events.EngineEvent:
-            continue
-        if engine_events.EngineEvent not in types_of.values():
-            needed = [one.name for one in inspect.signature(function).parameters.values() if one.default is one.empty]
-            yield name, function(**{one: _example(one, types_of[one]) for one in needed})
+    """Each function that makes an event, by the name of its docstring, and an event that it made."""
+    for module in (engine_events, step_events, cleanup_events):
+        for name, function in vars(module).items():
+            types_of = typing.get_type_hints(function) if inspect.isfunction(function) else {}
+            if name.startswith("_") or types_of.pop("return", None) is not engine_events.EngineEvent:
+                continue
+            if engine_events.EngineEvent not in types_of.values():
+                given = inspect.signature(function).parameters.values()
+                needed = [one.name for one in given if one.default is one.empty]
+                made = function(**{one: _example(one, types_of[one]) for one in needed})
+                yield f"storage.{module.__name__.rpartition('.')[2]}.{name}", made
 
 
 def events() -> str:
@@ -163,7 +166,7 @@ def events() -> str:
         (
             (
                 f"`{event.stage.value}`",
-                _text(f"storage.engine_events.{name}"),
+                _text(name),
                 event.message,
                 ", ".join(f"`{key}`" for key in event.facts),
             )

@@ -223,6 +223,10 @@ class Screen:
         """Wait until the run's badge says so."""
         expect(self.page.get_by_text(status, exact=True).first).to_be_visible()
 
+    def says(self, words: str) -> None:
+        """Wait until the page says so somewhere, among other words perhaps."""
+        expect(self.page.get_by_text(words).first).to_be_visible()
+
     def terminate(self, *, force: bool = False) -> str:
         """Press *Terminate*, then confirm. Returns what the dialog said before that.
 

@@ -1,15 +1,17 @@
 """The run tags of this package: their names, and how to read and write them.
 
 Dagster copies a run's tags to its re-executions and retries, people copy them to new runs. Those that are about one
-run only count for the run that the tag `dagster-taskiq/run_id` names.
+run only count for the run that the hidden tag `.dagster/taskiq_run_id` names.
 """
 
 import logging
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Final
 
 from dagster import DagsterInstance, DagsterRun
 
+from dagster_taskiq.dagster_compat.api import HIDDEN_TAG_PREFIX
 from dagster_taskiq.dagster_compat.storage import remove_run_tags
 from dagster_taskiq.errors import SettingsError
 from dagster_taskiq.settings import checked
@@ -34,8 +36,8 @@ CANCELLED_BY_TAG: Final = "dagster-taskiq/cancelled_by"
 CANCEL_FENCE_TAG: Final = "dagster-taskiq/cancel_fence"
 """Set when a run was not launched because of a fence (`run cancel --until`): which fence."""
 
-RUN_ID_TAG: Final = "dagster-taskiq/run_id"
-"""Set with the first of the tags above: the run that they are about."""
+RUN_ID_TAG: Final = f"{HIDDEN_TAG_PREFIX}taskiq_run_id"
+"""Set with the first of the tags above: the run that they are about. Dagster's UI does not show it."""
 
 _OF_ONE_RUN: Final = frozenset({TASK_ID_TAG, CANCEL_REASON_TAG, CANCELLED_BY_TAG, CANCEL_FENCE_TAG, RUN_ID_TAG})
 
@@ -53,8 +55,11 @@ def inheritable_tags(run: DagsterRun) -> dict[str, str]:
 
 
 def drop_copied_tags(instance: DagsterInstance, run: DagsterRun) -> None:
-    """Remove tags of ours that are copies of another run's."""
-    if stale := run.tags.keys() - own_tags(run).keys():
+    """Remove tags of ours from a new run: what does not name it is from another one.
+
+    In the launchpad, Dagster's UI copies those tags of a run that it shows, and so not the one that names it.
+    """
+    if stale := _not_naming(run):
         remove_run_tags(instance, run.run_id, stale)
 
 
@@ -68,8 +73,11 @@ def tag_launched_run(instance: DagsterInstance, run: DagsterRun, task_id: str) -
 
     Also what was written by a version that did not say which run its tags are about.
     """
-    stale = set() if run.tags.get(RUN_ID_TAG) == run.run_id else _OF_ONE_RUN & run.tags.keys()
-    _replace(instance, run, stale, {TASK_ID_TAG: task_id})
+    _replace(instance, run, _not_naming(run), {TASK_ID_TAG: task_id})
+
+
+def _not_naming(run: DagsterRun) -> AbstractSet[str]:
+    return set() if run.tags.get(RUN_ID_TAG) == run.run_id else _OF_ONE_RUN & run.tags.keys()
 
 
 def _replace(instance: DagsterInstance, run: DagsterRun, stale: Iterable[str], tags: Mapping[str, str]) -> None:

@@ -40,6 +40,7 @@ JOB = "enters"  # works for ten minutes, and says how far it is
 JOBS = Path(browser_jobs.__file__)
 WAITS = "waits"
 SLOTS = 4
+FROM_HERE = "From Dagster's UI or API"
 
 
 @dataclass
@@ -171,12 +172,17 @@ def test_a_click_on_terminate_stops_the_run(browser: Browser, at_work: Served, t
         shown.terminate()
         shown.reads("Canceled")
         assert not is_alive(pid), "it reads Canceled, so the process must be gone"
+        shown.says(f"{CANCELLATION_REQUESTED} {FROM_HERE}")
+        shown.says("stopped: run terminated from Dagster's UI or API")
+        shown.says("in enter_for_ever")
         shown.picture("canceled")
+        body = shown.page.inner_text("body")
+        assert "site-packages/dagster" not in body, body
         events = at_work.dagster.events(run_id)
         canceled = kinds(events).index("RUN_CANCELED")
         assert place(events, Stage.REQUESTED) < canceled
         assert place(events, Stage.TREE_GONE) < canceled
-        assert events[place(events, Stage.REQUESTED)].message == f"{CANCELLATION_REQUESTED} From Dagster's UI or API"
+        assert events[place(events, Stage.REQUESTED)].message == f"{CANCELLATION_REQUESTED} {FROM_HERE}"
         assert events[place(events, Stage.TREE_GONE)].message.startswith("process tree gone after")
         assert [event.message for event in events].count("finally: database closed") == 1
         at_work.queues_are_empty()
