@@ -13,6 +13,7 @@ from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 from dagster_taskiq._lane import Lane
 from dagster_taskiq._retry import retry_async
 from dagster_taskiq.cancellation.model import CancelChannel, CancelKind, Cancellation
+from dagster_taskiq.cancellation.words import UNKNOWN_AUTHOR
 from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, own_tags
 
 _SHORTEST_BOUND_S: Final = 2.0
@@ -21,6 +22,9 @@ _WHY: Final[Mapping[DagsterRunStatus, str]] = {
     DagsterRunStatus.CANCELED: "the run was marked CANCELED",
     DagsterRunStatus.FAILURE: "the run was marked FAILURE",
 }
+
+_BY_DAGSTER: Final = {DagsterRunStatus.CANCELING, DagsterRunStatus.CANCELED}
+"""Whoever asks by way of this package has left a name in the tags before."""
 
 
 class StatusPoller:
@@ -66,6 +70,8 @@ class StatusPoller:
             if why is not None:
                 tags = own_tags(run) if run is not None else {}
                 reason, by = tags.get(CANCEL_REASON_TAG), tags.get(CANCELLED_BY_TAG)
+                if run is not None and run.status in _BY_DAGSTER:
+                    by = by or UNKNOWN_AUTHOR
                 cancellation = Cancellation(
                     CancelKind.REQUESTED, reason, by, channel=CancelChannel.STATUS_WATCH, cause=why
                 )
