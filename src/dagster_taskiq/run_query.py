@@ -72,6 +72,13 @@ class RunQuery:
         """Whether it means every run, whatever its status."""
         return replace(self, statuses=()) == RunQuery()
 
+    @property
+    def needs_each_run(self) -> bool:
+        """Whether `as_filter` does not decide it: every run that the database gives has to be asked."""
+        return any(None in values for values in self._wanted_tags().values()) or any(
+            one is not None for one in (self.partition, self.partition_range, self.location, self.where)
+        )
+
     def matches(self, run: DagsterRun, created: float, now: float | None = None) -> bool:
         """Whether this run is meant. `created`, `now`: seconds since the epoch."""
         age = (time.time() if now is None else now) - created

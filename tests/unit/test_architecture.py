@@ -65,7 +65,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "cancel_fence": FLOOR | DOMAIN | {"cancel_many", "run_fence", "run_query", "run_selection", "runs"},
     "cancel_sources": FLOOR | DOMAIN | {"cancel_many", "run_query", "runs"},
     "doctor": FLOOR | DOMAIN | {"launcher", "coordinator", "sqs"},
-    "story": FLOOR | DOMAIN | {"launcher", "coordinator"},
+    "story": FLOOR | DOMAIN | {"launcher", "coordinator", "run_query"},
     "examples": {""},
     "local": FLOOR | DOMAIN | {"examples", "sqs"},
     "cli": FLOOR

@@ -1,4 +1,4 @@
-"""`dagster-taskiq run`: explain runs, cancel them, and clean up after them."""
+"""`dagster-taskiq run`: list and explain runs, cancel them, and clean up after them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,15 +8,17 @@ import click
 from dagster_taskiq._text import clean_text
 from dagster_taskiq.cli.run_cancel import cancel
 from dagster_taskiq.cli.run_explain import explain_run
+from dagster_taskiq.cli.run_list import list_runs
 from dagster_taskiq.cli.run_reexecute import reexecute
 
 
 @click.group(short_help="Explain runs, cancel them, clean up after them.")
 def run() -> None:
-    """Explain a run, cancel it, or clean up after it.
+    """List runs, explain one, cancel runs, or clean up after them.
 
     \b
     Example:
+      dagster-taskiq run list --watch
       dagster-taskiq run explain 3e4a5f60
       dagster-taskiq run cancel 3e4a5f60 --reason "wrong input file"
       dagster-taskiq run cancel --job load --tag team=a --dry-run
@@ -50,4 +52,5 @@ def cleanup(run_id: str) -> None:
 
 run.add_command(cancel)
 run.add_command(explain_run)
+run.add_command(list_runs)
 run.add_command(reexecute)

@@ -1,40 +1,28 @@
 """Read all that a run's story is made of. All calls block on the database; nothing is changed."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
 from dagster import DagsterInstance, DagsterRunStatus, RunRecord
 
-from dagster_taskiq.coordinator import TaskiqRunCoordinator
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
-from dagster_taskiq.dagster_compat.run_queue import (
-    daemon_heard,
-    limits_that_hold,
-    pool_waits,
-    priority_of,
-    queued_tags,
-    run_queue_config,
-)
 from dagster_taskiq.errors import DagsterTaskiqError, RunNotFound
 from dagster_taskiq.launcher import TaskiqRunLauncher
-from dagster_taskiq.queue_names import queue_name
 from dagster_taskiq.settings import Settings
-from dagster_taskiq.storage.claims import Claim, Claims, ClaimState
-from dagster_taskiq.storage.fleet import read_hold
-from dagster_taskiq.storage.slots import RunSlots
+from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.step_claims import StepClaims
 from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, TASK_ID_TAG, own_tags
-from dagster_taskiq.storage.waiting import runs_in_progress
-from dagster_taskiq.storage.workers import ALIVE, WorkerInfo, describe_assets, list_workers
+from dagster_taskiq.storage.workers import describe_assets
+from dagster_taskiq.story.around import Around, look_around, places_in_queue, waits_for_pools
 from dagster_taskiq.story.log import Log, read_log
 from dagster_taskiq.story.model import Story
 from dagster_taskiq.story.steps import most_important
-from dagster_taskiq.story.surroundings import Messages, OwnerFacts, PoolWait, QueuePlace, StepOwner, Surroundings
+from dagster_taskiq.story.surroundings import Messages, StepOwner, Surroundings
 from dagster_taskiq.story.tell import MOST_STEPS, RunFacts, tell
 
-_MOST_QUEUED: Final = 1_000
 _NEVER_HAD_A_PROCESS: Final = {DagsterRunStatus.NOT_STARTED, DagsterRunStatus.QUEUED}
 
 
@@ -100,96 +88,27 @@ def _surroundings(
     record: RunRecord,
     ask_queue: Callable[[Settings], Messages] | None,
 ) -> Surroundings:
-    run, now = record.dagster_run, time.time()
+    run = record.dagster_run
     if run.status in FINISHED_STATUSES:
-        return Surroundings(now)
-    workers = list_workers(instance, settings, everybody=True)
-    queue = queue_name(settings.queue_url)
-    serving = [one for one in workers if one.state == ALIVE and one.queue in (None, queue)]
-    at_runs = [one for one in serving if one.runs]
-    slots, step_slots = sum(one.runs or 0 for one in serving), sum(one.steps or 0 for one in serving)
-    busy = sum(work.step_key is None for one in at_runs for work in one.work)
-    busy_steps = sum(work.step_key is not None for one in serving for work in one.work)
-    claim = Claims.of(instance, settings).read([run.run_id]).get(run.run_id)
-    owner = _owner(claim, workers) if claim is not None and claim.state is not ClaimState.RELEASED else None
-    waits = owner is None and run.status is not DagsterRunStatus.QUEUED
-    monitored = instance.run_monitoring_enabled
-    return Surroundings(
-        now=now,
-        hold=hold.described() if (hold := read_hold(instance)) is not None else None,
+        return Surroundings(time.time())
+    around = look_around(instance, settings)
+    owner = around.owner(Claims.of(instance, settings).read([run.run_id]).get(run.run_id))
+    is_queued = run.status is DagsterRunStatus.QUEUED
+    pools = waits_for_pools(instance, [run.run_id]) if run.status is DagsterRunStatus.STARTED else {}
+    return replace(
+        around.common,
         owner=owner,
-        workers_alive=len(at_runs),
-        slots=slots,
-        free_slots=slots - busy,
-        step_slots=step_slots,
-        free_step_slots=step_slots - busy_steps,
-        steps=_steps(instance, run.run_id, workers),
-        pools=_pools(instance, run.run_id) if run.status is DagsterRunStatus.STARTED else (),
-        queue=_place(instance, settings, record) if run.status is DagsterRunStatus.QUEUED else None,
-        messages=ask_queue(settings) if waits and ask_queue is not None else None,
-        can_resume=monitored and instance.run_monitoring_max_resume_run_attempts > 0,
-        visibility_timeout_s=settings.visibility_timeout_seconds,
-        status_poll_s=settings.status_poll_seconds,
-        reconcile_every_s=settings.reconcile_every_s,
-        start_timeout_s=float(instance.run_monitoring_start_timeout_seconds) if monitored else None,
+        steps=_steps(instance, run.run_id, around),
+        pools=pools.get(run.run_id, ()),
+        queue=places_in_queue(instance, settings, [run])[run.run_id] if is_queued else None,
+        messages=ask_queue(settings) if owner is None and not is_queued and ask_queue is not None else None,
     )
 
 
-def _owner(claim: Claim, workers: Sequence[WorkerInfo]) -> OwnerFacts:
-    worker = _named(workers, claim.worker_id)
-    return OwnerFacts(
-        claim.worker_id,
-        state=worker.state if worker is not None else "unknown",
-        heard=worker.heard if worker is not None else None,
-        given_up=claim.state is ClaimState.GIVEN_UP,
-    )
-
-
-def _named(workers: Sequence[WorkerInfo], worker_id: str) -> WorkerInfo | None:
-    return next((worker for worker in workers if worker.worker_id == worker_id), None)
-
-
-def _steps(instance: DagsterInstance, run_id: str, workers: Sequence[WorkerInfo]) -> list[StepOwner]:
+def _steps(instance: DagsterInstance, run_id: str, around: Around) -> list[StepOwner]:
     found = []
     for claim in StepClaims(instance).running(run_id).values():
-        worker = _named(workers, claim.worker_id)
+        worker = around.workers.get(claim.worker_id)
         state, where = (worker.state, worker.where) if worker is not None else ("unknown", "")
         found.append(StepOwner(claim.step_key, claim.worker_id, state, where))
     return sorted(found, key=lambda step: step.step_key)
-
-
-def _pools(instance: DagsterInstance, run_id: str) -> list[PoolWait]:
-    return [
-        PoolWait(one.step_key, one.pool, one.since, one.limit, tuple(run_id[:8] for run_id in one.holders))
-        for one in pool_waits(instance, run_id)
-    ]
-
-
-def _place(instance: DagsterInstance, settings: Settings, record: RunRecord) -> QueuePlace:
-    run = record.dagster_run
-    mine = priority_of(run.tags)
-    queued = queued_tags(instance, _MOST_QUEUED)
-    mine_at = next((number for number, (run_id, _) in enumerate(queued) if run_id == run.run_id), len(queued))
-    ahead = sum(
-        priority_of(tags) > mine or (priority_of(tags) == mine and number < mine_at)
-        for number, (_, tags) in enumerate(queued)
-    )
-    config = run_queue_config(instance)
-    configured = config.max_concurrent_runs if config is not None and config.max_concurrent_runs >= 0 else None
-    limit, by_configuration = configured, True
-    coordinator = instance.run_coordinator
-    if isinstance(coordinator, TaskiqRunCoordinator):
-        room = RunSlots(instance, settings).count() + coordinator.look_ahead
-        if limit is None or room < limit:
-            limit, by_configuration = room, False
-    hits = limits_that_hold(instance, run.run_id)
-    return QueuePlace(
-        ahead=ahead,
-        more_ahead=len(queued) == _MOST_QUEUED,
-        priority=mine,
-        in_progress=runs_in_progress(instance),
-        limit=limit,
-        limit_is_configured=by_configuration,
-        blocking=tuple(f"the limit {hit.limit} of {hit.kind} {hit.name}" for hit in hits),
-        daemon_heard=daemon_heard(instance),
-    )

@@ -97,6 +97,8 @@ class Wait:
     since: float | None = None
     until: float | None = None
     advice: tuple[str, ...] = ()
+    cause: str = field(default="", kw_only=True)
+    """The same as `what` in a few words, for lists."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,6 @@ class QueuePlace:
 
     ahead: int = 0
     """Runs that are taken first: a higher priority, or older."""
-    more_ahead: bool = False
     priority: int = 0
     in_progress: int = 0
     limit: int | None = None

@@ -1,6 +1,7 @@
 """What a run that is not over waits for, until when, and what a person can do about it. Pure."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Final
 
 from dagster_taskiq.storage.fleet import RELEASE
@@ -19,6 +20,9 @@ _START_A_WORKER: Final = (
     "start one: dagster-taskiq worker start; is the service scaled to zero? dagster-taskiq worker list"
 )
 _WHICH_WORK: Final = "see what takes the slots: dagster-taskiq worker list"
+_MORE_SLOTS: Final = (_WHICH_WORK, "start more workers, or give them more slots: --max-runs")
+_NO_WORKER: Final = "no worker"
+_NO_SLOT: Final = "no free slot"
 _NAMED: Final = 5
 
 
@@ -28,7 +32,7 @@ def what_it_waits_for(
     """In the order of their importance. Empty for a run that works, or is over."""
     begins = status in ("QUEUED", "NOT_STARTED", "STARTING", "STARTED")
     if around.hold is not None and begins and (around.owner is None or around.owner.state not in (ALIVE, SILENT)):
-        yield Wait(around.hold, None, None, (f"to let it begin: {RELEASE}",))
+        yield Wait(around.hold, None, None, (f"to let it begin: {RELEASE}",), cause="the fleet is held")
         if around.owner is None:
             return
     if status == "QUEUED":
@@ -50,35 +54,38 @@ def _queued(phases: Phases, around: Surroundings) -> Iterator[Wait]:
     if late_s is None or late_s > _DAEMON_LATE_S:
         heard = "has never run here" if late_s is None else f"has given no sign of life for {duration(late_s)}"
         advice = "start it: dagster-daemon run; its log says why it ended"
-        yield Wait(f"Dagster's daemon, which hands runs over, {heard}", since, None, (advice,))
+        yield Wait(
+            f"Dagster's daemon, which hands runs over, {heard}", since, None, (advice,), cause="Dagster's daemon"
+        )
     if place.blocking:
         for limit in place.blocking:
-            yield Wait(limit, since, None, ("wait for the others, or raise the limit in dagster.yaml or in the UI",))
+            advice = "wait for the others, or raise the limit in dagster.yaml or in the UI"
+            yield Wait(limit, since, None, (advice,), cause=limit.removeprefix("the "))
         return
     if place.limit is not None and place.in_progress >= place.limit:
         yield _no_room(place, since, around)
         return
     if place.ahead:
-        more = "at least " if place.more_ahead else ""
         advice = f"to have it sooner, launch it with a higher tag dagster/priority than {place.priority}"
-        yield Wait(
-            f"{more}{place.ahead} runs are taken before it (older, or of a higher priority)", since, None, (advice,)
-        )
+        what = f"{place.ahead} runs are taken before it (older, or of a higher priority)"
+        yield Wait(what, since, None, (advice,), cause="its turn")
     elif late_s is not None and late_s <= _DAEMON_LATE_S:
         advice = "if it stays: the daemon's log; a code location that does not load is tried again after a minute"
-        yield Wait("Dagster's daemon takes it when it looks next; nothing holds it back", since, None, (advice,))
+        what = "Dagster's daemon takes it when it looks next; nothing holds it back"
+        yield Wait(what, since, None, (advice,), cause="its turn")
 
 
 def _no_room(place: QueuePlace, since: float | None, around: Surroundings) -> Wait:
     if place.limit_is_configured:
         what = f"max_concurrent_runs is {place.limit}, and {place.in_progress} runs are in progress"
-        return Wait(what, since, None, ("raise it in the config of run_coordinator in dagster.yaml", _WHICH_WORK))
+        advice = ("raise it in the config of run_coordinator in dagster.yaml", _WHICH_WORK)
+        return Wait(what, since, None, advice, cause=f"max_concurrent_runs {place.limit}")
     ahead = f"; {place.ahead} runs are taken before it" if place.ahead else ""
     if not around.workers_alive:
-        return Wait(f"no worker that takes runs is alive{ahead}", since, None, (_START_A_WORKER,))
+        return Wait(f"no worker that takes runs is alive{ahead}", since, None, (_START_A_WORKER,), cause=_NO_WORKER)
     taken = around.slots - around.free_slots
     what = f"no free slot: {taken} of {around.slots} are taken (workers: {around.workers_alive}){ahead}"
-    return Wait(what, since, None, (_WHICH_WORK, "start more workers, or give them more slots: --max-runs"))
+    return Wait(what, since, None, _MORE_SLOTS, cause=_NO_SLOT)
 
 
 # For its first worker
@@ -89,14 +96,16 @@ def _starting(phases: Phases, around: Surroundings) -> Iterator[Wait]:
         if around.owner.state == ALIVE:
             bar = phases.bars[-1] if phases.bars else None
             advice = "loading the code takes this long? preload_modules; its log: dagster-taskiq worker list names it"
-            yield Wait(f"worker {around.owner.worker_id} starts it", bar.began if bar else None, None, (advice,))
+            what, since = f"worker {around.owner.worker_id} starts it", bar.began if bar else None
+            yield Wait(what, since, None, (advice,), cause="its start")
         else:
             yield _dead_owner(around)
         return
     since = phases.submitted_at
     if since is None:
         what = "it was not sent to a queue yet; Dagster is about to, or was stopped in between"
-        yield Wait(what, phases.starting_at, None, ("if it stays: terminate it, and launch it again",))
+        advice = "if it stays: terminate it, and launch it again"
+        yield Wait(what, phases.starting_at, None, (advice,), cause="to be sent to the queue")
         return
     yield _for_a_worker(since, around)
     gone = around.messages is not None and around.messages.trouble is None
@@ -104,18 +113,20 @@ def _starting(phases: Phases, around: Surroundings) -> Iterator[Wait]:
         do = ["terminate it, and launch it again: nothing else will start it"]
         if around.start_timeout_s:
             do.append(f"Dagster's run monitoring fails it after {duration(around.start_timeout_s)}")
-        yield Wait("its message is gone: the queue is empty (purged, expired, dead-letter?)", since, None, tuple(do))
+        what = "its message is gone: the queue is empty (purged, expired, dead-letter?)"
+        yield Wait(what, since, None, tuple(do), cause="its message is gone")
 
 
 def _for_a_worker(since: float | None, around: Surroundings) -> Wait:
     if not around.workers_alive:
-        return Wait("no worker that takes runs is alive", since, None, (_START_A_WORKER,))
+        return Wait("no worker that takes runs is alive", since, None, (_START_A_WORKER,), cause=_NO_WORKER)
     if around.free_slots <= 0:
         what = f"no free slot: {around.slots} of {around.slots} are taken (workers: {around.workers_alive})"
-        return Wait(what, since, None, (_WHICH_WORK, "start more workers, or give them more slots: --max-runs"))
+        return Wait(what, since, None, _MORE_SLOTS, cause=_NO_SLOT)
     said = _said_of_messages(around)
     what = f"a worker to receive it: {around.free_slots} of {around.slots} slots are free{said}"
-    return Wait(what, since, None, ("if it stays: dagster-taskiq doctor, run where a worker runs",))
+    advice = "if it stays: dagster-taskiq doctor, run where a worker runs"
+    return Wait(what, since, None, (advice,), cause="a worker to receive it")
 
 
 def _said_of_messages(around: Surroundings) -> str:
@@ -136,7 +147,7 @@ def _dead_owner(around: Surroundings) -> Wait:
     heard = f", last heard of {duration(around.now - owner.heard)} ago" if owner.heard is not None else ""
     if owner.given_up:
         what = f"Dagster's run monitoring, which was told that worker {owner.worker_id} is dead"
-        return Wait(what, owner.heard, None, ("is the daemon alive? its log",))
+        return Wait(what, owner.heard, None, ("is the daemon alive? its log",), cause="run monitoring")
     state = "is dead" if owner.state != SILENT else "is silent"
     by_message = (
         around.now + around.visibility_timeout_s * 4 / 3
@@ -153,7 +164,8 @@ def _dead_owner(around: Surroundings) -> Wait:
     ]
     if not around.workers_alive:
         advice.insert(0, f"no worker is alive to do it; {_START_A_WORKER}")
-    return Wait(what, owner.heard, by_message if by_message > around.now else None, tuple(advice))
+    until = by_message if by_message > around.now else None
+    return Wait(what, owner.heard, until, tuple(advice), cause=f"its worker {state}")
 
 
 # To be stopped
@@ -166,30 +178,37 @@ def _canceling(phases: Phases, around: Surroundings) -> Iterator[Wait]:
         what = "a worker to finish its cancellation: nobody has the run"
         advice = f"one does it when its message comes again, or within {duration(around.reconcile_every_s)} or two"
         alive = () if around.workers_alive else (f"no worker is alive; {_START_A_WORKER}",)
-        yield Wait(what, since, None, (*alive, advice))
+        yield Wait(
+            what, since, None, (*alive, advice), cause="a worker to finish it" if around.workers_alive else _NO_WORKER
+        )
         return
     if owner.state != ALIVE:
         yield _dead_owner(around)
         return
     if phases.cleaning is not None:
         what = f"cleanup on {owner.worker_id}: {_handlers(phases)}"
-        yield Wait(what, phases.cleaning[1], None, ("its log lines are in the run's log; it has a timeout of its own",))
+        advice = "its log lines are in the run's log; it has a timeout of its own"
+        yield Wait(what, phases.cleaning[1], None, (advice,), cause="cleanup")
     elif cancel.gone_at is not None:
-        yield Wait(f"worker {owner.worker_id} to write its end; its processes are gone", cancel.gone_at)
+        what = f"worker {owner.worker_id} to write its end; its processes are gone"
+        yield Wait(what, cancel.gone_at, cause="its end to be written")
     elif cancel.killed_at is not None:
         advice = f"a process in uninterruptible sleep (a dead NFS mount?) cannot be killed: ps on {phases.where}"
-        yield Wait(f"its killed processes to be gone, on {owner.worker_id}", cancel.killed_at, None, (advice,))
+        what = f"its killed processes to be gone, on {owner.worker_id}"
+        yield Wait(what, cancel.killed_at, None, (advice,), cause="killed processes")
     elif cancel.interrupted_at is not None:
         until = cancel.interrupted_at + cancel.grace_s if cancel.grace_s is not None else None
         what = f"pid {cancel.pid} on {owner.worker_id} has SIGTERM and is in its grace; then it is killed"
-        yield Wait(what, cancel.interrupted_at, until, ("nothing to do; less: tag dagster-taskiq/grace_seconds",))
+        advice = "nothing to do; less: tag dagster-taskiq/grace_seconds"
+        yield Wait(what, cancel.interrupted_at, until, (advice,), cause="its grace")
     elif cancel.reached_at is None:
         until = (since or around.now) + around.status_poll_s
         advice = "if it stays: permissions on the cancel queue (dagster-taskiq doctor); does its worker hang?"
         what = f"the cancellation to reach worker {owner.worker_id}, by message or by its look at the database"
-        yield Wait(what, since, until if until > around.now else None, (advice,))
+        yield Wait(what, since, until if until > around.now else None, (advice,), cause="the cancellation to reach it")
     if around.steps:
-        yield Wait(f"steps that have not stopped: {_steps(around.steps)}", since, cancel.patience_until)
+        what = f"steps that have not stopped: {_steps(around.steps)}"
+        yield Wait(what, since, cancel.patience_until, cause="steps that have not stopped")
 
 
 def _handlers(phases: Phases) -> str:
@@ -221,11 +240,12 @@ def _started(phases: Phases, steps: Sequence[Bar], log: Log, around: Surrounding
         then = (
             "then it is resumed" if around.can_resume else "then it becomes FAILURE: run monitoring does not resume it"
         )
-        yield Wait(wait.what, wait.since, wait.until, (*wait.advice, then))
+        yield replace(wait, advice=(*wait.advice, then))
         return
     if phases.lingers is not None:
         what, since = phases.lingers
-        yield Wait(what, since, None, ("to end it now: dagster-taskiq run cancel",))
+        advice = "to end it now: dagster-taskiq run cancel"
+        yield Wait(what, since, None, (advice,), cause="threads and hooks")
         return
     yield from map(_pool, around.pools)
     waiting = [bar for bar in steps if bar.outcome is Outcome.GOING_ON and bar.note == WAITS]
@@ -237,8 +257,9 @@ def _started(phases: Phases, steps: Sequence[Bar], log: Log, around: Surrounding
         if around.now - last > QUIET_AFTER_S:
             yield _quiet(bar, last, phases, around)
     if not working and not waiting and log.last_at is not None and around.now - log.last_at > QUIET_AFTER_S:
-        advice = (_look_inside(phases.process_pid, phases.where), "its compute logs (stdout, stderr) in Dagster's UI")
-        yield Wait("no step is at work, and its log is silent", log.last_at, None, advice)
+        looks = (_look_inside(phases.process_pid, phases.where), "its compute logs (stdout, stderr) in Dagster's UI")
+        what = "no step is at work, and its log is silent"
+        yield Wait(what, log.last_at, None, looks, cause="nothing that is known")
 
 
 def _quiet(bar: Bar, last: float, phases: Phases, around: Surroundings) -> Wait:
@@ -246,11 +267,14 @@ def _quiet(bar: Bar, last: float, phases: Phases, around: Surroundings) -> Wait:
     worker = owner.worker_id if owner else bar.worker or phases.worker
     if owner is not None and owner.state != ALIVE:
         what = f"step {bar.label}: its worker {worker} is {owner.state}; its run fails it, or tries it again"
-        return Wait(what, last, None, ("dagster-taskiq worker list --all",))
+        return Wait(
+            what, last, None, ("dagster-taskiq worker list --all",), cause=f"its step's worker is {owner.state}"
+        )
     where = owner.where if owner else phases.where
     what = f"step {bar.label} on {worker}: no event since {clock(last)} UTC; it works silently, or hangs"
     pid = None if owner else phases.process_pid
-    return Wait(what, last, None, (_look_inside(pid, where), "if it hangs, stop it: dagster-taskiq run cancel"))
+    advice = (_look_inside(pid, where), "if it hangs, stop it: dagster-taskiq run cancel")
+    return Wait(what, last, None, advice, cause="a silent step")
 
 
 def _look_inside(pid: int | None, where: str) -> str:
@@ -265,12 +289,15 @@ def _steps_without_worker(waiting: Sequence[Bar], around: Surroundings) -> Itera
     named = ", ".join(bar.label for bar in waiting[:_NAMED])
     which = f"{len(waiting)} steps that were sent ({named}{', …' if len(waiting) > _NAMED else ''})"
     if not around.step_slots:
-        yield Wait(f"{which}: no worker that takes steps is alive", since, None, (_START_A_WORKER,))
+        what = f"{which}: no worker that takes steps is alive"
+        yield Wait(what, since, None, (_START_A_WORKER,), cause="no worker for its steps")
     elif around.free_step_slots <= 0:
         advice = (_WHICH_WORK, "start more workers, or give them more slots: --max-steps")
-        yield Wait(f"{which}: no free slot, {around.step_slots} of {around.step_slots} are taken", since, None, advice)
+        what = f"{which}: no free slot, {around.step_slots} of {around.step_slots} are taken"
+        yield Wait(what, since, None, advice, cause="no free slot for its steps")
     else:
-        yield Wait(f"{which}: their processes are starting, or a worker is about to receive them", since)
+        what = f"{which}: their processes are starting, or a worker is about to receive them"
+        yield Wait(what, since, cause="its steps to begin")
 
 
 def _pool(wait: PoolWait) -> Wait:
@@ -279,4 +306,5 @@ def _pool(wait: PoolWait) -> Wait:
     advice = ("wait for them, or raise the limit of the pool: Deployment > Concurrency in Dagster's UI",)
     if wait.limit == 0:
         advice = ("the pool has no slots: raise its limit in Deployment > Concurrency of Dagster's UI",)
-    return Wait(f"step {wait.step_key} waits for a slot of pool {wait.pool}{limit}{held}", wait.since, None, advice)
+    what = f"step {wait.step_key} waits for a slot of pool {wait.pool}{limit}{held}"
+    return Wait(what, wait.since, None, advice, cause=f"pool {wait.pool}")

@@ -39,6 +39,7 @@ def at(name: str, text: str, **around: Any) -> Story:
 
 
 def told(waits: tuple[Wait, ...]) -> str:
+    assert all(0 < len(wait.cause) < 40 for wait in waits), "in a few words, for a list"
     return "\n".join(f"{wait.what} -> {' / '.join(wait.advice)}" for wait in waits)
 
 
