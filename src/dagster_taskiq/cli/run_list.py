@@ -132,8 +132,8 @@ def _where(run: "ListedRun", found: "RunList") -> str:
     if run.worker is not None:
         return run.worker if run.worker_state == "alive" else f"{run.worker} ({run.worker_state})"
     if run.position is not None:
-        return f"Dagster's queue, {run.position} of {found.in_queue}"
-    return f"queue {run.queue}" if run.queue is not None else ""
+        return f"queue, {run.position} of {found.in_queue}"
+    return f"SQS {run.queue}" if run.queue is not None else ""
 
 
 def _summary(found: "RunList") -> str:

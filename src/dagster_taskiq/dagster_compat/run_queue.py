@@ -7,6 +7,7 @@ from typing import Any, Final
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunRecord, RunsFilter
 
 from dagster_taskiq.dagster_compat.api import PRIORITY_TAG
+from dagster_taskiq.dagster_compat.run_counts import tag_has_key
 
 __all__ = [
     "DAEMON_OF_THE_QUEUE",
@@ -160,7 +161,7 @@ def queue_order(instance: DagsterInstance) -> list[str]:
         queued = [(run.run_id, priority_of(run.tags)) for run in runs]
     else:
         rows, tags = RunsTable.c, RunTagsTable.c
-        of_priority = and_(tags.run_id == rows.run_id, tags.key == PRIORITY_TAG)
+        of_priority = and_(tags.run_id == rows.run_id, tag_has_key(PRIORITY_TAG))
         query = (
             select(rows.run_id, tags.value)
             .select_from(RunsTable.outerjoin(RunTagsTable, of_priority))
