@@ -39,8 +39,8 @@ class OneLineErrors(click.Group):
         try:
             with _short_usage():
                 return super().invoke(ctx)
-        except (click.exceptions.Exit, click.Abort, click.ClickException):
-            raise
+        except (click.exceptions.Exit, click.Abort, click.ClickException, BrokenPipeError):
+            raise  # click knows what to do when a pipe was closed, as `head` does it
         except Exception as error:
             from dagster_taskiq.cli.explain import explain
 

@@ -12,7 +12,7 @@ from dagster_taskiq.cli.run_list import list_runs
 from dagster_taskiq.cli.run_reexecute import reexecute
 
 
-@click.group(short_help="Explain runs, cancel them, clean up after them.")
+@click.group(short_help="List runs, explain them, cancel them, clean up.")
 def run() -> None:
     """List runs, explain one, cancel runs, or clean up after them.
 

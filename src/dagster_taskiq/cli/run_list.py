@@ -50,7 +50,7 @@ def list_runs(query: "RunQuery", *, everything: bool, limit: int | None, every_s
       dagster-taskiq run list --job load --status waiting
       dagster-taskiq run list --backfill vkdhjcde --watch
       dagster-taskiq run list --all --older-than 1d --limit 20
-      dagster-taskiq run list --json | jq -r '.[] | select(.waits_for == "no worker").run_id'
+      dagster-taskiq run list --status waiting --json | jq -r '.[].run_id'
     """
     from dagster import DagsterRunStatus
 

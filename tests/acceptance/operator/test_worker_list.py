@@ -32,7 +32,7 @@ def ask(platform: Platform, *arguments: str) -> "subprocess.CompletedProcess[str
 
 def on_a_terminal(platform: Platform, columns: int) -> list[str]:
     """The lines that a person sees on a terminal of that width."""
-    environ = os.environ | {"DAGSTER_HOME": str(platform.home), "TERM": "dumb"}
+    environ = os.environ | {"DAGSTER_HOME": str(platform.home), "NO_COLOR": "1"}
     with on_terminal((*CLI, "worker", "list"), environ, columns=columns) as terminal:
         assert terminal.ended() == 0
         return terminal.lines
