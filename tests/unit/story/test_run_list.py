@@ -25,6 +25,7 @@ from dagster_taskiq.dagster_compat.run_queue import DAEMON_OF_THE_QUEUE
 from dagster_taskiq.run_query import UNFINISHED, RunQuery
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.claims import Claims
+from dagster_taskiq.storage.fleet import hold_fleet
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.tags import TASK_ID_TAG
 from dagster_taskiq.storage.waiting import waiting_runs
@@ -128,6 +129,14 @@ def test_without_a_worker_everything_waits_for_one(world: World) -> None:
     runs = [world.queued(), world.run(DagsterRunStatus.STARTING, **{TASK_ID_TAG: "a"})]
     runs += [world.run(DagsterRunStatus.STARTING, **{TASK_ID_TAG: "b"}), world.run(DagsterRunStatus.CANCELING)]
     assert {row.waits_for for row in world.listed()} == {"no worker"}, len(runs)
+
+
+def test_while_the_fleet_is_held_what_waits_waits_for_that(world: World) -> None:
+    working, waits = world.run(DagsterRunStatus.STARTED), world.queued()
+    world.beat("w", working)
+    hold_fleet(world.instance, by="ada", reason="a migration")
+    rows = by_id(world.listed())
+    assert (rows[waits.run_id].waits_for, rows[working.run_id].waits_for) == ("the fleet is held", "")
 
 
 def test_a_step_that_waits_for_a_pool_is_named(world: World) -> None:
