@@ -72,21 +72,27 @@ def own_handlers(place: object) -> tuple[Handler, ...]:
 
 def home_of(target: object) -> object:
     """Where a function or definition keeps what was declared on it: of an asset the op or the graph that it is."""
-    held = getattr(target, "node_def", None)
+    held = _held(target, "node_def")
     return target if held is None else held
 
 
 def _places(target: object) -> Iterator[object]:
     """Where handlers may be kept, the innermost first."""
     for inner in ("graph", "node_def", "compute_fn", "composition_fn", "parent_graph_def", "decorated_fn"):
-        held = getattr(target, inner, None)
+        held = _held(target, inner)
         if held is not None and held is not target:
             yield from _places(held)
     # A decorator of the user's between the function and us; of a copy of a job the original.
-    for inside in (getattr(target, "__wrapped__", None), _observed_by(target)):
+    for inside in (_held(target, "__wrapped__"), _observed_by(target)):
         if inside is not None:
             yield from _places(inside)
     yield target
+
+
+def _held(target: object, name: str) -> object:
+    """An attribute that is really there: a mock makes one of every name, and each of them has all of them again."""
+    there = name in getattr(target, "__dict__", {}) or hasattr(type(target), name)
+    return getattr(target, name, None) if there else None
 
 
 def _observed_by(function: object) -> object:

@@ -2,6 +2,7 @@
 
 import warnings
 from typing import Any
+from unittest.mock import MagicMock, Mock
 
 import dagster as dg
 import pytest
@@ -276,3 +277,10 @@ def test_a_timeout_that_makes_no_sense_is_refused(timeout: float) -> None:
 def test_what_is_no_function_is_refused() -> None:
     with pytest.raises(ValueError, match="on_cancel needs a function"):
         on_cancel("first")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [Mock, MagicMock])
+def test_a_mock_of_an_op_has_what_it_was_given_and_no_more(kind: type[Mock]) -> None:
+    """It answers every name with a mock that does the same, so a search in all of them would have no end."""
+    assert names(kind()) == []
+    assert names(on_cancel(second)(kind(node_def=on_cancel(first)(kind())))) == ["first", "second"]
