@@ -9,6 +9,8 @@ from dagster._core.errors import DagsterExecutionInterruptedError
 
 from dagster_taskiq import taskiq_executor
 
+print("what a module prints is not for a program that reads our stdout")
+
 FOLDER_TAG = "folder"
 
 

@@ -16,6 +16,7 @@ from dagster._core.execution.api import execute_run
 from tests.support import unfinished_jobs
 from tests.unit.cleanup.test_by_hand import LAUNCHER
 
+from dagster_taskiq.dagster_compat.execution import KnownExecutionState
 from dagster_taskiq.dagster_compat.interrupts import DagsterExecutionInterruptedError
 from dagster_taskiq.dagster_compat.reexecution import CodeSource, LoadedJob, create_run, find_job, loaded_job
 from dagster_taskiq.dagster_compat.unfinished_steps import steps_left
@@ -146,6 +147,13 @@ def test_mapped_steps_that_had_not_begun_are_left_to_do(shop: Shop, first: str, 
     assert shop.marks() == Counter(["extract", "fan_out", *MAPPED, "report"]) + Counter(stopped)
 
 
+def test_dagsters_own_answer_leaves_them_out(shop: Shop) -> None:
+    """When this fails, Dagster has mended it: then docs/run-reexecute.md is to say so."""
+    parent = shop.first("fanned", "transform[k2]")
+    steps, _ = KnownExecutionState.build_resume_retry_reexecution(shop.instance, parent)
+    assert sorted(steps) == ["load[k2]", "report", "transform[k2]"]
+
+
 def test_the_outputs_of_a_failed_attempt_are_not_mapped(shop: Shop) -> None:
     parent = shop.first("tried", "load[try1_0]")
     left = steps_left(shop.instance, parent)
@@ -218,6 +226,11 @@ def test_code_that_is_not_there(shop: Shop) -> None:
     with pytest.raises(DagsterTaskiqError, match="has no job renamed now; it was renamed or removed since run"):
         find_job(shop.loaded.request, run)
     nowhere = run._replace(remote_job_origin=None)
+    with (
+        pytest.raises(DagsterTaskiqError, match=r"location no\.such\.module cannot be loaded: ModuleNotFoundError: "),
+        loaded_job(shop.instance, run, CodeSource(module_name=("no.such.module",))),
+    ):
+        pass
     with (
         pytest.raises(DagsterTaskiqError, match=r"does not say what code location it is of; give .* -w workspace.yaml"),
         loaded_job(shop.instance, nowhere, CodeSource()),

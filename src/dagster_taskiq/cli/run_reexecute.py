@@ -1,9 +1,11 @@
 """`dagster-taskiq run reexecute`: a cancelled or failed run goes on from its finished steps."""
 
 import json
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -82,11 +84,25 @@ def reexecute(
         if dry_run:
             _print(planned.described(), as_json=as_json)
             return
-        done = launch(instance, planned, tags, source, tell=_tell)
+        with _stdout_for_us():
+            done = launch(instance, planned, tags, source, tell=_tell)
         _print(done, as_json=as_json)
         if wait and done.run_id is not None:
             succeeded = _wait(instance, done.run_id, as_json=as_json)
             sys.exit(0 if succeeded else 1)
+
+
+@contextmanager
+def _stdout_for_us() -> Iterator[None]:
+    """What the users' code prints in a code server goes to stderr: stdout may be read by a program."""
+    sys.stdout.flush()
+    ours = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(ours, 1)
+        os.close(ours)
 
 
 def _tell(what: str) -> None:

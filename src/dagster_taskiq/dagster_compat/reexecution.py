@@ -3,8 +3,9 @@
 Private parts of Dagster that only a re-execution needs. Calls block on the database and on the code location.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -84,10 +85,13 @@ def loaded_job(instance: DagsterInstance, run: DagsterRun, source: CodeSource) -
 
     Raises `DagsterTaskiqError`.
     """
-    with (
-        _code_servers(instance) as servers,
-        WorkspaceProcessContext(instance, _target(run, source), grpc_server_registry=servers) as process,
-    ):
+    target = _target(run, source)
+    with ExitStack() as stack:
+        servers = stack.enter_context(_code_servers(instance))
+        with warnings.catch_warnings():
+            # What cannot be loaded is an error here, in one line; Dagster warns of it, with its traceback.
+            warnings.filterwarnings("ignore", "Error loading repository location", UserWarning)
+            process = stack.enter_context(WorkspaceProcessContext(instance, target, grpc_server_registry=servers))
         yield find_job(process.create_request_context(), run)
 
 
@@ -105,7 +109,7 @@ def _code_servers(instance: DagsterInstance) -> GrpcServerRegistry:
         heartbeat_ttl=_WITHOUT_US_S,
         startup_timeout=instance.code_server_process_startup_timeout,
         wait_for_processes_on_shutdown=True,
-        log_level="WARNING",
+        log_level="CRITICAL",
     )
 
 
@@ -152,7 +156,10 @@ def _location(request: WorkspaceRequestContext, run: DagsterRun) -> CodeLocation
     entry = request.get_location_entry(name)
     failed = entry.load_error if entry is not None else None
     if failed is not None:
-        raise DagsterTaskiqError(f"code location {name} cannot be loaded: {_cause(failed)}; {_GIVE_IT}")
+        raise DagsterTaskiqError(
+            f"code location {name} cannot be loaded: {_cause(failed)}; see all of it by 'dagster"
+            f" definitions validate', or {_GIVE_IT}"
+        )
     return request.get_code_location(name)
 
 
