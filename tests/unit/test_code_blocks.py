@@ -33,6 +33,7 @@ FOLLOWED_BY: Final[Mapping[str, str]] = {
     "docs/deploy-on-ecs.md": "tests/acceptance/operator/test_deploy_page.py",
     "docs/installation.md": "tests/acceptance/installation/test_resolution.py",
     "docs/migrate-from-dagster-celery.md": "tests/unit/test_migration_page.py",
+    "docs/operate.md": "tests/acceptance/operator/test_operate_page.py",
     "docs/own-project.md": "tests/acceptance/installation/test_own_project_page.py",
     "docs/plain-taskiq.md": "tests/contract/test_standing_cancels.py",
     "docs/run-explain.md": "tests/unit/story/test_stories.py",

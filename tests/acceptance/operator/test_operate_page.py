@@ -1,27 +1,17 @@
 """The blocks of `docs/operate.md`, each command as an operator gives it, over a run that waits."""
 
-import shlex
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 from dagster import DagsterRunStatus
 from tests.acceptance.conftest import open_platform
-from tests.support.shell import blocks
+from tests.support.pages import blocks, commands
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
 
-PAGE = Path(__file__).parents[3] / "docs" / "operate.md"
-
-
-def commands() -> Iterator[list[str]]:
-    for block in blocks(PAGE):
-        if block.language == "bash":
-            yield from (shlex.split(line)[1:] for line in block.text.splitlines())
+PAGE = "docs/operate.md"
 
 
 def test_an_operator_holds_the_fleet_looks_and_stops_everything(endpoint: str) -> None:
-    given = list(commands())
+    given = [words[1:] for block in blocks(PAGE, "bash") for words in commands(block.text)]
     assert len(given) > 3
     with open_platform(endpoint) as platform:
         run_id = platform.launch("sleepy_job")
