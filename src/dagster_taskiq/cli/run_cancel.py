@@ -101,6 +101,10 @@ def cancel(run_ids: tuple[str, ...], query: "RunQuery", **options: Any) -> None:
     sys.exit(code)
 
 
+def _has_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()  # None: started with it closed
+
+
 def _check(asked: Options, run_ids: Sequence[str], query: "RunQuery") -> None:
     from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
 
@@ -119,5 +123,5 @@ def _check(asked: Options, run_ids: Sequence[str], query: "RunQuery") -> None:
         raise Refused("--until is for runs that are launched from now on: it goes with no id, --status or --older-than")
     if asked.timeout_s is not None and not asked.wait:
         raise Refused("--timeout goes with --wait")
-    if not run_ids and not asked.yes and not asked.dry_run and not sys.stdin.isatty():
+    if not run_ids and not asked.yes and not asked.dry_run and not _has_terminal():
         raise Refused("there is no terminal to ask on: look with --dry-run, then add --yes")

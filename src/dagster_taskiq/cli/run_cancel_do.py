@@ -152,7 +152,7 @@ class Cancel:
         from dagster_taskiq.cancel_fence import FenceProgress, cancel_behind_fence
 
         def watch(now: FenceProgress) -> None:
-            shown.show(f"fence, {now.caught:,} caught, seconds", now.of_s - now.left_s, now.of_s)
+            shown.show(f"fence, {now.left_s:.0f} s left, {now.caught:,} caught", now.of_s - now.left_s, now.of_s)
 
         click.echo(f"what comes is cancelled for {hold_s:g} s; Ctrl-C ends that", err=True)
         with self._stopped_by_ctrl_c(), bar() as shown:
@@ -174,7 +174,8 @@ class Cancel:
         if self._stop.is_set():
             reached = len(report.cancelled) + len(report.already_finished) + len(report.failed)
             left = f"; {len(report.left):,} are left, the same command goes on with them" if report.left else ""
-            click.echo(f"stopped by Ctrl-C after {reached:,} runs{left}", err=True)
+            fence = "; the fence is down" if self._asked.until_s is not None else ""
+            click.echo(f"stopped by Ctrl-C after {reached:,} runs{left}{fence}", err=True)
         return report
 
     @contextmanager

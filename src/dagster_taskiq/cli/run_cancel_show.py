@@ -1,5 +1,6 @@
 """What `run cancel` shows: the runs that it is about, how far it is, and what became of them."""
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -208,11 +209,11 @@ def print_failed(failed: Mapping[str, str]) -> None:
 
 
 class Bar:
-    """A progress bar on stderr. Without a terminal there is none."""
+    """A progress bar on stderr. `progress`: rich's; None shows nothing."""
 
-    def __init__(self, progress: Any) -> None:
+    def __init__(self, progress: Any = None) -> None:
         self._progress = progress
-        self._task: Any = progress.add_task("", total=None, visible=False)
+        self._task: Any = progress.add_task("", total=None, visible=False) if progress is not None else None
 
     def tell(self, what: str) -> "Callable[[CancelProgress], None]":
         """A `tell` for `cancel_runs`."""
@@ -220,16 +221,19 @@ class Bar:
 
     def show(self, what: str, done: float, of: float) -> None:
         """Now it is so far."""
-        self._progress.update(self._task, description=what, completed=done, total=of, visible=True)
+        if self._progress is not None:
+            self._progress.update(self._task, description=what, completed=done, total=of, visible=True)
 
 
 @contextmanager
 def bar() -> "Iterator[Bar]":
-    """A bar for as long as something lasts."""
+    """A bar for as long as something lasts; without a terminal there is none, and rich is not imported."""
+    if not sys.stderr.isatty():
+        yield Bar()
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         yield Bar(progress)
