@@ -180,6 +180,7 @@ def launcher_of(instance: DagsterInstance) -> TaskiqRunLauncher:
     launcher = instance.run_launcher
     if not isinstance(launcher, TaskiqRunLauncher):
         raise DagsterTaskiqError(
-            f"the run launcher of this instance is {type(launcher).__name__}; this is for runs of TaskiqRunLauncher"
+            f"the run launcher of this instance is {type(launcher).__name__}; this is for runs of TaskiqRunLauncher;"
+            " is DAGSTER_HOME the right one?"
         )
     return launcher

@@ -4,15 +4,18 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Final
 
 import click
 
 from dagster_taskiq.cli.options import config_option, soon_over
+from dagster_taskiq.cli.output import is_terminal
 
 if TYPE_CHECKING:
     from dagster_taskiq.doctor.finding import Finding
 
+_INDENT: Final = " " * 9
 _COLOURS: Final = {"ok": "green", "unknown": "cyan", "warning": "yellow", "error": "red"}
 
 
@@ -60,7 +63,11 @@ def doctor(config_file: Path | None, *, as_json: bool) -> None:
 
 
 def _show(finding: "Finding") -> None:
+    """A finding as lines of the terminal's width, in a pipe as one line. A repair is to be copied: it stays whole."""
+    said = f"{finding.check}: {finding.reason}"
+    if is_terminal():
+        said = click.wrap_text(said, max(40, get_terminal_size().columns), _INDENT, _INDENT).lstrip()
     verdict = click.style(f"{finding.verdict:8}", fg=_COLOURS[finding.verdict])
-    click.echo(f"{verdict} {finding.check}: {finding.reason}", color=False if os.environ.get("NO_COLOR") else None)
+    click.echo(f"{verdict} {said}", color=False if os.environ.get("NO_COLOR") else None)
     if finding.repair:
-        click.echo(f"         → {finding.repair}")
+        click.echo(f"{_INDENT}→ {finding.repair}")

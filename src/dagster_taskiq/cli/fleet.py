@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from dagster_taskiq.cli.options import config_option, soon_over, waiting
+from dagster_taskiq.cli.options import config_option, quiet, soon_over, waiting
 from dagster_taskiq.cli.run_filters import duration, text
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="For programs: one 
 @click.option("--wait", is_flag=True, help="Return when nothing runs any more.")
 @click.option("--timeout", "timeout_s", type=duration, metavar="TIME", help="With --wait: so long at most, like 30m.")
 @_json
+@quiet
 def hold(
     config_file: Path | None,
     reason: str,

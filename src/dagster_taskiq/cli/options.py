@@ -17,8 +17,20 @@ LOG_LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+def quiet(command: Command) -> Command:
+    """A command that says what it was asked, without warnings of libraries. All are, but those that run users' code."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **options: Any) -> Any:
+        only_what_was_asked()
+        return command(*args, **options)
+
+    run.is_quiet = True  # type: ignore[attr-defined]
+    return cast("Command", run)
+
+
 def soon_over(command: Command) -> Command:
-    """A command that answers within seconds, and says nothing else.
+    """A quiet command that answers within seconds.
 
     It does without garbage collection, which makes it a third quicker.
     """
@@ -26,10 +38,9 @@ def soon_over(command: Command) -> Command:
     @functools.wraps(command)
     def run(*args: Any, **options: Any) -> Any:
         no_collection_until_exit()
-        only_what_was_asked()
         return command(*args, **options)
 
-    return cast("Command", run)
+    return quiet(cast("Command", run))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from dagster_taskiq._text import clean_text
+from dagster_taskiq.cli.options import quiet
 from dagster_taskiq.cli.run_cancel import cancel
 from dagster_taskiq.cli.run_explain import explain_run
 from dagster_taskiq.cli.run_list import list_runs
@@ -27,6 +28,7 @@ def run() -> None:
 
 @run.command("cleanup", short_help="Run the cleanup handlers of a cancelled run again.")
 @click.argument("run_id")
+@quiet
 def cleanup(run_id: str) -> None:
     """Run the cleanup handlers (on_cancel) of a cancelled run that have failed, or have not run.
 

@@ -9,7 +9,7 @@ import click
 
 from dagster_taskiq._gc import no_collection_until_exit
 from dagster_taskiq._text import clean_text
-from dagster_taskiq.cli.commands import only_what_was_asked
+from dagster_taskiq.cli.options import quiet
 from dagster_taskiq.cli.run_cancel_do import INTERRUPTED, Cancel, Options
 from dagster_taskiq.cli.run_filters import Refused, duration, run_filters
 
@@ -54,6 +54,7 @@ def _rate(value: str) -> float:
     help="Tell so many running ones in a second, at most, because of what their ends do to other systems.",
 )
 @click.option("--json", "as_json", is_flag=True, help="For programs: one JSON object.")
+@quiet
 def cancel(run_ids: tuple[str, ...], query: "RunQuery", **options: Any) -> None:
     """Stop runs, as Terminate in Dagster's UI does, with a reason and an author.
 
@@ -85,7 +86,6 @@ def cancel(run_ids: tuple[str, ...], query: "RunQuery", **options: Any) -> None:
     """
     asked = Options(**options)
     _check(asked, run_ids, query)
-    only_what_was_asked()
     if run_ids and not asked.wait:
         no_collection_until_exit()
     from dagster_taskiq.dagster_compat.instance import open_instance

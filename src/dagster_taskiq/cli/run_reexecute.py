@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from dagster_taskiq._text import clean_text
+from dagster_taskiq.cli.options import quiet
 
 if TYPE_CHECKING:
     from dagster import DagsterInstance
@@ -41,6 +42,7 @@ def _parsed_tags(_context: click.Context, _parameter: click.Parameter, given: tu
 @click.option("-m", "--module-name", multiple=True, metavar="MODULE", help="The module that has the run's job.")
 @click.option("-f", "--python-file", multiple=True, metavar="FILE", help="The file that has the run's job.")
 @click.option("-d", "--working-directory", metavar="FOLDER", help="For -m and -f: where the code is imported from.")
+@quiet
 def reexecute(
     run_id: str,
     *,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from dagster_taskiq.cli.options import config_option, waiting
+from dagster_taskiq.cli.options import config_option, quiet, waiting
 from dagster_taskiq.cli.run_filters import duration
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ _ON_ECS: Final = (
 @click.option("--wait", is_flag=True, help="Return when the workers have ended.")
 @click.option("--timeout", "timeout_s", type=duration, metavar="TIME", help="With --wait: so long at most, like 5m.")
 @click.option("--json", "as_json", is_flag=True, help="For programs: one JSON array.")
+@quiet
 def stop_workers(
     names: tuple[str, ...],
     config_file: Path | None,

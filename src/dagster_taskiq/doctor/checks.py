@@ -102,6 +102,9 @@ def _home() -> Finding:
     if not home:
         repair = "export DAGSTER_HOME=/path/of/the/folder/with/dagster.yaml"
         return Finding("DAGSTER_HOME", "error", "it is not set", repair)
+    if not Path(home).expanduser().is_absolute():
+        repair = f"export DAGSTER_HOME={Path(home).absolute()}"
+        return Finding("DAGSTER_HOME", "error", f"{home} is not an absolute path, and Dagster wants one", repair)
     file = Path(home) / "dagster.yaml"
     if not Path(home).is_dir():
         return Finding("DAGSTER_HOME", "error", f"{home} is no folder", f"mkdir -p {home}, and put dagster.yaml there")

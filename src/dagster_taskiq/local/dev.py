@@ -16,10 +16,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+import yaml
 from dagster import DagsterInstance
 
 from dagster_taskiq.dagster_compat.instance import read_env_file
-from dagster_taskiq.local.instance_config import InstanceConfig
+from dagster_taskiq.local.instance_config import FILE, InstanceConfig
 from dagster_taskiq.local.process_manager import (
     LOOPBACK,
     ManagedProcess,
@@ -31,7 +32,7 @@ from dagster_taskiq.local.process_manager import (
     free_port,
     stop_requests,
 )
-from dagster_taskiq.settings import ENDPOINT_URL_VARIABLE, QUEUE_URL_VARIABLE, REGION_VARIABLES
+from dagster_taskiq.settings import TOP_LEVEL_KEYS
 
 REGION: Final = "us-east-1"
 QUEUE: Final = "dagster-tasks"
@@ -100,12 +101,12 @@ class Playground:
         self._create_queues()
 
     def _create_queues(self) -> None:
-        environment = {name: value for name, value in self.environment.items() if name != "DAGSTER_HOME"}
-        environment |= {QUEUE_URL_VARIABLE: self.queue_url, ENDPOINT_URL_VARIABLE: self.endpoint_url}
-        environment |= dict.fromkeys(REGION_VARIABLES, REGION)
+        # What `dagster.yaml` says, without it: a command that opens no instance is there a second earlier.
+        launcher = yaml.safe_load((self.home / FILE).read_text("utf-8"))["run_launcher"]["config"]
         done = subprocess.run(  # noqa: S603 - our own interpreter and our own arguments
-            [*COMMAND_LINE, "queue", "create"],
-            env=environment,
+            [*COMMAND_LINE, "queue", "create", "-y", "/dev/stdin"],
+            input=yaml.safe_dump({key: value for key, value in launcher.items() if key in TOP_LEVEL_KEYS}),
+            env=self.environment,
             capture_output=True,
             text=True,
             timeout=30,

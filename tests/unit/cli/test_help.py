@@ -92,6 +92,14 @@ def test_wrong_usage_is_one_line_and_where_to_look(given: list[str], said: str, 
     assert second == f"Try '{NAME}{at} --help' for help."
 
 
+def test_all_commands_are_quiet_but_those_that_run_users_code() -> None:
+    loud = {
+        path for path, command in COMMANDS.items() if command.callback and not hasattr(command.callback, "is_quiet")
+    }
+    leaves = {path for path, command in COMMANDS.items() if not isinstance(command, click.Group)}
+    assert loud & leaves == {("worker", "start"), ("worker", "health"), ("dev",), ("demo",), ("infra",)}
+
+
 @pytest.fixture
 def filters_as_before() -> Iterator[None]:
     loggers = [logging.getLogger(), logging.getLogger("dagster")]
