@@ -41,19 +41,18 @@ FOLLOWED_BY: Final[Mapping[str, str]] = {
 }
 """Pages to the test that does what they say, and names them."""
 SHORT: Final[Mapping[str, str]] = {
-    "CANCELLATION.md": "single commands and calls, each of which has tests of its own",
-    "CONTRIBUTING.md": "names the targets of make, and shows lines of the code",
-    "docs/cleanup.md": "single commands and calls, each of which has tests of its own",
-    "docs/first-run.md": "`dev` and `demo` have tests of their own",
-    "examples/README.md": "`dev` and `demo` have tests of their own",
-    "examples/bakery/README.md": "`dev` and the bakery have tests of their own",
+    "CANCELLATION.md": "single requests, the like of which other pages have",
+    "docs/first-run.md": "`dev` and `demo` have tests of their own, and so has what the README installs",
 }
-"""Pages with commands that nobody gives one after another, and why that is enough."""
+"""Pages with such commands that nobody follows, and why that is enough."""
+SHELLS: Final = ("bash", "zsh", "fish")
+SET_UP: Final = {"aws", "dagster", "pip"}
+"""A page with these changes something outside, so a test follows it. Commands of ours have tests of their own."""
 OUTPUT: Final = "text"
 """The language of what is shown, and not typed."""
 NOT_OURS: Final = frozenset(
-    ("awk", "break", "cat", "cd", "curl", "echo", "grep", "jq", "mkdir", "python3", "sleep", "taskiq", "touch")
-) | {"moto_server"}
+    ("awk", "break", "cat", "cd", "curl", "echo", "eval", "grep", "jq", "mkdir", "python3", "sleep", "source", "touch")
+) | {"moto_server", "taskiq"}
 PROCESSES: Final = ("dagster-taskiq fork server", "dagster-taskiq output collector")
 HISTORY: Final = re.compile(r"CHANGELOG\.md|docs/decisions/")
 """What was, and may not be any more."""
@@ -125,7 +124,7 @@ PROGRAMS: Final[Mapping[str, Callable[[list[str]], None]]] = {
 }
 
 
-@of("bash")
+@of(*SHELLS)
 def test_commands_are_there_and_have_these_options(block: Block) -> None:
     for words in commands(block.text):
         program = words[0]
@@ -196,12 +195,17 @@ def test_json_is_json_and_a_cancel_message_is_one(block: Block) -> None:
 
 
 def test_every_block_says_what_it_is() -> None:
-    known = {"bash", "python", "yaml", "json", "toml", OUTPUT, "docker", "javascript", "go"}
+    known = {*SHELLS, "python", "yaml", "json", "toml", OUTPUT, "docker", "javascript", "go"}
     assert [f"{block}: {block.language!r}" for block in BLOCKS if block.language not in known] == []
 
 
-def test_every_page_with_commands_is_followed_by_a_test() -> None:
-    needed = {block.page for block in BLOCKS if block.language in {"bash", "docker", "javascript", "go"}}
-    assert sorted(needed - set(FOLLOWED_BY) - set(SHORT)) == [], "name the test that does what the page says"
+def is_to_be_followed(block: Block) -> bool:
+    is_set_up = block.language in SHELLS and SET_UP & {words[0] for words in commands(block.text)}
+    return bool(is_set_up) or block.language in {"docker", "javascript", "go"}
+
+
+def test_every_page_that_sets_something_up_is_followed_by_a_test() -> None:
+    pages = {block.page for block in BLOCKS if is_to_be_followed(block)}
+    assert sorted(pages - set(FOLLOWED_BY) - set(SHORT)) == [], "name the test that does what the page says"
     for page, test in FOLLOWED_BY.items():
         assert page.rpartition("/")[2] in (ROOT / test).read_text(), f"{test} does not name {page}"
