@@ -160,19 +160,15 @@ def _events() -> Iterator[tuple[str, engine_events.EngineEvent]]:
 
 
 def events() -> str:
-    """Each engine event: its stage, when it is written, an example of its text, the keys of its metadata."""
-    return _table(
-        ("stage", "when", "for example", "metadata"),
-        (
-            (
-                f"`{event.stage.value}`",
-                _text(name),
-                event.message,
-                ", ".join(f"`{key}`" for key in event.facts),
-            )
-            for name, event in _events()
-        ),
-    )
+    """Each stage with its events: when it is written, an example of its text, the keys of its metadata."""
+    parts: dict[str, list[str]] = {}
+    for name, event in _events():
+        when = re.sub(r"\s*`\w+`: .*", "", _text(name), flags=re.DOTALL)  # not the arguments
+        facts = ", ".join(f"`{key}`" for key in event.facts)
+        parts.setdefault(event.stage.value, []).append(
+            f"{when}\n\n> {event.message}" + (f"\n\nMetadata: {facts}" if facts else "")
+        )
+    return "\n\n".join(f"## `{stage}`\n\n" + "\n\n".join(texts) for stage, texts in parts.items())
 
 
 def metrics() -> str:
