@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
 
-from dagster_taskiq._text import clean_text
+from dagster_taskiq._text import clean_text, duration
 from dagster_taskiq.cancellation.model import CancelOutcome
 from dagster_taskiq.cancellation.words import UNKNOWN_AUTHOR, asked
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
+from dagster_taskiq.dagster_compat.run_monitoring import exceeded_runtime
 from dagster_taskiq.errors import QueueUnreachable
 from dagster_taskiq.metrics import REQUESTED, Metrics
 from dagster_taskiq.settings import Settings
@@ -67,6 +68,8 @@ class Termination:
         task_id = tags.get(TASK_ID_TAG)
         reason = clean_text(reason) if reason else tags.get(CANCEL_REASON_TAG)
         requested_by = clean_text(requested_by)
+        if requested_by == UNKNOWN_AUTHOR and reason is None and run.status is DagsterRunStatus.CANCELING:
+            requested_by, reason = self._of_monitoring(run)
         if task_id is None:
             self._keep_why(run, reason, requested_by)
             self._append(run, engine_events.no_task_id())
@@ -86,6 +89,17 @@ class Termination:
         asked_by = requested_by, reason
         self._instance.report_run_canceling(run, asked(engine_events.TERMINATING, *asked_by))
         self._instance.report_run_canceled(run, asked("Canceled before it was launched, at a fence.", *asked_by))
+
+    def _of_monitoring(self, run: DagsterRun) -> tuple[str, str | None]:
+        """Who has marked the run as CANCELING before, and why, as far as that can be known."""
+        try:
+            limit_s = exceeded_runtime(self._instance, run)
+        except Exception:  # whatever it is: the run is to be stopped, with or without a reason
+            logger.exception("cannot look how long the run may take", extra={"run_id": run.run_id})
+            limit_s = None
+        if limit_s is None:
+            return UNKNOWN_AUTHOR, None
+        return "Dagster's run monitoring", f"longer than its maximum runtime of {duration(limit_s)}"
 
     def _keep_why(self, run: DagsterRun, reason: str | None, requested_by: str) -> None:
         """In the run's tags, for workers that do not get the message, and for people."""

@@ -356,7 +356,7 @@ class Worker:
         with suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_seconds):
                 await self._drained.wait()
-        shutdown = Cancellation(CancelKind.SHUTDOWN, cause="the worker is shutting down")
+        shutdown = Cancellation(CancelKind.SHUTDOWN, cause="the worker stops")
         context.shutdown.set(shutdown)
         if reconciler is not None:
             reconciler.stop_running(shutdown)

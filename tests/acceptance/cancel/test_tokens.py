@@ -187,6 +187,7 @@ def test_a_shutdown_is_told_as_one(endpoint: str) -> None:
             platform.wait_started(run_id, 1)
             stops.stop()
         assert platform.marked(run_id, "interrupted").startswith("True SHUTDOWN None")
+        assert platform.failure(run_id, "uploads").startswith("stopped: the worker stops\n")
         # The work goes on elsewhere; what an earlier attempt has kept is there when it is cancelled then.
         with platform.worker("-n", "heir"):
             wait_until(lambda: platform.mark_counts(run_id)["started"] == 2, "it is resumed", within=60)
@@ -201,4 +202,5 @@ def test_a_signal_from_elsewhere_is_no_cancellation(tokens: Platform) -> None:
     os.kill(int(tokens.marked(run_id, "started")), signal.SIGTERM)
     assert tokens.finished(run_id) is DagsterRunStatus.FAILURE
     assert tokens.marked(run_id, "interrupted").startswith("True SHUTDOWN None")
+    assert tokens.failure(run_id, "uploads").startswith("stopped: a signal came that its worker has not sent\n")
     assert tokens.mark_counts(run_id)["undo"] == 0

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from dagster import DagsterEvent, DagsterEventType, DagsterRun, DagsterRunStatus
+from dagster._core.storage.tags import MAX_RUNTIME_SECONDS_TAG
+from dagster._daemon.monitoring.run_monitoring import check_run_timeout
 from tests.acceptance.conftest import SNAPPY, open_platform
 from tests.support.moto import sqs_client
 from tests.support.platform import Platform
@@ -145,6 +147,21 @@ def test_terminate_a_run_that_is(platform: Platform, row: Row) -> None:
     assert Counter(platform.events(run_id))[DagsterEventType.RUN_CANCELING] == row.canceling_events
     if row.says is not None:
         assert any(row.says in line for line in platform.story(run_id))
+
+
+def test_a_run_that_takes_too_long_says_that_monitoring_has_terminated_it(endpoint: str) -> None:
+    with open_platform(endpoint, extra={"run_monitoring": {"enabled": True}}) as platform:
+        run_id = started(platform)
+        platform.instance.add_run_tags(run_id, {MAX_RUNTIME_SECONDS_TAG: "0.001"})
+        record = platform.instance.get_run_record_by_id(run_id)
+        assert record is not None
+        check_run_timeout(platform.instance, record, logging.getLogger(__name__), 0)
+        story = platform.story(run_id)
+        asked = (
+            "Requested Taskiq task cancellation. By Dagster's run monitoring: longer than its maximum runtime of 1 ms"
+        )
+        assert any(asked in line for line in story), story
+        assert platform.status(run_id) is STATUS.FAILURE, "as Dagster has it"
 
 
 def test_a_run_whose_worker_is_dead_says_what_its_cancellation_waits_for(platform: Platform) -> None:
