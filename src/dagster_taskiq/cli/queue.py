@@ -198,7 +198,8 @@ class _Picture:
         for warning in (warning for queue in self.seen.queues if queue.exists for warning in queue.warnings):
             yield Text.assemble(("warning", "yellow"), " ", warning)
         if self.seen.runs is not None:
-            yield from map(Text, _said_of_runs(self.seen.runs))
+            visible = sum(queue.visible for queue in self.seen.queues if queue.role == "work")
+            yield from map(Text, _said_of_runs(self.seen.runs, visible))
         if self.with_trouble and self.seen.trouble is not None:
             yield Text(self.seen.trouble, style="yellow")
 
@@ -232,7 +233,7 @@ def _numbers(queue: "QueueStatus") -> tuple[str, str, str, str]:
     return str(queue.visible), str(queue.in_flight), hidden, kept
 
 
-def _said_of_runs(runs: _Runs) -> "Iterator[str]":
+def _said_of_runs(runs: _Runs, visible: int) -> "Iterator[str]":
     from dagster_taskiq.storage.waiting import HELD
 
     if runs.hold is not None:
@@ -247,8 +248,8 @@ def _said_of_runs(runs: _Runs) -> "Iterator[str]":
         yield f"being cancelled: {cancelled.canceling}{nobody}"
     if cancelled.messages:
         yield (
-            f"cancelled already: the runs of about {cancelled.messages} messages that wait in the work queue;"
-            " a worker that receives one deletes it"
+            f"of the {visible} messages that wait in the work queue, about {cancelled.messages} are of runs that are"
+            " cancelled already; a worker that receives one deletes it"
         )
     for message in runs.unusable:
         again = datetime.fromtimestamp(message["again_at"], UTC)

@@ -185,7 +185,7 @@ def test_status_tells_apart_what_is_cancelled_already(desk: Desk) -> None:
     shown = desk.ask("queue", "status").out
     assert "1 run waits, for " in shown
     assert "being cancelled: 1; no worker has 1 of them" in shown
-    assert "cancelled already: the runs of about 1 messages" in shown
+    assert "of the 3 messages that wait in the work queue, about 1 are of runs that are cancelled already" in shown
 
 
 def test_status_of_the_queues_comes_without_the_database(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
