@@ -143,10 +143,13 @@ def _look(settings: "Settings") -> _Seen:
 
     queues = _ask(settings, lambda client: queue_status(client, settings.queue_url))
     visible = next((one.visible for one in queues if one.role == "work" and one.exists and one.known), None)
+    lane = Lane("the database", _ANSWER_S)
     try:
-        return _Seen(queues, asyncio.run(Lane("the database", _ANSWER_S).call(_look_at_runs, settings, visible)), None)
+        return _Seen(queues, asyncio.run(lane.call(_look_at_runs, settings, visible)), None)
     except Exception as error:  # noqa: BLE001 - what was asked for are the queues, and they have answered
         return _Seen(queues, None, f"runs that wait: {explain(error) or repr(error)}")
+    finally:
+        lane.close()
 
 
 def _look_at_runs(settings: "Settings", visible: int | None) -> _Runs | None:

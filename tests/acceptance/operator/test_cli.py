@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from dagster._core.test_utils import create_run_for_test
 from tests.support.moto import CREDENTIALS, create_queues, free_port, sqs_client
 from tests.support.platform import ENTRYPOINT
 from tests.support.proxy import sqs_proxy
+from tests.support.waiting import wait_until
 
 from dagster_taskiq.cli import main
 from dagster_taskiq.errors import QueueError
@@ -186,6 +188,7 @@ def test_status_tells_apart_what_is_cancelled_already(desk: Desk) -> None:
     assert "1 run waits, for " in shown
     assert "being cancelled: 1; no worker has 1 of them" in shown
     assert "of the 3 messages that wait in the work queue, about 1 are of runs that are cancelled already" in shown
+    wait_until(lambda: "the database" not in {thread.name for thread in threading.enumerate()}, "no thread is left")
 
 
 def test_status_of_the_queues_comes_without_the_database(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
