@@ -172,6 +172,9 @@ async def blocks():
         later()
         time.sleep(300)
         told.append("unreachable")
+    except asyncio.CancelledError as error:
+        told.append(str(error))
+        raise
     finally:
         await asyncio.sleep(0.3)
         told.append("finally")
@@ -351,7 +354,7 @@ EXPECTED = {
     "thread_of_a_function": ["completed", "finally"],
     "out_of_order": ["completed", "finally"],
     "closed_generator": ["completed", "finally"],
-    "blocks": ["finally"],
+    "blocks": ["why", "finally"],
     "blocks_in_a_shield": ["completed", "finally"],
     "child_task_blocks": ["child finally", "finally"],
     "child_task_blocks_and_cleans_up": ["child finally", "finally"],

@@ -7,6 +7,7 @@ from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRunS
 from dagster._core.test_utils import create_run_for_test
 
 from dagster_taskiq.cancellation.model import Cancellation
+from dagster_taskiq.cancellation.words import UNKNOWN_AUTHOR
 from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, RUN_ID_TAG
 from dagster_taskiq.worker.status_poller import StatusPoller
 
@@ -20,12 +21,14 @@ class World:
         self.run_id: str = create_run_for_test(instance, job_name="a_job", status=DagsterRunStatus.STARTED).run_id
         self.stopped: list[str | None] = []
         self.reasons: list[str | None] = []
+        self.authors: list[str | None] = []
         self.poller = StatusPoller(instance, lambda: {"task": self.run_id}, self.cancel, 5)
 
     def cancel(self, task_id: str, cancellation: Cancellation) -> bool:
         assert task_id == "task"
         self.stopped.append(cancellation.cause)
         self.reasons.append(cancellation.reason)
+        self.authors.append(cancellation.requested_by)
         return True
 
     def report(self, kind: DagsterEventType) -> None:
@@ -45,6 +48,7 @@ async def test_a_cancelled_run_is_stopped_at_the_first_look(world: World, kind: 
     world.report(kind)
     await world.poller.look()
     assert len(world.stopped) == 1
+    assert world.authors == [UNKNOWN_AUTHOR], "who marks a run in Dagster leaves no name, and whoever else does has one"
 
 
 async def test_a_run_that_fails_by_itself_has_a_moment_to_end(world: World) -> None:
