@@ -96,32 +96,41 @@ _EXAMPLES: Final[dict[str, object]] = {
     "after_s": 0.111,
     "at": 0.0,
     "attempt": 1,
+    "by": "ada",
+    "children_not_final.why": "its worker w-2 is dead",
     "error": "TimeoutError: the bucket did not answer",
+    "finished": ("load",),
     "handler": "abort_upload",
     "identity": "OpDefinition upload #1",
+    "instead": "set dagster/priority on the run",
     "killed_processes": ("sleep 600 (pid 12083)",),
     "names": ("abort_upload",),
     "older": 3,
+    "parent_run_id": "3e4a5f60",
     "patience_s": 38.0,
     "pid": 12081,
     "queue": "dagster-tasks",
     "reason": "wrong input file",
     "reasons": ("abort_upload: TimeoutError: the bucket did not answer",),
+    "released.why": "the worker stops",
     "requested_by": "ada",
     "run_ids": ("b8159656-…",),
     "seconds": 1.2,
     "shield": "commit",
     "status_poll_s": 5.0,
     "stays": ("Thread-1 (poll)",),
+    "step_lost.why": "its process was killed by SIGKILL",
     "steps": ("load", "report"),
+    "tags": ("dagster-celery/run_priority=9 of the run",),
     "task_id": "4f8a…",
+    "to_run": ("report",),
     "waited_s": 30.0,
     "what": "FAILURE was written over CANCELED",
     "where": "host ip-10-0-1-7, pid 11870",
     "why": "no worker is alive",
     "worker_id": "w-9b9eb8ea",
 }
-"""What the events of the reference are about."""
+"""What the events of the reference are about, by the name of a parameter, alone or after that of its function."""
 _CANCELLATION: Final = Cancellation(
     CancelKind.REQUESTED,
     reason="wrong input file",
@@ -132,14 +141,14 @@ _CANCELLATION: Final = Cancellation(
 )
 
 
-def _example(name: str, annotation: Any) -> object:
-    """A value for a parameter of an event."""
+def _example(function: str, name: str, annotation: Any) -> object:
+    """A value for a parameter of the function that makes an event."""
     if isinstance(annotation, types.UnionType):
-        return _example(name, next(kind for kind in typing.get_args(annotation) if kind is not type(None)))
+        return _example(function, name, next(kind for kind in typing.get_args(annotation) if kind is not type(None)))
     if annotation is Cancellation:
         return _CANCELLATION
     simple = {str: f"[{name}]", int: 1, float: 30.0, bool: True}
-    found = _EXAMPLES.get(name)
+    found = _EXAMPLES.get(f"{function}.{name}", _EXAMPLES.get(name))
     if annotation in simple:
         return found if isinstance(found, annotation) else simple[annotation]
     return found if isinstance(found, tuple) else (f"[{name}]",)
@@ -155,7 +164,7 @@ def _events() -> Iterator[tuple[str, engine_events.EngineEvent]]:
             if engine_events.EngineEvent not in types_of.values():
                 given = inspect.signature(function).parameters.values()
                 needed = [one.name for one in given if one.default is one.empty]
-                made = function(**{one: _example(one, types_of[one]) for one in needed})
+                made = function(**{one: _example(name, one, types_of[one]) for one in needed})
                 yield f"storage.{module.__name__.rpartition('.')[2]}.{name}", made
 
 
@@ -184,7 +193,8 @@ def metrics() -> str:
 
 def _help(command: click.Command, name: str, parent: click.Context | None = None) -> Iterator[str]:
     """What `--help` says of a command and of those in it."""
-    context = click.Context(command, info_name=name, parent=parent, max_content_width=80, terminal_width=80)
+    settings = {**command.context_settings, "max_content_width": 80, "terminal_width": 80}
+    context = click.Context(command, info_name=name, parent=parent, **settings)
     yield f"{'##' if parent is None else '###'} `{context.command_path}`\n\n```text\n{command.get_help(context)}\n```"
     if isinstance(command, click.Group):
         for one in command.list_commands(context):

@@ -4,6 +4,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -49,6 +50,23 @@ def code_spans(page: str) -> Iterator[str]:
     """What is set as code within the text of a page."""
     for token in MarkdownIt().enable("table").parse((ROOT / page).read_text()):
         yield from (child.content for child in token.children or () if child.type == "code_inline")
+
+
+def links(page: str) -> Iterator[str]:
+    """Where the links and pictures of a page lead to, as they are written."""
+    for token in MarkdownIt().enable("table").parse((ROOT / page).read_text()):
+        for child in token.children or ():
+            found = child.attrs.get("href", child.attrs.get("src"))
+            if found is not None:
+                yield str(found)
+
+
+def anchors(page: str) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    tokens = MarkdownIt().parse((ROOT / page).read_text())
+    headings = [after.children or () for token, after in pairwise(tokens) if token.type == "heading_open"]
+    texts = ["".join(child.content for child in children) for children in headings]
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in texts}
 
 
 def commands(script: str) -> Iterator[list[str]]:
