@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from dagster_taskiq.cli.options import config_option, quiet, soon_over, waiting
+from dagster_taskiq.cli.output import say
 from dagster_taskiq.cli.run_filters import duration, text
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def hold(
         by = requested_by or describe_user(instance)
         held = hold_fleet(instance, reason=reason, by=by)
         if not as_json:
-            click.echo(held.notice())
+            say(held.notice())
         with waiting("not waiting any longer; the fleet stays held"):
             state = _until(instance, settings, lambda now: not now.not_heard, 3 * settings.heartbeat_every_s)
             if wait:
@@ -121,7 +122,7 @@ def release(*, as_json: bool) -> None:
     elif held is None:
         click.echo("the fleet is not held")
     else:
-        click.echo(f"released; {held.described().replace(' is held ', ' was held ')}")
+        say(f"released; {held.described().replace(' is held ', ' was held ')}")
         click.echo(f"runs that wait: {waiting.count}")
 
 
@@ -144,7 +145,7 @@ def status(config_file: Path | None, *, as_json: bool) -> None:
     with open_instance() as instance:
         state = _look(instance, settings)
     if not as_json:
-        click.echo(state.hold.notice() if state.hold is not None else "the fleet is not held")
+        say(state.hold.notice() if state.hold is not None else "the fleet is not held")
     _show(state, as_json=as_json)
 
 
@@ -159,7 +160,7 @@ def _show(state: "FleetState", *, as_json: bool) -> None:
         click.echo(json.dumps(state.to_json(), indent=2))
         return
     for line in _lines(state):
-        click.echo(line)
+        say(line)
 
 
 def _lines(state: "FleetState") -> "Iterator[str]":
@@ -176,7 +177,11 @@ def _lines(state: "FleetState") -> "Iterator[str]":
 
 
 def _at_work(state: "FleetState") -> str:
-    return f"at work: {state.runs} runs, {state.steps} steps"
+    return f"at work: {_many(state.runs, 'run')}, {_many(state.steps, 'step')}"
+
+
+def _many(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _until(

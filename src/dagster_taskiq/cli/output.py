@@ -39,6 +39,13 @@ class TableOrLines:
             yield from map(Text, self.lines())
 
 
+def say(line: str) -> None:
+    """A line of text for people; on a terminal it is wrapped between words."""
+    from rich.text import Text
+
+    console().print(Text(line))
+
+
 def is_terminal() -> bool:
     """Whether a person looks at standard output, whatever the environment says about colours."""
     return sys.stdout.isatty()

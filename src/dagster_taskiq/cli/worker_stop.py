@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from dagster_taskiq.cli.options import config_option, quiet, waiting
+from dagster_taskiq.cli.output import say
 from dagster_taskiq.cli.run_filters import duration
 
 if TYPE_CHECKING:
@@ -171,9 +172,9 @@ def _show(stops: "Sequence[Stop]", *, as_json: bool) -> None:
         click.echo(json.dumps([stop.to_json() for stop in stops], indent=2))
         return
     for stop in stops:
-        click.echo(f"{stop.worker.worker_id}: {_described(stop)}")
+        say(f"{stop.worker.worker_id}: {_described(stop)}")
     if any("ecs task" in stop.worker.where for stop in stops):
-        click.echo(_ON_ECS)
+        say(_ON_ECS)
 
 
 def _described(stop: "Stop") -> str:

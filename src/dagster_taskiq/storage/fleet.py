@@ -98,7 +98,7 @@ class HoldWatch:
 def log_hold(hold: Hold | None) -> None:
     """Say in the log of a process of ours that it has heard of a hold, or of its end."""
     if hold is None:
-        logger.info("the fleet is released: runs are begun again")
+        logger.info("the fleet is released: runs begin again")
     else:
         logger.warning("%s", hold.notice())
 

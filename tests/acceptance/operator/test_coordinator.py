@@ -21,6 +21,7 @@ from tests.support.waiting import wait_until
 
 from dagster_taskiq.coordinator import TaskiqRunCoordinator
 from dagster_taskiq.errors import SettingsError
+from dagster_taskiq.storage.fleet import hold_fleet
 from dagster_taskiq.storage.heartbeats import Heartbeats
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(180)]
@@ -145,7 +146,17 @@ def test_it_publishes_how_many_wait_and_for_how_long(endpoint: str, capsys: pyte
         assert (line["RunsWaiting"], line["RunSlots"]) == (3, 1)
         assert 0 <= line["SecondsOldestRunWaits"] < 60
         units = {metric["Name"]: metric["Unit"] for metric in line["_aws"]["CloudWatchMetrics"][0]["Metrics"]}
-        assert units == {"RunsWaiting": "Count", "SecondsOldestRunWaits": "Seconds", "RunSlots": "Count"}
+        counts = dict.fromkeys(("RunsWaiting", "RunsHeld", "RunSlots"), "Count")
+        assert units == counts | {"SecondsOldestRunWaits": "Seconds"}
+
+
+def test_what_is_held_does_not_make_the_fleet_grow(endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with queued(endpoint, 2, source={"metrics": "emf"}) as platform:
+        beat(platform.instance, "a", 1)
+        hold_fleet(platform.instance, reason="migration", by="ada")
+        assert Daemon(platform.instance).iterate() == {"QUEUED": 2}, "not even one for a fleet without workers"
+        (line,) = [json.loads(line) for line in capsys.readouterr().out.splitlines() if "RunsWaiting" in line]
+        assert (line["RunsWaiting"], line["RunsHeld"], line["RunSlots"]) == (0, 2, 1)
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ def test_a_fleet_that_is_held_begins_nothing_and_goes_on_with_what_runs(endpoint
         held = platform.command("fleet", "hold", "--reason", REASON)
         assert held.returncode == 0, held
         assert f": {REASON}; no run begins until: dagster-taskiq fleet release" in held.stdout
-        assert "workers: 1, 1 of them know of it\nat work: 1 runs, 2 steps; runs that wait: 0\n" in held.stdout
+        assert "workers: 1, 1 of them know of it\nat work: 1 run, 2 steps; runs that wait: 0\n" in held.stdout
 
         waiting, unwanted = submit(platform, job="two_steps", seconds=0), submit(platform, job="two_steps")
         past_the_queue = platform.launch("two_steps", seconds=0)  # as another run coordinator would

@@ -20,8 +20,10 @@ from tests.support.waiting import wait_until
 
 from dagster_taskiq.messages import EXECUTE_RUN
 from dagster_taskiq.storage.engine_events import Stage
+from dagster_taskiq.storage.fleet import StopRequest, ask_to_stop
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.tags import TASK_ID_TAG
+from dagster_taskiq.storage.workers import list_workers
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
 
@@ -102,6 +104,19 @@ def test_a_second_signal_skips_the_drain(endpoint: str) -> None:
             wait_until(lambda: "stopping" in worker.log(), "the worker drains", seen=worker.log)
             assert worker.stop() == 0
         assert platform.status(run_id) is DagsterRunStatus.FAILURE
+
+
+def test_a_signal_after_a_request_from_afar_is_the_first_one(endpoint: str) -> None:
+    """Who sends it, such as ECS, does not know of the request."""
+    with open_platform(endpoint, source={"drain_seconds": 60, "stop_timeout_seconds": 90}) as platform:
+        with platform.worker("-n", "w") as worker:
+            run_id = platform.launch("sleepy_job", seconds=3)
+            platform.marked(run_id, "started")
+            (living,) = list_workers(platform.instance, platform.launcher.settings)
+            ask_to_stop(platform.instance, living.worker_id, StopRequest(time.time(), "ada"))
+            wait_until(lambda: "stopping" in worker.log(), "the worker drains", seen=worker.log)
+            assert worker.stop() == 0
+        assert platform.status(run_id) is DagsterRunStatus.SUCCESS
 
 
 def test_a_worker_that_is_stopped_while_it_picks_runs_up_loses_none(endpoint: str) -> None:
