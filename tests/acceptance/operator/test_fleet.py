@@ -205,3 +205,18 @@ def test_a_run_of_a_worker_that_is_stopped_from_afar_goes_on_with_the_next_of_th
             assert platform.mark_counts(run_id)["started"] == 1
             release_fleet(platform.instance)
             assert platform.finished(run_id) is DagsterRunStatus.SUCCESS, platform.story(run_id)
+
+
+@pytest.mark.nightly
+def test_a_run_whose_worker_has_died_is_cancelled_all_the_same_while_the_fleet_is_held(endpoint: str) -> None:
+    """Nobody receives its message then: the worker that looks for lost runs finishes it."""
+    with open_platform(endpoint, extra=MONITORING) as platform:
+        with platform.worker("-n", "dies") as first:
+            run_id = platform.launch("sleepy_job")
+            platform.marked(run_id, "started")
+            hold_fleet(platform.instance, reason=REASON, by="ada")
+            first.process.kill()
+        with platform.worker("-n", "second"):
+            assert cancel_run(run_id, reason="wrong input", instance=platform.instance)
+            assert platform.finished(run_id, within=120) is DagsterRunStatus.CANCELED, platform.story(run_id)
+            assert platform.waiting() == 1, "its message"

@@ -52,9 +52,9 @@ class World:
     def row(self, run: DagsterRun) -> Claim:
         return self.claims.read([run.run_id])[run.run_id]
 
-    def decide(self, run_id: str, kind: str = "execute_run") -> Action:
+    def decide(self, run_id: str, kind: str = "execute_run", held: str | None = None) -> Action:
         candidate = Candidate(kind, run_id, TASK, ME, "here")  # type: ignore[arg-type]
-        return admit_run(self.instance, self.claims, candidate).action
+        return admit_run(self.instance, self.claims, candidate, held).action
 
 
 @pytest.fixture
@@ -102,6 +102,24 @@ def test_starting(world: World) -> None:
     run = world.run()
     assert world.decide(run.run_id) is Action.START
     assert (world.row(run).worker_id, world.row(run).state) == (ME, ClaimState.HELD)
+
+
+def test_while_the_fleet_is_held_nothing_begins_and_nothing_is_claimed(world: World) -> None:
+    """A run that goes on elsewhere, or that a dead worker has left, would begin a process, too."""
+    fresh, resumed, left = world.run(), world.run(START), world.run(START)
+    world.claimed_by(left, OTHER, alive=False)
+    before = world.row(left)
+    for run, kind in ((fresh, "execute_run"), (resumed, "resume_run"), (left, "execute_run")):
+        assert world.decide(run.run_id, kind, held="by ada") is Action.HAND_BACK, kind
+    assert world.claims.read([fresh.run_id, resumed.run_id]) == {}
+    assert world.row(left) == before
+    assert world.decide(fresh.run_id) is Action.START
+
+
+def test_while_the_fleet_is_held_cancellations_are_finished_and_what_is_over_is_dropped(world: World) -> None:
+    assert world.decide(world.run(START, CANCELING).run_id, held="by ada") is Action.FINISH_CANCELLATION
+    over = world.run(START, DagsterEventType.RUN_SUCCESS)
+    assert world.decide(over.run_id, held="by ada") is Action.DROP
 
 
 @pytest.mark.parametrize(
