@@ -63,6 +63,11 @@ mutation Backfill($params: LaunchBackfillParams!) {
   launchPartitionBackfill(backfillParams: $params) { ... on LaunchBackfillSuccess { backfillId } }
 }
 """
+_START_SENSOR = """
+mutation Start($selector: SensorSelector!) {
+  startSensor(sensorSelector: $selector) { ... on Sensor { sensorState { id status } } }
+}
+"""
 _BACKFILL_STATUS = """
 query Backfill($id: String!) { partitionBackfillOrError(backfillId: $id) { ... on PartitionBackfill { status } } }
 """
@@ -123,14 +128,16 @@ class Dagster:
         """Dagster greets whoever opens a new instance with a dialog that covers everything; not us."""
         self.ask("mutation { setNuxSeen }")
 
-    def launch(self, location: str, job: str) -> str:
+    def launch(self, location: str, job: str, **tags: str) -> str:
         """Start a run of a job with its default configuration."""
         selector = {
             "repositoryLocationName": location,
             "repositoryName": "__repository__",
             "jobName": job,
         }
-        launched = self.ask(_LAUNCH, params={"selector": selector, "runConfigData": {}, "mode": "default"})["launchRun"]
+        metadata = {"tags": [{"key": key, "value": value} for key, value in tags.items()]}
+        params = {"selector": selector, "runConfigData": {}, "mode": "default", "executionMetadata": metadata}
+        launched = self.ask(_LAUNCH, params=params)["launchRun"]
         assert launched["__typename"] == "LaunchRunSuccess", launched
         return str(launched["run"]["runId"])
 
@@ -145,6 +152,15 @@ class Dagster:
         selector = {"partitionSetName": f"{job}_partition_set", "repositorySelector": repository}
         params = {"selector": selector, "partitionNames": partitions}
         return str(self.ask(_BACKFILL, params=params)["launchPartitionBackfill"]["backfillId"])
+
+    def start_sensor(self, location: str, sensor: str) -> str:
+        """Turn a sensor on. Returns what it is called when it is turned off."""
+        repository = {"repositoryLocationName": location, "repositoryName": "__repository__"}
+        started = self.ask(_START_SENSOR, selector={"sensorName": sensor, **repository})["startSensor"]
+        return str(started["sensorState"]["id"])
+
+    def stop_sensor(self, state_id: str) -> None:
+        self.ask("mutation Stop($id: String) { stopSensor(id: $id) { __typename } }", id=state_id)
 
     def backfill_status(self, backfill_id: str) -> str:
         return str(self.ask(_BACKFILL_STATUS, id=backfill_id)["partitionBackfillOrError"]["status"])

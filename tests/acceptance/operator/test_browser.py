@@ -308,3 +308,30 @@ def test_a_cancelled_backfill_starts_nothing_more(browser: Browser, at_work: Ser
         shown.reads("Canceled")
         shown.picture("canceled")
     at_work.queues_are_empty()
+
+
+@pytest.mark.long
+@pytest.mark.nightly  # its parts are tested one by one
+def test_the_bakery_does_in_dev_what_its_page_says(at_work: Served) -> None:
+    dagster, bakery = at_work.dagster, at_work.home / "bakery"
+    day = {"dagster/partition": "2025-01-07"}
+    cancelled = dagster.launch(FILE, "day", **day)
+    dagster.wait_for_event(cancelled, lambda event: event.message.startswith("received "), "a page")
+    dagster.terminate(cancelled)
+    dagster.wait_for_status(cancelled, "CANCELED")
+    assert any(event.message.startswith("removed ") for event in dagster.events(cancelled)), dagster.story(cancelled)
+    assert list((bakery / "receipts").iterdir()) == []
+    dagster.wait_for_status(dagster.launch(FILE, "day", **day), "SUCCESS")
+    assert "| Market | 500 |" in (bakery / "reports" / "2025-01-07.md").read_text()
+    dagster.wait_for_status(dagster.launch(FILE, "audit"), "SUCCESS")
+    sensor = dagster.start_sensor(FILE, "inbox")
+    (bakery / "inbox").mkdir(exist_ok=True)
+    (bakery / "inbox" / "2025-01-07.csv").write_text("Market,pretzel,10,1100\n")
+
+    def entered() -> dict[str, int]:
+        return dagster.runs(tags=[{"key": "dagster/sensor_name", "value": "inbox"}]).counts
+
+    wait_until(lambda: entered() == {"SUCCESS": 1}, "the day is entered again", within=120, seen=entered)
+    dagster.stop_sensor(sensor)
+    assert "| Market | 501 |" in (bakery / "reports" / "2025-01-07.md").read_text()
+    at_work.queues_are_empty()
