@@ -8,11 +8,15 @@ where its files are decides how long it takes. SQS is moto on loopback.
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
 
 from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRunStatus, RunsFilter
 from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
@@ -24,6 +28,7 @@ from tests.support.platform import Platform
 from tests.support.warm import CLI
 
 from dagster_taskiq.dagster_compat.many_runs import store_events
+from dagster_taskiq.run_selection import groups_of
 from dagster_taskiq.storage.tags import TASK_ID_TAG
 
 SLOTS = 50
@@ -36,9 +41,24 @@ def enqueue(platform: Platform, count: int) -> None:
     platform.instance.delete_run(first.run_id)
     event = DagsterEvent(DagsterEventType.RUN_ENQUEUED.value, first.job_name, message="")
     runs = [first._replace(run_id=make_new_run_id(), status=DagsterRunStatus.QUEUED) for _ in range(count)]
+    storage: Any = platform.instance.event_log_storage
+    empty = _empty_log(platform.instance, first.run_id, event)
+    for some in groups_of(100, [run.run_id for run in runs]):
+        for run_id in some:
+            Path(storage.path_for_shard(run_id)).write_bytes(empty)
+        store_events(platform.instance, {run_id: [event] for run_id in some})
     for run in runs:
         platform.instance.add_run(run)
-        store_events(platform.instance, {run.run_id: [event]})
+
+
+def _empty_log(instance: DagsterInstance, run_id: str, event: DagsterEvent) -> bytes:
+    """The file in which Dagster keeps the events of a run: making one takes a third of a second, copying it nothing."""
+    storage: Any = instance.event_log_storage
+    path = Path(storage.path_for_shard(run_id))
+    store_events(instance, {run_id: [event]})
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("DELETE FROM event_logs")
+    return path.read_bytes()
 
 
 def main() -> None:

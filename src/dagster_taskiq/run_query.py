@@ -92,7 +92,7 @@ class RunQuery:
             and (self.older_than_s is None or age >= self.older_than_s)
             and (self.location is None or location_of(run) == self.location)
             and self._has_partition(run)
-            and (self.where is None or where(self.where)(attributes_of(run, age)))
+            and self._is_true_of(run, age)
         )
 
     def as_filter(self, now: float | None = None) -> RunsFilter:
@@ -117,6 +117,14 @@ class RunQuery:
             if name is not None:
                 wanted[key] = [name]
         return wanted
+
+    def _is_true_of(self, run: DagsterRun, age_s: float) -> bool:
+        if self.where is None:
+            return True
+        try:
+            return where(self.where)(attributes_of(run, age_s))
+        except QueryError as error:
+            raise QueryError(f"{error}; of run {run.run_id}") from error
 
     def _has_partition(self, run: DagsterRun) -> bool:
         given = (self.partition, self.partition) if self.partition is not None else self.partition_range

@@ -12,6 +12,7 @@ from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobO
 from dagster._core.test_utils import create_run_for_test
 
 from dagster_taskiq.cli.run_filters import run_filters
+from dagster_taskiq.errors import QueryError
 from dagster_taskiq.run_query import RunQuery, find_runs
 
 STATUS = DagsterRunStatus
@@ -117,6 +118,15 @@ def test_a_filter_finds_its_runs(
     assert {names[record.dagster_run.run_id] for record in find_runs(instance, query)} == found
     newest = [names[record.dagster_run.run_id] for record in find_runs(instance, query, newest_first=True, limit=2)]
     assert newest == [name for name in reversed(list(RUNS)) if name in found][:2]
+
+
+def test_the_run_that_an_expression_cannot_be_asked_of_is_named(
+    world: tuple[DagsterInstance, Mapping[str, str]],
+) -> None:
+    instance, names = world
+    with pytest.raises(QueryError, match=r"could not convert string to float: 'a'; of run (\S+)$") as raised:
+        list(find_runs(instance, query_of("--where", "number(tags['team']) > 1")))
+    assert names[str(raised.value).split()[-1]] == "queued"
 
 
 def test_more_runs_than_a_page(
