@@ -8,6 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Final
@@ -243,9 +244,12 @@ class Claims:
 
 
 def held_claims(instance: DagsterInstance) -> list[Claim]:
-    """The claims that workers hold, dead ones included, in one query."""
-    claims = map(_parsed, values_under(instance, _PREFIX).values())
-    return [claim for claim in claims if claim.state is ClaimState.HELD]
+    """The claims that workers hold, dead ones included, in one query; without those of a version not known here."""
+    held = []
+    for value in values_under(instance, _PREFIX).values():
+        with suppress(ValueError, KeyError):
+            held.append(_parsed(value))
+    return [claim for claim in held if claim.state is ClaimState.HELD]
 
 
 def forget_old_claims(instance: DagsterInstance, heartbeats: Heartbeats, now: Callable[[], float] = time.time) -> None:
