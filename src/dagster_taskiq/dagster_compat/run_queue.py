@@ -23,6 +23,8 @@ __all__ = [
 DAEMON_OF_THE_QUEUE: Final = "QUEUED_RUN_COORDINATOR"
 _MOST_IN_PROGRESS: Final = 2_000
 _MOST_POOLS: Final = 100
+_TOGETHER: Final = 500
+"""Runs whose tags are read in one query."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,26 +151,29 @@ def pool_waits(instance: DagsterInstance, run_ids: Iterable[str]) -> dict[str, l
 def queue_order(instance: DagsterInstance) -> list[str]:
     """The ids of all runs in Dagster's queue, in the order in which its daemon takes them: by priority, then by age.
 
-    In a SQL storage it reads ids and priorities only: of thousands of runs in milliseconds.
+    In a SQL storage it reads ids, and priorities of 500 at a time: of thousands of runs in some 0.1 seconds.
     """
     from dagster._core.storage.runs import SqlRunStorage
     from dagster._core.storage.runs.schema import RunsTable, RunTagsTable
-    from sqlalchemy import and_, select
+    from sqlalchemy import select
 
     storage = instance.run_storage
     if not isinstance(storage, SqlRunStorage):
         runs = instance.get_runs(RunsFilter(statuses=[DagsterRunStatus.QUEUED]), ascending=True)
-        queued = [(run.run_id, priority_of(run.tags)) for run in runs]
-    else:
-        rows, tags = RunsTable.c, RunTagsTable.c
-        of_priority = and_(tags.run_id == rows.run_id, tag_has_key(PRIORITY_TAG))
-        query = (
-            select(rows.run_id, tags.value)
-            .select_from(RunsTable.outerjoin(RunTagsTable, of_priority))
-            .where(rows.status == DagsterRunStatus.QUEUED.value)
-            .order_by(rows.id)
-        )
-        with storage.connect() as connection:
-            found = connection.execute(query).fetchall()
-        queued = [(run_id, priority_of({} if value is None else {PRIORITY_TAG: value})) for run_id, value in found]
-    return [run_id for run_id, _ in sorted(queued, key=lambda one: -one[1])]  # stable: of equals the oldest first
+        return _by_priority([run.run_id for run in runs], {run.run_id: run.tags.get(PRIORITY_TAG, "0") for run in runs})
+    rows, tags = RunsTable.c, RunTagsTable.c
+    queued = select(rows.run_id).where(rows.status == DagsterRunStatus.QUEUED.value).order_by(rows.id)
+    priorities: dict[str, str] = {}
+    with storage.connect() as connection:
+        run_ids = [row[0] for row in connection.execute(queued).fetchall()]
+        # No join: as long as PostgreSQL has not analyzed its tables, as when many runs have just come, it takes seconds.
+        for start in range(0, len(run_ids), _TOGETHER):
+            of_some = tags.run_id.in_(run_ids[start : start + _TOGETHER])
+            query = select(tags.run_id, tags.value).where(of_some, tag_has_key(PRIORITY_TAG))
+            priorities.update((row[0], row[1]) for row in connection.execute(query).fetchall())
+    return _by_priority(run_ids, priorities)
+
+
+def _by_priority(run_ids: Iterable[str], priorities: Mapping[str, str]) -> list[str]:
+    """`run_ids`: the oldest first, and that stays so among equals."""
+    return sorted(run_ids, key=lambda run_id: -priority_of({PRIORITY_TAG: priorities.get(run_id, "0")}))
