@@ -166,7 +166,7 @@ def queue_order(instance: DagsterInstance) -> list[str]:
     priorities: dict[str, str] = {}
     with storage.connect() as connection:
         run_ids = [row[0] for row in connection.execute(queued).fetchall()]
-        # No join: as long as PostgreSQL has not analyzed its tables, as when many runs have just come, it takes seconds.
+        # No join: until PostgreSQL has analyzed its tables, as when many runs have just come, it takes seconds for it.
         for start in range(0, len(run_ids), _TOGETHER):
             of_some = tags.run_id.in_(run_ids[start : start + _TOGETHER])
             query = select(tags.run_id, tags.value).where(of_some, tag_has_key(PRIORITY_TAG))
