@@ -5,6 +5,7 @@ row, so a run that is launched after a fence was put up is never sent to a worke
 """
 
 import json
+import logging
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,9 @@ from dagster import DagsterInstance, DagsterRun
 from dagster_taskiq.dagster_compat.key_values import insert_value, read_values, replace_value
 from dagster_taskiq.errors import QueryError
 from dagster_taskiq.run_query import RunQuery
+from dagster_taskiq.storage.stored import Unreadable, is_number, stored_list, tell_unreadable
+
+logger = logging.getLogger(__name__)
 
 _KEY: Final = "dagster-taskiq/fences"
 _TRIES: Final = 20
@@ -48,16 +52,25 @@ def put_up(instance: DagsterInstance, fence: Fence) -> None:
 
 def take_down(instance: DagsterInstance, fence: Fence) -> None:
     """Runs are launched again. Harmless when it is not there."""
-    _change(instance, lambda stored: [one for one in stored if one["fence_id"] != fence.fence_id])
+    _change(instance, lambda stored: [one for one in stored if one.get("fence_id") != fence.fence_id])
 
 
 def fence_for(instance: DagsterInstance, run: DagsterRun) -> Fence | None:
-    """The fence that keeps this run from being launched, if there is one. One query as long as there is no fence."""
-    for fence in map(_from_json, _read(instance)[1]):
-        if time.time() < fence.until:
-            record = instance.get_run_record_by_id(run.run_id)
-            if record is not None and fence.query.matches(record.dagster_run, record.create_timestamp.timestamp()):
+    """The fence that keeps this run from being launched, if there is one. One query as long as there is no fence.
+
+    A fence that cannot be read, and one whose expression cannot be evaluated of this run, keeps nothing from being
+    launched; the log says so.
+    """
+    record = None
+    for fence in filter(None, map(_from_json, _read(instance)[1])):
+        record = record or instance.get_run_record_by_id(run.run_id)
+        if record is None:
+            return None
+        try:
+            if fence.query.matches(record.dagster_run, record.create_timestamp.timestamp()):
                 return fence
+        except QueryError as error:
+            logger.warning("a fence cannot tell whether it means a run: %s", error, extra={"run_id": run.run_id})
     return None
 
 
@@ -65,7 +78,7 @@ def _change(instance: DagsterInstance, change: Any) -> None:
     """Compared and swapped; those whose time is over are dropped."""
     for _ in range(_TRIES):
         old, stored = _read(instance)
-        new = json.dumps(change([one for one in stored if one["until"] > time.time()]))
+        new = json.dumps(change(list(stored)))
         if new == old or (
             insert_value(instance, _KEY, new) if old is None else replace_value(instance, _KEY, old, new)
         ):
@@ -74,8 +87,18 @@ def _change(instance: DagsterInstance, change: Any) -> None:
 
 
 def _read(instance: DagsterInstance) -> tuple[str | None, Sequence[Mapping[str, Any]]]:
+    """The row, and what it says of those that still stand. What is no list of them is as good as none."""
     text = read_values(instance, [_KEY]).get(_KEY)
-    return text, json.loads(text) if text is not None else []
+    try:
+        found = stored_list(text) if text is not None else []
+    except Unreadable as error:
+        tell_unreadable("the row of the fences", error)
+        found = []
+    return text, [one for one in found if isinstance(one, dict) and _stands(one.get("until"))]
+
+
+def _stands(until: object) -> bool:
+    return is_number(until) and time.time() < float(until)  # type: ignore[arg-type]
 
 
 def _as_json(fence: Fence) -> dict[str, Any]:
@@ -90,10 +113,16 @@ def _as_json(fence: Fence) -> dict[str, Any]:
     }
 
 
-def _from_json(stored: Mapping[str, Any]) -> Fence:
-    query = dict(stored["query"])
-    query["tags"] = tuple((key, value) for key, value in query.get("tags", ()))
-    if "partition_range" in query:
-        first, last = query["partition_range"]
-        query["partition_range"] = (first, last)
-    return Fence(RunQuery(**query), stored["until"], stored["reason"], stored["requested_by"], stored["fence_id"])
+def _from_json(stored: Mapping[str, Any]) -> Fence | None:
+    """None: it is not one of this version. What it means is not guessed: it might be fewer runs than it seems."""
+    try:
+        query = dict(stored["query"])
+        query["tags"] = tuple((key, value) for key, value in query.get("tags", ()))
+        if "partition_range" in query:
+            first, last = query["partition_range"]
+            query["partition_range"] = (first, last)
+        reason, by = stored["reason"], str(stored["requested_by"])
+        return Fence(RunQuery(**query), stored["until"], str(reason) if reason else None, by, stored["fence_id"])
+    except Exception as error:  # noqa: BLE001 - whatever it is, no run has to wait for it
+        tell_unreadable(f"fence {stored.get('fence_id')}", error)
+        return None

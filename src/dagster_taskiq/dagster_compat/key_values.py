@@ -17,17 +17,23 @@ if TYPE_CHECKING:
     from dagster._core.storage.runs import SqlRunStorage
 
 
-def values_and_runs(instance: DagsterInstance, prefix: str, status: DagsterRunStatus) -> tuple[list[str], set[str]]:
-    """The values of all keys that begin so, and the ids of all runs of that status, in one query."""
+def values_and_runs(
+    instance: DagsterInstance, prefix: str, status: DagsterRunStatus
+) -> tuple[dict[str, str], set[str]]:
+    """All keys that begin so, without that beginning, and their values; and the ids of all runs of that status.
+
+    In one query.
+    """
     from dagster._core.storage.runs.schema import KeyValueStoreTable, RunsTable
-    from sqlalchemy import literal, select, union_all
+    from sqlalchemy import null, select, union_all
 
     table, runs = KeyValueStoreTable.c, RunsTable.c
-    values = select(table.value, literal(0)).where(table.key.startswith(prefix, autoescape=True))
-    ids = select(runs.run_id, literal(1)).where(runs.status == status.value)
+    values = select(table.key, table.value).where(table.key.startswith(prefix, autoescape=True))
+    ids = select(runs.run_id, null()).where(runs.status == status.value)
     with _sql_storage(instance).connect() as connection:
         rows = connection.execute(union_all(values, ids)).fetchall()
-    return [row[0] for row in rows if not row[1]], {row[0] for row in rows if row[1]}
+    stored = {row[0].removeprefix(prefix): row[1] for row in rows if row[1] is not None}
+    return stored, {row[0] for row in rows if row[1] is None}
 
 
 def read_values(instance: DagsterInstance, keys: Iterable[str]) -> dict[str, str]:

@@ -7,8 +7,7 @@ Knows that storage and the workers' heartbeats; not SQS, not processes. All call
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Final
@@ -28,6 +27,7 @@ from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.engine_events import EngineEvent, no_log, picked_up, released
 from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.heartbeats import Heartbeats
+from dagster_taskiq.storage.stored import stored_object, stored_time, tell_unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,8 @@ _PREFIX: Final = "dagster-taskiq/claim/"
 """With a run's id, a UUID, it is shorter than the 64 characters that MySQL's unique index has of a key."""
 _BATCH: Final = 500
 _CLEANUP_WITHIN_S: Final = 86_400
+_NOT_KNOWN: Final = "(unknown)"
+"""Who has the run, where its row cannot be read."""
 
 
 class ClaimState(StrEnum):
@@ -45,6 +47,9 @@ class ClaimState(StrEnum):
     """Nobody has the run; the epoch is kept."""
     GIVEN_UP = "given up"
     """Run monitoring was told that the worker is dead, and is about to resume the run or to fail it."""
+
+
+_STATES: Final = frozenset(state.value for state in ClaimState)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +115,7 @@ class Claims:
     def read(self, run_ids: Iterable[str]) -> dict[str, Claim]:
         """The claims on these runs, released ones included, in one query."""
         keys = {_key(run_id): run_id for run_id in run_ids}
-        return {keys[key]: _parsed(value) for key, value in read_values(self.instance, keys).items()}
+        return {keys[key]: _parsed(value, keys[key]) for key, value in read_values(self.instance, keys).items()}
 
     def owners(self, run_ids: Iterable[str], *, without_message: bool = False) -> dict[str, Owner]:
         """Who holds the claims on these runs, in two queries. A run that nobody has is not in it.
@@ -138,7 +143,7 @@ class Claims:
     def unfinished(self) -> tuple[dict[str, Claim], set[str]]:
         """All claims by run, and the runs that are CANCELING, in one query."""
         values, canceling = values_and_runs(self.instance, _PREFIX, DagsterRunStatus.CANCELING)
-        return {claim.run_id: claim for claim in map(_parsed, values)}, canceling
+        return {run_id: _parsed(value, run_id) for run_id, value in values.items()}, canceling
 
     # Changing
 
@@ -244,12 +249,8 @@ class Claims:
 
 
 def held_claims(instance: DagsterInstance) -> list[Claim]:
-    """The claims that workers hold, dead ones included, in one query; without those of a version not known here."""
-    held = []
-    for value in values_under(instance, _PREFIX).values():
-        with suppress(ValueError, KeyError):
-            held.append(_parsed(value))
-    return [claim for claim in held if claim.state is ClaimState.HELD]
+    """The claims that workers hold, dead ones included, in one query."""
+    return [claim for claim in _all(instance) if claim.state is ClaimState.HELD]
 
 
 def forget_old_claims(instance: DagsterInstance, heartbeats: Heartbeats, now: Callable[[], float] = time.time) -> None:
@@ -258,7 +259,7 @@ def forget_old_claims(instance: DagsterInstance, heartbeats: Heartbeats, now: Ca
     Those on CANCELED runs are kept for a day: the cleanup of such a run may be outstanding, because it was marked by
     force before its worker died.
     """
-    claims = [_parsed(value) for value in values_under(instance, _PREFIX).values()]
+    claims = _all(instance)
     alive = heartbeats.alive(claim.worker_id for claim in claims)
     left = [claim for claim in claims if claim.worker_id not in alive or claim.state is not ClaimState.HELD]
     for start in range(0, len(left), _BATCH):
@@ -276,14 +277,27 @@ def _key(run_id: str) -> str:
     return _PREFIX + run_id
 
 
-def _parsed(value: str) -> Claim:
-    facts: Mapping[str, object] = json.loads(value)
-    return Claim(
-        run_id=str(facts["run_id"]),
-        epoch=int(str(facts["epoch"])),
-        worker_id=str(facts["worker_id"]),
-        task_id=str(facts["task_id"]),
-        state=ClaimState(str(facts["state"])),
-        since=float(str(facts["since"])),
-        stored=value,
-    )
+def _all(instance: DagsterInstance) -> list[Claim]:
+    return [_parsed(value, key.removeprefix(_PREFIX)) for key, value in values_under(instance, _PREFIX).items()]
+
+
+def _parsed(value: str, run_id: str) -> Claim:
+    """The claim on that run. One that cannot be read is held, as far as anybody knows, by a worker that is not heard.
+
+    So nobody has the run until it is known that this worker is dead, and then it is taken over as any other.
+    """
+    try:
+        facts = stored_object(value)
+        state = str(facts["state"])
+        return Claim(
+            run_id=run_id,
+            epoch=int(str(facts["epoch"])),
+            worker_id=str(facts["worker_id"]),
+            task_id=str(facts["task_id"]),
+            state=ClaimState(state) if state in _STATES else ClaimState.HELD,  # of a newer version: its worker knows
+            since=stored_time(facts["since"]),
+            stored=value,
+        )
+    except (KeyError, ValueError) as error:
+        tell_unreadable(f"the claim on run {run_id}", error)
+        return Claim(run_id, 0, _NOT_KNOWN, _NOT_KNOWN, ClaimState.HELD, 0.0, value)

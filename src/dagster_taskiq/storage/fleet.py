@@ -16,6 +16,7 @@ from dagster_taskiq._text import clean_text, one_line
 from dagster_taskiq.dagster_compat.key_values import delete_value, read_values
 from dagster_taskiq.dagster_compat.storage import delete_values, put_value, values_under
 from dagster_taskiq.storage.heartbeats import key_of_worker
+from dagster_taskiq.storage.stored import Unreadable, stored_object, stored_time, tell_unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +39,20 @@ class Hold:
 
     @classmethod
     def parse(cls, text: str | None) -> "Hold | None":
-        """The hold that is stored as this text; None: there is none."""
+        """The hold that is stored as this text; None: there is none. Raises `Unreadable`."""
         if text is None:
             return None
-        stored = json.loads(text)
-        return cls(float(stored.get("since", 0)), str(stored.get("by", "")), str(stored.get("reason", "")))
+        stored = stored_object(text)
+        return cls(stored_time(stored.get("since", 0)), str(stored.get("by", "")), str(stored.get("reason", "")))
+
+    @classmethod
+    def parse_or(cls, known: "Hold | None", text: str | None) -> "Hold | None":
+        """As `parse`; `known`, what was stored before, when that cannot be read. The log says so."""
+        try:
+            return cls.parse(text)
+        except Unreadable as error:
+            tell_unreadable("the hold on the fleet", error)
+            return known
 
     def described(self) -> str:
         """In one line: "the fleet is held by ada@host since 2026-11-29 10:02 UTC: migration"."""
@@ -55,8 +65,8 @@ class Hold:
 
 
 def read_hold(instance: DagsterInstance) -> Hold | None:
-    """The hold on the workers of this instance; None: there is none."""
-    return Hold.parse(read_values(instance, [HOLD_KEY]).get(HOLD_KEY))
+    """The hold on the workers of this instance; None: there is none, or none that can be read."""
+    return Hold.parse_or(None, read_values(instance, [HOLD_KEY]).get(HOLD_KEY))
 
 
 def hold_fleet(instance: DagsterInstance, *, reason: str, by: str) -> Hold:
@@ -72,7 +82,7 @@ def release_fleet(instance: DagsterInstance) -> Hold | None:
     text = read_values(instance, [HOLD_KEY]).get(HOLD_KEY)
     if text is not None:
         delete_values(instance, [HOLD_KEY])
-    return Hold.parse(text)
+    return Hold.parse_or(None, text)
 
 
 class HoldWatch:
@@ -83,9 +93,9 @@ class HoldWatch:
         self._hold: Hold | None = None
 
     def look(self) -> Hold | None:
-        """The hold; what it was at the last look when the database does not answer. Logs when that changes."""
+        """The hold; what it was at the last look when that cannot be read. Logs when it changes."""
         try:
-            hold = read_hold(self._instance)
+            hold = Hold.parse_or(self._hold, read_values(self._instance, [HOLD_KEY]).get(HOLD_KEY))
         except Exception as error:  # noqa: BLE001 - whatever the storage raises
             logger.warning("it cannot be read whether the fleet is held: %r", error)
             return self._hold
@@ -119,17 +129,17 @@ class StopRequest:
 
     @classmethod
     def parse(cls, text: str | None) -> "StopRequest | None":
-        """The request that is stored as this text; None: there is none."""
+        """The request that is stored as this text; None: there is none, or none that can be read."""
         if text is None:
             return None
-        stored = json.loads(text)
-        reason = stored.get("reason")
-        return cls(
-            float(stored.get("at", 0)),
-            str(stored.get("by", "")),
-            str(reason) if reason else None,
-            finish=bool(stored.get("finish", False)),
-        )
+        try:
+            stored = stored_object(text)
+            at, reason = stored_time(stored.get("at", 0)), stored.get("reason")
+        except Unreadable as error:
+            tell_unreadable("a request to stop a worker", error)
+            return None
+        by, finish = str(stored.get("by", "")), bool(stored.get("finish", False))
+        return cls(at, by, str(reason) if reason else None, finish=finish)
 
 
 def stop_key(worker_id: str) -> str:
@@ -148,9 +158,9 @@ def forget_stop(instance: DagsterInstance, worker_id: str) -> None:
 
 
 def forget_old_stops(instance: DagsterInstance) -> None:
-    """Delete requests of a week ago: to workers that died before they heard them."""
+    """Delete requests of a week ago, to workers that died before they heard them; and what nobody can read."""
     oldest = time.time() - _FORGOTTEN_AFTER_S
     for key, text in values_under(instance, _STOP_PREFIX).items():
         request = StopRequest.parse(text)
-        if request is not None and request.at < oldest:
+        if request is None or request.at < oldest:
             delete_value(instance, key, text)

@@ -13,14 +13,17 @@ from typing import Any, Final
 
 from dagster import DagsterInstance
 
+from dagster_taskiq._text import one_line
 from dagster_taskiq.dagster_compat.key_values import put_value_and_read
 from dagster_taskiq.dagster_compat.storage import delete_values, put_value, values_under
 from dagster_taskiq.settings import Settings
+from dagster_taskiq.storage.stored import Unreadable, is_number, stored_object, stored_time, tell_unreadable
 
 _PREFIX: Final = "dagster-taskiq/heartbeat/"
 _LONGEST_KEY: Final = 64
 """MySQL's unique index has so many characters of a key, and names of hosts are long."""
 _DIGEST_BYTES: Final = 10
+_ENTRY: Final = len(("run", "step", "since"))
 _FORGOTTEN_AFTER_S: Final = 7 * 24 * 3_600
 
 
@@ -150,7 +153,7 @@ class Heartbeats:
             raise
 
     def _judge(self, worker_id: str, value: str | None) -> str:
-        last = _heartbeat("", value) if value is not None else None
+        last = _heartbeat(_key(worker_id), value) if value is not None else None
         with self._lock:
             if last is not None and last.gone:
                 return "dead"
@@ -195,7 +198,58 @@ def _is_older(value: str | None, before: str | None) -> bool:
 
 
 def _heartbeat(key: str, value: str) -> Heartbeat:
-    facts = json.loads(value)
-    at, gone = float(facts.pop("at")), bool(facts.pop("gone", False))
-    worker_id = str(facts.pop("worker", key.removeprefix(_PREFIX)))
-    return Heartbeat(worker_id, at, gone, facts)
+    """One that cannot be read is of a worker that may live: it says so by changing, and it offers no slots."""
+    worker_id = key.removeprefix(_PREFIX)
+    try:
+        facts = stored_object(value)
+        at = stored_time(facts.pop("at", None))
+    except Unreadable as error:
+        tell_unreadable(f"the heartbeat of worker {one_line(worker_id)}", error)
+        return Heartbeat(worker_id, 0.0, False, {})
+    gone, worker_id = bool(facts.pop("gone", False)), str(facts.pop("worker", worker_id))
+    return Heartbeat(worker_id, at, gone, {name: fact for name, fact in facts.items() if _fits(name, fact)})
+
+
+def _fits(name: str, fact: object) -> bool:
+    """Whether the fact is what its readers take it for; one that none of them knows is."""
+    return name not in _FITTING or _FITTING[name](fact)
+
+
+def _is_work(entry: object) -> bool:
+    return (
+        isinstance(entry, list)
+        and len(entry) == _ENTRY
+        and isinstance(entry[0], str)
+        and isinstance(entry[1], str | None)
+        and is_number(entry[2])
+    )
+
+
+def _is_unusable(message: object) -> bool:
+    return (
+        isinstance(message, dict)
+        and all(isinstance(message.get(name), str) for name in ("id", "why"))
+        and all(is_number(message.get(name)) for name in ("received", "again_at"))
+    )
+
+
+def _is_stopping(fact: object) -> bool:
+    return (
+        isinstance(fact, dict)
+        and is_number(fact.get("at"))
+        and isinstance(fact.get("reason"), str | None)
+        and (fact.get("until") is None or is_number(fact["until"]))
+    )
+
+
+_FITTING: Final[Mapping[str, Callable[[Any], bool]]] = {
+    "since": is_number,
+    "where": lambda fact: isinstance(fact, str),
+    "queue": lambda fact: isinstance(fact, str),
+    "slots": lambda fact: isinstance(fact, list) and len(fact) == len(("runs", "steps")) and all(map(is_number, fact)),
+    "work": lambda fact: isinstance(fact, list) and all(map(_is_work, fact)),
+    "held": is_number,
+    "stopping": _is_stopping,
+    "unusable": lambda fact: isinstance(fact, list) and all(map(_is_unusable, fact)),
+}
+"""What a worker says of itself; that of another version may say it otherwise."""

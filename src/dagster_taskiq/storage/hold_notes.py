@@ -17,6 +17,7 @@ from dagster_taskiq.dagster_compat.storage import put_value
 from dagster_taskiq.storage.engine_events import WHY_KEY, EngineEvent, Stage
 from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.fleet import RELEASE, Hold
+from dagster_taskiq.storage.stored import Unreadable, stored_object, stored_time, tell_unreadable
 from dagster_taskiq.storage.waiting import WAITING_STATUSES
 
 logger = logging.getLogger(__name__)
@@ -57,8 +58,7 @@ class HoldNotes:
 
     def _write(self, hold: Hold) -> None:
         if self._about != hold.since:
-            stored = json.loads(read_values(self._instance, [_KEY]).get(_KEY, "{}"))
-            self._written_until = float(stored["until"]) if stored.get("hold") == hold.since else 0.0
+            self._written_until = _written_until(read_values(self._instance, [_KEY]).get(_KEY, "{}"), hold)
             self._about = hold.since
         after = datetime.fromtimestamp(self._written_until, UTC)
         waiting = RunsFilter(statuses=WAITING_STATUSES, created_after=after)
@@ -68,3 +68,13 @@ class HoldNotes:
             self._written_until = record.create_timestamp.timestamp()
         if records:
             put_value(self._instance, _KEY, json.dumps({"hold": hold.since, "until": self._written_until}))
+
+
+def _written_until(text: str, hold: Hold) -> float:
+    """How far it was, by what is stored about this hold; 0: nothing, so from the first run on."""
+    try:
+        stored = stored_object(text)
+        return stored_time(stored.get("until")) if stored.get("hold") == hold.since else 0.0
+    except Unreadable as error:
+        tell_unreadable("how far a hold was noted", error)
+        return 0.0

@@ -13,6 +13,7 @@ from typing import Final
 from dagster import DagsterInstance
 
 from dagster_taskiq.dagster_compat.key_values import insert_value, read_values, replace_value
+from dagster_taskiq.storage.stored import Unreadable, stored_object, tell_unreadable
 
 _PREFIX: Final = "dagster-taskiq/leader/"
 
@@ -69,5 +70,14 @@ class Leadership:
         before, since = self._seen
         if before != value:
             self._seen = (value, self._monotonic())
-            return bool(json.loads(value)["resigned"])
+            return _has_resigned(value)
         return self._monotonic() - since >= self._lapses_after_s
+
+
+def _has_resigned(value: str) -> bool:
+    """What cannot be read is no resignation; it lapses when nobody changes it."""
+    try:
+        return bool(stored_object(value).get("resigned"))
+    except Unreadable as error:
+        tell_unreadable("which worker looks for lost runs", error)
+        return False

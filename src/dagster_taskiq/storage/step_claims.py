@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Final
@@ -27,6 +27,7 @@ from dagster_taskiq.dagster_compat.storage import delete_values, outages
 from dagster_taskiq.storage.engine_events import EngineEvent, no_log, picked_up, released
 from dagster_taskiq.storage.event_log import StepRef, append_event
 from dagster_taskiq.storage.heartbeats import Heartbeats
+from dagster_taskiq.storage.stored import tell_unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ def forget_old_step_claims(instance: DagsterInstance, heartbeats: Heartbeats) ->
     if len(values) == _LOOKED_AT_ONCE:  # or else what goes on there would hide the others
         start = _PREFIX + secrets.token_hex(2)
         values |= values_between(instance, start, _PREFIX + _AFTER_HEX, _LOOKED_AT_ONCE)
-    claims = {key: _parsed(value) for key, value in values.items()}
+    claims = dict(_readable(values))
     alive = heartbeats.alive({claim.worker_id for claim in claims.values() if claim.state is StepState.HELD})
     left = {
         key: claim.run_id
@@ -189,6 +190,14 @@ def _key(run_id: str, task_id: str) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.blake2s(text.encode(), digest_size=_DIGEST_BYTES).hexdigest()
+
+
+def _readable(values: Mapping[str, str]) -> Iterator[tuple[str, StepClaim]]:
+    for key, value in values.items():
+        try:
+            yield key, _parsed(value)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:  # the others can be seen to all the same
+            tell_unreadable(f"the claim on a step, {key}", error)
 
 
 def _parsed(value: str) -> StepClaim:

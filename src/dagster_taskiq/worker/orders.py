@@ -41,8 +41,8 @@ class Orders:
         return self._request is not None
 
     def hear(self, values: Mapping[str, str]) -> None:
-        """What is stored at those keys now."""
-        hold = Hold.parse(values.get(HOLD_KEY))
+        """What is stored at those keys now. What cannot be read changes nothing."""
+        hold = Hold.parse_or(self.hold, values.get(HOLD_KEY))
         if hold != self.hold:
             log_hold(hold)
             self.hold = hold
