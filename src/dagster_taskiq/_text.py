@@ -34,7 +34,12 @@ def duration(seconds: float) -> str:
     return f"{whole} s"
 
 
+def printable(text: str) -> str:
+    """With a space for each character that a terminal might obey instead of showing it; also for a line break."""
+    return text if text.isprintable() else "".join(one if one.isprintable() else " " for one in text)
+
+
 def one_line(text: str, at_most: int = 400) -> str:
     """Without line breaks, control characters and superfluous spaces, and not longer than that."""
-    line = " ".join("".join(one if one.isprintable() else " " for one in text).split())
+    line = " ".join(printable(text).split())
     return line if len(line) <= at_most else line[: at_most - 1] + "…"

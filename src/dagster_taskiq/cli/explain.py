@@ -3,8 +3,10 @@
 Errors only; `run explain`, the life of a run, is in `run_explain`.
 """
 
+from dagster_taskiq._text import one_line
 from dagster_taskiq.errors import DagsterTaskiqError
 
+_LONGEST = 600
 _NO_HOME = "DAGSTER_HOME is not set"
 
 
@@ -46,6 +48,5 @@ def _explain_others(error: BaseException) -> str | None:
     return None
 
 
-def _one_line(text: str, at_most: int = 600) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= at_most else line[: at_most - 1] + "…"
+def _one_line(text: str) -> str:
+    return one_line(text, _LONGEST)

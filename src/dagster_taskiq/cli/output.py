@@ -5,9 +5,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from dagster_taskiq._text import printable
+
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
+    from rich.text import Text
 
 _PIPE_WIDTH: Final = 2_000
 
@@ -30,20 +33,26 @@ class TableOrLines:
     lines: Callable[[], Iterable[str]]
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
-        from rich.text import Text
-
         needed = console.measure(self.table, options=options.update(max_width=_PIPE_WIDTH)).maximum
         if needed <= options.max_width:
             yield self.table
         else:
-            yield from map(Text, self.lines())
+            yield from map(shown, self.lines())
+
+
+def shown(text: str) -> "Text":
+    """A text that may be anybody's, a tag or a name: a terminal shows all of it, and obeys nothing of it.
+
+    As a plain string rich would take `[...]` for its own markup, and let escape sequences pass.
+    """
+    from rich.text import Text
+
+    return Text(printable(text))
 
 
 def say(line: str) -> None:
     """A line of text for people; on a terminal it is wrapped between words."""
-    from rich.text import Text
-
-    console().print(Text(line))
+    console().print(shown(line))
 
 
 def is_terminal() -> bool:

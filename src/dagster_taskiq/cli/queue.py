@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 from dagster_taskiq.cli.options import config_option, soon_over
-from dagster_taskiq.cli.output import TableOrLines
+from dagster_taskiq.cli.output import TableOrLines, shown
 from dagster_taskiq.cli.watch import show, watch_options
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ class _Picture:
             yield Text.assemble(("warning", "yellow"), " ", warning)
         if self.seen.runs is not None:
             visible = sum(queue.visible for queue in self.seen.queues if queue.role == "work")
-            yield from map(Text, _said_of_runs(self.seen.runs, visible))
+            yield from map(shown, _said_of_runs(self.seen.runs, visible))
         if self.with_trouble and self.seen.trouble is not None:
             yield Text(self.seen.trouble, style="yellow")
 
@@ -217,7 +217,8 @@ def _table(queues: "Sequence[QueueStatus]") -> "Table":
     for heading in ("waiting", "in flight", "hidden for", "kept for"):
         table.add_column(heading, justify="right")
     for queue in queues:
-        table.add_row(queue.name, queue.role, *_numbers(queue) if queue.exists else ["missing"])
+        numbers = _numbers(queue) if queue.exists else ("missing",)
+        table.add_row(*map(shown, (queue.name, queue.role, *numbers)))
     return table
 
 

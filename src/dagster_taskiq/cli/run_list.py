@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from dagster_taskiq.cli.options import soon_over
-from dagster_taskiq.cli.output import TableOrLines, age, is_terminal
+from dagster_taskiq.cli.output import TableOrLines, age, is_terminal, shown
 from dagster_taskiq.cli.run_filters import run_filters
 from dagster_taskiq.cli.watch import show, watch_options
 
@@ -107,7 +107,7 @@ def _table(found: "RunList", *, whole_ids: bool) -> "Table":
     for heading in headings:
         table.add_column(heading, overflow="fold", justify="right" if heading == "for" else "left")
     for run in found.runs:
-        table.add_row(
+        cells = (
             run.run_id if whole_ids else run.run_id[:_SHORT_ID],
             run.job,
             *((run.partition,) if partitioned else ()),
@@ -116,6 +116,7 @@ def _table(found: "RunList", *, whole_ids: bool) -> "Table":
             _where(run, found),
             run.waits_for,
         )
+        table.add_row(*map(shown, cells))
     return table
 
 
@@ -140,8 +141,8 @@ def _summary(found: "RunList") -> str:
     if not found.runs:
         return _NOTHING
     counts = ", ".join(f"{count} {status}" for status, count in found.counts.items())
-    shown = f"; {len(found.runs)} shown (--limit)" if found.more else ""
-    return f"{_many(sum(found.counts.values()), 'run')}: {counts}{shown}"
+    more = f"; {len(found.runs)} shown (--limit)" if found.more else ""
+    return f"{_many(sum(found.counts.values()), 'run')}: {counts}{more}"
 
 
 def _many(count: int, what: str) -> str:

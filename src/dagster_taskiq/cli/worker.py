@@ -9,7 +9,7 @@ import click
 
 from dagster_taskiq._gc import collection_paused
 from dagster_taskiq.cli.options import config_option, log_format_option, log_level_option, soon_over
-from dagster_taskiq.cli.output import TableOrLines, age
+from dagster_taskiq.cli.output import TableOrLines, age, shown
 from dagster_taskiq.cli.watch import show, watch_options
 from dagster_taskiq.cli.worker_stop import stop_workers
 
@@ -213,11 +213,9 @@ class _Picture:
     fleet: _Fleet
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
-        from rich.text import Text
-
         if workers := self.fleet.workers:
             yield TableOrLines(_table(workers), lambda: _lines(workers))
-        yield from map(Text, self.fleet.lines)
+        yield from map(shown, self.fleet.lines)
 
 
 def _table(workers: "Sequence[WorkerInfo]") -> "Table":
@@ -233,9 +231,9 @@ def _table(workers: "Sequence[WorkerInfo]") -> "Table":
         row = [worker.worker_id, worker.shown_state, f"{age(now - worker.heard)} ago", up, *_slots(worker)]
         for work in worker.work or (None,):
             if work is None:
-                table.add_row(*row)
+                table.add_row(*map(shown, row))
             else:
-                table.add_row(*row, _name(work), work.status or "", age(now - work.since))
+                table.add_row(*map(shown, (*row, _name(work), work.status or "", age(now - work.since))))
             row = [""] * len(row)
     return table
 

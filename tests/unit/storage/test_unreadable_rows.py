@@ -24,9 +24,10 @@ from dagster_taskiq.storage.workers import list_workers
 from dagster_taskiq.worker.orders import Orders
 
 NOW = time.time()
+NO_TIMES: list[Any] = ["x", None, 1e300, float("nan"), [], 10**400]
 DAMAGED = [
     *("", "of a later version", "[]", "null", "5", '"x"', "[1]", "[{}]", "{}", "[" * 100_000),
-    *(json.dumps({"since": at, "at": at, "until": at}) for at in ("x", None, 1e300, float("nan"), [], 10**400)),
+    *(json.dumps({"since": at, "at": at, "until": at}) for at in NO_TIMES),
     json.dumps({"at": NOW, "since": "x", "slots": 5, "work": 5, "stopping": 3, "queue": {}, "unusable": 7, "held": []}),
     json.dumps({"at": NOW, "slots": ["a", "b"], "work": [[1]], "since": [], "stopping": {}, "where": {}}),
     json.dumps({"at": NOW, "slots": [1, 2], "work": [["r", "s", "t"]], "stopping": {"at": "x"}, "unusable": [{}]}),
