@@ -59,14 +59,14 @@ def cancel_behind_fence(
     put_up(instance, fence)
     try:
         report = cancel_runs(instance, select_runs(instance, query), **asked)
-        seen, caught = _ids(report), 0
+        seen, caught = report.run_ids, 0
         while not stop.is_set():
             left_s = began + hold_s - time.monotonic()
             now = select_runs(instance, query)
-            new = now.among({*now.waiting, *now.handed_over, *now.at_work} - seen)
+            new = now.new_to(seen)
             if new:
                 report += cancel_runs(instance, new, **{**asked, "tell": lambda _: None})
-                seen, caught = _ids(report), caught + len(new)
+                seen, caught = report.run_ids, caught + len(new)
             watch(FenceProgress(max(0.0, left_s), hold_s, caught))
             if left_s <= 0:
                 break
@@ -74,10 +74,6 @@ def cancel_behind_fence(
     finally:
         take_down(instance, fence)
     return _with_those_at_the_fence(instance, fence, report)
-
-
-def _ids(report: CancelReport) -> set[str]:
-    return {*report.cancelled, *report.already_finished, *report.not_found, *report.failed, *report.left}
 
 
 def _with_those_at_the_fence(instance: DagsterInstance, fence: Fence, report: CancelReport) -> CancelReport:

@@ -59,6 +59,11 @@ class CancelReport:
     """Of the cancelled: ended while they waited, before a worker had them."""
 
     @property
+    def run_ids(self) -> frozenset[str]:
+        """All of them."""
+        return frozenset((*self.cancelled, *self.already_finished, *self.not_found, *self.failed, *self.left))
+
+    @property
     def told(self) -> tuple[str, ...]:
         """Of the cancelled: those that a worker may have, and stops."""
         withdrawn = frozenset(self.withdrawn)

@@ -3,6 +3,9 @@
 Knows what Dagster's instance stores about them; not their code.
 """
 
+import logging
+import time
+from threading import Event
 from typing import Any, Final
 
 from dagster import DagsterInstance
@@ -18,9 +21,15 @@ from dagster_taskiq.dagster_compat.sources import (
 )
 from dagster_taskiq.errors import DagsterTaskiqError
 from dagster_taskiq.run_query import RunQuery
+from dagster_taskiq.run_selection import select_runs
 from dagster_taskiq.runs import launcher_of
 
-_TRIES: Final = 3
+logger = logging.getLogger(__name__)
+
+_LOOK_EVERY_S: Final = 0.25
+_QUIET_S: Final = 3.0
+"""The daemon reads a backfill and writes it back within milliseconds, or within a second or two on a busy machine."""
+_AT_MOST_S: Final = 30.0
 
 
 def cancel_schedule(
@@ -45,23 +54,60 @@ def cancel_sensor(
 def cancel_backfill(instance: DagsterInstance, backfill_id: str, **options: Any) -> CancelReport:
     """Have Dagster's daemon launch no more runs of a backfill, as in its UI, and cancel those that it has launched.
 
-    The daemon makes the backfill CANCELED when its runs have ended. `options`: as for `cancel_runs`. Raises
-    `DagsterTaskiqError` when there is no such backfill.
+    The daemon makes the backfill CANCELED when its runs have ended. It takes some seconds: see `stay_cancelled`, which
+    adds what the backfill still launches. `options`: as for `cancel_runs`. Raises `DagsterTaskiqError` when there is no
+    such backfill.
     """
     launcher_of(instance)
-    for _ in range(_TRIES):  # the daemon may be about to write the status that it has read before
-        _mark_canceling(instance, backfill_id)
-        report = cancel_runs(instance, RunQuery(backfill=backfill_id), **options)
-        if not _goes_on(instance, backfill_id):
+    _mark_canceling(instance, backfill_id)
+    its_runs = RunQuery(backfill=backfill_id)
+    return stay_cancelled(instance, its_runs, cancel_runs(instance, its_runs, **options), **options)
+
+
+def stay_cancelled(
+    instance: DagsterInstance,
+    query: RunQuery,
+    report: CancelReport,
+    *,
+    quiet_s: float = _QUIET_S,
+    at_most_s: float = _AT_MOST_S,
+    **options: Any,
+) -> CancelReport:
+    """Look again and again whether the backfill of a query stays cancelled; cancel it, and what it launches, again.
+
+    Dagster's daemon may be at work on the backfill: it launches the runs of its turn to the end, and may then write the
+    backfill back as it had read it before, with the status REQUESTED. So one look is not enough. Returns, with what
+    came added to `report`, when nothing of that has happened for `quiet_s` seconds, when the status is final, when
+    `stop` is set, or after `at_most_s` seconds, with a warning in the log if it still comes back. `options`: as for
+    `cancel_runs`.
+    """
+    stop: Event = options.setdefault("stop", None) or Event()
+    began = changed_at = time.monotonic()
+    seen = report.run_ids
+    while not stop.is_set():
+        came_back = _mark_canceling(instance, query.backfill or "")
+        new = select_runs(instance, query).new_to(seen)
+        if new:
+            report += cancel_runs(instance, new, **options)
+            seen = report.run_ids
+        looked_at = time.monotonic()
+        if came_back or new:
+            changed_at = looked_at
+        if looked_at - began >= at_most_s:
+            if came_back:
+                logger.warning("the backfill does not stay cancelled", extra={"backfill_id": query.backfill})
             break
+        if looked_at - changed_at >= quiet_s or _is_over(instance, query.backfill or ""):
+            break
+        stop.wait(_LOOK_EVERY_S)
     return report
 
 
 def stop_source(instance: DagsterInstance, query: RunQuery) -> str:
     """Stop the schedule, the sensor or the backfill of a query, so that it launches no more runs; its runs go on.
 
-    Returns what it has stopped, in words. A second call is harmless, and for a backfill of use: the daemon may be about
-    to write the status that it has read before. Raises `DagsterTaskiqError` as `cancel_schedule` and `cancel_backfill`.
+    Returns what it has stopped, in words. A second call is harmless. A backfill may come back: see `stay_cancelled`.
+    Raises `DagsterTaskiqError` as `cancel_schedule` and `cancel_backfill`.
     """
     if query.backfill is not None:
         _mark_canceling(instance, query.backfill)
@@ -81,10 +127,9 @@ def check_source(instance: DagsterInstance, query: RunQuery) -> None:
         _find(instance, kind, query.schedule or query.sensor or "", query.location)
 
 
-def _goes_on(instance: DagsterInstance, backfill_id: str) -> bool:
+def _is_over(instance: DagsterInstance, backfill_id: str) -> bool:
     backfill = instance.get_backfill(backfill_id)
-    over = {*BULK_ACTION_TERMINAL_STATUSES, BulkActionStatus.CANCELING}
-    return backfill is not None and backfill.status not in over
+    return backfill is None or backfill.status in BULK_ACTION_TERMINAL_STATUSES
 
 
 def _backfill(instance: DagsterInstance, backfill_id: str) -> PartitionBackfill:
@@ -96,11 +141,13 @@ def _backfill(instance: DagsterInstance, backfill_id: str) -> PartitionBackfill:
     return backfill
 
 
-def _mark_canceling(instance: DagsterInstance, backfill_id: str) -> None:
+def _mark_canceling(instance: DagsterInstance, backfill_id: str) -> bool:
+    """Whether there was need to."""
     backfill = _backfill(instance, backfill_id)
-    if _goes_on(instance, backfill_id):
-        canceling = backfill.with_status(BulkActionStatus.CANCELING)  # type: ignore[no-untyped-call]
-        instance.update_backfill(canceling)
+    if backfill.status in {*BULK_ACTION_TERMINAL_STATUSES, BulkActionStatus.CANCELING}:
+        return False
+    instance.update_backfill(backfill.with_status(BulkActionStatus.CANCELING))  # type: ignore[no-untyped-call]
+    return True
 
 
 def _cancel_source(

@@ -4,6 +4,7 @@ Knows Dagster's runs; not how one is cancelled. All calls block on the database.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, fields, replace
 from typing import TypeAlias
 
@@ -39,6 +40,10 @@ class RunSelection:
         """Those of it that are among these."""
         kept = frozenset(run_ids)
         return RunSelection(*(tuple(filter(kept.__contains__, getattr(self, one.name))) for one in fields(self)))
+
+    def new_to(self, seen: AbstractSet[str]) -> "RunSelection":
+        """Those of it that can be stopped and are not among these."""
+        return self.among({*self.waiting, *self.handed_over, *self.at_work} - seen)
 
 
 def select_runs(instance: DagsterInstance, which: WhichRuns) -> RunSelection:

@@ -116,15 +116,15 @@ class Cancel:
             # Read again: it may have taken a while to answer.
             report = self._act(select_runs(self._instance, query).among(shown) if rows else RunSelection())
         if query.backfill is not None and asked.stop_source:
-            stop_source(self._instance, query)  # the daemon may have written the status that it had read before
+            report = self._see_it_stays_cancelled(query, report)
         return self._end(self._told(report, shown))
 
     def _told(self, report: "CancelReport", shown: "frozenset[str]") -> int:
         came = [run_id for run_id in report.cancelled if run_id not in shown]
         if self._asked.as_json:
             self._json |= {"selected": len(shown), **report_as_json(report)}
-            self._json |= {"came_meanwhile": came} if self._asked.until_s is not None else {}
-        elif shown or self._asked.until_s is not None:
+            self._json |= {"came_meanwhile": came} if came or self._asked.until_s is not None else {}
+        elif shown or came or self._asked.until_s is not None:
             click.echo(summary(report) + (f"; {len(came):,} of them came meanwhile" if came else ""))
             self._print_marked(report)
         print_failed(report.failed)
@@ -158,6 +158,13 @@ class Cancel:
         with self._stopped_by_ctrl_c(), bar() as shown:
             report = cancel_behind_fence(self._instance, query, hold_s=hold_s, watch=watch, **self._how(shown))
             return self._reached(report)
+
+    def _see_it_stays_cancelled(self, query: "RunQuery", report: "CancelReport") -> "CancelReport":
+        from dagster_taskiq.cancel_sources import stay_cancelled
+
+        with self._stopped_by_ctrl_c(), bar() as shown:
+            shown.show("looking whether the backfill launches more", len(report.cancelled), len(report.cancelled))
+            return stay_cancelled(self._instance, query, report, **self._how(shown))
 
     def _how(self, shown: Bar) -> dict[str, Any]:
         from dagster_taskiq.runs import describe_user

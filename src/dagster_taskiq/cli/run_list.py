@@ -59,9 +59,7 @@ def list_runs(query: "RunQuery", *, everything: bool, limit: int | None, every_s
     from dagster_taskiq.runs import launcher_of
     from dagster_taskiq.story.run_list import list_runs
 
-    if everything and query.statuses:
-        raise click.UsageError("--all and --status exclude each other; give one of them")
-    statuses = tuple(DagsterRunStatus) if everything else query.statuses or UNFINISHED
+    statuses = query.statuses or (tuple(DagsterRunStatus) if everything else UNFINISHED)
     most = limit or (_ON_A_TERMINAL if is_terminal() and not as_json else _ELSEWHERE)
     with open_instance() as instance:
         settings = launcher_of(instance).settings
@@ -69,15 +67,21 @@ def list_runs(query: "RunQuery", *, everything: bool, limit: int | None, every_s
         def look() -> "RunList":
             return list_runs(instance, settings, replace(query, statuses=statuses), most)
 
-        found = show(look, _Picture, _to_json, as_json=as_json, every_s=every_s)
+        nothing = _nothing(everything=everything, query=query)
+        found = show(look, lambda found: _Picture(found, nothing), _to_json, as_json=as_json, every_s=every_s)
     if found is not None and not is_terminal():
         if found.more:
             click.echo(f"{_many(found.more, 'more run')}; --limit shows more", err=True)
         elif not found.runs:
-            click.echo(_NOTHING, err=True)
+            click.echo(nothing, err=True)
 
 
-_NOTHING: Final = "no such run; finished ones: --all, or --status failure"
+def _nothing(*, everything: bool, query: "RunQuery") -> str:
+    """What no run at all means, for this question."""
+    if everything or query.statuses:
+        return "there is no run at all" if query.is_empty and not query.statuses else "no run matches"
+    said = "nothing runs and nothing waits" if query.is_empty else "no run that matches runs or waits"
+    return f"{said}; finished runs: --all, or --status failure"
 
 
 def _to_json(found: "RunList") -> list[dict[str, Any]]:
@@ -87,6 +91,7 @@ def _to_json(found: "RunList") -> list[dict[str, Any]]:
 @dataclass(frozen=True, slots=True)
 class _Picture:
     found: "RunList"
+    nothing: str
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
         from rich.text import Text
@@ -94,7 +99,7 @@ class _Picture:
         if self.found.runs:
             yield TableOrLines(_table(self.found, whole_ids=not is_terminal()), lambda: _lines(self.found))
         if is_terminal():
-            yield Text(_summary(self.found))
+            yield Text(_summary(self.found) if self.found.runs else self.nothing)
 
 
 def _table(found: "RunList", *, whole_ids: bool) -> "Table":
@@ -138,8 +143,6 @@ def _where(run: "ListedRun", found: "RunList") -> str:
 
 
 def _summary(found: "RunList") -> str:
-    if not found.runs:
-        return _NOTHING
     counts = ", ".join(f"{count} {status}" for status, count in found.counts.items())
     more = f"; {len(found.runs)} shown (--limit)" if found.more else ""
     return f"{_many(sum(found.counts.values()), 'run')}: {counts}{more}"

@@ -242,8 +242,10 @@ def test_for_programs(world: World) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        ([], 0, "no such run; finished ones: --all"),
-        (["--all", "--status", "failure"], 2, "--all and --status exclude each other"),
+        ([], 0, "nothing runs and nothing waits; finished runs: --all, or --status failure"),
+        (["--job", "load"], 0, "no run that matches runs or waits; finished runs: --all, or --status failure"),
+        (["--all"], 0, "there is no run at all"),
+        (["--all", "--status", "failure"], 0, "no run matches"),
         (["--watch"], 2, "--watch draws on a terminal"),
     ],
 )
