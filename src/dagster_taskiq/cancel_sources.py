@@ -26,7 +26,7 @@ from dagster_taskiq.runs import launcher_of
 
 logger = logging.getLogger(__name__)
 
-_LOOK_EVERY_S: Final = 0.25
+_LOOK_EVERY_S: Final = 0.5
 _QUIET_S: Final = 3.0
 """The daemon reads a backfill and writes it back within milliseconds, or within a second or two on a busy machine."""
 _AT_MOST_S: Final = 30.0

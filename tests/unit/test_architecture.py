@@ -63,7 +63,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "run_selection": FLOOR | DOMAIN | {"termination", "run_query"},
     "cancel_many": FLOOR | DOMAIN | {"launcher", "runs", "run_selection"},
     "cancel_fence": FLOOR | DOMAIN | {"cancel_many", "run_fence", "run_query", "run_selection", "runs"},
-    "cancel_sources": FLOOR | DOMAIN | {"cancel_many", "run_query", "runs"},
+    "cancel_sources": FLOOR | DOMAIN | {"cancel_many", "run_query", "run_selection", "runs"},
     "doctor": FLOOR | DOMAIN | {"launcher", "coordinator", "sqs"},
     "story": FLOOR | DOMAIN | {"launcher", "coordinator", "run_query"},
     "examples": {""},

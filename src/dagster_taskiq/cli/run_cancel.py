@@ -62,8 +62,8 @@ def cancel(run_ids: tuple[str, ...], query: "RunQuery", **options: Any) -> None:
 
     With filters, of which all have to be true, or with --all: shows the runs, what will happen to them, and asks. Those
     that wait are withdrawn first, so that none starts in a slot that becomes free; then those at work are told. Runs
-    that are finished are left alone; so is what was not shown, unless --until says otherwise. Ctrl-C stops it in the
-    middle; again: at once.
+    that are finished are left alone; so is what was not shown, unless --until says otherwise, or a backfill launches it
+    while --stop stops it. Ctrl-C stops it in the middle; again: at once.
 
     \b
     Example:
