@@ -53,7 +53,7 @@ _MOMENT_S: Final = 0.2
 """What is left of an interrupted tree has so long to end by itself, when its leader has."""
 _POLL_WHILE_KILLING_S: Final = 0.02
 _NEVER: Final = float("inf")
-_NAMES_KEPT: Final = 5
+_NAMES_KEPT: Final = 10
 _NAME_LENGTH: Final = 15  # prctl(2): 16 bytes with the terminating one
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -205,7 +205,8 @@ class _Shim:
             for key, _ in self._selector.select(self._patience()):
                 key.data()
             self._look_after_the_worker()
-        self._send(gone=True, killed=self._killed[:_NAMES_KEPT])
+        more = len(self._killed) - _NAMES_KEPT
+        self._send(gone=True, killed=self._killed[:_NAMES_KEPT] + ([f"{more} more"] if more > 0 else []))
 
     def _patience(self) -> float | None:
         if self._killing:

@@ -71,6 +71,8 @@ class Surroundings:
     """All of it. Empty for a run that is over."""
 
     now: float
+    run_id: str = "RUN_ID"
+    """Which run it is, for the commands that are advised."""
     hold: str | None = None
     """The fleet is held, by whom and why: no run is begun."""
     owner: OwnerFacts | None = None

@@ -1,7 +1,7 @@
 """A run's record and its event log become its story. Pure: what is known elsewhere comes as `Surroundings`."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from dagster import DagsterEventType as Kind
@@ -60,6 +60,7 @@ def tell(run: RunFacts, log: Log, around: Surroundings) -> Story:
     bars = steps.bars(around.now, over_at, _how_open_steps_ended(phases))
     moments = sorted(_moments(log.events), key=lambda moment: moment.at)
     left_out = max(0, len(moments) - _MOST_MOMENTS)
+    around = replace(around, run_id=run.run_id)
     waits = what_it_waits_for(run.status, phases, bars, log, around) if over_at is None else ()
     story = Story(
         run_id=run.run_id,
@@ -189,12 +190,11 @@ def _advice(run: RunFacts, phases: Phases) -> Iterator[str]:
         yield f"Fix the cause, then run what has failed again: dagster-taskiq run cleanup {run.run_id[:8]}"
         return
     if run.status == "FAILURE":
-        for text, hints in _HINTS.items():
-            if text in phases.final_text:
-                yield from hints
-                return
+        yield from next((hints for text, hints in _HINTS.items() if text in phases.final_text), ())
     if phases.cancel.killed_at is not None and run.status == "CANCELED":
         yield (
             "It did not end within its grace: give the job more with the tag dagster-taskiq/grace_seconds, or have its"
             " op look at cancellation_token()."
         )
+    if run.status in ("FAILURE", "CANCELED") and run.started is not None:
+        yield f"To go on with what had not finished: dagster-taskiq run reexecute {run.run_id[:8]}"

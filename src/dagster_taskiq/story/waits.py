@@ -244,7 +244,7 @@ def _started(phases: Phases, steps: Sequence[Bar], log: Log, around: Surrounding
         return
     if phases.lingers is not None:
         what, since = phases.lingers
-        advice = "to end it now: dagster-taskiq run cancel"
+        advice = f"to end it now: dagster-taskiq run cancel {around.run_id[:8]}"
         yield Wait(what, since, None, (advice,), cause="threads and hooks")
         return
     yield from map(_pool, around.pools)
@@ -273,7 +273,7 @@ def _quiet(bar: Bar, last: float, phases: Phases, around: Surroundings) -> Wait:
     where = owner.where if owner else phases.where
     what = f"step {bar.label} on {worker}: no event since {clock(last)} UTC; it works silently, or hangs"
     pid = None if owner else phases.process_pid
-    advice = (_look_inside(pid, where), "if it hangs, stop it: dagster-taskiq run cancel")
+    advice = (_look_inside(pid, where), f"if it hangs, stop it: dagster-taskiq run cancel {around.run_id[:8]}")
     return Wait(what, last, None, advice, cause="a silent step")
 
 

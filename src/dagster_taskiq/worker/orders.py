@@ -40,6 +40,12 @@ class Orders:
         """Whether there is a request that nobody needs any more when this worker has stopped."""
         return self._request is not None
 
+    @property
+    def cause(self) -> str:
+        """Why work is stopped that has not ended when the drain is over."""
+        asked = f", asked by {self._request.described()}" if self._request is not None else ""
+        return f"the worker stops{asked}"
+
     def hear(self, values: Mapping[str, str]) -> None:
         """What is stored at those keys now. What cannot be read changes nothing."""
         hold = Hold.parse_or(self.hold, values.get(HOLD_KEY))

@@ -356,7 +356,7 @@ class Worker:
         with suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_seconds):
                 await self._drained.wait()
-        shutdown = Cancellation(CancelKind.SHUTDOWN, cause="the worker stops")
+        shutdown = Cancellation(CancelKind.SHUTDOWN, cause=self._orders.cause)
         context.shutdown.set(shutdown)
         if reconciler is not None:
             reconciler.stop_running(shutdown)

@@ -24,7 +24,7 @@ worker_module: Any = importlib.import_module("dagster_taskiq.cli.worker")  # the
 
 def picture_of_runs() -> RenderableType:
     run = ListedRun("3e4a5f60" * 4, NAME, NAME + OBEYED, "STARTED", 0.0, 0.0, worker=NAME + OBEYED, waits_for=OBEYED)
-    return run_list._Picture(RunList((run,), {"STARTED": 1}, 0, 0, 60.0))
+    return run_list._Picture(RunList((run,), {"STARTED": 1}, 0, 0, 60.0), "")
 
 
 def picture_of_workers() -> RenderableType:

@@ -119,7 +119,9 @@ def test_an_end_that_can_be_mended_says_how() -> None:
     assert "memory" in "".join(story_of("out_of_memory").advice)
     assert "grace" in "".join(story_of("killed").advice)
     assert "max_resume_run_attempts" in "".join(story_of("worker_dead").advice)
-    assert story_of("succeeded").advice == story_of("cancelled").advice == ()
+    (goes_on,) = story_of("cancelled").advice
+    assert goes_on.endswith(f"dagster-taskiq run reexecute {story_of('cancelled').run_id[:8]}")
+    assert story_of("succeeded").advice == ()
 
 
 def test_each_attempt_of_a_cleanup_handler_is_a_bar() -> None:

@@ -138,6 +138,7 @@ def test_a_step_that_writes_nothing_may_hang() -> None:
     assert "no event since" in told(quiet.waits)
     assert "py-spy dump --pid" in told(quiet.waits)
     assert "--pid PID" not in told(quiet.waits), "its process is known"
+    assert f"stop it: dagster-taskiq run cancel {facts.run_id[:8]}" in told(quiet.waits)
     assert tell(facts, log, Surroundings(began + 5, owner=ALIVE)).waits == (), "it works"
 
 

@@ -46,6 +46,8 @@ def test_each_request_to_stop_is_followed_once() -> None:
     for values in ({}, stored(stop=first), stored(stop=first), stored(stop=second), {}, stored(stop=second)):
         orders.hear(values)
     assert heard == [first, second]
+    assert orders.cause == "the worker stops, asked by ada: now"
+    assert make([]).cause == "the worker stops"
     assert orders.was_asked_to_stop
 
 
