@@ -148,6 +148,7 @@ def test_more_runs_than_a_page(
         (["--partition-range", "p1-p2"], "is no range; give FIRST..LAST"),
         (["--older-than", "2"], "'2' is no duration; give a number and a unit: 90s, 15m, 2h, 3d"),
         (["--older-than", "2h x"], "is no duration"),
+        (["--older-than", "9" * 400 + "d"], "is longer than ten years"),
         (["--status", "sleeping"], "there is no status 'sleeping'; there are waiting, starting, running, canceling"),
         (["--tag", "=a"], "has no key; give KEY=VALUE"),
         (["--job", ""], "it is empty; give a value, or leave the option out"),

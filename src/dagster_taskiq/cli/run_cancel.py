@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from dagster_taskiq.run_query import RunQuery
 
 
+_FASTEST: Final = 1_000_000
+
+
 def _rate(value: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(?:/s)?", value)
-    if found is None or not float(found[1]):
+    if found is None or not 0 < float(found[1]) <= _FASTEST:
         raise click.BadParameter(f"{clean_text(value)!r} is no rate; give a number of runs in one second: 5/s")
     return float(found[1])
 

@@ -70,9 +70,11 @@ class Cancel:
 
         wrong: dict[str, str] = {}
         run_ids: dict[str, None] = {}
-        for one in dict.fromkeys(map(clean_text, given)):
+        cleaned = list(dict.fromkeys(map(clean_text, given)))
+        whole = self._whole_ids(cleaned)
+        for one in cleaned:
             try:
-                run_ids[find_run_id(self._instance, one)] = None
+                run_ids[one if one in whole else find_run_id(self._instance, one)] = None
             except Exception as error:  # noqa: BLE001 - whatever it is, the others are to be stopped all the same
                 wrong[one] = explain(error) or repr(error)
         for one, why in wrong.items():
@@ -87,6 +89,16 @@ class Cancel:
             self._print_lines(report, list(run_ids))
         is_over = len(report.cancelled) == len(run_ids) and not wrong
         return self._end(self._waited(report, 0 if is_over else NOT_ALL))
+
+    def _whole_ids(self, given: Sequence[str]) -> set[str]:
+        """Those that are ids of runs, in a query for 500 of them. Empty when it fails: then each is asked for."""
+        from dagster_taskiq.dagster_compat.many_runs import statuses_of
+        from dagster_taskiq.run_selection import groups_of
+
+        try:
+            return {run_id for some in groups_of(500, given) for run_id in statuses_of(self._instance, some)}
+        except Exception:  # noqa: BLE001 - whatever it is, what can be stopped is to be stopped
+            return set()
 
     def query(self, query: "RunQuery") -> int:
         """Show, ask, and act on what still matches of what was shown; behind a fence, on all that matches."""

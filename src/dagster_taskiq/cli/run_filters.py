@@ -25,6 +25,7 @@ STATUSES: Final[Mapping[str, tuple[str, ...]]] = {
     **{name.lower(): (name,) for name in ("QUEUED", "NOT_STARTED", "STARTED", "MANAGED")},
 }
 """What `--status` takes: our words, and Dagster's, as Dagster's. "starting" is both of Dagster's before the start."""
+_LONGEST_S: Final = 10 * 366 * 86_400.0
 _UNITS_S: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 
 
@@ -39,7 +40,10 @@ def duration(value: str) -> float:
     parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", value)
     if not parts or "".join(number + unit for number, unit in parts) != value:
         raise click.BadParameter(f"{clean_text(value)!r} is no duration; give a number and a unit: 90s, 15m, 2h, 3d")
-    return sum(float(number) * _UNITS_S[unit] for number, unit in parts)
+    seconds = sum(float(number) * _UNITS_S[unit] for number, unit in parts)
+    if seconds > _LONGEST_S:
+        raise click.BadParameter(f"{clean_text(value)[:40]!r} is longer than ten years")
+    return seconds
 
 
 def text(value: str) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dagster._core.storage.event_log import SqliteEventLogStorage
     from sqlalchemy.engine import Engine
 
+_TRIES: Final = 20
 _AT_ONCE: Final = 8
 """Threads that write events: each waits for the disk, or for the server, most of the time."""
 
@@ -79,13 +80,16 @@ def move_runs(
 def set_status(instance: DagsterInstance, run_id: str, status: DagsterRunStatus) -> DagsterRunStatus | None:
     """Give a run this status, without an event; returns the one that it had, or None when nothing had to be done.
 
-    Whoever writes another status at the same moment is not overwritten unseen: it looks again. Raises `TypeError` for a
-    storage that is not one of Dagster's SQL storages.
+    Whoever writes another status at the same moment is not overwritten unseen: it looks again. Raises `TimeoutError`
+    when others write all the time, and `TypeError` for a storage that is not one of Dagster's SQL storages.
     """
-    while (run := instance.get_run_by_id(run_id)) is not None and run.status is not status:
+    for _ in range(_TRIES):
+        run = instance.get_run_by_id(run_id)
+        if run is None or run.status is status:
+            return None
         if move_runs(instance, [run], run.status, status):
             return run.status
-    return None
+    raise TimeoutError(f"others change the status of run {run_id} all the time")
 
 
 def statuses_of(instance: DagsterInstance, run_ids: Sequence[str]) -> dict[str, DagsterRunStatus]:

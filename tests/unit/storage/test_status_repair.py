@@ -8,7 +8,7 @@ from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun,
 from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
 
 from dagster_taskiq import cancel_runs
-from dagster_taskiq.dagster_compat.many_runs import set_status
+from dagster_taskiq.dagster_compat.many_runs import move_runs, set_status
 from dagster_taskiq.storage.status_repair import repair_late_canceling, restore, terminal_events
 from dagster_taskiq.storage.tags import tag_launched_run
 
@@ -102,3 +102,23 @@ def test_a_status_is_set_once_and_only_when_it_is_another(instance: DagsterInsta
     assert set_status(instance, run.run_id, STATUS.CANCELED) is STATUS.STARTED
     assert set_status(instance, run.run_id, STATUS.CANCELED) is None
     assert set_status(instance, "no such run", STATUS.CANCELED) is None
+
+
+def test_a_status_that_others_change_all_the_time_is_not_waited_for_without_end(
+    instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = instance.create_run_for_job(nothing, status=STATUS.STARTED)
+    read, looks = instance.get_run_by_id, []
+
+    def others_are_quicker(run_id: str) -> DagsterRun | None:
+        found = read(run_id)
+        assert found is not None
+        looks.append(found.status)
+        other = STATUS.STARTED if found.status is STATUS.CANCELING else STATUS.CANCELING
+        move_runs(instance, [found], found.status, other)
+        return found
+
+    monkeypatch.setattr(instance, "get_run_by_id", others_are_quicker)
+    with pytest.raises(TimeoutError, match="all the time"):
+        set_status(instance, run.run_id, STATUS.CANCELED)
+    assert {*looks} == {STATUS.STARTED, STATUS.CANCELING}
