@@ -102,13 +102,13 @@ def test_who_follows_the_page_terminates_a_run(tmp_path: Path, postgres: str, mo
                 if language == "yaml":
                     (home / "dagster.yaml").write_text(text)
                 elif language == "bash" and "dagster job launch" in text:
-                    launch, rest = text.split("\n", 1)
+                    launch, rest = text.split("\nRUN_ID=", 1)
                     shell.run(launch)
                     shutil.rmtree(checkout)
                     checkout.mkdir()
                     queue_url = shell.variable("DAGSTER_TASKIQ_SQS_QUEUE_URL")
                     started.append(daemon(environ | {"DAGSTER_TASKIQ_SQS_QUEUE_URL": queue_url}, home))
-                    shell.run(rest)
+                    shell.run(f"RUN_ID={rest}")
                 elif language == "bash":
                     shell.run(text)
                 if "workers.yaml" in text and language == "bash":
