@@ -17,7 +17,7 @@ _STYLE: Final = """
 body { font: 14px/1.5 system-ui, sans-serif; max-width: 1040px; margin: 2em auto; padding: 0 1em }
 svg { max-width: 100%; height: auto; border: 1px solid #8884 } table { border-collapse: collapse; width: 100% }
 td, th { text-align: left; vertical-align: top; padding: 2px 8px; border-bottom: 1px solid #8884;
-overflow-wrap: anywhere } td:nth-child(-n+2), .log td:nth-child(3) { white-space: nowrap }
+overflow-wrap: anywhere } th { white-space: nowrap } td:nth-child(-n+2), .log td:nth-child(3) { white-space: nowrap }
 .bad { color: light-dark(#b3261e, #ff7b72) }
 """
 
