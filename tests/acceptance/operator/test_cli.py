@@ -182,13 +182,20 @@ def test_status_tells_apart_what_is_cancelled_already(desk: Desk) -> None:
         create_run_for_test(instance, status=DagsterRunStatus.CANCELING)
         for tags in ({TASK_ID_TAG: "its message is in the queue"}, {}):
             create_run_for_test(instance, status=DagsterRunStatus.CANCELED, tags=tags)
+    before = {*threading.enumerate()}
     work = json.loads(desk.ask("queue", "status", "--json").out)[0]
     assert work["cancelled"] == {"canceling": 1, "without_worker": 1, "messages": 1}
     shown = desk.ask("queue", "status").out
     assert "1 run waits, for " in shown
     assert "being cancelled: 1; no worker has 1 of them" in shown
     assert "of the 3 messages that wait in the work queue, about 1 are of runs that are cancelled already" in shown
-    wait_until(lambda: "the database" not in {thread.name for thread in threading.enumerate()}, "no thread is left")
+
+    def left() -> list[str]:
+        return [
+            thread.name for thread in threading.enumerate() if thread not in before and thread.name == "the database"
+        ]
+
+    wait_until(lambda: not left(), "no thread is left", seen=left)
 
 
 def test_status_of_the_queues_comes_without_the_database(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
