@@ -223,7 +223,8 @@ class Cancel:
             counts = [f"{count:,} {status}" for status, count in statuses.items()]
             click.echo("ended: " + (", ".join(counts) or "none"))
         if otherwise:
-            click.echo(f"not CANCELED: {named(otherwise)}", err=True)
+            hint = f"`dagster-taskiq run explain {otherwise[0][:8]}` says why"
+            click.echo(f"not CANCELED: {named(otherwise)}; {hint}", err=True)
         if open_:
             hint = f"`dagster-taskiq run explain {open_[0][:8]}` says what it waits for"
             click.echo(f"not ended: {named(open_)}; {hint}", err=True)
