@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 import venv
@@ -13,6 +12,8 @@ from typing import Final
 
 import pytest
 from tests.acceptance.installation.conftest import ROOT
+from tests.support.pages import blocks
+from tests.support.pages import commands as commands_in
 
 import dagster_taskiq
 
@@ -35,9 +36,8 @@ def commands() -> list[list[str]]:
     """What the pages tell people to install, one list for each command."""
     found = []
     for page in ("README.md", "docs/installation.md"):
-        for block in re.findall(r"^```bash\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL):
-            lines = [shlex.split(line, comments=True) for line in block.splitlines()]
-            found += [line[2:] for line in lines if line[:2] == ["pip", "install"]]
+        for block in blocks(page, "bash"):
+            found += [words[2:] for words in commands_in(block.text) if words[:2] == ["pip", "install"]]
     return found
 
 
