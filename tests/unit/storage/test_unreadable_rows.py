@@ -41,7 +41,7 @@ def instance() -> Iterator[DagsterInstance]:
         yield instance
 
 
-@pytest.fixture(params=DAMAGED, ids=lambda text: text[:40] or "empty")
+@pytest.fixture(params=DAMAGED, ids=[f"row {number}" for number in range(len(DAMAGED))])
 def damaged(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
