@@ -9,10 +9,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Final
 
-from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
+from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
 
 from dagster_taskiq._text import clean_text
-from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
+from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES, PARENT_RUN_ID_TAG
 from dagster_taskiq.dagster_compat.instance import open_instance
 from dagster_taskiq.dagster_compat.reexecution import CodeSource, create_run, loaded_job, submit
 from dagster_taskiq.dagster_compat.unfinished_steps import Left, steps_left
@@ -24,6 +24,7 @@ from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.tags import inheritable_tags
 
+_UNFINISHED: Final = [status for status in DagsterRunStatus if status not in FINISHED_STATUSES]
 _LET_GO_WITHIN_S: Final = 10.0
 _LOOK_EVERY_S: Final = 0.2
 
@@ -62,8 +63,8 @@ def reexecute_run(
     `workspace.yaml` with the run's code location; default: where the run itself says that its code is.
     `requested_by`: for the new run's event log; default `this_user()`. `instance`: default that of `$DAGSTER_HOME`.
 
-    Raises `RunNotFound`, and `DagsterTaskiqError` when the run is not over, when nothing of it is left to do, when its
-    code location cannot be loaded, or has no such steps any more.
+    Raises `RunNotFound`, and `DagsterTaskiqError` when the run is not over, when another run that goes on from it is
+    not over, when nothing of it is left to do, when its code location cannot be loaded, or has no such steps any more.
     """
     source = CodeSource(workspace=(workspace,) if workspace else ())
     with ExitStack() as stack:
@@ -99,6 +100,7 @@ def plan(instance: DagsterInstance, run_id: str, *, all_steps: bool = False) -> 
     if run.status not in FINISHED_STATUSES:
         raise DagsterTaskiqError(f"run {run_id} is {run.status.value}; {_before_that(run.status, run_id)}")
     _wait_for_its_worker(instance, run)
+    _refuse_a_second(instance, run)
     if all_steps:
         return Planned(run, None)
     again = "to run all its steps again: --all-steps"
@@ -126,6 +128,11 @@ def launch(
     tell("loading the run's code location")
     with loaded_job(instance, parent, source) as loaded:
         run = create_run(instance, parent, loaded, planned.left, inheritable_tags(parent), tags)
+        try:
+            _refuse_a_second(instance, parent, run)
+        except DagsterTaskiqError:
+            instance.delete_run(run.run_id)  # nobody has seen it
+            raise
         by = clean_text(requested_by or this_user())
         what = planned.described(run)
         append_event(instance, run, engine_events.reexecuted(parent.run_id, by, what.finished, what.to_run))
@@ -136,6 +143,22 @@ def _before_that(status: DagsterRunStatus, run_id: str) -> str:
     if status is DagsterRunStatus.CANCELING:
         return f"wait for its end, it is being cancelled: dagster-taskiq run explain {run_id}"
     return f"cancel it, and wait for its end: dagster-taskiq run cancel {run_id}"
+
+
+def _refuse_a_second(instance: DagsterInstance, parent: DagsterRun, mine: DagsterRun | None = None) -> None:
+    """Two runs that go on from the same one would do the same work side by side.
+
+    Somebody else, or Dagster's retries, may have been quicker. Of two that were created at the same moment the first
+    one in the database goes on.
+    """
+    # Runs that an op of it has launched name it as well, and are of other jobs.
+    going_on = RunsFilter(job_name=parent.job_name, tags={PARENT_RUN_ID_TAG: parent.run_id}, statuses=_UNFINISHED)
+    for first in instance.get_runs(going_on, limit=1, ascending=True):
+        if mine is None or first.run_id != mine.run_id:
+            raise DagsterTaskiqError(
+                f"run {first.run_id} goes on from run {parent.run_id} already, it is {first.status.value}; wait for its"
+                f" end, or cancel it: dagster-taskiq run cancel {first.run_id}"
+            )
 
 
 def _wait_for_its_worker(instance: DagsterInstance, run: DagsterRun) -> None:

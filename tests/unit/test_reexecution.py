@@ -22,7 +22,7 @@ from dagster_taskiq.dagster_compat.reexecution import CodeSource, LoadedJob, cre
 from dagster_taskiq.dagster_compat.unfinished_steps import steps_left
 from dagster_taskiq.errors import DagsterTaskiqError, RunNotFound
 from dagster_taskiq.launcher import TaskiqRunLauncher
-from dagster_taskiq.reexecution import plan, reexecute_run
+from dagster_taskiq.reexecution import launch, plan, reexecute_run
 from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.heartbeats import Heartbeats
 
@@ -254,3 +254,18 @@ def test_one_that_a_worker_is_still_stopping(tmp_path: Path, monkeypatch: pytest
             reexecute_run(run.run_id, instance=instance)
         claims.forget(run.run_id)
         assert plan(instance, run.run_id).left is not None
+
+
+def test_no_second_run_does_the_same_work_side_by_side(shop: Shop) -> None:
+    parent = shop.first("straight", "transform")
+    planned = plan(shop.instance, parent.run_id)  # by somebody who takes his time
+    left = steps_left(shop.instance, parent)
+    quicker = create_run(shop.instance, parent, shop.of("straight"), left, parent.tags, {})
+    before = shop.instance.get_runs_count()
+    with pytest.raises(DagsterTaskiqError, match=f"run {quicker.run_id} goes on from run {parent.run_id} already"):
+        plan(shop.instance, parent.run_id)
+    with pytest.raises(DagsterTaskiqError, match=f"cancel it: dagster-taskiq run cancel {quicker.run_id}"):
+        launch(shop.instance, planned, {}, CodeSource(python_file=(str(JOBS),)))
+    assert shop.instance.get_runs_count() == before, "nothing is left of the second one"
+    assert shop.execute(quicker, "load").status is STATUS.FAILURE
+    assert plan(shop.instance, parent.run_id).left == left, "it may go on once more"

@@ -1,4 +1,4 @@
-"""Rows of ours in Dagster's database that are damaged: a worker starts, launches go through, runs end and are stopped."""
+"""Rows of ours in Dagster's database that are damaged: a worker starts, and runs are launched, end and are stopped."""
 
 import pytest
 from dagster import DagsterRunStatus
@@ -14,10 +14,10 @@ DAMAGED = '{"of": "another version'
 
 def test_a_worker_starts_and_works_among_them(endpoint: str) -> None:
     with open_platform(endpoint) as platform:
-        for name in ("fleet-hold", "fences", "heartbeat/other-00000001", "claim/of-a-deleted-run", "stop/other-00000001"):
+        for name in ("fences", "heartbeat/other-00000001", "claim/of-a-deleted-run", "stop/other-00000001"):
             put_value(platform.instance, f"dagster-taskiq/{name}", DAMAGED)
-        assert HOLD_KEY == "dagster-taskiq/fleet-hold"
-        quick, claimed, sleeps = platform.launch("quick_job"), platform.launch("quick_job"), platform.launch("sleepy_job")
+        put_value(platform.instance, HOLD_KEY, DAMAGED)
+        quick, claimed, sleeps = (platform.launch(job) for job in ("quick_job", "quick_job", "sleepy_job"))
         put_value(platform.instance, f"dagster-taskiq/claim/{claimed}", DAMAGED)
         with platform.worker("-n", "w") as worker:
             assert platform.finished(quick) is DagsterRunStatus.SUCCESS
