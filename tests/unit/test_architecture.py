@@ -28,6 +28,7 @@ FLOOR = {
     "_lane",
     "_time_limit",
     "_attempt_limit",
+    "_last_words",
 }
 """What every room may import; among themselves they must not form a circle."""
 DOMAIN = {"storage", "dagster_compat", "cancellation"}
@@ -36,7 +37,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "metrics": FLOOR,
     "cancellation": {"errors"},
     "dagster_compat": {"_retry", "_time_limit", "errors"},
-    "process": {"cancellation.model", "cancellation.signal", "errors"},
+    "process": {"_last_words", "cancellation.model", "cancellation.signal", "errors"},
     "sqs": FLOOR | {"cancellation.model"},
     "storage": FLOOR | {"dagster_compat", "cancellation"},
     "tasks": FLOOR | {"sqs", "cancellation", "process"},
@@ -114,6 +115,7 @@ MAY_READ_ENVIRONMENT = {
     "cli",
 }
 STANDARD_LIBRARY_ONLY = (
+    "_last_words",
     "process.shim",
     "process.procfs",
     "process.json_lines",
@@ -204,7 +206,8 @@ def test_what_watches_over_children_needs_the_standard_library_only() -> None:
         f"{module} imports {name}"
         for module in STANDARD_LIBRARY_ONLY
         for name in imported(MODULES[module])
-        if name.split(".")[0] not in sys.stdlib_module_names and not name.startswith(f"{PACKAGE}.process.")
+        if name.split(".")[0] not in sys.stdlib_module_names
+        and not name.startswith((f"{PACKAGE}.process.", f"{PACKAGE}._last_words."))
     ]
     assert wrong == []
 

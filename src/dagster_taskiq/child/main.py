@@ -7,13 +7,13 @@ writes how its step ended, unless its worker is gone: then the run decides what 
 
 import signal
 import socket
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
 
 from dagster import DagsterInstance
 
+from dagster_taskiq._last_words import print_traceback
 from dagster_taskiq._text import clean_text
 from dagster_taskiq.child.child_process import ChildProcess
 from dagster_taskiq.child.control_channel import ControlChannel
@@ -88,7 +88,7 @@ def _work(body: Callable[[dict[str, Any], DagsterInstance, ControlChannel], int]
             with open_in_child(reference) as instance:
                 return body(argument, instance, control)
         except BaseException as error:  # noqa: BLE001 - the supervisor decides what it means; nothing may be lost
-            traceback.print_exc()
+            print_traceback()
             control.send(error=clean_text(f"{type(error).__name__}: {error}", _LONGEST_ERROR))
             return 1
         finally:

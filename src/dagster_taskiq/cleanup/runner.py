@@ -10,7 +10,6 @@ import inspect
 import itertools
 import logging
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -18,6 +17,7 @@ from typing import Any, Final
 from dagster import DagsterInstance, DagsterRun, build_resources
 
 from dagster_taskiq._attempt_limit import attempt_limit
+from dagster_taskiq._last_words import print_traceback
 from dagster_taskiq._text import clean_text, duration
 from dagster_taskiq.cleanup.plan import CleanupHistory, PendingHandler, read_history
 from dagster_taskiq.dagster_compat.definitions import job_of, resource_config, resources_for, run_logger
@@ -106,7 +106,7 @@ class Cleanup:
         except outages():
             raise  # an outage ends, and has nothing to do with the handlers
         except Exception as error:  # noqa: BLE001 - mostly, the user's code cannot be loaded
-            traceback.print_exc()
+            print_traceback()
             return self._end([f"the handlers could not be looked up: {_in_words(error)}"])
         if self._history.beginnings >= _MOST_BEGINNINGS:
             return self._end([f"{self._history.beginnings} workers ended while they ran it"])
@@ -157,7 +157,7 @@ class Cleanup:
         except (Stopped, KeyboardInterrupt):
             raise Stopped from None
         except BaseException as error:  # noqa: BLE001 - any error of a handler ends its attempt
-            traceback.print_exc()
+            print_traceback()
             pending.failed.append(_in_words(error))
         else:
             pending.done = True

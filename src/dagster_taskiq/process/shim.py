@@ -21,12 +21,12 @@ import signal
 import socket
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
 from typing import Any, Final, NoReturn
 
+from dagster_taskiq._last_words import flush_output, print_traceback
 from dagster_taskiq.process import procfs
 from dagster_taskiq.process.json_lines import Splitter, line_of
 
@@ -155,12 +155,11 @@ def live_and_leave(work: Callable[[], int]) -> NoReturn:
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except BaseException:  # noqa: BLE001 - printed as the interpreter would
-        traceback.print_exc()
+        print_traceback()
     finally:
         threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001 - as multiprocessing ends its children
         atexit._run_exitfuncs()  # noqa: SLF001
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_output()
         os._exit(code)
 
 

@@ -12,13 +12,13 @@ import signal
 import socket
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from functools import reduce
 from typing import Any, Final
 
 from dagster_taskiq._attempt_limit import attempt_limit, too_long
+from dagster_taskiq._last_words import print_traceback
 from dagster_taskiq._text import clean_text
 from dagster_taskiq.cancellation.state import State
 from dagster_taskiq.process.json_lines import line_of
@@ -54,7 +54,7 @@ def run(argument: dict[str, Any], channel: socket.socket) -> int:
         with attempt_limit(argument["timeout_s"]):
             call_handler(call, context)
     except BaseException as error:  # noqa: BLE001 - whatever it is, the attempt has failed
-        traceback.print_exc()
+        print_traceback()
         limit = too_long(argument["timeout_s"])
         tell(failed=limit if str(error) == limit else clean_text(f"{type(error).__name__}: {error}"))
         return 1
