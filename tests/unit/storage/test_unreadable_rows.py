@@ -23,16 +23,21 @@ from dagster_taskiq.storage.slots import RunSlots
 from dagster_taskiq.storage.workers import list_workers
 from dagster_taskiq.worker.orders import Orders
 
-NOW = time.time()
 NO_TIMES: list[Any] = ["x", None, 1e300, float("nan"), [], 10**400]
-DAMAGED = [
-    *("", "of a later version", "[]", "null", "5", '"x"', "[1]", "[{}]", "{}", "[" * 100_000),
-    *(json.dumps({"since": at, "at": at, "until": at}) for at in NO_TIMES),
-    json.dumps({"at": NOW, "since": "x", "slots": 5, "work": 5, "stopping": 3, "queue": {}, "unusable": 7, "held": []}),
-    json.dumps({"at": NOW, "slots": ["a", "b"], "work": [[1]], "since": [], "stopping": {}, "where": {}}),
-    json.dumps({"at": NOW, "slots": [1, 2], "work": [["r", "s", "t"]], "stopping": {"at": "x"}, "unusable": [{}]}),
-    json.dumps([{"fence_id": 5, "until": NOW + 600, "query": {"job": ["x"], "tags": [1], "where": 7}}]),
-]
+
+
+def damaged_rows(now: float) -> list[str]:
+    """What somebody has written at that time, in seconds since the epoch."""
+    return [
+        *("", "of a later version", "[]", "null", "5", '"x"', "[1]", "[{}]", "{}", "[" * 100_000),
+        *(json.dumps({"since": at, "at": at, "until": at}) for at in NO_TIMES),
+        json.dumps(
+            {"at": now, "since": "x", "slots": 5, "work": 5, "stopping": 3, "queue": {}, "unusable": 7, "held": []}
+        ),
+        json.dumps({"at": now, "slots": ["a", "b"], "work": [[1]], "since": [], "stopping": {}, "where": {}}),
+        json.dumps({"at": now, "slots": [1, 2], "work": [["r", "s", "t"]], "stopping": {"at": "x"}, "unusable": [{}]}),
+        json.dumps([{"fence_id": 5, "until": now + 600, "query": {"job": ["x"], "tags": [1], "where": 7}}]),
+    ]
 
 
 @pytest.fixture
@@ -41,9 +46,9 @@ def instance() -> Iterator[DagsterInstance]:
         yield instance
 
 
-@pytest.fixture(params=DAMAGED, ids=[f"row {number}" for number in range(len(DAMAGED))])
+@pytest.fixture(params=range(len(damaged_rows(0))), ids=lambda number: f"row {number}")
 def damaged(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+    return damaged_rows(time.time())[int(request.param)]
 
 
 def run_of(instance: DagsterInstance, status: DagsterRunStatus = DagsterRunStatus.STARTING) -> DagsterRun:
@@ -123,7 +128,7 @@ def test_damaged_fences_keep_no_run_from_being_launched_and_no_fence_from_standi
     run, meant = run_of(instance), create_run_for_test(instance, "load", tags={"n": "many"})
     put_value(instance, "dagster-taskiq/fences", damaged)
     assert fence_for(instance, run) is None
-    fence = Fence(RunQuery(job="load"), NOW + 600, None, "ada")
+    fence = Fence(RunQuery(job="load"), time.time() + 600, None, "ada")
     put_up(instance, fence)
     assert fence_for(instance, meant) == fence
     assert fence_for(instance, run) is None
@@ -133,15 +138,15 @@ def test_a_fence_that_cannot_be_asked_of_a_run_hides_no_other_one(instance: Dags
     run = create_run_for_test(instance, "load", tags={"n": "many"})
     later = {
         "fence_id": "l",
-        "until": NOW + 600,
+        "until": time.time() + 600,
         "reason": None,
         "requested_by": "ada",
         "query": {"job": "load", "x": 1},
     }
     put_value(instance, "dagster-taskiq/fences", json.dumps([later]))
-    put_up(instance, Fence(RunQuery(where="number(tags['n']) > 3"), NOW + 600, None, "ada"))
+    put_up(instance, Fence(RunQuery(where="number(tags['n']) > 3"), time.time() + 600, None, "ada"))
     assert fence_for(instance, run) is None, "what a later version means is not guessed"
-    put_up(instance, fence := Fence(RunQuery(job="load"), NOW + 600, None, "ada"))
+    put_up(instance, fence := Fence(RunQuery(job="load"), time.time() + 600, None, "ada"))
     assert fence_for(instance, run) == fence
     assert '"x": 1' in values_under(instance, "dagster-taskiq/fences")["dagster-taskiq/fences"], "others may know it"
 
