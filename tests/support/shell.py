@@ -14,7 +14,7 @@ from tests.support.pages import ROOT
 class Shell:
     """What one block exports, and the folder that it goes to, the next one has."""
 
-    def __init__(self, folder: Path, cwd: Path, environ: dict[str, str], *, patience_s: float = 90) -> None:
+    def __init__(self, folder: Path, cwd: Path, environ: dict[str, str], *, patience_s: float = 240) -> None:
         self._variables = folder / "variables"
         self._cwd = cwd
         self._patience_s = patience_s

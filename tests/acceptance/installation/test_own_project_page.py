@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.long,
     pytest.mark.slow,
     pytest.mark.postgres,
-    pytest.mark.timeout(480),
+    pytest.mark.timeout(900),
 ]
 
 PAGE = "docs/own-project.md"
@@ -55,7 +55,7 @@ class Terminals:
         self._going_on.append((command, process))
         (ready,) = [text for program, text in READY.items() if command.startswith(program)]
         wait_until(
-            lambda: ready in log.read_text() or process.poll() is not None, command, within=120, seen=log.read_text
+            lambda: ready in log.read_text() or process.poll() is not None, command, within=240, seen=log.read_text
         )
         assert process.poll() is None, log.read_text()
 

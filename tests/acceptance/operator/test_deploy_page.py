@@ -21,7 +21,7 @@ from tests.support.pages import ROOT, blocks
 from tests.support.shell import Shell, path_with_aws
 from tests.support.waiting import wait_until
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.postgres, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.postgres, pytest.mark.timeout(600)]
 
 PAGE = "docs/deploy-on-ecs.md"
 

@@ -332,7 +332,7 @@ if __name__ == "__main__":
     for case in sys.argv[1:]:
         read, write = os.pipe()
         if not os.fork():
-            signal.alarm(60)
+            signal.alarm(150)
             try:
                 answer = json.dumps(run(case)).encode()
             except BaseException:
