@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
-from dagster import DagsterEventType, DagsterInstance, DagsterRunStatus, RunsFilter
+from dagster import DagsterEventType, DagsterRunStatus, RunsFilter
 from tests.acceptance.cancel.test_truth_table import finished, started, unknown
 from tests.acceptance.conftest import UNHURRIED, open_platform
-from tests.acceptance.operator.test_coordinator import COORDINATOR, Daemon, submit
+from tests.acceptance.operator.test_coordinator import COORDINATOR, Daemon, dequeuing, submit
 from tests.support.platform import Platform
 from tests.support.proxy import SqsProxy, sqs_proxy
 from tests.support.waiting import wait_until
@@ -40,29 +40,13 @@ def at_work(platform: Platform) -> list[str]:
 def test_all_of_sixty_of_which_some_run_while_the_daemon_starts_others(proxied: tuple[Platform, SqsProxy]) -> None:
     platform, proxy = proxied
     run_ids = [submit(platform) for _ in range(60)]
-    over = threading.Event()
-
-    def dequeue() -> None:
-        with DagsterInstance.from_config(str(platform.home)) as instance:
-            daemon = Daemon(instance)
-            while not over.is_set():
-                daemon.take()
-
-    taking = threading.Thread(target=dequeue)
-    with platform.worker("-n", "w"):
-        taking.start()
-        try:
-            wait_until(
-                lambda: len(at_work(platform)) >= 5, "five are at work", within=90, seen=lambda: at_work(platform)
-            )
-            sent, told = proxy.seen.copy(), list[CancelProgress]()
-            which = RunsFilter(job_name="sleepy_job")
-            report = cancel_runs(platform.instance, which, reason="test", requested_by="ada", tell=told.append)
-            for run_id in run_ids:
-                assert platform.finished(run_id, within=90) is STATUS.CANCELED
-        finally:
-            over.set()
-            taking.join(60)
+    with platform.worker("-n", "w"), dequeuing(platform):
+        wait_until(lambda: len(at_work(platform)) >= 5, "five are at work", within=90, seen=lambda: at_work(platform))
+        sent, told = proxy.seen.copy(), list[CancelProgress]()
+        which = RunsFilter(job_name="sleepy_job")
+        report = cancel_runs(platform.instance, which, reason="test", requested_by="ada", tell=told.append)
+        for run_id in run_ids:
+            assert platform.finished(run_id, within=90) is STATUS.CANCELED
     assert report.counts == {"cancelled": 60}, report
     assert sorted(report.cancelled) == sorted(run_ids)
     assert told[-1].done == told[-1].of == 60

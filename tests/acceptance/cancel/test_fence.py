@@ -2,13 +2,12 @@
 
 import json
 import signal
-import threading
 import time
 
 import pytest
-from dagster import DagsterEventType, DagsterInstance, DagsterRunStatus
+from dagster import DagsterEventType, DagsterRunStatus
 from tests.acceptance.conftest import UNHURRIED, open_platform
-from tests.acceptance.operator.test_coordinator import COORDINATOR, Daemon, submit
+from tests.acceptance.operator.test_coordinator import COORDINATOR, dequeuing, submit
 from tests.support.platform import Platform
 from tests.support.waiting import wait_until
 from tests.support.warm import Lines, start_command
@@ -42,18 +41,8 @@ def test_while_a_sensor_goes_on_launching(endpoint: str) -> None:
         open_platform(endpoint, source=UNHURRIED, extra={"run_coordinator": COORDINATOR}) as platform,
         platform.worker("-n", "w"),
     ):
-        over = threading.Event()
-
-        def dequeue() -> None:
-            with DagsterInstance.from_config(str(platform.home)) as instance:
-                daemon = Daemon(instance)
-                while not over.is_set():
-                    daemon.take()
-
-        taking = threading.Thread(target=dequeue)
         first = submit(platform, {"dagster/sensor_name": "files"})
-        taking.start()
-        try:
+        with dequeuing(platform):
             platform.marked(first, "started")
             out, error = Lines(), Lines()
             arguments = ("run", "cancel", "--sensor", "files", "--until", "10m", "--yes", "--json")
@@ -77,9 +66,6 @@ def test_while_a_sensor_goes_on_launching(endpoint: str) -> None:
             assert platform.command("run", "cancel", "--all", "--yes").returncode == 0
             for run_id in (again, other):
                 assert platform.finished(run_id) is STATUS.CANCELED
-        finally:
-            over.set()
-            taking.join(60)
     report = json.loads("".join(out.lines))
     assert report["told_while_running"] == [first]
     assert sorted(report["cancelled_while_waiting"]) == sorted(report["came_meanwhile"]) == sorted(late)

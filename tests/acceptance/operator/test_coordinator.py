@@ -3,6 +3,7 @@
 import json
 import logging
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,26 @@ class Daemon:
         self.take()
         statuses = [run.status.value for run in self.instance.get_runs()]
         return {status: statuses.count(status) for status in sorted(set(statuses))}
+
+
+@contextmanager
+def dequeuing(platform: Platform) -> Iterator[None]:
+    """Somebody takes from the queue all the time, as the daemon does; until the end."""
+    over = threading.Event()
+
+    def dequeue() -> None:
+        with DagsterInstance.from_config(str(platform.home)) as instance:
+            daemon = Daemon(instance)
+            while not over.is_set():
+                daemon.take()
+
+    taking = threading.Thread(target=dequeue)
+    taking.start()
+    try:
+        yield
+    finally:
+        over.set()
+        taking.join(60)
 
 
 @contextmanager
