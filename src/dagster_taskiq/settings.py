@@ -7,24 +7,27 @@ and `cli` pass a plain mapping.
 import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
+from dagster_taskiq._route_rules import RouteRule, routes_of, rules_of
 from dagster_taskiq._setting_rules import RULE, Name, Range, boolean_of, name_of, number_of, url_of
 from dagster_taskiq.errors import SettingsError
-from dagster_taskiq.queue_names import cancel_queue_url, steps_queue_url
+from dagster_taskiq.queue_names import DEFAULT_ROUTE, cancel_queue_url, route_queue_url, steps_queue_url
 
 ENABLE_CANCELLATION_VARIABLE: Final = "DAGSTER_TASKIQ_ENABLE_CANCELLATION"
 QUEUE_URL_VARIABLE: Final = "DAGSTER_TASKIQ_SQS_QUEUE_URL"
 ENDPOINT_URL_VARIABLE: Final = "DAGSTER_TASKIQ_SQS_ENDPOINT_URL"
 REGION_VARIABLES: Final = ("AWS_REGION", "AWS_DEFAULT_REGION")
+ROUTE_VARIABLE: Final = "DAGSTER_TASKIQ_ROUTE"
 ENVIRONMENT: Final[Mapping[str, tuple[str, ...]]] = {
     "queue_url": (QUEUE_URL_VARIABLE,),
     "region_name": REGION_VARIABLES,
     "endpoint_url": (ENDPOINT_URL_VARIABLE,),
     "enable_cancellation": (ENABLE_CANCELLATION_VARIABLE,),
+    "serves": (ROUTE_VARIABLE,),
 }
 """The variables of a setting: the first one that is set counts, if the configuration does not have the setting."""
 TOP_LEVEL_KEYS: Final = ("queue_url", "region_name", "endpoint_url", "config_source")
@@ -34,6 +37,9 @@ _STOP_MARGIN_S: Final = 3.0
 _HANDLERS_S: Final = 60.0
 """A handler has a minute unless it says otherwise."""
 StartMethod = Literal["forkserver", "spawn"]
+InterruptedSteps = Literal["fail", "retry"]
+QueueTtlOutcome = Literal["canceled", "failure"]
+SupersededRuns = Literal["all", "waiting"]
 MetricsTo = Literal["auto", "emf", "otel", "off"]
 # Bucket names: https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html
 _BUCKET: Final = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
@@ -98,8 +104,31 @@ class Settings:
     metrics: MetricsTo = field(default="auto", metadata={RULE: ("auto", "emf", "otel", "off")})
     """Where metrics go: `emf`, CloudWatch's embedded metric format on the stdout of workers and Dagster's daemon;
     `otel`, OpenTelemetry; `off`. `auto`: `emf` in a container of ECS, and `otel` where its SDK is installed."""
+    routes: tuple[RouteRule, ...] = ()
+    """Which runs go to which fleet: a list of rules, `{route: gpu, job: 'train_*'}`, of which the first that matches
+    counts. A rule has one or more of `code_location`, `job` and `tag` (`team`, or `team=ml`), with `*` and `?` as in
+    the names of files. A run's or job's tag `dagster-taskiq/queue` comes before them; who matches none goes to the
+    unnamed route."""
+    serves: tuple[str, ...] = (DEFAULT_ROUTE,)
+    """The routes that a worker serves, in order of preference (`worker start -q gpu -q default`); `default` is the
+    unnamed one."""
+    interrupted_steps: InterruptedSteps = field(default="fail", metadata={RULE: ("fail", "retry")})
+    """What becomes of a step of `taskiq_executor` whose worker was stopped or has died: `fail`, it fails, and its own
+    retry policy counts; `retry`, another worker begins it again, which no policy counts. `fail` is the default because
+    only you know whether a step may be begun twice. For one op: the tag `dagster-taskiq/interrupted_steps`."""
+    max_interruptions: int = field(default=10, metadata={RULE: Range(0, 1_000, "interruptions")})
+    """How often one run, or one attempt of a step, may be interrupted by the end of its worker and go on elsewhere."""
+    queue_ttl_outcome: QueueTtlOutcome = field(default="canceled", metadata={RULE: ("canceled", "failure")})
+    """How a run ends that has waited for longer than its tag `dagster-taskiq/queue_ttl_seconds` allows."""
+    superseded_runs: SupersededRuns = field(default="all", metadata={RULE: ("all", "waiting")})
+    """Which runs a newer one with the same tag `dagster-taskiq/supersede_key` cancels: `all` older ones, or only those
+    that are `waiting`."""
     preload_modules: tuple[str, ...] = ()
     """Modules that the warm process imports before it forks: your code, and the libraries that it imports."""
+
+    def of_route(self, route: str) -> "Settings":
+        """These settings with the queues of that route; to be asked of those of the unnamed route."""
+        return replace(self, queue_url=route_queue_url(self.queue_url, route))
 
     @property
     def steps_queue_url(self) -> str:
@@ -320,8 +349,28 @@ def _from_environment(values: dict[str, Any], config: Mapping[str, Any], environ
     if not region:
         raise SettingsError("no region: set region_name in the configuration, or the variable AWS_REGION")
     values["region_name"] = region
-    if "enable_cancellation" not in values and (found := given("enable_cancellation")):
-        values["enable_cancellation"] = found
+    for key in ("enable_cancellation", "serves"):
+        if key not in values and (found := given(key)):
+            values[key] = found
+
+
+def _modules_of(key: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not all(isinstance(name, str) for name in value):
+        raise SettingsError(f"{key} must be a list of module names")
+    return tuple(value)
+
+
+_PARSERS: Final[Mapping[str, Callable[[str, Any], Any]]] = {
+    "enable_cancellation": boolean_of,
+    "cancel_children": boolean_of,
+    "is_fair_queue": boolean_of,
+    "queue_url": url_of,
+    "endpoint_url": url_of,
+    "routes": rules_of,
+    "serves": routes_of,
+    "preload_modules": _modules_of,
+}
+"""Of the settings without a rule."""
 
 
 def checked(key: str, value: Any) -> Any:
@@ -335,12 +384,6 @@ def checked(key: str, value: Any) -> Any:
         if value not in rule:
             raise SettingsError(f"{key} must be {' or '.join(map(repr, rule))}, not {value!r}")
         return value
-    if key in {"enable_cancellation", "cancel_children", "is_fair_queue"}:
-        return boolean_of(key, value)
-    if key in {"queue_url", "endpoint_url"}:
-        return url_of(key, value)
-    if key == "preload_modules":
-        if isinstance(value, str) or not all(isinstance(name, str) for name in value):
-            raise SettingsError("preload_modules must be a list of module names")
-        return tuple(value)
+    if key in _PARSERS:
+        return _PARSERS[key](key, value)
     raise SettingsError(f"unknown setting {key!r}")

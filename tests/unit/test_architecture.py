@@ -19,6 +19,7 @@ FLOOR = {
     "messages",
     "settings",
     "_retry",
+    "_route_rules",
     "_setting_rules",
     "_text",
     "_shield",

@@ -33,9 +33,11 @@ def test_what_is_generated_has_no_gap(name: str) -> None:
 )
 def test_a_setting_comes_from_the_variable_that_the_reference_names(key: str, variable: str) -> None:
     values = {"queue_url": "https://example.com/q", "region_name": "eu-west-9", "endpoint_url": "http://127.0.0.1:1"}
-    others = {name: value for name, value in values.items() if name != key and name != "endpoint_url"}
+    values["serves"] = "gpu,default"
+    others = {name: values[name] for name in ("queue_url", "region_name") if name != key}
     settings = Settings.from_config(others, environ={variable: values.get(key, "false")})
-    assert getattr(settings, key) == values.get(key, False)
+    expected = {**values, "enable_cancellation": False, "serves": ("gpu", "default")}
+    assert getattr(settings, key) == expected[key]
 
 
 @pytest.mark.parametrize(

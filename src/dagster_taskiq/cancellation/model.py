@@ -13,9 +13,11 @@ class CancelKind(enum.IntEnum):
 
     SHUTDOWN = 1
     """The worker stops; the work is not over and may go on elsewhere."""
-    REQUESTED = 2
+    DEADLINE = 2
+    """It has taken longer than it may: it has failed."""
+    REQUESTED = 3
     """Somebody asked for it: the work is over."""
-    LEASE_LOST = 3
+    LEASE_LOST = 4
     """The message is no longer ours: somebody else may be at work; nothing is ours to decide."""
 
 

@@ -24,6 +24,27 @@ TASK_ID_TAG: Final = "dagster-taskiq/task_id"
 GRACE_SECONDS_TAG: Final = "dagster-taskiq/grace_seconds"
 """May be set by users on a job or run: seconds between the interrupt and the kill, instead of the setting."""
 
+QUEUE_TAG: Final = "dagster-taskiq/queue"
+"""May be set by users on a job, run, op or asset: the route that it goes to, whatever the setting `routes` says."""
+
+CELERY_QUEUE_TAG: Final = "dagster-celery/queue"
+"""Read as `dagster-taskiq/queue`, where that is not set."""
+
+ROUTE_TAG: Final = "dagster-taskiq/route"
+"""Set at launch, or when a run is put into Dagster's queue: the route that it has gone to."""
+
+TIMEOUT_TAG: Final = "dagster-taskiq/timeout_seconds"
+"""May be set by users on a job, run, op or asset: how long it may take, counted from its start."""
+
+QUEUE_TTL_TAG: Final = "dagster-taskiq/queue_ttl_seconds"
+"""May be set by users on a job or run: how long a run may wait for its start, counted from its creation."""
+
+SUPERSEDE_TAG: Final = "dagster-taskiq/supersede_key"
+"""May be set by users on a job or run: a newer run with the same value cancels the older ones."""
+
+INTERRUPTED_STEPS_TAG: Final = "dagster-taskiq/interrupted_steps"
+"""May be set by users on an op or asset: `fail` or `retry`, instead of the setting."""
+
 CANCEL_CHILDREN_TAG: Final = "dagster-taskiq/cancel_children"
 """May be set by users on a job or run: whether what it launched is cancelled with it, instead of the setting."""
 
@@ -39,7 +60,9 @@ CANCEL_FENCE_TAG: Final = "dagster-taskiq/cancel_fence"
 RUN_ID_TAG: Final = f"{HIDDEN_TAG_PREFIX}taskiq_run_id"
 """Set with the first of the tags above: the run that they are about. Dagster's UI does not show it."""
 
-_OF_ONE_RUN: Final = frozenset({TASK_ID_TAG, CANCEL_REASON_TAG, CANCELLED_BY_TAG, CANCEL_FENCE_TAG, RUN_ID_TAG})
+_OF_ONE_RUN: Final = frozenset(
+    {TASK_ID_TAG, CANCEL_REASON_TAG, CANCELLED_BY_TAG, CANCEL_FENCE_TAG, ROUTE_TAG, RUN_ID_TAG}
+)
 
 
 def own_tags(run: DagsterRun) -> Mapping[str, str]:
