@@ -27,7 +27,7 @@ from dagster_taskiq._shield import shielded
 from dagster_taskiq.cancellation.model import Cancellation
 from dagster_taskiq.errors import AccessDenied, MessageTooLarge, QueueError
 from dagster_taskiq.settings import Settings
-from dagster_taskiq.sqs.admin import CANCEL_VISIBILITY_S
+from dagster_taskiq.sqs.admin import CANCEL_VISIBILITY_S, list_routes
 from dagster_taskiq.sqs.client import MAX_BATCH, Connection
 from dagster_taskiq.sqs.errors import MAX_MESSAGE_BYTES, is_missing_permission
 from dagster_taskiq.sqs.lease import Lease, Settle
@@ -153,6 +153,10 @@ class CancellableSQSBroker(SQSBroker, Canceller):  # type: ignore[misc]  # taski
                 if not is_missing_permission(error):
                     raise
                 logger.warning("queue not checked: %s", error)
+
+    async def list_routes(self, queue_url: str) -> tuple[str, ...]:
+        """The routes that have all of their queues; `queue_url`: that of the unnamed one. Raises a `QueueError`."""
+        return await list_routes(await self._client(), queue_url)
 
     async def kick(self, message: BrokerMessage) -> None:
         """Send a task. Raises `MessageTooLarge` or a `QueueError`."""

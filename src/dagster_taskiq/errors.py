@@ -30,6 +30,19 @@ class QueueMissing(QueueError):
     """The queue does not exist (or not in this region, or not for this account)."""
 
 
+class UnknownRoute(QueueMissing):
+    """A run or step is to go to a route that has no queues."""
+
+    def __init__(self, route: str, existing: Sequence[str]) -> None:
+        """`existing`: the routes that there are, as far as that is known."""
+        self.route = route
+        self.existing = tuple(existing)
+        super().__init__(
+            f"route {route!r} does not exist; routes that exist: {', '.join(existing) or 'not known'};"
+            f" create it with `dagster-taskiq queue create --route {route}`"
+        )
+
+
 class QueueUnreachable(QueueError):
     """The endpoint did not answer, refused, or throttled: it may work later."""
 

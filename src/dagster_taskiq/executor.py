@@ -118,10 +118,11 @@ class SQSStepHandler(TaskiqStepHandler):
         self._producer = Producer(self._make_broker, name="dagster-taskiq executor")
         self._heartbeats: Heartbeats | None = None
 
-    def _make_broker(self) -> "CancellableSQSBroker":
+    def _make_broker(self, route: str) -> "CancellableSQSBroker":
         from dagster_taskiq.cancellable_broker import CancellableSQSBroker
 
-        return CancellableSQSBroker.from_settings(self._settings, self._settings.steps_queue_url)
+        settings = self._settings.of_route(route)
+        return CancellableSQSBroker.from_settings(settings, settings.steps_queue_url)
 
     @property
     def name(self) -> str:

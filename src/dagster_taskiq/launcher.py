@@ -23,10 +23,11 @@ from dagster_taskiq.dagster_compat.api import (
 )
 from dagster_taskiq.dagster_compat.cancelable import let_starting_runs_be_terminated
 from dagster_taskiq.dagster_compat.connections import bounded_calls
-from dagster_taskiq.errors import DagsterTaskiqError, QueueUnreachable
+from dagster_taskiq.errors import DagsterTaskiqError, QueueMissing, QueueUnreachable
 from dagster_taskiq.messages import EXECUTE_RUN, RESUME_RUN
 from dagster_taskiq.metrics import Metrics, on_ecs
-from dagster_taskiq.queue_names import queue_name
+from dagster_taskiq.queue_names import DEFAULT_ROUTE, queue_name
+from dagster_taskiq.route_queues import unknown_route
 from dagster_taskiq.run_fence import fence_for
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage import engine_events
@@ -35,11 +36,8 @@ from dagster_taskiq.storage.claims import Claims, Owner
 from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.fleet import read_hold
 from dagster_taskiq.storage.hold_notes import held_note
-from dagster_taskiq.storage.tags import (
-    TASK_ID_TAG,
-    own_tags,
-    tag_launched_run,
-)
+from dagster_taskiq.storage.routing import Routing, route_of_run
+from dagster_taskiq.storage.tags import TASK_ID_TAG, own_tags, tag_launched_run
 from dagster_taskiq.storage.waiting import describe_wait
 from dagster_taskiq.tasks.producer import REQUEST_TIMEOUT_S, Producer, result_of, work_message
 from dagster_taskiq.termination import BEFORE_START, Termination
@@ -109,6 +107,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         )
         self._producer = Producer(self._make_broker, name="dagster-taskiq launcher")
         self._known_claims: Claims | None = None
+        self._known_routing: Routing | None = None
         queue = queue_name(self.settings.queue_url)
         self._metrics = Metrics.chosen(self.settings.metrics, queue, on_ecs=on_ecs(), stdout_is_a_log=False)
         let_starting_runs_be_terminated()
@@ -132,10 +131,11 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         return cls(inst_data=inst_data, **config_value)
 
     def launch_run(self, context: LaunchRunContext) -> None:
-        """Tag the run with a new task id, then send its work.
+        """Tag the run with a new task id and its route, then send its work there.
 
-        Raises `QueueError` when it cannot be sent, unless the run was terminated meanwhile, or a worker has it all the
-        same: from whatever is raised here Dagster makes a FAILURE. A run that a fence means is canceled instead.
+        Raises `QueueError` when it cannot be sent, and `SettingsError` when a tag names no route, unless the run was
+        terminated meanwhile, or a worker has it all the same: from whatever is raised here Dagster makes a FAILURE. A
+        run that a fence means is canceled instead.
         """
         if not self._ended_at_a_fence(context.dagster_run):
             self._submit(context.dagster_run, EXECUTE_RUN)
@@ -157,16 +157,18 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         return True
 
     def resume_run(self, context: ResumeRunContext) -> None:
-        """As `launch_run`; the new task id makes an old message that is still about worthless."""
+        """As `launch_run`, to the route that it had; the new task id makes an old message that is about worthless."""
         self._submit(context.dagster_run, RESUME_RUN)
 
     @_in_time
     def _submit(self, run: DagsterRun, task_name: str) -> None:
         task_id, before = uuid.uuid4().hex, own_tags(run).get(TASK_ID_TAG)
-        # The tag first: a worker may have the message before `send` returns.
-        tag_launched_run(self._instance, run, task_id)
+        routing = self.routing
+        route = routing.route_for(run) if task_name == EXECUTE_RUN else route_of_run(run)
+        # The tags first: a worker may have the message before `send` returns.
+        tag_launched_run(self._instance, run, task_id, routing.tags_for(run, route))
         try:
-            self._send(run, task_name, task_id)
+            self._send(run, task_name, task_id, route)
         except DagsterTaskiqError as error:
             if not self._has_moved_on(run, task_name):
                 if task_name == RESUME_RUN and before is not None:
@@ -175,7 +177,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
                 raise
             logger.warning("run not launched, and not needed any more: %s", error, extra={"run_id": run.run_id})
             return
-        self._append(run, engine_events.submitted(task_id, queue_name(self.settings.queue_url)))
+        self._append(run, engine_events.submitted(task_id, queue_name(self.settings.of_route(route).queue_url)))
         warning = warning_of_run(run.tags) if task_name == EXECUTE_RUN else None
         if warning is not None:
             self._append(run, warning)
@@ -189,22 +191,35 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         except Exception:
             logger.exception("it could not be noted that the fleet is held", extra={"run_id": run.run_id})
 
-    def _make_broker(self) -> "CancellableSQSBroker":
+    @property
+    def routing(self) -> Routing:
+        """Decides which run goes to which route."""
+        if self._known_routing is None:
+            self._known_routing = Routing(self._instance, self.settings)
+        return self._known_routing
+
+    def _make_broker(self, route: str) -> "CancellableSQSBroker":
         from dagster_taskiq.cancellable_broker import CancellableSQSBroker
 
-        return CancellableSQSBroker.from_settings(self.settings, self.settings.queue_url)
+        settings = self.settings.of_route(route)
+        return CancellableSQSBroker.from_settings(settings, settings.queue_url)
 
-    def _send(self, run: DagsterRun, task_name: str, task_id: str) -> None:
+    def _send(self, run: DagsterRun, task_name: str, task_id: str, route: str) -> None:
         group = run.job_name if self.settings.is_fair_queue else None
         try:
             request = self._producer.submit(
-                lambda broker: broker.kick(work_message(broker, task_name, task_id, group, {"run_id": run.run_id}))
+                lambda broker: broker.kick(work_message(broker, task_name, task_id, group, {"run_id": run.run_id})),
+                route=route,
             )
             result_of(request)
+        except QueueMissing as error:
+            if route == DEFAULT_ROUTE:
+                raise
+            raise unknown_route(self._producer, self.routing, self.settings.queue_url, route) from error
         except TimeoutError as error:
             raise QueueUnreachable(
-                f"{self.settings.queue_url} did not answer within {REQUEST_TIMEOUT_S} s; the run was not launched."
-                " Look at the endpoint and at the network, then launch it again"
+                f"{self.settings.of_route(route).queue_url} did not answer within {REQUEST_TIMEOUT_S} s; the run was"
+                " not launched. Look at the endpoint and at the network, then launch it again"
             ) from error
 
     def _has_moved_on(self, run: DagsterRun, task_name: str) -> bool:
@@ -314,7 +329,8 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         else:
             worker = f"{owner.worker_id} ({'alive' if owner.alive else 'dead; waiting for another one'})"
         task_id = own_tags(run).get(TASK_ID_TAG, "unknown")
-        return f"Taskiq task {task_id} on queue {self.settings.queue_url}; worker: {worker}"
+        queue_url = self.settings.of_route(route_of_run(run)).queue_url
+        return f"Taskiq task {task_id} on queue {queue_url}; worker: {worker}"
 
     def dispose(self) -> None:
         """Close the client and its thread."""

@@ -25,6 +25,7 @@ from dagster_taskiq.dagster_compat.api import (
 )
 from dagster_taskiq.errors import QueryError
 from dagster_taskiq.run_where import Tags, where
+from dagster_taskiq.storage.routing import code_location_of
 
 UNFINISHED: Final = tuple(status for status in DagsterRunStatus if status not in FINISHED_STATUSES)
 PAGE: Final = 500
@@ -157,7 +158,7 @@ def find_runs(
 
 def location_of(run: DagsterRun) -> str:
     """The code location that a run is of; empty for one that was launched without any."""
-    return run.remote_job_origin.location_name if run.remote_job_origin is not None else ""
+    return code_location_of(run) or ""
 
 
 def partition_of(run: DagsterRun) -> str:

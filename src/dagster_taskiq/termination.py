@@ -22,6 +22,7 @@ from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage import engine_events
 from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.event_log import append_event
+from dagster_taskiq.storage.routing import route_of_run
 from dagster_taskiq.storage.status_repair import repair_late_canceling, restore, terminal_events
 from dagster_taskiq.storage.tags import (
     CANCEL_FENCE_TAG,
@@ -120,7 +121,7 @@ class Termination:
         # must not keep the status from being written. Only a run that may not have a worker yet is looked at first,
         # so that no message is left behind.
         asked_by = {"reason": reason, "requested_by": requested_by}
-        request = request or (None if waiting else self._ask(task_id, **asked_by))
+        request = request or (None if waiting else self._ask(run, task_id, **asked_by))
         if request is not None:
             wait({request}, timeout=_HEAD_START_S)
         # Before the status: who reads that reads them with it.
@@ -141,7 +142,7 @@ class Termination:
             return CancelOutcome.WITHDRAWN
         outcome = CancelOutcome.ASKED
         try:
-            result_of(request or self._ask(task_id, **asked_by))
+            result_of(request or self._ask(run, task_id, **asked_by))
         except Exception as error:  # noqa: BLE001 - whatever it is, the status is written, and the run will be stopped
             outcome = CancelOutcome.MARKED
             self._append(
@@ -163,12 +164,13 @@ class Termination:
         if owner is not None and (owner.in_doubt or not owner.alive):
             self._append(run, engine_events.waiting_for_takeover(owner.worker_id, dead=not owner.alive))
 
-    def _ask(self, task_id: str, **asked_by: str | None) -> "Future[None]":
-        return self._submit(lambda broker: broker.cancel_task(task_id, status_follows=True, **asked_by))
+    def _ask(self, run: DagsterRun, task_id: str, **asked_by: str | None) -> "Future[None]":
+        route = route_of_run(run)
+        return self._submit(lambda broker: broker.cancel_task(task_id, status_follows=True, **asked_by), route)
 
-    def _submit(self, request: "Callable[[CancellableSQSBroker], Awaitable[_T]]") -> "Future[_T]":
+    def _submit(self, request: "Callable[[CancellableSQSBroker], Awaitable[_T]]", route: str) -> "Future[_T]":
         try:
-            return self._producer.submit(request)
+            return self._producer.submit(request, route=route)
         except Exception as error:  # noqa: BLE001 - whatever it is, the run's status can still be written
             failed: Future[_T] = Future()
             failed.set_exception(error)
@@ -179,15 +181,15 @@ class Termination:
     ) -> "dict[str, Future[None]]":
         """Send the messages of those that have a worker, as `_terminate` does it. By run: that its own was sent."""
         reason, requested_by = clean_text(reason) if reason else None, clean_text(requested_by)
-        groups: dict[str | None, dict[str, Future[None]]] = {}
+        groups: dict[tuple[str, str | None], dict[str, Future[None]]] = {}
         sent: dict[str, Future[None]] = {}
         for run in runs if self._settings.enable_cancellation else ():
             task_id = own_tags(run).get(TASK_ID_TAG)
             if task_id is not None and run.status not in {*BEFORE_START, *FINISHED_STATUSES}:
-                group = groups.setdefault(reason or own_tags(run).get(CANCEL_REASON_TAG), {})
-                sent[run.run_id] = group[task_id] = Future()
-        for why, group in groups.items():
-            request = self._submit(partial(_cancel_tasks, task_ids=[*group], reason=why, by=requested_by))
+                why = reason or own_tags(run).get(CANCEL_REASON_TAG)
+                sent[run.run_id] = groups.setdefault((route_of_run(run), why), {})[task_id] = Future()
+        for (route, why), group in groups.items():
+            request = self._submit(partial(_cancel_tasks, task_ids=[*group], reason=why, by=requested_by), route)
             request.add_done_callback(partial(_answer, group))
         return sent
 

@@ -315,7 +315,7 @@ def test_a_producer_gives_up_and_works_again(standard_url: str, endpoint: str, m
     url = urlsplit(endpoint)
     with tcp_proxy(str(url.hostname), url.port or 80) as proxy:
         through = f"http://{proxy.host}:{proxy.port}"
-        producer = Producer(lambda: broker_for(standard_url.replace(endpoint, through), through), name="producer")
+        producer = Producer(lambda _: broker_for(standard_url.replace(endpoint, through), through), name="producer")
         producer.submit(lambda broker: broker.kick(task_message("t-1"))).result(10)
         proxy.swallow()
         asking = [producer.submit(lambda broker: broker.kick(task_message("t-2"))) for _ in range(20)]

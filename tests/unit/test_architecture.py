@@ -54,9 +54,12 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     | DOMAIN
     | {"cancellable_broker", "cancellable_receiver", "tasks", "sqs", "process", "child", "cleanup", "metrics"},
     "termination": FLOOR | DOMAIN | {"cancellable_broker", "tasks", "metrics"},
-    "launcher": FLOOR | DOMAIN | {"cancellable_broker", "tasks", "metrics", "termination", "run_fence"},
+    "route_queues": FLOOR | DOMAIN | {"cancellable_broker", "tasks"},
+    "launcher": FLOOR | DOMAIN | {"cancellable_broker", "tasks", "metrics", "termination", "run_fence", "route_queues"},
     "coordinator": FLOOR | DOMAIN | {"launcher", "metrics"},
-    "executor": FLOOR | DOMAIN | {"launcher", "core_execution_loop", "cancellable_broker", "tasks", "sqs"},
+    "executor": FLOOR
+    | DOMAIN
+    | {"launcher", "route_queues", "core_execution_loop", "cancellable_broker", "tasks", "sqs"},
     "runs": FLOOR | DOMAIN | {"launcher", "cleanup", "sqs"},
     "reexecution": FLOOR | DOMAIN | {"launcher", "runs"},
     "run_where": FLOOR,

@@ -25,6 +25,7 @@ from dagster._core.storage.tags import (
     PARENT_RUN_ID_TAG,
     PARTITION_NAME_TAG,
     PRIORITY_TAG,
+    REPOSITORY_LABEL_TAG,
     SCHEDULE_NAME_TAG,
     SENSOR_NAME_TAG,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "PARENT_RUN_ID_TAG",
     "PARTITION_NAME_TAG",
     "PRIORITY_TAG",
+    "REPOSITORY_LABEL_TAG",
     "RESUME_RUN_LOG_MESSAGE",
     "SCHEDULE_NAME_TAG",
     "SENSOR_NAME_TAG",

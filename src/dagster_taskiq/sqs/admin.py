@@ -6,7 +6,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from dagster_taskiq.errors import AccessDenied, QueueMissing
-from dagster_taskiq.queue_names import cancel_queue_url, is_fifo, queue_name, steps_queue_url
+from dagster_taskiq.queue_names import (
+    DEFAULT_ROUTE,
+    cancel_queue_url,
+    is_fifo,
+    is_route,
+    queue_name,
+    route_queue_url,
+    steps_queue_url,
+)
 from dagster_taskiq.sqs.client import check_endpoint
 from dagster_taskiq.sqs.errors import is_missing_permission, translated
 from dagster_taskiq.sqs.probe import _WITHIN_S
@@ -24,6 +32,8 @@ async def identity(region_name: str) -> str:
             return str((await sts.get_caller_identity())["Arn"])
 
 
+_PAGE: Final = 1_000
+_MOST_PAGES: Final = 10
 CANCEL_VISIBILITY_S: Final = 5
 CANCEL_RETENTION_S: Final = 600
 WORK_RETENTION_S: Final = 1_209_600
@@ -76,6 +86,28 @@ async def create_queues(
                 await client.create_queue(QueueName=queue_name(url), Attributes=attributes)
                 created.append(queue_name(url))
     return tuple(created)
+
+
+async def list_routes(client: "SQSClient", queue_url: str) -> tuple[str, ...]:
+    """The routes of a deployment that have all of their queues, by name; `queue_url`: that of the unnamed route.
+
+    Raises `AccessDenied` without the permission `sqs:ListQueues`, or another `QueueError`.
+    """
+    check_endpoint(client, queue_url)
+    base = queue_name(queue_url).removesuffix(".fifo")
+    names: set[str] = set()
+    with translated(queue_url, client.meta.region_name):
+        token: dict[str, Any] = {}
+        for _ in range(_MOST_PAGES):
+            page = await client.list_queues(QueueNamePrefix=base, MaxResults=_PAGE, **token)
+            names |= {queue_name(url) for url in page.get("QueueUrls", [])}
+            if not page.get("NextToken"):
+                break
+            token = {"NextToken": page["NextToken"]}
+    words = {name.removesuffix(".fifo").removeprefix(f"{base}-") for name in names}
+    routes = (route for route in {*words} - {base} if is_route(route) and route != DEFAULT_ROUTE)
+    urls = {DEFAULT_ROUTE: queue_url} | {route: route_queue_url(queue_url, route) for route in sorted(routes)}
+    return tuple(route for route, url in urls.items() if {queue_name(one) for one in queue_urls(url).values()} <= names)
 
 
 def _attributes(role: str, visibility_timeout_s: int, *, fifo: bool) -> dict[Any, str]:

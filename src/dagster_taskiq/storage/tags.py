@@ -91,12 +91,15 @@ def add_own_tags(instance: DagsterInstance, run: DagsterRun, tags: Mapping[str, 
     _replace(instance, run, run.tags.keys() - own_tags(run).keys(), tags)
 
 
-def tag_launched_run(instance: DagsterInstance, run: DagsterRun, task_id: str) -> None:
+def tag_launched_run(
+    instance: DagsterInstance, run: DagsterRun, task_id: str, more: Mapping[str, str] | None = None
+) -> None:
     """As `add_own_tags`, for the task id of a new launch: what does not name this run is from another one.
 
-    Also what was written by a version that did not say which run its tags are about.
+    Also what was written by a version that did not say which run its tags are about. `more`: tags of ours to set with
+    it.
     """
-    _replace(instance, run, _not_naming(run), {TASK_ID_TAG: task_id})
+    _replace(instance, run, _not_naming(run), {**(more or {}), TASK_ID_TAG: task_id})
 
 
 def _not_naming(run: DagsterRun) -> AbstractSet[str]:

@@ -1,4 +1,4 @@
-"""Send work and cancels from threads that know no asyncio: one event loop in a thread of its own, one warm client.
+"""Send work and cancels from threads that know no asyncio: one event loop in a thread of its own, warm clients.
 
 Used by the launcher, whose methods are called from threads of the webserver and the daemon, and by the executor.
 Imports taskiq when there is something to send: many who load the launcher never send anything.
@@ -17,6 +17,8 @@ from contextlib import suppress
 from logging import getLogger
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
+from dagster_taskiq.queue_names import DEFAULT_ROUTE
+
 if TYPE_CHECKING:
     from taskiq import AsyncBroker, BrokerMessage
 
@@ -26,19 +28,20 @@ _T = TypeVar("_T")
 _Broker = TypeVar("_Broker", bound="AsyncBroker")
 REQUEST_TIMEOUT_S: Final = 10
 """No request takes longer, whatever the endpoint does."""
+_MOST_BROKERS: Final = 50
 _LAST_REQUESTS_S: Final = 0.5
 _WAIT_S: Final = 0.5
 _CLOSE_TIMEOUT_S: Final = 1.0
 
 
 class Producer(Generic[_Broker]):
-    """A broker of one's own and the thread that it lives on; both are there from the first request on.
+    """A broker of one's own for each route, and the thread that they live on; each is there from its first request on.
 
     The thread never keeps a program from ending, whether or not `close` was called. A forked process opens its own.
     """
 
-    def __init__(self, make_broker: Callable[[], _Broker], *, name: str) -> None:
-        """`name` is that of the thread."""
+    def __init__(self, make_broker: Callable[[str], _Broker], *, name: str) -> None:
+        """`make_broker` is given the route. `name` is that of the thread."""
         self._make_broker = make_broker
         self._name = name
         self._lock = threading.Lock()
@@ -46,18 +49,25 @@ class Producer(Generic[_Broker]):
         self._stop_when_dropped: weakref.finalize[..., Producer[_Broker]] | None = None
         _producers.add(self)
 
-    def submit(self, request: Callable[[_Broker], Awaitable[_T]], *, within_s: float | None = None) -> "Future[_T]":
-        """Begin a request. Its future has a `TimeoutError` when it has taken so many seconds; then it is over.
+    def submit(
+        self,
+        request: Callable[[_Broker], Awaitable[_T]],
+        *,
+        route: str = DEFAULT_ROUTE,
+        within_s: float | None = None,
+    ) -> "Future[_T]":
+        """Begin a request of that route's broker.
 
-        `within_s`: default `REQUEST_TIMEOUT_S`.
+        Its future has a `TimeoutError` when it has taken so many seconds; then it is over. `within_s`: default
+        `REQUEST_TIMEOUT_S`.
         """
         with self._lock:
             if self._open is None:
-                self._open = _Connection(self._make_broker(), self._name)
+                self._open = _Connection(self._make_broker, self._name)
                 # For who drops a producer and does not close it. At exit there is `_close_all`, which also waits.
                 self._stop_when_dropped = weakref.finalize(self, self._open.stop)
                 self._stop_when_dropped.atexit = False
-            return self._open.submit(request, REQUEST_TIMEOUT_S if within_s is None else within_s)
+            return self._open.submit(request, route, REQUEST_TIMEOUT_S if within_s is None else within_s)
 
     def close(self) -> None:
         """Close the client and end its thread, within 1.5 s; the next request opens another one."""
@@ -82,22 +92,37 @@ class Producer(Generic[_Broker]):
 
 
 class _Connection(Generic[_Broker]):
-    """An event loop in a daemon thread, and the broker whose client belongs to it."""
+    """An event loop in a daemon thread, and the brokers whose clients belong to it."""
 
-    def __init__(self, broker: _Broker, name: str) -> None:
-        self._broker = broker
+    def __init__(self, make_broker: Callable[[str], _Broker], name: str) -> None:
+        self._make_broker = make_broker
+        self._brokers: dict[str, _Broker] = {}
+        """By route, the one that was used last at the end."""
         # Not epoll: a fork shares that with its parent, so whatever it closes would be lost to the parent, too.
         self._loop = asyncio.SelectorEventLoop(selectors.PollSelector())
         self._stopping = asyncio.Event()
         self._thread = threading.Thread(target=self._live, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, request: Callable[[_Broker], Awaitable[_T]], within_s: float) -> "Future[_T]":
-        return asyncio.run_coroutine_threadsafe(self._bounded(request, within_s), self._loop)
+    def submit(self, request: Callable[[_Broker], Awaitable[_T]], route: str, within_s: float) -> "Future[_T]":
+        """Not from two threads at the same time."""
+        broker = self._brokers.pop(route, None) or self._make_broker(route)
+        self._brokers[route] = broker
+        if len(self._brokers) > _MOST_BROKERS:
+            oldest = self._brokers.pop(next(iter(self._brokers)))
+            asyncio.run_coroutine_threadsafe(self._retire(oldest), self._loop)
+        return asyncio.run_coroutine_threadsafe(self._bounded(request, broker, within_s), self._loop)
 
-    async def _bounded(self, request: Callable[[_Broker], Awaitable[_T]], within_s: float) -> _T:
+    async def _bounded(self, request: Callable[[_Broker], Awaitable[_T]], broker: _Broker, within_s: float) -> _T:
         async with asyncio.timeout(within_s):
-            return await request(self._broker)
+            return await request(broker)
+
+    async def _retire(self, broker: _Broker) -> None:
+        """Close it when its last requests are over."""
+        try:
+            await asyncio.sleep(REQUEST_TIMEOUT_S)
+        finally:
+            await broker.shutdown()
 
     def stop(self) -> None:
         """Have the thread end soon. From any thread; more than once; after its end."""
@@ -128,7 +153,7 @@ class _Connection(Generic[_Broker]):
                 for request in requests:
                     request.cancel()
                 await asyncio.gather(*requests, return_exceptions=True)
-                await self._broker.shutdown()
+                await asyncio.gather(*[broker.shutdown() for broker in self._brokers.values()])
         except Exception as error:  # noqa: BLE001 - there is nobody who could do better
             logger.debug("client not closed: %r", error)
 
