@@ -12,6 +12,7 @@ from dagster_taskiq.dagster_compat.api import RESUME_RUN_LOG_MESSAGE, EngineEven
 from dagster_taskiq.dagster_compat.execution import error_info
 from dagster_taskiq.dagster_compat.retry import retry_storage
 from dagster_taskiq.dagster_compat.storage import event_of, events_of_step
+from dagster_taskiq.queue_names import DEFAULT_ROUTE
 from dagster_taskiq.storage.engine_events import (
     STAGE_KEY,
     TASK_ID_KEY,
@@ -75,10 +76,11 @@ _STAGES: Final = frozenset(Stage)
 
 @dataclass(frozen=True, slots=True)
 class StepRef:
-    """One attempt of one step: the key of the step and the task id of the attempt."""
+    """One attempt of one step: the key of the step, the task id of the attempt, and the route on which it was sent."""
 
     step_key: str
     task_id: str
+    route: str = DEFAULT_ROUTE
 
 
 def append_event(instance: DagsterInstance, run: DagsterRun, event: EngineEvent, step_key: str | None = None) -> None:

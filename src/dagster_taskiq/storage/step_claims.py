@@ -24,6 +24,7 @@ from dagster_taskiq.dagster_compat.key_values import (
     values_between,
 )
 from dagster_taskiq.dagster_compat.storage import delete_values, outages
+from dagster_taskiq.queue_names import DEFAULT_ROUTE, is_route
 from dagster_taskiq.storage.engine_events import EngineEvent, no_log, picked_up, released
 from dagster_taskiq.storage.event_log import StepRef, append_event
 from dagster_taskiq.storage.heartbeats import Heartbeats
@@ -60,11 +61,16 @@ class StepClaim:
     task_id: str
     worker_id: str
     state: StepState
+    route: str = DEFAULT_ROUTE
+    """Whose workers have it, and listen to its cancel queue."""
 
     @property
     def stored(self) -> str:
-        """As it is in the storage."""
-        return json.dumps(asdict(self))
+        """As it is in the storage; of the unnamed route as older versions write it, which compare the whole text."""
+        facts = asdict(self)
+        if self.route == DEFAULT_ROUTE:
+            del facts["route"]
+        return json.dumps(facts)
 
 
 class StepClaims:
@@ -81,7 +87,7 @@ class StepClaims:
         An earlier try of this worker, whose answer was lost, is gone on with. Raises what the database raises also when
         only the event could not be written, for which the run's executor waits: then try again.
         """
-        mine = StepClaim(run.run_id, step.step_key, step.task_id, worker_id, StepState.HELD)
+        mine = _held(run.run_id, step, worker_id)
         key = _key(run.run_id, step.task_id)
         while not insert_value(self._instance, key, mine.stored):
             found = self.read(run.run_id, [step.task_id]).get(step.task_id)
@@ -135,7 +141,7 @@ class StepClaims:
         delete_values_between(self._instance, *_range(run_id))
 
     def _change(self, run_id: str, step: StepRef, worker_id: str, state: StepState) -> bool:
-        held = StepClaim(run_id, step.step_key, step.task_id, worker_id, StepState.HELD)
+        held = _held(run_id, step, worker_id)
         new = replace(held, state=state)
         return replace_value(self._instance, _key(run_id, step.task_id), held.stored, new.stored)
 
@@ -178,6 +184,10 @@ def forget_old_step_claims(instance: DagsterInstance, heartbeats: Heartbeats) ->
         delete_values(instance, [key for key, run_id in left.items() if run_id in over])
 
 
+def _held(run_id: str, step: StepRef, worker_id: str) -> StepClaim:
+    return StepClaim(run_id, step.step_key, step.task_id, worker_id, StepState.HELD, step.route)
+
+
 def _range(run_id: str) -> tuple[str, str]:
     """The keys of a run's steps are between these two."""
     start = f"{_PREFIX}{_digest(run_id)}/"
@@ -204,4 +214,6 @@ def _parsed(value: str) -> StepClaim:
     facts = json.loads(value)
     names = ("run_id", "step_key", "task_id", "worker_id")
     run_id, step_key, task_id, worker_id = (str(facts[name]) for name in names)
-    return StepClaim(run_id, step_key, task_id, worker_id, StepState(facts["state"]))
+    route = facts.get("route")
+    state = StepState(facts["state"])
+    return StepClaim(run_id, step_key, task_id, worker_id, state, route if is_route(route) else DEFAULT_ROUTE)

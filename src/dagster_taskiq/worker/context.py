@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import monotonic, time
@@ -64,8 +64,8 @@ class WorkerContext:
     worker_id: str
     where: str
     """The worker's process, in words."""
-    cancel_tasks: Callable[[Iterable[str]], Awaitable[Any]]
-    """Sends a cancel message for each task id; what fails does not raise."""
+    cancel_tasks: Callable[[Mapping[str, str]], Awaitable[Any]]
+    """Sends a cancel message for each of these tasks, to its route; what fails does not raise."""
     cancel_runs: CancelRuns = cancel_none
     """As `dagster_taskiq.cancel_runs`. Blocks on the database and on SQS."""
     metrics: Metrics = field(default_factory=lambda: Metrics([], ""))

@@ -20,6 +20,7 @@ from dagster_taskiq.sqs.settlement import Settled, Settlement
 from dagster_taskiq.storage import step_events
 from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.running_steps import StopOfSteps
+from dagster_taskiq.storage.step_claims import StepClaim
 from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, add_own_tags, own_tags
 from dagster_taskiq.worker.children import cancel_children
 from dagster_taskiq.worker.claim_watch import TAKEN_OVER
@@ -184,24 +185,24 @@ async def stop_steps(context: WorkerContext, run: DagsterRun, *, patient: bool =
     Not `patient`: they are only cancelled.
     """
 
-    async def left() -> tuple[dict[str, str], list[str]]:
-        def look() -> tuple[dict[str, str], list[str]]:
+    async def left() -> dict[str, StepClaim]:
+        def look() -> dict[str, StepClaim]:
             steps = context.step_claims.running(run.run_id)
             workers = {task_id: claim.worker_id for task_id, claim in steps.items()}
-            return {task_id: claim.step_key for task_id, claim in steps.items()}, [*context.steps_left(workers)]
+            return {task_id: steps[task_id] for task_id in context.steps_left(workers)}
 
         return await context.through_outages(look, "look for steps")
 
     stop = StopOfSteps(context.settings.steps_patience_s(context.grace_s(run)) if patient else 0)
     while True:
-        step_keys, task_ids = await left()
-        if not task_ids:
+        steps = await left()
+        if not steps:
             return
-        if late := stop.not_yet_cancelled(task_ids):
+        if late := stop.not_yet_cancelled(steps):
             logger.info("stopping %d steps of run %s", len(late), run.run_id, extra={"run_id": run.run_id})
-            await context.cancel_tasks(late)
+            await context.cancel_tasks({task_id: steps[task_id].route for task_id in late})
         if stop.is_too_long:
             break
         await asyncio.sleep(min(0.5, 0.05 + stop.waited_s / 10))
-    event = step_events.steps_not_stopped([step_keys[task_id] for task_id in task_ids], stop.waited_s)
+    event = step_events.steps_not_stopped([claim.step_key for claim in steps.values()], stop.waited_s)
     await context.through_outages(lambda: append_event(context.instance, run, event), "write an engine event")

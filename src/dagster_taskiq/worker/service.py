@@ -12,7 +12,7 @@ import random
 import secrets
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final
@@ -28,7 +28,6 @@ from dagster_taskiq._time_limit import CALL_S
 from dagster_taskiq.cancellable_broker import CancellableSQSBroker
 from dagster_taskiq.cancellable_receiver import CancellableReceiver, ReceiverHooks
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
-from dagster_taskiq.cancellation.words import THE_RUN
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
 from dagster_taskiq.dagster_compat.connections import bound_connections
 from dagster_taskiq.dagster_compat.instance import open_instance
@@ -47,6 +46,7 @@ from dagster_taskiq.storage.step_state import forget_old_states
 from dagster_taskiq.storage.tags import TASK_ID_TAG
 from dagster_taskiq.tasks.cancel_listener import CancelListener
 from dagster_taskiq.tasks.running_tasks import RunningTasks
+from dagster_taskiq.worker.cancel_sender import cancel_tasks
 from dagster_taskiq.worker.claim_watch import ClaimWatch
 from dagster_taskiq.worker.context import CancelRuns, WorkerContext, cancel_none
 from dagster_taskiq.worker.ecs import Agent, Protection, Task, until_outdated
@@ -282,7 +282,7 @@ class Worker:
             metrics=Metrics.chosen(
                 settings.metrics, queue_name(settings.queue_url), on_ecs=on_ecs(), stdout_is_a_log=True
             ),
-            cancel_tasks=partial(_cancel_tasks, brokers[0]),
+            cancel_tasks=partial(cancel_tasks, settings, brokers),
             cancel_runs=self._cancel_runs,
             held=lambda: hold.described() if (hold := self._orders.hold) is not None else None,
             unusable=lambda: [message for broker in brokers for message in broker.unusable.told()],
@@ -361,15 +361,6 @@ class Worker:
         if reconciler is not None:
             reconciler.stop_running(shutdown)
         await asyncio.gather(*[receiver.stop_running(shutdown) for receiver in receivers])
-
-
-async def _cancel_tasks(broker: CancellableSQSBroker, task_ids: Iterable[str]) -> None:
-    """Send cancel messages; what cannot be sent is left to the status pollers."""
-    if not broker.enable_cancellation:
-        return
-    report = await broker.cancel_tasks(task_ids, requested_by=THE_RUN)
-    if report.failed:
-        logger.warning("cancel messages not sent, the status watch does it: %s", next(iter(report.failed.values())))
 
 
 async def _run(
