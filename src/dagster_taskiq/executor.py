@@ -20,6 +20,7 @@ from dagster import (
 from dagster import executor as executor_decorator
 
 from dagster_taskiq.cancellation.current import current_process
+from dagster_taskiq.cancellation.model import CancelKind
 from dagster_taskiq.cancellation.words import THE_RUN
 from dagster_taskiq.core_execution_loop import TaskiqExecutor, TaskiqStepHandler
 from dagster_taskiq.dagster_compat.execution import (
@@ -233,7 +234,10 @@ class SQSStepHandler(TaskiqStepHandler):
             cancellation = current_process().cancellation
             reason = cancellation.reason if cancellation is not None else None
             by = (cancellation.requested_by if cancellation is not None else None) or THE_RUN
-            asking = self._producer.submit(lambda broker: broker.cancel_tasks(task_ids, reason=reason, requested_by=by))
+            timed_out = cancellation is not None and cancellation.kind is CancelKind.DEADLINE
+            asking = self._producer.submit(
+                lambda broker: broker.cancel_tasks(task_ids, reason=reason, requested_by=by, timed_out=timed_out)
+            )
             failed = result_of(asking).failed
         except (DagsterTaskiqError, TimeoutError, RuntimeError) as error:
             failed = {"all": str(error) or repr(error)}

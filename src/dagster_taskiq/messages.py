@@ -41,6 +41,8 @@ class CancelRequest:
     requested_at: float | None = None
     status_follows: bool = False
     """Whether the sender also marks the run as CANCELING, as our launcher does."""
+    timed_out: bool = False
+    """Whether it is stopped because it, or its run, has taken longer than it may: then it has failed."""
 
     def to_json(self) -> str:
         """The message body. Raises `MessageUnreadable` for a task id that `from_json` would refuse."""
@@ -55,6 +57,8 @@ class CancelRequest:
             body["requested_at"] = datetime.fromtimestamp(self.requested_at, UTC).isoformat()
         if self.status_follows:
             body["status_follows"] = True
+        if self.timed_out:
+            body["timed_out"] = True
         return json.dumps(body)
 
     @classmethod
@@ -77,6 +81,7 @@ class CancelRequest:
             _text(data, "requested_by"),
             _moment(data.get("requested_at")),
             status_follows=data.get("status_follows") is True,
+            timed_out=data.get("timed_out") is True,
         )
 
 

@@ -38,6 +38,7 @@ DELIVERED: Final = Metric(
     "CancellationsDelivered", "cancellations.delivered", "counter", "to a worker, by the first channel"
 )
 FINISHED: Final = Metric("CancellationsFinished", "cancellations.finished", "counter", "by the status of the run")
+TIMED_OUT: Final = Metric("TimedOut", "timed_out", "counter", "runs and steps that took longer than they may")
 TO_DELIVERED: Final = Metric("SecondsToDelivered", "cancellations.delivery", "histogram", "from requested to delivered")
 TO_STOPPED: Final = Metric("SecondsToStopped", "cancellations.stop", "histogram", "from delivered to process tree gone")
 TO_FINAL: Final = Metric("SecondsToFinal", "cancellations.duration", "histogram", "from delivered to the final status")
@@ -57,6 +58,7 @@ ALL: Final = (
     REQUESTED,
     DELIVERED,
     FINISHED,
+    TIMED_OUT,
     TO_DELIVERED,
     TO_STOPPED,
     TO_FINAL,

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
 
-from dagster_taskiq._text import clean_text, duration
+from dagster_taskiq._text import clean_text
 from dagster_taskiq.cancellation.model import CancelOutcome
 from dagster_taskiq.cancellation.words import UNKNOWN_AUTHOR, asked
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
 from dagster_taskiq.dagster_compat.run_monitoring import exceeded_runtime
+from dagster_taskiq.dagster_compat.storage import remove_run_tags
 from dagster_taskiq.errors import QueueUnreachable
 from dagster_taskiq.metrics import REQUESTED, Metrics
 from dagster_taskiq.settings import Settings
@@ -29,9 +30,11 @@ from dagster_taskiq.storage.tags import (
     CANCEL_REASON_TAG,
     CANCELLED_BY_TAG,
     TASK_ID_TAG,
+    TIMED_OUT_TAG,
     add_own_tags,
     own_tags,
 )
+from dagster_taskiq.storage.time_limits import TimeLimit
 from dagster_taskiq.tasks.producer import Producer, result_of
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BEFORE_START: Final = frozenset({DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING})
+_MONITORING: Final = "Dagster's run monitoring"
 _HEAD_START_S: Final = 0.05
 _T = TypeVar("_T")
 
@@ -69,8 +73,9 @@ class Termination:
         task_id = tags.get(TASK_ID_TAG)
         reason = clean_text(reason) if reason else tags.get(CANCEL_REASON_TAG)
         requested_by = clean_text(requested_by)
-        if requested_by == UNKNOWN_AUTHOR and reason is None and run.status is DagsterRunStatus.CANCELING:
-            requested_by, reason = self._of_monitoring(run)
+        late = self._limit_of_monitoring(run) if (requested_by, reason) == (UNKNOWN_AUTHOR, None) else None
+        if late is not None:
+            requested_by, reason = _MONITORING, late
         if task_id is None:
             self._keep_why(run, reason, requested_by)
             self._append(run, engine_events.no_task_id())
@@ -91,23 +96,31 @@ class Termination:
         self._instance.report_run_canceling(run, asked(engine_events.TERMINATING, *asked_by))
         self._instance.report_run_canceled(run, asked("Canceled before it was launched, at a fence.", *asked_by))
 
-    def _of_monitoring(self, run: DagsterRun) -> tuple[str, str | None]:
-        """Who has marked the run as CANCELING before, and why, as far as that can be known."""
+    def _limit_of_monitoring(self, run: DagsterRun) -> str | None:
+        """In words which limit the run has exceeded, if Dagster's run monitoring has marked it as CANCELING for that.
+
+        Not when a worker of ours has done so: then it is a person who wants it to end as well.
+        """
+        if run.status is not DagsterRunStatus.CANCELING or TIMED_OUT_TAG in own_tags(run):
+            return None
         try:
-            limit_s = exceeded_runtime(self._instance, run)
+            limit = exceeded_runtime(self._instance, run)
         except Exception:  # whatever it is: the run is to be stopped, with or without a reason
             logger.exception("cannot look how long the run may take", extra={"run_id": run.run_id})
-            limit_s = None
-        if limit_s is None:
-            return UNKNOWN_AUTHOR, None
-        return "Dagster's run monitoring", f"longer than its maximum runtime of {duration(limit_s)}"
+            return None
+        return TimeLimit(*limit).exceeded("run") if limit is not None else None
 
     def _keep_why(self, run: DagsterRun, reason: str | None, requested_by: str) -> None:
         """In the run's tags, for workers that do not get the message, and for people."""
         author = requested_by if requested_by != UNKNOWN_AUTHOR else None
         given, known = {CANCEL_REASON_TAG: reason, CANCELLED_BY_TAG: author}, own_tags(run)
+        if requested_by == _MONITORING:
+            given = {TIMED_OUT_TAG: reason}
         new = {tag: value for tag, value in given.items() if value and known.get(tag) != value}
         try:
+            if requested_by != _MONITORING and TIMED_OUT_TAG in known:
+                # Somebody wants it CANCELED, and it has not ended yet.
+                remove_run_tags(self._instance, run.run_id, {TIMED_OUT_TAG})
             if new or known.keys() != run.tags.keys():
                 add_own_tags(self._instance, run, new)
         except Exception:  # whatever it is: the run is to be stopped, with or without them
@@ -120,8 +133,7 @@ class Termination:
         # The message first: the worker that receives it does not need the status; but a queue that does not answer
         # must not keep the status from being written. Only a run that may not have a worker yet is looked at first,
         # so that no message is left behind.
-        asked_by = {"reason": reason, "requested_by": requested_by}
-        request = request or (None if waiting else self._ask(run, task_id, **asked_by))
+        request = request or (None if waiting else self._ask(run, task_id, reason, requested_by))
         if request is not None:
             wait({request}, timeout=_HEAD_START_S)
         # Before the status: who reads that reads them with it.
@@ -142,7 +154,7 @@ class Termination:
             return CancelOutcome.WITHDRAWN
         outcome = CancelOutcome.ASKED
         try:
-            result_of(request or self._ask(run, task_id, **asked_by))
+            result_of(request or self._ask(run, task_id, reason, requested_by))
         except Exception as error:  # noqa: BLE001 - whatever it is, the status is written, and the run will be stopped
             outcome = CancelOutcome.MARKED
             self._append(
@@ -164,9 +176,17 @@ class Termination:
         if owner is not None and (owner.in_doubt or not owner.alive):
             self._append(run, engine_events.waiting_for_takeover(owner.worker_id, dead=not owner.alive))
 
-    def _ask(self, run: DagsterRun, task_id: str, **asked_by: str | None) -> "Future[None]":
-        route = route_of_run(run)
-        return self._submit(lambda broker: broker.cancel_task(task_id, status_follows=True, **asked_by), route)
+    def _ask(self, run: DagsterRun, task_id: str, reason: str | None, requested_by: str) -> "Future[None]":
+        return self._submit(
+            lambda broker: broker.cancel_task(
+                task_id,
+                reason=reason,
+                requested_by=requested_by,
+                status_follows=True,
+                timed_out=requested_by == _MONITORING,
+            ),
+            route_of_run(run),
+        )
 
     def _submit(self, request: "Callable[[CancellableSQSBroker], Awaitable[_T]]", route: str) -> "Future[_T]":
         try:

@@ -62,7 +62,7 @@ def test_the_reader_and_the_schema_agree(body: object) -> None:
 @pytest.mark.parametrize(
     "sent",
     [
-        CancelRequest("t-1", "wrong partition", "ada", 1_795_176_000.5, status_follows=True),
+        CancelRequest("t-1", "wrong partition", "ada", 1_795_176_000.5, status_follows=True, timed_out=True),
         StandingCancel("group", "a", reason="no longer needed", requested_by="ada", requested_at=1.0, ttl_s=600.0),
         StandingCancel("predicate", "module:is_below", {"folder": "/a/"}),
     ],

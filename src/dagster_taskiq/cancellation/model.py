@@ -20,6 +20,11 @@ class CancelKind(enum.IntEnum):
     LEASE_LOST = 4
     """The message is no longer ours: somebody else may be at work; nothing is ours to decide."""
 
+    @property
+    def ends_the_work(self) -> bool:
+        """Whether nobody goes on with the work afterwards: its cleanup handlers are due."""
+        return self in {CancelKind.DEADLINE, CancelKind.REQUESTED}
+
 
 class CancelChannel(enum.StrEnum):
     """How this worker learnt of a cancellation."""
@@ -53,8 +58,8 @@ class Cancellation:
 
     Times are seconds since the epoch. `attempt` counts the deliveries of the cancel message, this one included.
     `deadline`: when the process of the work is killed, as far as its own process knows.
-    `reason`: what a person said, or None. Code of the user's sees it. `cause`: why, in our words, for logs
-    alone.
+    `reason`: what a person said, or None; of a DEADLINE which limit it is, in our words. Code of the user's sees it.
+    `cause`: why, in our words, for logs alone.
     """
 
     kind: CancelKind

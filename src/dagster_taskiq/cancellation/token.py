@@ -65,7 +65,7 @@ class CancellationToken:
 
     @property
     def reason(self) -> str | None:
-        """The reason that was given, if any."""
+        """The reason that was given, if any; of a DEADLINE which limit it is."""
         return cancellation.reason if (cancellation := self._signal.cancellation) is not None else None
 
     @property
@@ -75,7 +75,8 @@ class CancellationToken:
 
     @property
     def kind(self) -> CancelKind | None:
-        """REQUESTED by a person; SHUTDOWN of the worker, after which the work may go on elsewhere; LEASE_LOST."""
+        """REQUESTED by a person; DEADLINE: it took longer than it may; SHUTDOWN of the worker, after which the work may
+        go on elsewhere; LEASE_LOST."""
         return cancellation.kind if (cancellation := self._signal.cancellation) is not None else None
 
     def remaining(self) -> float | None:

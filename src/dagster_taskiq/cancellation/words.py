@@ -6,10 +6,13 @@ from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 
 UNKNOWN_AUTHOR: Final = "Dagster UI or API"
 """Who has asked, where Dagster does not say who it was."""
+OURSELVES: Final = "dagster-taskiq"
+"""Who has asked, where it was a rule that somebody had set, and no person."""
 THE_RUN: Final = "the run of the step"
 """Who has asked for the end of a step, where it is not known who has asked for that of the run."""
 _KINDS: Final = {
     CancelKind.REQUESTED: "cancellation",
+    CancelKind.DEADLINE: "timeout",
     CancelKind.SHUTDOWN: "shutdown",
     CancelKind.LEASE_LOST: "loss of the lease",
 }
@@ -34,6 +37,8 @@ def why_stopped(cancellation: Cancellation | None, what: str) -> str:
     """
     if cancellation is None:
         return "stopped: it was interrupted"
+    if cancellation.kind is CancelKind.DEADLINE:
+        return f"stopped: {cancellation.reason or cancellation.cause or 'it timed out'}"
     if cancellation.requested_by == THE_RUN:
         return "stopped: its run was stopped"
     whom = by_whom(cancellation.requested_by, cancellation.reason)
@@ -43,5 +48,5 @@ def why_stopped(cancellation: Cancellation | None, what: str) -> str:
 
 
 def what_stops(cancellation: Cancellation) -> str:
-    """`cancellation`, `shutdown` or `loss of the lease`."""
+    """`cancellation`, `timeout`, `shutdown` or `loss of the lease`."""
     return _KINDS[cancellation.kind]

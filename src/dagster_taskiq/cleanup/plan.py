@@ -10,6 +10,7 @@ from typing import Any, Final
 from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun
 
 from dagster_taskiq.cancellation.handlers import Handler, RetryPolicyLike, handlers_of
+from dagster_taskiq.cancellation.model import CancelKind
 from dagster_taskiq.dagster_compat.definitions import nodes_of, op_config, parents_of
 from dagster_taskiq.dagster_compat.execution import was_interrupted
 from dagster_taskiq.dagster_compat.retry import retry_storage
@@ -97,7 +98,7 @@ class CleanupHistory:
             self.steps[event.step_key] = (event.node_handle, how)
 
     def _handle_engine_event(self, stage: Stage, facts: Mapping[str, Any], at: float) -> None:
-        if stage in (Stage.REQUESTED, Stage.REACHED) and facts.get("kind", "REQUESTED") == "REQUESTED":
+        if stage in (Stage.REQUESTED, Stage.REACHED) and _ends_the_work(facts):
             self.reason = facts.get(REASON_KEY) or self.reason
             self.requested_by = facts.get(BY_KEY) or self.requested_by
             self.requested = True
@@ -147,6 +148,12 @@ class CleanupHistory:
         if key not in self.done:
             failed = self.attempts.get(key, [])
             yield PendingHandler(step_key, handler, handler.retry_policy or default, config, steps, whole, list(failed))
+
+
+def _ends_the_work(facts: Mapping[str, Any]) -> bool:
+    """Of what was requested, or has reached the worker: not a shutdown, after which the run may go on elsewhere."""
+    kind = str(facts.get("kind", CancelKind.REQUESTED.name))
+    return kind in CancelKind.__members__ and CancelKind[kind].ends_the_work
 
 
 def read_history(instance: DagsterInstance, run: DagsterRun) -> CleanupHistory:

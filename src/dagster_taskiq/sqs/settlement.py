@@ -29,6 +29,7 @@ class Settled(NamedTuple):
 AFTER_CANCEL: Final[Mapping[CancelKind, Settled]] = MappingProxyType(
     {
         CancelKind.REQUESTED: Settled(Settlement.DELETE),
+        CancelKind.DEADLINE: Settled(Settlement.DELETE),
         CancelKind.SHUTDOWN: Settled(Settlement.HAND_BACK),
         CancelKind.LEASE_LOST: Settled(Settlement.LEAVE),
     }

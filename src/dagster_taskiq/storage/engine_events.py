@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from dagster_taskiq._text import duration
-from dagster_taskiq.cancellation.model import CancelChannel, Cancellation
+from dagster_taskiq.cancellation.model import CancelChannel, CancelKind, Cancellation
 from dagster_taskiq.cancellation.words import asked, by_whom, what_stops
 
 STAGE_KEY: Final = "dagster-taskiq/stage"
@@ -138,6 +138,11 @@ def ignored_tags(tags: Sequence[str], instead: str) -> EngineEvent:
     return EngineEvent(Stage.IGNORED_TAGS, message, warns=True)
 
 
+def ignored_time_limit(why: str) -> EngineEvent:
+    """The run has a tag with a time limit that nobody can read."""
+    return EngineEvent(Stage.IGNORED_TAGS, f"Without effect: the tag {why}", warns=True)
+
+
 def waiting(waited_s: float, older: int, why: str) -> EngineEvent:
     """No worker has it yet. `older`: runs that wait and were created before it."""
     waited = duration(waited_s) if waited_s >= 1 else "0 s"
@@ -228,6 +233,8 @@ def reached(worker_id: str, cancellation: Cancellation) -> EngineEvent:
         facts[BY_KEY] = cancellation.requested_by
     whom = by_whom(cancellation.requested_by, cancellation.reason) or cancellation.cause
     message = f"{what_stops(cancellation)} reached worker {worker_id}{after} ({how}){f', {whom}' if whom else ''}"
+    if cancellation.kind is CancelKind.DEADLINE and cancellation.channel is CancelChannel.WORKER:
+        message = f"{cancellation.cause or cancellation.reason}; interrupting"
     return EngineEvent(Stage.REACHED, message, facts, cancellation.received_at)
 
 

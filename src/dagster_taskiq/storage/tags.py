@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Final
 
-from dagster import DagsterInstance, DagsterRun
+from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
 
 from dagster_taskiq.dagster_compat.api import HIDDEN_TAG_PREFIX
 from dagster_taskiq.dagster_compat.storage import remove_run_tags
@@ -57,11 +57,14 @@ CANCELLED_BY_TAG: Final = "dagster-taskiq/cancelled_by"
 CANCEL_FENCE_TAG: Final = "dagster-taskiq/cancel_fence"
 """Set when a run was not launched because of a fence (`run cancel --until`): which fence."""
 
+TIMED_OUT_TAG: Final = "dagster-taskiq/timed_out"
+"""Set when a run has taken longer than it may, and is being stopped: which limit it was."""
+
 RUN_ID_TAG: Final = f"{HIDDEN_TAG_PREFIX}taskiq_run_id"
 """Set with the first of the tags above: the run that they are about. Dagster's UI does not show it."""
 
 _OF_ONE_RUN: Final = frozenset(
-    {TASK_ID_TAG, CANCEL_REASON_TAG, CANCELLED_BY_TAG, CANCEL_FENCE_TAG, ROUTE_TAG, RUN_ID_TAG}
+    {TASK_ID_TAG, CANCEL_REASON_TAG, CANCELLED_BY_TAG, CANCEL_FENCE_TAG, ROUTE_TAG, TIMED_OUT_TAG, RUN_ID_TAG}
 )
 
 
@@ -70,6 +73,13 @@ def own_tags(run: DagsterRun) -> Mapping[str, str]:
     if run.tags.get(RUN_ID_TAG, run.run_id) == run.run_id:
         return run.tags
     return {name: value for name, value in run.tags.items() if name not in _OF_ONE_RUN}
+
+
+def was_stopped(run: DagsterRun) -> bool:
+    """Whether the run has ended because somebody wanted it, or because it took longer than it may."""
+    if run.status is DagsterRunStatus.FAILURE:
+        return TIMED_OUT_TAG in own_tags(run)
+    return run.status is DagsterRunStatus.CANCELED
 
 
 def inheritable_tags(run: DagsterRun) -> dict[str, str]:

@@ -297,8 +297,10 @@ class _Standing:
 
 def _cancellation(received: Received) -> Cancellation:
     request = received.request
+    timed_out = isinstance(request, CancelRequest) and request.timed_out
     return Cancellation(
-        kind=CancelKind.REQUESTED,
+        # No other kind can be asked for: a worker knows by itself that it stops, or has lost a lease.
+        kind=CancelKind.DEADLINE if timed_out else CancelKind.REQUESTED,
         reason=request.reason,
         requested_by=request.requested_by,
         requested_at=request.requested_at,

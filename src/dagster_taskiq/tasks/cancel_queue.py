@@ -42,10 +42,16 @@ class CancelQueue:
         self._queue = queue
 
     async def send(
-        self, task_id: str, reason: str | None, requested_by: str | None, *, status_follows: bool = False
+        self,
+        task_id: str,
+        reason: str | None,
+        requested_by: str | None,
+        *,
+        status_follows: bool = False,
+        timed_out: bool = False,
     ) -> None:
         """Send one request. Raises a `DagsterTaskiqError`."""
-        body = CancelRequest(task_id, reason, requested_by, time.time(), status_follows).to_json()
+        body = CancelRequest(task_id, reason, requested_by, time.time(), status_follows, timed_out).to_json()
         await self._queue.send(body, self._grouping(task_id))
 
     async def send_standing(self, request: StandingCancel) -> None:
@@ -53,14 +59,21 @@ class CancelQueue:
         await self._queue.send(request.to_json(), grouping(self._queue.is_fifo, None))
 
     async def send_all(
-        self, task_ids: Iterable[str], reason: str | None, requested_by: str | None, *, status_follows: bool = False
+        self,
+        task_ids: Iterable[str],
+        reason: str | None,
+        requested_by: str | None,
+        *,
+        status_follows: bool = False,
+        timed_out: bool = False,
     ) -> Mapping[str, str]:
         """Send many, ten to a request. Returns those that were not sent, with the reason; they do not stop the rest."""
         bodies: dict[str, str] = {}
         failed: dict[str, str] = {}
         for task_id in dict.fromkeys(task_ids):
             try:
-                bodies[task_id] = CancelRequest(task_id, reason, requested_by, time.time(), status_follows).to_json()
+                request = CancelRequest(task_id, reason, requested_by, time.time(), status_follows, timed_out)
+                bodies[task_id] = request.to_json()
             except MessageUnreadable as error:
                 failed[task_id] = str(error)
         for batch in batches(list(bodies)):

@@ -45,16 +45,18 @@ class Canceller:
         reason: str | None = None,
         requested_by: str | None = None,
         status_follows: bool = False,
+        timed_out: bool = False,
     ) -> None:
         """Ask whichever worker runs the task to cancel it. Raises a `DagsterTaskiqError` when that cannot be sent.
 
         `status_follows`: the caller also marks the task's run as CANCELING, so its worker may wait for that.
+        `timed_out`: it is to end because it took too long: its token says DEADLINE, and a run is a FAILURE.
         """
         self._require_cancellation()
         # Notified as it is sent: a worker may be quick, and nobody should learn of the delivery first.
         await asyncio.gather(
             self._notify([task_id], reason, requested_by),
-            self._cancels.send(task_id, reason, requested_by, status_follows=status_follows),
+            self._cancels.send(task_id, reason, requested_by, status_follows=status_follows, timed_out=timed_out),
         )
 
     async def cancel_tasks(
@@ -65,12 +67,13 @@ class Canceller:
         requested_by: str | None = None,
         wait_s: float = 0.0,
         status_follows: bool = False,
+        timed_out: bool = False,
     ) -> TaskCancelReport:
         """Cancel many, ten to a request, and tell what became of each. What fails does not stop the rest.
 
         Those that have a result already are not sent. `wait_s`: for so many seconds it waits for the results of the
         others, and reads them; without that, and without taskiq's result backend, it only knows what was sent.
-        `status_follows`: as in `cancel_task`, of all of them.
+        `status_follows` and `timed_out`: as in `cancel_task`, of all of them.
         """
         self._require_cancellation()
         wanted, results = list(dict.fromkeys(task_ids)), Results(self.result_backend)
@@ -78,7 +81,7 @@ class Canceller:
         asked = [task_id for task_id in wanted if task_id not in finished]
         _, failed = await asyncio.gather(
             self._notify(asked, reason, requested_by),
-            self._cancels.send_all(asked, reason, requested_by, status_follows=status_follows),
+            self._cancels.send_all(asked, reason, requested_by, status_follows=status_follows, timed_out=timed_out),
         )
         sent = tuple(task_id for task_id in asked if task_id not in failed)
         unknown = TaskCancelOutcome.UNKNOWN if results.are_kept else TaskCancelOutcome.NO_RESULTS

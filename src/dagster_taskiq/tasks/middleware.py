@@ -89,7 +89,7 @@ async def notify_all(
     They are called side by side, and nobody waits for longer than `LISTENER_S` seconds.
     """
     calls = [one.notify(event) for one in middlewares if isinstance(one, CancellationMiddleware)]
-    if event.stage == "finished" and event.kind is CancelKind.REQUESTED and event.error is not None:
+    if event.stage == "finished" and event.kind.ends_the_work and event.error is not None:
         calls += [_call(listener, event) for listener in listeners]
     await asyncio.gather(*calls)
 

@@ -20,7 +20,7 @@ from taskiq.exceptions import NoResultError
 from dagster_taskiq import _log_context
 from dagster_taskiq.cancellation.current import TASK_TOKEN
 from dagster_taskiq.cancellation.handlers import Handler, handlers_of
-from dagster_taskiq.cancellation.model import CancelKind, Cancellation
+from dagster_taskiq.cancellation.model import Cancellation
 from dagster_taskiq.cancellation.signal import CancelSignal
 from dagster_taskiq.errors import TaskCancelled
 from dagster_taskiq.sqs.lease import Settle
@@ -131,9 +131,9 @@ class RunningTask:
         Not known of a task that failed, because it may have been sent again under its id; nor of one that has decided
         for itself, because it may have given way to the same work elsewhere.
         """
-        requested = self.cancellation is not None and self.cancellation.kind is CancelKind.REQUESTED
+        ended = self.cancellation is not None and self.cancellation.kind.ends_the_work
         over = self.outcome is None and self.verdict().settlement is Settlement.DELETE
-        return over and (self.phase is Phase.SUCCEEDED or requested)
+        return over and (self.phase is Phase.SUCCEEDED or ended)
 
     def verdict(self) -> Settled:
         """What becomes of the message: what the function has returned, else the table, else it is done."""
@@ -201,7 +201,7 @@ class RunningTask:
             result.error = TaskCancelled(self.cancellation.reason)
         if self.verdict().settlement is not Settlement.DELETE and not self.acknowledges_itself:
             result.error = NoResultError()
-        elif self.cancellation is not None and self.cancellation.kind is CancelKind.REQUESTED:
+        elif self.cancellation is not None and self.cancellation.kind.ends_the_work:
             result.labels[OUTCOME_LABEL] = self._cancel_outcome.name
         return result
 
@@ -274,7 +274,7 @@ class RunningTask:
     async def clean_up(self) -> tuple[str, ...]:
         """Run the cleanup handlers, if somebody has asked for the end of the task; which of them failed, and why."""
         cancellation, message = self.cancellation, self._message
-        if cancellation is None or cancellation.kind is not CancelKind.REQUESTED or message is None:
+        if cancellation is None or not cancellation.kind.ends_the_work or message is None:
             return ()
 
         def describe(attempt: int) -> TaskCleanupContext:

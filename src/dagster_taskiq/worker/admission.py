@@ -23,7 +23,7 @@ from dagster_taskiq.storage.event_log import StepRef, append_event, read_engine_
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.step_claims import StepClaims, StepState
 from dagster_taskiq.storage.step_events import step_lost
-from dagster_taskiq.storage.tags import TASK_ID_TAG, add_own_tags, own_tags
+from dagster_taskiq.storage.tags import TASK_ID_TAG, add_own_tags, own_tags, was_stopped
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +117,8 @@ def _before_the_claim(claims: Claims, candidate: Candidate, run: DagsterRun | No
 
 
 def _must_be_cleaned_up(claims: Claims, run: DagsterRun) -> bool:
-    """CANCELED, by force perhaps, before the worker that had it came to running its cleanup handlers."""
-    return run.status is DagsterRunStatus.CANCELED and cleanup_record(claims.instance, run.run_id).due
+    """Ended, by force perhaps, before the worker that had it came to running its cleanup handlers."""
+    return was_stopped(run) and cleanup_record(claims.instance, run.run_id).due
 
 
 def _other_owner(claims: Claims, candidate: Candidate, run: DagsterRun, seen: Claim | None) -> Decision | None:

@@ -12,8 +12,8 @@ from typing import Final
 
 from dagster import DagsterRun, DagsterRunStatus, RunsFilter
 
-from dagster_taskiq.cancellation.model import Cancellation
-from dagster_taskiq.cancellation.words import UNKNOWN_AUTHOR
+from dagster_taskiq.cancellation.model import CancelKind, Cancellation
+from dagster_taskiq.cancellation.words import OURSELVES, UNKNOWN_AUTHOR
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES, PARENT_RUN_ID_TAG
 from dagster_taskiq.storage import step_events
 from dagster_taskiq.storage.engine_events import EngineEvent
@@ -85,5 +85,7 @@ def _why(run: DagsterRun, cancellation: Cancellation | None) -> tuple[str, str]:
     tags = own_tags(run)
     reason = tags.get(CANCEL_REASON_TAG) or (cancellation.reason if cancellation is not None else None)
     by = tags.get(CANCELLED_BY_TAG) or (cancellation.requested_by if cancellation is not None else None)
+    if cancellation is not None and cancellation.kind is CancelKind.DEADLINE:
+        return f"parent run {run.run_id} timed out", by or OURSELVES
     why = f"parent run {run.run_id} was terminated"
     return f"{why}: {reason}" if reason else why, by or UNKNOWN_AUTHOR

@@ -15,7 +15,16 @@ from dagster_taskiq._retry import DATABASE_RETRY_S, retry_async
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.cancellation.signal import CancelSignal
 from dagster_taskiq.dagster_compat.storage import outages
-from dagster_taskiq.metrics import DELIVERED, FORCED_KILLS, LEASES_LOST, TO_DELIVERED, TO_STOPPED, WAITED, Metrics
+from dagster_taskiq.metrics import (
+    DELIVERED,
+    FORCED_KILLS,
+    LEASES_LOST,
+    TIMED_OUT,
+    TO_DELIVERED,
+    TO_STOPPED,
+    WAITED,
+    Metrics,
+)
 from dagster_taskiq.process.supervise import ChildEnd, Processes
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.sqs.settlement import Settled, Settlement
@@ -188,6 +197,8 @@ class WorkerContext:
         """Work that runs here was cancelled."""
         if cancellation.kind is CancelKind.LEASE_LOST:
             self.metrics.count(LEASES_LOST)
+        elif cancellation.kind is CancelKind.DEADLINE:
+            self.metrics.count(TIMED_OUT)
         elif cancellation.kind is CancelKind.REQUESTED:
             self.metrics.count(DELIVERED, Channel=cancellation.channel.value)
             if cancellation.requested_at is not None:

@@ -28,7 +28,7 @@ from dagster_taskiq.storage.event_log import append_event, run_will_resume
 from dagster_taskiq.storage.status_repair import restore, terminal_events, true_status
 from dagster_taskiq.storage.step_claims import StepClaims
 from dagster_taskiq.storage.step_state import forget_states
-from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, own_tags
+from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, TIMED_OUT_TAG, own_tags
 from dagster_taskiq.worker.claim_watch import CUT_OFF
 
 _NOT_BEGUN: Final = {DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING}
@@ -73,10 +73,10 @@ def decide(ending: RunOutcome) -> FinalAction:
         return FinalAction.NOTHING
     if ending.history:
         return FinalAction.NOTHING if ending.status is true_status(ending.history) else FinalAction.RESTORE
-    if ending.status in FINISHED_STATUSES:
+    if ending.status in FINISHED_STATUSES or ending.kind is CancelKind.LEASE_LOST:
         return FinalAction.NOTHING
-    if ending.kind is CancelKind.LEASE_LOST:
-        return FinalAction.NOTHING
+    if ending.kind is CancelKind.DEADLINE:
+        return _after_its_time(ending)
     succeeded = ending.held is DagsterEventType.RUN_SUCCESS
     if ending.status is DagsterRunStatus.CANCELING or ending.kind is CancelKind.REQUESTED:
         return FinalAction.SUCCESS if succeeded and not ending.took_hold else FinalAction.CANCELED
@@ -89,6 +89,14 @@ def decide(ending: RunOutcome) -> FinalAction:
     if ending.kind is CancelKind.SHUTDOWN:
         return FinalAction.FAILURE
     return FinalAction.HELD if ending.held is not None else FinalAction.FAILURE
+
+
+def _after_its_time(ending: RunOutcome) -> FinalAction:
+    """It was stopped because it took too long, unless it was over before that could stop anything."""
+    if ending.held is DagsterEventType.RUN_SUCCESS and not ending.took_hold:
+        return FinalAction.SUCCESS
+    had_failed = ending.held is DagsterEventType.RUN_FAILURE and ending.came_first
+    return FinalAction.HELD if had_failed else FinalAction.FAILURE
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +114,8 @@ class Conclusion:
     """The kind of that event."""
     has_steps: bool = False
     """Whether steps of the run are still running, and it is not to be final before they have stopped."""
-    is_cancelled: bool = False
-    """Whether the run is to be CANCELED, or is it already."""
+    is_stopped: bool = False
+    """Whether the run was cancelled, or took longer than it may: then what it leaves behind is cleaned up."""
     cleanup: CleanupRecord = NO_CLEANUP
     """Whether there are cleanup handlers to be run before, and which have failed."""
 
@@ -126,7 +134,7 @@ class Conclusion:
 
     def reason(self, end: ChildEnd | None, cancellation: Cancellation | None) -> str | None:
         """Why the run has ended so; None: it is a success, or nobody has given a reason."""
-        if self.cleanup.failures:
+        if self.cleanup.failures and self.action is not FinalAction.FAILURE:
             return cleanup_failed(self.cleanup.failures)
         if cancellation is not None and cancellation.kind is CancelKind.LEASE_LOST:
             return cancellation.cause
@@ -143,7 +151,7 @@ def examine(
 ) -> Conclusion:
     """Look at the run, now that its tree is gone, and decide. `end` is None when no child was started."""
     run = instance.get_run_by_id(run_id)
-    kind = cancellation.kind if cancellation is not None else None
+    kind = _what_stopped_it(run, cancellation)
     held = _last(end, "verdict")
     history = terminal_events(instance, run_id) if run is not None else ()
     action = decide(
@@ -154,11 +162,18 @@ def examine(
             held=DagsterEventType(held["verdict"]) if held else None,
             took_hold=bool(held.get("took_hold")) or (end is not None and end.kill_at is not None),
             came_first=bool(held.get("came_first")),
-            will_resume=run is not None and kind is not CancelKind.REQUESTED and run_will_resume(instance, run_id),
+            will_resume=run is not None
+            and not (kind is not None and kind.ends_the_work)
+            and run_will_resume(instance, run_id),
             clean_exit=end is not None and end.exit_code == 0,
         )
     )
-    is_cancelled = _is_cancelled(action, kind, run, history)
+    is_stopped = _is_stopped(action, kind, run, history)
+    cleanup = cleanup_record(instance, run_id) if is_stopped else CleanupRecord()
+    failure = _failure_message(end, cancellation, worker_id)
+    if kind is CancelKind.DEADLINE and run is not None:
+        failure = timed_out(run, cancellation)
+        failure += f"; {cleanup_failed(cleanup.failures)}" if cleanup.failures else ""
     settlement = Settlement.LEAVE if kind is CancelKind.LEASE_LOST else Settlement.DELETE
     return Conclusion(
         run=run,
@@ -166,20 +181,29 @@ def examine(
         settlement=Settlement.HAND_BACK if action is FinalAction.RESUMABLE else settlement,
         history=history,
         entry=str(held.get("entry", "")),
-        failure=_failure_message(end, cancellation, worker_id),
+        failure=failure,
         held=DagsterEventType(held["verdict"]) if held else None,
         has_steps=action in _AFTER_ITS_STEPS and bool(StepClaims(instance).running(run_id)),
-        is_cancelled=is_cancelled,
-        cleanup=cleanup_record(instance, run_id) if is_cancelled else CleanupRecord(),
+        is_stopped=is_stopped,
+        cleanup=cleanup,
     )
 
 
-def _is_cancelled(
+def _what_stopped_it(run: DagsterRun | None, cancellation: Cancellation | None) -> CancelKind | None:
+    """Also of a run that has lost its process, or its worker, while it was being stopped for its time limit."""
+    kind = cancellation.kind if cancellation is not None else None
+    is_late = run is not None and run.status is DagsterRunStatus.CANCELING and TIMED_OUT_TAG in own_tags(run)
+    return CancelKind.DEADLINE if is_late and (kind is None or kind < CancelKind.DEADLINE) else kind
+
+
+def _is_stopped(
     action: FinalAction, kind: CancelKind | None, run: DagsterRun | None, history: Sequence[DagsterEventType]
 ) -> bool:
-    """Whether the run is to be CANCELED by us, or is it already, by force."""
-    if action is FinalAction.CANCELED:
+    """Whether the run is ended by us because of a cancellation or its time limit, or is it already, by force."""
+    if action is FinalAction.CANCELED or (action is FinalAction.FAILURE and kind is CancelKind.DEADLINE):
         return True
+    if run is not None and run.status is DagsterRunStatus.FAILURE and kind is CancelKind.DEADLINE:
+        return TIMED_OUT_TAG in own_tags(run)  # by Dagster's run monitoring, while its processes still ran
     forced = run is not None and (run.status is DagsterRunStatus.CANCELED or DagsterEventType.RUN_CANCELED in history)
     return forced and kind is not CancelKind.LEASE_LOST
 
@@ -228,6 +252,12 @@ def conclude(
         instance.handle_new_event(deserialize_entry(conclusion.entry))
         if conclusion.held is DagsterEventType.RUN_SUCCESS and _last(end, "state"):
             forget_states(instance, run.run_id)
+
+
+def timed_out(run: DagsterRun, cancellation: Cancellation | None) -> str:
+    """Which limit the run has exceeded, as the worker was told, or as it is in the run's tags."""
+    told = cancellation.reason if cancellation is not None and cancellation.kind is CancelKind.DEADLINE else None
+    return told or own_tags(run).get(TIMED_OUT_TAG) or "run timed out"
 
 
 def _who_and_why(run: DagsterRun, cancellation: Cancellation | None) -> tuple[str | None, str | None]:

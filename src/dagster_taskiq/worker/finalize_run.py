@@ -80,7 +80,7 @@ class _Finalization:
             shutting_down = self._cancellation is not None and self._cancellation.kind is CancelKind.SHUTDOWN
             await stop_steps(self._context, self._run, patient=not shutting_down)
             conclusion = await self._examine()
-        if conclusion.is_cancelled and conclusion.run is not None:
+        if conclusion.is_stopped and conclusion.run is not None:
             if not await cancel_children(self._context, conclusion.run, self._cancellation):
                 return await self._give_up("interrupted; the runs that it launched are cancelled elsewhere")
             conclusion = await self._examine()
@@ -139,6 +139,8 @@ class _Finalization:
         """What somebody gave who only sent a cancel message. The launcher keeps what it is given."""
         cancellation = self._cancellation
         if run is None or cancellation is None or cancellation.channel is not CancelChannel.CANCEL_QUEUE:
+            return
+        if cancellation.kind is not CancelKind.REQUESTED:
             return
         if cancellation.reason and CANCEL_REASON_TAG not in own_tags(run):
             tags, instance = {CANCEL_REASON_TAG: cancellation.reason}, self._context.instance

@@ -23,7 +23,7 @@ from dagster_taskiq.storage.claims import Claim, ClaimState
 from dagster_taskiq.storage.engine_events import Stage
 from dagster_taskiq.storage.event_log import read_engine_events
 from dagster_taskiq.storage.leadership import Leadership
-from dagster_taskiq.storage.tags import TASK_ID_TAG, own_tags
+from dagster_taskiq.storage.tags import TASK_ID_TAG, own_tags, was_stopped
 from dagster_taskiq.tasks.running_task import RunningTask
 from dagster_taskiq.tasks.running_tasks import RunningTasks
 from dagster_taskiq.worker.admission import WorkKind
@@ -42,7 +42,6 @@ _ENOUGH: Final = 100
 """Lost runs of one look, each of which takes a query: a look has seconds, and no more can be begun at once anyway."""
 _NO_CLAIM: Final = ""
 _GOES_ON: Final = {DagsterRunStatus.STARTING, DagsterRunStatus.STARTED}
-_IS_STOPPED: Final = {DagsterRunStatus.CANCELING, DagsterRunStatus.CANCELED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +111,7 @@ class LostRuns:
 
     def was_tried(self, lost: LostRun) -> None:
         """It was seen to. If it is still lost then, it is due again after the same time."""
-        over = lost.run.status is DagsterRunStatus.CANCELED  # whether there was something to clean up, or not
+        over = was_stopped(lost.run)  # whether there was something to clean up, or not
         self._tried[lost.run.run_id] = (lost.mark, float("inf") if over else self._monotonic())
 
     def _since_when(self, run_id: str, mark: str, now: float) -> float:
@@ -129,7 +128,8 @@ class LostRuns:
             return None
         if goes_on and now - since < self._patience_s + self._monitoring_s():
             return None
-        if task_id is None or not (goes_on or status in _IS_STOPPED) or not self._is_on_our_queue(run.run_id):
+        is_stopped = status is DagsterRunStatus.CANCELING or was_stopped(run)
+        if task_id is None or not (goes_on or is_stopped) or not self._is_on_our_queue(run.run_id):
             self._tried[run.run_id] = (mark, float("inf"))  # it stays so
             return None
         # A run that goes on has another task id than its claim when it was resumed, and nobody has got that message.

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dagster import DagsterRun
+from dagster import DagsterRun, DagsterRunStatus
 from taskiq import AsyncBroker
 
 from dagster_taskiq._retry import DATABASE_RETRY_S, retry_async
@@ -21,7 +21,7 @@ from dagster_taskiq.dagster_compat.api import RESUME_RUN_LOG_MESSAGE
 from dagster_taskiq.messages import EXECUTE_RUN, RESUME_RUN, is_run_id
 from dagster_taskiq.sqs.settlement import Settled, Settlement
 from dagster_taskiq.storage.claims import ClaimState
-from dagster_taskiq.storage.tags import TASK_ID_TAG, own_tags
+from dagster_taskiq.storage.tags import TASK_ID_TAG, TIMED_OUT_TAG, own_tags
 from dagster_taskiq.tasks.running_task import RunningTask, current_task
 from dagster_taskiq.worker.admission import Action, Candidate, Decision, WorkKind, admit_run
 from dagster_taskiq.worker.claim_watch import TAKEN_OVER
@@ -30,6 +30,7 @@ from dagster_taskiq.worker.event_writer import EventWriter
 from dagster_taskiq.worker.finalization import fail
 from dagster_taskiq.worker.finalize_run import finalize_run, stop_steps
 from dagster_taskiq.worker.run_child import ChildWork, NotStarted, run_child, see_through
+from dagster_taskiq.worker.run_deadline import within_its_time
 from dagster_taskiq.worker.work_log import HANDED_BACK, WorkLog
 
 logger = logging.getLogger(__name__)
@@ -160,9 +161,7 @@ class RunWork:
                 context, run, task.task_id, None, Cancellation(CancelKind.REQUESTED, cause="terminated meanwhile")
             )
         if decision.action is Action.FINISH_CANCELLATION:
-            return await finalize_run(
-                context, run, task.task_id, None, Cancellation(CancelKind.REQUESTED, cause=decision.why)
-            )
+            return await finalize_run(context, run, task.task_id, None, _end_of(run, decision.why))
         kind: WorkKind = "resume_run" if decision.action is Action.RESUME else "execute_run"
         if kind == "resume_run" and candidate.kind == "execute_run":
             # As the run monitoring daemon would announce it: by this event Dagster counts the attempts.
@@ -189,7 +188,8 @@ class RunWork:
             exit_patience_s=context.settings.exit_patience_seconds,
         )
         with context.working_on(task.task_id, run.run_id):
-            end = await run_child(context, work, task.signal, writer)
+            async with within_its_time(context, run, task, is_new=kind == "execute_run"):
+                end = await run_child(context, work, task.signal, writer)
         if isinstance(end, NotStarted):
             log.ended(HANDED_BACK, end.why)
             return await context.give_up(run, end.why, delay_s=end.delay_s)
@@ -209,6 +209,14 @@ class RunWork:
         if not ours:
             return Cancellation(CancelKind.LEASE_LOST, cause=TAKEN_OVER)
         return cancellation or Cancellation(CancelKind.SHUTDOWN, cause="the worker hung")
+
+
+def _end_of(run: DagsterRun, why: str) -> Cancellation:
+    """What ends a run that nobody works on any more: somebody has asked for it, or it had exceeded its time limit."""
+    reason = own_tags(run).get(TIMED_OUT_TAG)
+    if reason is not None and run.status is not DagsterRunStatus.CANCELED:
+        return Cancellation(CancelKind.DEADLINE, reason)
+    return Cancellation(CancelKind.REQUESTED, cause=why)
 
 
 def _about(candidate: Candidate, decision: Decision) -> dict[str, str]:

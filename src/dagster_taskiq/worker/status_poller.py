@@ -14,7 +14,7 @@ from dagster_taskiq._lane import Lane
 from dagster_taskiq._retry import retry_async
 from dagster_taskiq.cancellation.model import CancelChannel, CancelKind, Cancellation
 from dagster_taskiq.cancellation.words import UNKNOWN_AUTHOR
-from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, own_tags
+from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, TIMED_OUT_TAG, own_tags
 
 _SHORTEST_BOUND_S: Final = 2.0
 _WHY: Final[Mapping[DagsterRunStatus, str]] = {
@@ -72,7 +72,7 @@ class StatusPoller:
                 reason, by = tags.get(CANCEL_REASON_TAG), tags.get(CANCELLED_BY_TAG)
                 if run is not None and run.status in _BY_DAGSTER:
                     by = by or UNKNOWN_AUTHOR
-                cancellation = Cancellation(
-                    CancelKind.REQUESTED, reason, by, channel=CancelChannel.STATUS_WATCH, cause=why
-                )
-                self._cancel(task_id, cancellation)
+                kind, late = CancelKind.REQUESTED, tags.get(TIMED_OUT_TAG)
+                if late is not None and run is not None and run.status is not DagsterRunStatus.CANCELED:
+                    kind, reason, by = CancelKind.DEADLINE, late, None
+                self._cancel(task_id, Cancellation(kind, reason, by, channel=CancelChannel.STATUS_WATCH, cause=why))

@@ -12,7 +12,6 @@ from dagster import DagsterRun
 from taskiq import AsyncBroker
 
 from dagster_taskiq._retry import DATABASE_RETRY_S, retry_async
-from dagster_taskiq.cancellation.model import CancelKind
 from dagster_taskiq.child.main import STEP_TARGET
 from dagster_taskiq.errors import MessageUnreadable, PayloadUnavailable
 from dagster_taskiq.messages import EXECUTE_STEP, StepMessage
@@ -155,8 +154,8 @@ class StepWork:
             context.measure_end(end)
         await writer.written()
         if not reported:
-            requested = signal.cancellation is not None and signal.cancellation.kind is CancelKind.REQUESTED
-            await self._report_lost(run, message, why, may_retry=not requested)
+            over = signal.cancellation is not None and signal.cancellation.kind.ends_the_work
+            await self._report_lost(run, message, why, may_retry=not over)
         log.ended(str(said[-1]).removeprefix("STEP_") if said else "lost", None if said else why)
         await self._forget_payload(message)
         return Settled(Settlement.DELETE)

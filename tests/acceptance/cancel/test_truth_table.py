@@ -19,7 +19,7 @@ from dagster_taskiq.launcher import TaskiqRunLauncher
 from dagster_taskiq.storage import engine_events
 from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.heartbeats import Heartbeats
-from dagster_taskiq.storage.tags import TASK_ID_TAG
+from dagster_taskiq.storage.tags import TASK_ID_TAG, TIMED_OUT_TAG
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
 
@@ -157,10 +157,10 @@ def test_a_run_that_takes_too_long_says_that_monitoring_has_terminated_it(endpoi
         assert record is not None
         check_run_timeout(platform.instance, record, logging.getLogger(__name__), 0)
         story = platform.story(run_id)
-        asked = (
-            "Requested Taskiq task cancellation. By Dagster's run monitoring: longer than its maximum runtime of 1 ms"
-        )
+        why = "run timed out: longer than its limit of 0.001 s (dagster/max_runtime)"
+        asked = f"Requested Taskiq task cancellation. By Dagster's run monitoring: {why}"
         assert any(asked in line for line in story), story
+        assert platform.run(run_id).tags[TIMED_OUT_TAG] == why
         assert platform.status(run_id) is STATUS.FAILURE, "as Dagster has it"
 
 

@@ -14,7 +14,7 @@ from dagster_taskiq.tasks.running_task import RunningTask, cancelled_result
 
 pytestmark = pytest.mark.anyio
 
-SHUTDOWN, REQUESTED, LEASE_LOST = (Cancellation(kind, kind.name) for kind in CancelKind)
+SHUTDOWN, DEADLINE, REQUESTED, LEASE_LOST = (Cancellation(kind, kind.name) for kind in CancelKind)
 
 
 @pytest.fixture
@@ -48,6 +48,9 @@ def message() -> TaskiqMessage:
         ([REQUESTED], False, Settlement.DELETE, True),
         ([SHUTDOWN], False, Settlement.HAND_BACK, False),
         ([LEASE_LOST], False, Settlement.LEAVE, False),
+        ([DEADLINE], False, Settlement.DELETE, True),
+        ([SHUTDOWN, DEADLINE], False, Settlement.DELETE, True),
+        ([DEADLINE], True, Settlement.DELETE, True),
         ([SHUTDOWN, REQUESTED], False, Settlement.DELETE, True),
         ([REQUESTED, SHUTDOWN], False, Settlement.DELETE, True),
         ([REQUESTED, LEASE_LOST], False, Settlement.LEAVE, False),
