@@ -77,3 +77,13 @@ def routes_of(key: str, value: Any) -> tuple[str, ...]:
     if not found:
         raise SettingsError(f"{key} must name a route at least; the unnamed one is called {DEFAULT_ROUTE}")
     return found
+
+
+def limits_of(key: str, value: Any) -> dict[str, int]:
+    """Limits by route, from a mapping of whole numbers, at least 1. Raises `SettingsError`."""
+    if not isinstance(value, Mapping):
+        raise SettingsError(f"{key} must be a mapping of routes to numbers, as {{gpu: 2}}; not {value!r}")
+    for route, limit in value.items():
+        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+            raise SettingsError(f"{key}: the limit of {route} must be a whole number, at least 1, not {limit!r}")
+    return {route_of(key, route): limit for route, limit in value.items()}

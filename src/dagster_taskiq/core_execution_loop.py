@@ -14,7 +14,7 @@ The parts are in `steps`: submission, tracking, stopping. Knows Dagster's plan; 
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 from dagster import DagsterEvent
@@ -32,6 +32,7 @@ from dagster_taskiq.dagster_compat.execution import (
 from dagster_taskiq.dagster_compat.interrupts import DagsterExecutionInterruptedError
 from dagster_taskiq.steps.handler import TaskiqStepHandler as TaskiqStepHandler
 from dagster_taskiq.steps.plan import Plan
+from dagster_taskiq.steps.routes import route_of_step, route_steps
 from dagster_taskiq.steps.stopping import Stopping
 from dagster_taskiq.steps.submission import Submission
 from dagster_taskiq.steps.tracking import Tracking
@@ -52,9 +53,10 @@ class TaskiqExecutor(StepDelegatingExecutor):
     def execute(self, plan_context: PlanOrchestrationContext, execution_plan: ExecutionPlan) -> Iterator[DagsterEvent]:
         """Execute the plan; yields the events of the run as they appear in its log."""
         self.handler.open()
-        if not plan_context.resume_from_failure:
-            _warn_of_tags(plan_context, execution_plan)
         try:
+            route_of_run = self._route_steps(plan_context, execution_plan)
+            if not plan_context.resume_from_failure:
+                _warn_of_tags(plan_context, execution_plan)
             with (
                 InstanceConcurrencyContext(plan_context.instance, plan_context.dagster_run) as pools,
                 ActiveExecution(
@@ -66,11 +68,30 @@ class TaskiqExecutor(StepDelegatingExecutor):
                     step_dependency_config=self.step_dependency_config,
                 ) as active,
             ):
-                yield from _Loop(self._plan(plan_context, active)).run()
+
+                def route_of(step_key: str) -> str:
+                    step = execution_plan.step_dict_by_key.get(step_key)
+                    return route_of_step(step.tags if step is not None else None, route_of_run)
+
+                yield from _Loop(self._plan(plan_context, active, route_of)).run()
         finally:
             self.handler.close()
 
-    def _plan(self, plan_context: PlanOrchestrationContext, active: ActiveExecution) -> Plan:
+    def _route_steps(self, plan_context: PlanOrchestrationContext, execution_plan: ExecutionPlan) -> str:
+        """Decide which step goes where; returns the route of the others, which is the run's.
+
+        Raises `UnknownRoute` for one that does not exist, before the first step is sent.
+        """
+        instance = plan_context.instance
+        route_of_run = self.handler.route_of(instance, plan_context.dagster_run)
+        routes = route_steps(plan_context.job.get_definition(), execution_plan, route_of_run)
+        if others := sorted(routes - {route_of_run}):
+            self.handler.check_routes(instance, others)
+        return route_of_run
+
+    def _plan(
+        self, plan_context: PlanOrchestrationContext, active: ActiveExecution, route_of: Callable[[str], str]
+    ) -> Plan:
         def fail(step: ExecutionStep, error: Any) -> None:
             self.log_failure_or_retry_event_after_error(plan_context.for_step(step), error, active.get_known_state())
 
@@ -80,6 +101,7 @@ class TaskiqExecutor(StepDelegatingExecutor):
             handler=self.handler,
             contexts_of=lambda steps: self._contexts_of(plan_context, steps, active),
             fail=fail,
+            route_of=route_of,
             max_concurrent=self._max_concurrent,
         )
 

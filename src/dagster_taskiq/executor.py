@@ -14,11 +14,13 @@ from dagster import (
     Executor,
     Field,
     InitExecutorContext,
+    Map,
     Noneable,
     Permissive,
 )
 from dagster import executor as executor_decorator
 
+from dagster_taskiq._route_rules import limits_of
 from dagster_taskiq.cancellation.current import current_process
 from dagster_taskiq.cancellation.model import CancelKind
 from dagster_taskiq.cancellation.words import THE_RUN
@@ -35,21 +37,34 @@ from dagster_taskiq.dagster_compat.execution import (
     multiple_process_executor_requirements,
     needs_history,
 )
-from dagster_taskiq.errors import DagsterTaskiqError, MessageTooLarge, QueueUnreachable
+from dagster_taskiq.errors import (
+    DagsterTaskiqError,
+    MessageTooLarge,
+    QueueError,
+    QueueMissing,
+    QueueUnreachable,
+    UnknownRoute,
+)
 from dagster_taskiq.launcher import CONFIG_FIELDS, TaskiqRunLauncher
 from dagster_taskiq.messages import EXECUTE_STEP, StepMessage, pack
-from dagster_taskiq.queue_names import queue_name
+from dagster_taskiq.queue_names import DEFAULT_ROUTE, queue_name
+from dagster_taskiq.route_queues import unknown_route
 from dagster_taskiq.settings import TOP_LEVEL_KEYS, Settings
 from dagster_taskiq.sqs.s3_payloads import WITHIN_S, PayloadBucket
+from dagster_taskiq.steps.routes import route_of_step
 from dagster_taskiq.storage import step_events
 from dagster_taskiq.storage.event_log import StepRef
 from dagster_taskiq.storage.heartbeats import Heartbeats
+from dagster_taskiq.storage.routing import Routing, route_of_run
 from dagster_taskiq.storage.step_claims import StepClaims
-from dagster_taskiq.storage.tags import grace_of
+from dagster_taskiq.storage.tags import ROUTE_TAG, TASK_ID_TAG, grace_of, own_tags
 from dagster_taskiq.tasks.producer import Producer, result_of, work_message
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from dagster_taskiq.cancellable_broker import CancellableSQSBroker
+    from dagster_taskiq.tasks.cancel_report import TaskCancelReport
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +80,11 @@ EXECUTOR_FIELDS: Final[Mapping[str, Any]] = {
         Noneable(int),
         default_value=None,
         description="Steps of one run at a time. Default: as many as are due; the workers' slots are the limit then.",
+    ),
+    "max_concurrent_by_route": Field(
+        Noneable(Map(str, int)),  # type: ignore[no-untyped-call]
+        default_value=None,
+        description="Steps of one run at a time by their route, `{gpu: 2}`; `default` is the unnamed one.",
     ),
     "tag_concurrency_limits": get_tag_concurrency_limits_config(),  # type: ignore[no-untyped-call]
     "step_dependency_config": get_step_dependency_config_field(),  # type: ignore[no-untyped-call]
@@ -102,9 +122,16 @@ def taskiq_executor(init_context: InitExecutorContext) -> Executor:
         SQSStepHandler(settings),
         retries=RetryMode.from_config(config["retries"]),
         max_concurrent=config.get("max_concurrent"),
-        tag_concurrency_limits=config.get("tag_concurrency_limits"),
+        tag_concurrency_limits=_limits(config),
         step_dependency_config=dependencies,
     )
+
+
+def _limits(config: Mapping[str, Any]) -> list[Any] | None:
+    """Those by tags, of Dagster, and those by route: `route_steps` puts the route into the tags of a step."""
+    by_route = limits_of("max_concurrent_by_route", config.get("max_concurrent_by_route") or {})
+    limits = [{"key": ROUTE_TAG, "value": route, "limit": limit} for route, limit in by_route.items()]
+    return [*(config.get("tag_concurrency_limits") or ()), *limits] or None
 
 
 def _is_large(message: StepMessage) -> bool:
@@ -143,19 +170,55 @@ class SQSStepHandler(TaskiqStepHandler):
 
         Raises a `DagsterTaskiqError` when another try would not help.
         """
-        messages = self._messages(contexts)
-        queue = queue_name(self._settings.steps_queue_url)
-        for context, message in zip(contexts, messages, strict=True):
+        by_route: dict[str, list[StepMessage]] = {}
+        for context, message in zip(contexts, self._messages(contexts), strict=True):
+            route = route_of_step(context.step_tags[message.step_key])
+            by_route.setdefault(route, []).append(message)
+            queue = queue_name(self._settings.of_route(route).steps_queue_url)
             event = step_events.step_submitted(message.task_id, queue)
             DagsterEvent.step_worker_starting(context.get_step_context(message.step_key), event.message, event.facts)
+        instance, job_name = contexts[0].instance, contexts[0].dagster_run.job_name
+        return [key for route, some in by_route.items() for key in self._launch(instance, some, job_name, route)]
+
+    def _launch(
+        self, instance: DagsterInstance, messages: Sequence[StepMessage], job_name: str, route: str
+    ) -> Sequence[str]:
         try:
-            refused = self.send(messages, contexts[0].dagster_run.job_name)
+            refused = self.send(messages, job_name, route)
+        except QueueMissing as error:
+            if route == DEFAULT_ROUTE:
+                raise
+            raise self._unknown(instance, route) from error
         except (QueueUnreachable, TimeoutError) as error:
             logger.warning("steps not sent, trying again: %s", str(error) or "no answer")
             return [message.step_key for message in messages]
         for why in sorted(set(refused.values())):
             logger.warning("steps not sent, trying again: SQS refused them: %s", why)
         return [message.step_key for message in messages if message.task_id in refused]
+
+    def route_of(self, instance: DagsterInstance, run: DagsterRun) -> str:
+        """Where the run has gone to; of one that another launcher has launched, where ours would have sent it."""
+        if TASK_ID_TAG in own_tags(run):
+            return route_of_run(run)
+        return Routing(instance, self._settings).route_for(run)
+
+    def check_routes(self, instance: DagsterInstance, routes: Sequence[str]) -> None:
+        """Raises `UnknownRoute` for one that has no steps queue, or no cancel queue.
+
+        Without an answer, or the permission to ask, nothing is known, and the steps are sent.
+        """
+        asking = {route: self._producer.submit(lambda broker: broker.check_queues(), route=route) for route in routes}
+        for route, request in asking.items():
+            try:
+                result_of(request)
+            except QueueMissing as error:
+                raise self._unknown(instance, route) from error
+            except (QueueError, TimeoutError) as error:
+                logger.warning("route %s not checked: %s", route, str(error) or "no answer")
+
+    def _unknown(self, instance: DagsterInstance, route: str) -> UnknownRoute:
+        routing = Routing(instance, self._settings)
+        return unknown_route(self._producer, routing, self._settings.queue_url, route)
 
     def _messages(self, contexts: Sequence[StepHandlerContext]) -> list[StepMessage]:
         packed: dict[int, str] = {}  # by identity: the steps of a batch share their state
@@ -179,15 +242,15 @@ class SQSStepHandler(TaskiqStepHandler):
             )
         return messages
 
-    def send(self, messages: Sequence[StepMessage], job_name: str) -> dict[str, str]:
-        """Send messages; the task ids of those that SQS refused, with the reason.
+    def send(self, messages: Sequence[StepMessage], job_name: str, route: str = DEFAULT_ROUTE) -> dict[str, str]:
+        """Send messages to a route; the task ids of those that SQS refused, with the reason.
 
         Raises `MessageTooLarge` for a state that fits into no message when there is no payload bucket,
         `PayloadUnavailable` when that cannot be written, a `QueueError` or `TimeoutError`.
         """
         group = job_name if self._settings.is_fair_queue else None
         self._keep_apart_what_is_large(messages)
-        return result_of(self._producer.submit(lambda broker: self._send(broker, messages, group)))
+        return result_of(self._producer.submit(lambda broker: self._send(broker, messages, group), route=route))
 
     async def _send(
         self, broker: "CancellableSQSBroker", messages: Sequence[StepMessage], group: str | None
@@ -226,23 +289,34 @@ class SQSStepHandler(TaskiqStepHandler):
         finally:
             await payloads.close()
 
-    def terminate_tasks(self, task_ids: Sequence[str]) -> None:
+    def terminate_tasks(self, routes: Mapping[str, str]) -> None:
         """Send the cancel messages, ten to a request. What cannot be sent is left to the status watch."""
-        if not task_ids or not self._settings.enable_cancellation:
+        if not routes or not self._settings.enable_cancellation:
             return
+        by_route: dict[str, list[str]] = {}
+        for task_id, route in routes.items():
+            by_route.setdefault(route, []).append(task_id)
+        failed: dict[str, str] = {}
         try:
-            cancellation = current_process().cancellation
-            reason = cancellation.reason if cancellation is not None else None
-            by = (cancellation.requested_by if cancellation is not None else None) or THE_RUN
-            timed_out = cancellation is not None and cancellation.kind is CancelKind.DEADLINE
-            asking = self._producer.submit(
-                lambda broker: broker.cancel_tasks(task_ids, reason=reason, requested_by=by, timed_out=timed_out)
-            )
-            failed = result_of(asking).failed
-        except (DagsterTaskiqError, TimeoutError, RuntimeError) as error:
-            failed = {"all": str(error) or repr(error)}
+            for request in [self._cancel(task_ids, route) for route, task_ids in by_route.items()]:
+                try:
+                    failed |= result_of(request).failed
+                except (DagsterTaskiqError, TimeoutError) as error:
+                    failed["one of the routes"] = str(error) or repr(error)
+        except RuntimeError as error:
+            failed["all"] = str(error)
         for why in sorted(set(failed.values())):
             logger.warning("steps not cancelled by message; their workers see the run's status: %s", why)
+
+    def _cancel(self, task_ids: Sequence[str], route: str) -> "Future[TaskCancelReport]":
+        cancellation = current_process().cancellation
+        reason = cancellation.reason if cancellation is not None else None
+        by = (cancellation.requested_by if cancellation is not None else None) or THE_RUN
+        timed_out = cancellation is not None and cancellation.kind is CancelKind.DEADLINE
+        return self._producer.submit(
+            lambda broker: broker.cancel_tasks(task_ids, reason=reason, requested_by=by, timed_out=timed_out),
+            route=route,
+        )
 
     def workers_alive(self, instance: DagsterInstance, worker_ids: set[str]) -> set[str]:
         """Those whose heartbeat is not so old that their children must be gone, too.
@@ -286,5 +360,7 @@ class SQSStepHandler(TaskiqStepHandler):
 
     def terminate_step(self, step_handler_context: StepHandlerContext) -> Iterator[DagsterEvent]:
         """Ask for one step to be stopped; may be called again, and never raises."""
-        self.terminate_tasks([message.task_id for message in self._messages([step_handler_context])])
+        tags = step_handler_context.step_tags
+        messages = self._messages([step_handler_context])
+        self.terminate_tasks({message.task_id: route_of_step(tags[message.step_key]) for message in messages})
         yield from ()

@@ -159,8 +159,20 @@ def failing_cluster_steps() -> None:
 
 @dg.job(executor_def=taskiq_executor)
 def celery_tags_steps() -> None:
-    tagged = sleepy.tag({"dagster-celery/queue": "fast", "dagster-celery/priority": "3"})
+    tagged = sleepy.tag({"dagster-celery/priority": "3"})
     afterwards([tagged.alias("one")(), tagged.alias("other")(), sleepy()])
+
+
+@dg.job(executor_def=taskiq_executor.configured({"max_concurrent_by_route": {"gpu": 1}}))
+def routed_steps() -> None:
+    """Two steps for the route gpu, one at a time; one that says it as dagster-celery does; one for its run's route."""
+    train, large = sleepy.tag({"dagster-taskiq/queue": "gpu"}), sleepy.tag({"dagster-celery/queue": "big"})
+    afterwards([train.alias("train_0")(), train.alias("train_1")(), large.alias("large")(), sleepy()])
+
+
+@dg.job(executor_def=taskiq_executor)
+def routed_dynamic_steps() -> None:
+    collected(fan_out().map(mapped.tag({"dagster-taskiq/queue": "gpu"})).collect())
 
 
 @dg.job(executor_def=taskiq_executor)
@@ -186,6 +198,8 @@ defs = dg.Definitions(
         cluster_steps,
         failing_cluster_steps,
         celery_tags_steps,
+        routed_steps,
+        routed_dynamic_steps,
         dynamic_steps,
         many_outputs,
     ]

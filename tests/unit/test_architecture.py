@@ -59,7 +59,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "coordinator": FLOOR | DOMAIN | {"launcher", "metrics"},
     "executor": FLOOR
     | DOMAIN
-    | {"launcher", "route_queues", "core_execution_loop", "cancellable_broker", "tasks", "sqs"},
+    | {"launcher", "route_queues", "core_execution_loop", "steps", "cancellable_broker", "tasks", "sqs"},
     "runs": FLOOR | DOMAIN | {"launcher", "cleanup", "sqs"},
     "reexecution": FLOOR | DOMAIN | {"launcher", "runs"},
     "run_where": FLOOR,

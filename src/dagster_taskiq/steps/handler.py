@@ -1,7 +1,7 @@
 """What the execution loop asks of whoever carries out steps. Knows Dagster's `StepHandler`."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dagster import DagsterInstance, DagsterRun
 
@@ -27,8 +27,16 @@ class TaskiqStepHandler(StepHandler):
         """
 
     @abstractmethod
-    def terminate_tasks(self, task_ids: Sequence[str]) -> None:
-        """Ask for the steps to be stopped; never raises, may be called again."""
+    def route_of(self, instance: DagsterInstance, run: DagsterRun) -> str:
+        """The route of a run, which its steps go to unless they have one of their own. Raises `SettingsError`."""
+
+    @abstractmethod
+    def check_routes(self, instance: DagsterInstance, routes: Sequence[str]) -> None:
+        """Raises `UnknownRoute` for one of them that is known not to exist."""
+
+    @abstractmethod
+    def terminate_tasks(self, routes: Mapping[str, str]) -> None:
+        """Ask for the steps with these task ids to be stopped, each on its route; never raises, may be called again."""
 
     @abstractmethod
     def workers_alive(self, instance: DagsterInstance, worker_ids: set[str]) -> set[str]:

@@ -34,13 +34,17 @@ class Woken(Exception):
 
 @dataclass(slots=True)
 class Plan:
-    """`contexts_of` describes steps to the handler; `fail` writes a step's failure, or its retry where that is due."""
+    """`contexts_of` describes steps to the handler; `fail` writes a step's failure, or its retry where that is due.
+
+    `route_of`: of a step, by its key.
+    """
 
     context: PlanOrchestrationContext
     active: ActiveExecution
     handler: TaskiqStepHandler
     contexts_of: Callable[[Sequence[ExecutionStep]], Sequence[StepHandlerContext]]
     fail: Callable[[ExecutionStep, Any], None]
+    route_of: Callable[[str], str]
     max_concurrent: int | None
     running: dict[str, ExecutionStep] = field(default_factory=dict)
     """By key, the steps that were due and whose end has not been read in the log."""

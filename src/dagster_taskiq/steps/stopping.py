@@ -81,7 +81,8 @@ class Stopping:
         while tracking.open.workers:
             # Also those that were claimed only now. Who was not claimed before the run was to be stopped is dropped.
             if late := stop.not_yet_cancelled(tracking.open.workers):
-                plan.handler.terminate_tasks(late)
+                step_keys = tracking.open.step_keys
+                plan.handler.terminate_tasks({task_id: plan.route_of(step_keys[task_id]) for task_id in late})
             if stop.is_too_long:
                 plan.append(step_events.steps_not_stopped(tracking.open_steps(), stop.waited_s))
                 break

@@ -1,6 +1,7 @@
-"""Tags by which dagster-celery chooses a queue and a priority: what they do here, which is nothing, and what to do.
+"""Tags by which dagster-celery chooses a priority: what they do here, which is nothing, and what to do instead.
 
-Knows no storage. They are not ignored silently: a run's log has a warning, once for the run and once for its steps.
+`dagster-celery/queue` is none of them: it is read as the route. Knows no storage. They are not ignored silently: a
+run's log has a warning, once for the run and once for its steps.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,9 +10,9 @@ from typing import Final
 from dagster_taskiq.storage.engine_events import EngineEvent, ignored_tags, listed
 
 _INSTEAD: Final[Mapping[str, str]] = {
-    "dagster-celery/queue": "a fleet has one queue: limit what takes its slots by pools or tag_concurrency_limits, or"
-    " have a second deployment with a queue of its own",
-    "dagster-celery/priority": "set dagster/priority on the op: of one run, steps with a greater number are sent first",
+    "dagster-celery/priority": "set dagster/priority on the op: of one run, steps with a greater number are sent first;"
+    " a step that is to overtake those of other runs belongs on a route of its own, which workers prefer:"
+    " dagster-taskiq/queue: urgent on the op, and worker start -q urgent -q default",
     "dagster-celery/run_priority": "set dagster/priority on the run: those with a greater number leave Dagster's queue"
     " first",
 }

@@ -264,13 +264,12 @@ def test_launching_tags_the_run_and_needs_nothing_but_its_record(platform: Platf
 
 
 def test_a_tag_for_celery_is_said_to_have_no_effect(platform: Platform) -> None:
-    run_id = platform.launch("quick_job", tags={"dagster-celery/queue": "fast", "team": "blue"})
+    run_id = platform.launch("quick_job", tags={"dagster-celery/run_priority": "3", "team": "blue"})
     (entry,) = [entry for entry in platform.instance.all_logs(run_id) if "dagster-celery" in str(entry.dagster_event)]
     assert entry.level == logging.WARNING
     assert entry.get_dagster_event().message == (
-        "Without effect, because they are dagster-celery's: dagster-celery/queue=fast of the run. Instead: a fleet has"
-        " one queue: limit what takes its slots by pools or tag_concurrency_limits, or have a second deployment with a"
-        " queue of its own"
+        "Without effect, because they are dagster-celery's: dagster-celery/run_priority=3 of the run. Instead: set"
+        " dagster/priority on the run: those with a greater number leave Dagster's queue first"
     )
 
 

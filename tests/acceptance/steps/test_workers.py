@@ -354,6 +354,7 @@ def test_the_tags_of_ops_for_celery_are_said_to_have_no_effect(working_steps: Pl
     (entry,) = [e for e in working_steps.instance.all_logs(run_id) if "dagster-celery" in str(e.dagster_event)]
     assert entry.level == logging.WARNING
     message = entry.get_dagster_event().message or ""
-    which = "dagster-celery/queue of 2 steps (one, other); dagster-celery/priority of 2 steps (one, other)"
+    which = "dagster-celery/priority of 2 steps (one, other)"
     assert message.startswith(f"Without effect, because they are dagster-celery's: {which}. Instead: "), message
     assert "set dagster/priority on the op" in message
+    assert "worker start -q urgent -q default" in message
