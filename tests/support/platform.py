@@ -25,11 +25,11 @@ from dagster._core.definitions.reconstruct import ReconstructableJob, Reconstruc
 
 from dagster_taskiq.launcher import TaskiqRunLauncher
 from dagster_taskiq.process.child_handle import find_processes
-from dagster_taskiq.queue_names import cancel_queue_url, sibling_queue
+from dagster_taskiq.queue_names import cancel_queue_url, is_fifo, queue_name, sibling_queue
 from dagster_taskiq.storage.engine_events import TASK_ID_KEY, Stage
 from dagster_taskiq.storage.event_log import parse_event, read_engine_events
 from dagster_taskiq.storage.tags import GRACE_SECONDS_TAG, TASK_ID_TAG
-from tests.support.moto import sqs_client
+from tests.support.moto import create_queues, sqs_client
 from tests.support.waiting import wait_until
 from tests.support.warm import CLI, Lines, Process, start_command, start_program
 
@@ -216,6 +216,11 @@ class Platform:
             QueueUrl=sibling_queue(self.queue_url, suffix), AttributeNames=["All"]
         )["Attributes"]
         return int(known["ApproximateNumberOfMessages"]) + int(known["ApproximateNumberOfMessagesNotVisible"])
+
+    def create_route(self, route: str) -> str:
+        """The queues of a route; the URL of its work queue."""
+        name = queue_name(self.queue_url).removesuffix(".fifo")
+        return create_queues(self.endpoint_url, f"{name}-{route}", is_fifo(self.queue_url))
 
     def cancel_by_message(self, task_id: str, **more: Any) -> None:
         """As anybody can who may write to the cancel queue."""
