@@ -24,6 +24,7 @@ _LONGEST_KEY: Final = 64
 """MySQL's unique index has so many characters of a key, and names of hosts are long."""
 _DIGEST_BYTES: Final = 10
 _ENTRY: Final = len(("run", "step", "since"))
+_CODE: Final = len(("location", "mark", "why"))
 _FORGOTTEN_AFTER_S: Final = 7 * 24 * 3_600
 
 
@@ -233,6 +234,10 @@ def _is_unusable(message: object) -> bool:
     )
 
 
+def _is_code(entry: object) -> bool:
+    return isinstance(entry, list) and len(entry) == _CODE and all(isinstance(part, str) for part in entry)
+
+
 def _is_stopping(fact: object) -> bool:
     return (
         isinstance(fact, dict)
@@ -250,6 +255,7 @@ _FITTING: Final[Mapping[str, Callable[[Any], bool]]] = {
     "work": lambda fact: isinstance(fact, list) and all(map(_is_work, fact)),
     "held": is_number,
     "stopping": _is_stopping,
+    "code": lambda fact: isinstance(fact, list) and all(map(_is_code, fact)),
     "unusable": lambda fact: isinstance(fact, list) and all(map(_is_unusable, fact)),
 }
 """What a worker says of itself; that of another version may say it otherwise."""

@@ -8,7 +8,7 @@ and claims; not SQS, not processes.
 import enum
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
@@ -21,9 +21,11 @@ from dagster_taskiq.storage.claims import Claim, Claims, ClaimState
 from dagster_taskiq.storage.engine_events import Stage
 from dagster_taskiq.storage.event_log import StepRef, append_event, read_engine_events, run_will_resume
 from dagster_taskiq.storage.heartbeats import Heartbeats
+from dagster_taskiq.storage.routing import route_of_run
 from dagster_taskiq.storage.step_claims import StepClaims, StepState
 from dagster_taskiq.storage.step_events import step_lost
 from dagster_taskiq.storage.tags import TASK_ID_TAG, add_own_tags, own_tags, was_stopped
+from dagster_taskiq.worker.code_check import FindCode, is_here
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,8 @@ class Action(enum.Enum):
     START = "start the child"
     RESUME = "resume the run in a child"
     FAIL = "report the run FAILURE; the worker that had it is gone"
+    HAND_ON = "give the message back; another worker may have the code"
+    NO_CODE = "report the FAILURE; no living worker has the code"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +76,18 @@ class Candidate:
     where: str
 
 
-def admit_run(instance: DagsterInstance, claims: Claims, candidate: Candidate, held: str | None = None) -> Decision:
+def admit_run(
+    instance: DagsterInstance,
+    claims: Claims,
+    candidate: Candidate,
+    held: str | None = None,
+    find_code: FindCode = is_here,
+) -> Decision:
     """Look the run up, claim it, look again, decide. Blocks on the database.
 
     `held`: why nothing may be begun; then only what is to be cancelled goes on.
-    LOOK_AGAIN means: call this again after `claims.heartbeats.confirm_s`. A decision other than that, DROP and
-    HAND_BACK leaves the claim with this worker.
+    LOOK_AGAIN means: call this again after `claims.heartbeats.confirm_s`. A decision other than that, DROP, HAND_BACK
+    and HAND_ON leaves the claim with this worker. `find_code`: whether it can be begun here.
     """
     run = instance.get_run_by_id(candidate.run_id)
     early = _before_the_claim(claims, candidate, run)
@@ -90,6 +100,9 @@ def admit_run(instance: DagsterInstance, claims: Claims, candidate: Candidate, h
         return other
     if held is not None and run.status not in _IS_STOPPED:
         return Decision(Action.HAND_BACK, held, run)
+    no_code = find_code(run, route_of_run(run), "runs")
+    if no_code is not None and no_code.others and _begins_a_process(claims, candidate, run):
+        return Decision(Action.HAND_ON, no_code.why, run)  # before the claim: the run's log is not about this worker
     if TASK_ID_TAG not in own_tags(run):
         # Sent by somebody else's producer: from now on the run can be terminated all the same.
         add_own_tags(instance, run, {TASK_ID_TAG: candidate.task_id})
@@ -100,7 +113,18 @@ def admit_run(instance: DagsterInstance, claims: Claims, candidate: Candidate, h
     decision = _after_the_claim(candidate, now, seen, claims)
     if decision.action is Action.DROP:
         claims.release(run, decision.why, mine)
+    if no_code is not None and decision.action in (Action.START, Action.RESUME):
+        return replace(decision, action=Action.NO_CODE, why=no_code.why)
     return decision
+
+
+def _begins_a_process(claims: Claims, candidate: Candidate, run: DagsterRun) -> bool:
+    """Whether going on with it here takes the code of the run: for the run, or for its cleanup handlers."""
+    if run.status is DagsterRunStatus.CANCELING or was_stopped(run):
+        return cleanup_record(claims.instance, run.run_id).due
+    if run.status is DagsterRunStatus.STARTED and candidate.kind == "execute_run":
+        return run_will_resume(claims.instance, run.run_id)
+    return True
 
 
 def _before_the_claim(claims: Claims, candidate: Candidate, run: DagsterRun | None) -> Decision | None:
@@ -204,8 +228,16 @@ def _is_reported_lost(instance: DagsterInstance, run: DagsterRun, step: StepRef)
     return any(stage is Stage.STEP_LOST for stage, _ in read_engine_events(instance, run.run_id, step))
 
 
-def admit_step(instance: DagsterInstance, claims: StepClaims, step: StepRef, candidate: Candidate) -> Decision:
-    """May this attempt of a step be started? Claims it and decides: START or DROP. Blocks on the database.
+def admit_step(
+    instance: DagsterInstance,
+    claims: StepClaims,
+    step: StepRef,
+    candidate: Candidate,
+    find_code: FindCode = is_here,
+) -> Decision:
+    """May this attempt of a step be started? Claims it and decides. Blocks on the database.
+
+    START, DROP; HAND_ON, without a claim, when its code may be elsewhere; NO_CODE, with the claim, when it is nowhere.
 
     START leaves the claim with this worker; called again after it failed half-way, it goes on with that claim. An
     attempt that anybody else has claimed is never started again, also when that worker is dead: what becomes of it is
@@ -215,6 +247,9 @@ def admit_step(instance: DagsterInstance, claims: StepClaims, step: StepRef, can
     why = _reason_to_drop_step(run)
     if why is not None or run is None:
         return Decision(Action.DROP, why or "")  # without a trace in the log
+    no_code = find_code(run, step.route, "steps")
+    if no_code is not None and no_code.others:
+        return Decision(Action.HAND_ON, no_code.why)
     owner = claims.claim(run, step, candidate.worker_id, candidate.where)
     if owner.worker_id != candidate.worker_id:
         return Decision(Action.DROP, f"worker {owner.worker_id} claimed it first")
@@ -222,6 +257,8 @@ def admit_step(instance: DagsterInstance, claims: StepClaims, step: StepRef, can
         return Decision(Action.DROP, "this worker had it before, under another message")
     run = instance.get_run_by_id(candidate.run_id)
     why = _reason_to_drop_step(run)
+    if why is None and no_code is not None:
+        return Decision(Action.NO_CODE, no_code.why, run)
     if why is None:
         return Decision(Action.START, "to be started", run)
     if run is not None:

@@ -35,6 +35,7 @@ from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.step_claims import StepClaims
 from dagster_taskiq.storage.tags import grace_of
 from dagster_taskiq.tasks.running_task import RunningTask
+from dagster_taskiq.worker.code_check import FindCode, is_here
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,10 @@ class WorkerContext:
     """Why no run may be begun, in words; None: it may be."""
     unusable: Callable[[], list[UnusableMessage]] = list
     """Messages that this worker has received and that nobody can use, for the heartbeat."""
+    find_code: FindCode = is_here
+    """Whether the code of a run is here. Blocks on the file system, and on the database when it is not."""
+    told_code: Callable[[], list[list[str]]] = list
+    """What is known of that, for the heartbeat."""
     active: dict[str, ActiveTask] = field(default_factory=dict)
     """By task id, the work that was admitted and has not ended."""
     at_work: dict[str, tuple[RunningTask, asyncio.Event]] = field(default_factory=dict)

@@ -32,6 +32,7 @@ from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, TIM
 from dagster_taskiq.worker.claim_watch import CUT_OFF
 
 _NOT_BEGUN: Final = {DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING}
+_GOES_ON: Final = {*_NOT_BEGUN, DagsterRunStatus.STARTED}
 
 
 class FinalAction(enum.Enum):
@@ -209,13 +210,13 @@ def _is_stopped(
 
 
 def fail(instance: DagsterInstance, claims: Claims, run_id: str, why: str) -> bool:
-    """The worker that had the run is gone, and nobody goes on with it: report that, and free what it held.
+    """Nobody goes on with the run: its worker is gone, or its code is nowhere. Report that, and free what it held.
 
-    False, and nothing is written, when the run is no longer STARTED, or no longer this worker's: its steps had time to
-    stop, or the database was away, and somebody else may have resumed it meanwhile.
+    False, and nothing is written, when the run is being stopped or is over, or no longer this worker's: its steps had
+    time to stop, or the database was away, and somebody else may have resumed it meanwhile.
     """
     run = instance.get_run_by_id(run_id)
-    if run is None or run.status is not DagsterRunStatus.STARTED or not claims.holds(run_id):
+    if run is None or run.status not in _GOES_ON or not claims.holds(run_id):
         return False
     instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
     check_time()

@@ -12,6 +12,7 @@ from dagster_taskiq._lane import Lane
 from dagster_taskiq._retry import retry_async
 from dagster_taskiq.metrics import RUNNING
 from dagster_taskiq.queue_names import queue_name
+from dagster_taskiq.storage.code_locations import FACT
 from dagster_taskiq.storage.fleet import forget_stop
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.worker.context import WorkerContext
@@ -53,6 +54,8 @@ class Heart:
             "work": work,
             **self._orders.facts(),
         }
+        if code := context.told_code():
+            facts[FACT] = code
         if unusable := context.unusable():
             facts["unusable"] = [message.to_json() for message in unusable]
         if context.metrics.wanted and time.monotonic() - self._measured_at > _MEASURE_EVERY_S:

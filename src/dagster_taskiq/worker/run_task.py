@@ -25,6 +25,7 @@ from dagster_taskiq.storage.tags import TASK_ID_TAG, TIMED_OUT_TAG, own_tags
 from dagster_taskiq.tasks.running_task import RunningTask, current_task
 from dagster_taskiq.worker.admission import Action, Candidate, Decision, WorkKind, admit_run
 from dagster_taskiq.worker.claim_watch import TAKEN_OVER
+from dagster_taskiq.worker.code_check import hand_on_after_s
 from dagster_taskiq.worker.context import WorkerContext
 from dagster_taskiq.worker.event_writer import EventWriter
 from dagster_taskiq.worker.finalization import fail
@@ -116,7 +117,12 @@ class RunWork:
         while True:
             decision = await retry_async(
                 lambda: self._context.lane.call(
-                    admit_run, self._context.instance, claims, candidate, self._context.held()
+                    admit_run,
+                    self._context.instance,
+                    claims,
+                    candidate,
+                    self._context.held(),
+                    self._context.find_code,
                 ),
                 doing="look up a run",
                 for_s=DATABASE_RETRY_S,
@@ -149,9 +155,11 @@ class RunWork:
         if decision.action is Action.HAND_BACK:
             # While the fleet is held nobody receives it: it is to be there when that ends.
             return Settled(Settlement.HAND_BACK) if context.held() else context.hand_back_later()
+        if decision.action is Action.HAND_ON:
+            return Settled(Settlement.HAND_BACK, hand_on_after_s(task.receive_count))
         if decision.action is Action.DROP or run is None:
             return Settled(Settlement.DELETE)
-        if decision.action is Action.FAIL:
+        if decision.action in (Action.FAIL, Action.NO_CODE):
             await stop_steps(context, run)
             if await context.lane.call(fail, context.instance, context.claims, run.run_id, decision.why):
                 forget = context.forget_claims

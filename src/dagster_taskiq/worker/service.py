@@ -48,6 +48,7 @@ from dagster_taskiq.tasks.cancel_listener import CancelListener
 from dagster_taskiq.tasks.running_tasks import RunningTasks
 from dagster_taskiq.worker.cancel_sender import cancel_tasks
 from dagster_taskiq.worker.claim_watch import ClaimWatch
+from dagster_taskiq.worker.code_check import CodeCheck
 from dagster_taskiq.worker.context import CancelRuns, WorkerContext, cancel_none
 from dagster_taskiq.worker.ecs import Agent, Protection, Task, until_outdated
 from dagster_taskiq.worker.forking import fork_server, forked_server
@@ -230,6 +231,7 @@ class Worker:
                 helpers.create_task(watch.run(), name="watch the claims"),
                 helpers.create_task(poller.run(), name="poll the status of runs"),
                 helpers.create_task(heart.run(), name="heartbeat"),
+                helpers.create_task(self._code.run(), name="look for code"),
                 helpers.create_task(self._stop_what_does_not_finish(receivers, reconciler, context), name="drain"),
                 helpers.create_task(self._announce(receivers, on_ready), name="announce"),
             ]
@@ -270,6 +272,8 @@ class Worker:
     def _context(self, brokers: Sequence[CancellableSQSBroker]) -> WorkerContext:
         settings = self._settings
         without_message = Heartbeats.without_a_message(self._instance, settings)
+        tell = partial(asyncio.get_running_loop().call_soon_threadsafe, self._orders.news.set)
+        code = self._code = CodeCheck(self._instance, settings, self.worker_id, tell)
         return WorkerContext(
             instance=self._instance,
             settings=settings,
@@ -285,6 +289,8 @@ class Worker:
             cancel_tasks=partial(cancel_tasks, settings, brokers),
             cancel_runs=self._cancel_runs,
             held=lambda: hold.described() if (hold := self._orders.hold) is not None else None,
+            find_code=code.missing,
+            told_code=code.told,
             unusable=lambda: [message for broker in brokers for message in broker.unusable.told()],
         )
 

@@ -22,6 +22,7 @@ from dagster_taskiq.storage import step_events
 from dagster_taskiq.storage.event_log import StepRef, append_event
 from dagster_taskiq.tasks.running_task import RunningTask, current_task
 from dagster_taskiq.worker.admission import Action, Candidate, Decision, admit_step, admit_step_again
+from dagster_taskiq.worker.code_check import hand_on_after_s
 from dagster_taskiq.worker.context import WorkerContext
 from dagster_taskiq.worker.event_writer import EventWriter
 from dagster_taskiq.worker.finalization import how_it_ended
@@ -72,6 +73,10 @@ class StepWork:
             logger.info("step not started: %s", decision.action.value, extra=extra)
         if decision.action is Action.HAND_BACK:
             return self._context.hand_back_later()
+        if decision.action is Action.HAND_ON:
+            return Settled(Settlement.HAND_BACK, hand_on_after_s(task.receive_count))
+        if decision.action is Action.NO_CODE and decision.run is not None:
+            return await self._fail(message, decision.run, decision.why)
         if decision.action is not Action.START or decision.run is None:
             return Settled(Settlement.DELETE)
         return await self._execute(message, decision, decision.run, task)
@@ -96,7 +101,7 @@ class StepWork:
                 return had_before
             # From here on a claim of ours may be this one: a database that fails in between must not make us drop it.
             looked = True
-            return had_before or admit_step(context.instance, context.step_claims, step, candidate)
+            return had_before or admit_step(context.instance, context.step_claims, step, candidate, context.find_code)
 
         while True:
             try:
@@ -143,10 +148,7 @@ class StepWork:
             log.ended(HANDED_BACK, why)
             return await context.give_up(run, why, delay_s=delay_s, step=step)
         # Before the event that it is over: the run may be final, and its claims deleted, as soon as that is read.
-        await retry_async(
-            lambda: context.lane.call(context.step_claims.end, run.run_id, step, context.worker_id),
-            doing="write that a step is over",
-        )
+        await self._end_claim(message)
         said = [one["step_ended"] for one in (end.messages if end is not None else ()) if "step_ended" in one]
         reported = bool(said)
         writer.record_end(end, reported=reported)
@@ -159,6 +161,20 @@ class StepWork:
         log.ended(str(said[-1]).removeprefix("STEP_") if said else "lost", None if said else why)
         await self._forget_payload(message)
         return Settled(Settlement.DELETE)
+
+    async def _fail(self, message: StepMessage, run: DagsterRun, why: str) -> Settled:
+        """It is not begun, here or elsewhere; its retries would end in the same way."""
+        await self._end_claim(message)
+        await self._report_lost(run, message, why, may_retry=False)
+        await self._forget_payload(message)
+        return Settled(Settlement.DELETE)
+
+    async def _end_claim(self, message: StepMessage) -> None:
+        context, step = self._context, StepRef(message.step_key, message.task_id)
+        await retry_async(
+            lambda: context.lane.call(context.step_claims.end, message.run_id, step, context.worker_id),
+            doing="write that a step is over",
+        )
 
     async def _run_child(
         self, message: StepMessage, run: DagsterRun, task: RunningTask, writer: EventWriter
