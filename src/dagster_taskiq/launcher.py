@@ -163,11 +163,10 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
     @_in_time
     def _submit(self, run: DagsterRun, task_name: str) -> None:
         task_id, before = uuid.uuid4().hex, own_tags(run).get(TASK_ID_TAG)
-        routing = self.routing
-        route = routing.route_for(run) if task_name == EXECUTE_RUN else route_of_run(run)
-        # The tags first: a worker may have the message before `send` returns.
-        tag_launched_run(self._instance, run, task_id, routing.tags_for(run, route))
         try:
+            route = self.routing.route_for(run) if task_name == EXECUTE_RUN else route_of_run(run)
+            # The tags first: a worker may have the message before `send` returns.
+            tag_launched_run(self._instance, run, task_id, self.routing.tags_for(run, route))
             self._send(run, task_name, task_id, route)
         except DagsterTaskiqError as error:
             if not self._has_moved_on(run, task_name):

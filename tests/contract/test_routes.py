@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 from taskiq import BrokerMessage
+from tests.support.eventually import eventually
 from tests.support.moto import create_queues, sqs_client, with_siblings
 from tests.support.workers import Outside, broker_for
 
@@ -66,3 +67,31 @@ def test_a_producer_sends_to_each_route_over_a_broker_of_its_own(queue_url: str,
     seen = {route: Outside(route_queue_url(queue_url, route), endpoint) for route in ("default", "gpu", "big_2")}
     assert {route: one.work()[0] for route, one in seen.items()} == {"default": 1, "gpu": 2, "big_2": 1}
     assert {route: one.cancels()[0] for route, one in seen.items()} == {"default": 1, "gpu": 2, "big_2": 1}
+
+
+async def test_a_producer_keeps_a_limited_number_of_clients(
+    standard_url: str, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names of routes come from tags: there may be any number of them."""
+    monkeypatch.setattr("dagster_taskiq.tasks.producer._MOST_BROKERS", 1)
+    monkeypatch.setattr("dagster_taskiq.tasks.producer.REQUEST_TIMEOUT_S", 2.0)
+    made: list[CancellableSQSBroker] = []
+
+    def broker_of(route: str) -> CancellableSQSBroker:
+        made.append(broker_for(route_queue_url(standard_url, route), endpoint))
+        return made[-1]
+
+    def is_open(number: int) -> bool:
+        return made[number]._connection is not None
+
+    producer = Producer(broker_of, name="producer")
+    try:
+        for route in ("default", "nowhere", "default"):
+            listed = producer.submit(lambda broker: broker.list_routes(standard_url), route=route)
+            assert result_of(listed) == ("default",)
+        assert len(made) == 3
+        await eventually(lambda: not is_open(0) and not is_open(1), "who is not used is closed, when it may have ended")
+        assert is_open(2)
+    finally:
+        producer.close()
+    assert not any(is_open(number) for number in range(3))

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 from dagster import DagsterEventType, DagsterRunStatus
-from dagster._core.launcher import ResumeRunContext
+from dagster._core.launcher import LaunchRunContext, ResumeRunContext
 from tests.acceptance.conftest import open_platform
 from tests.support.platform import Platform
 from tests.support.proxy import sqs_proxy
@@ -86,6 +86,16 @@ def test_a_tag_that_names_no_route_fails_the_run_with_the_rule(platform: Platfor
     with pytest.raises(SettingsError, match="tag dagster-taskiq/queue of the run: 'GPU 1' is not the name of a route"):
         platform.instance.launch_run(run.run_id, workspace=None)  # type: ignore[arg-type]
     assert platform.status(run.run_id) is DagsterRunStatus.FAILURE
+
+
+@pytest.mark.parametrize("route", ["GPU 1", "nowhere"])
+def test_a_run_that_was_terminated_at_its_launch_does_not_fail_because_of_its_route(
+    platform: Platform, route: str
+) -> None:
+    run = platform.create("quick_job", {QUEUE_TAG: route})
+    platform.instance.report_run_canceled(run)
+    platform.launcher.launch_run(LaunchRunContext(run, workspace=None))
+    assert platform.status(run.run_id) is DagsterRunStatus.CANCELED
 
 
 def test_terminate_goes_to_the_cancel_queue_of_the_run_s_route(platform: Platform) -> None:
