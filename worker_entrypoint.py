@@ -6,6 +6,7 @@ The settings come from `run_launcher` in `$DAGSTER_HOME/dagster.yaml`, or from t
     "command": ["python", "worker_entrypoint.py"]
 
     DAGSTER_TASKIQ_STOP_TIMEOUT=120    the container's `stopTimeout`, in seconds; the drain is fitted into it
+    DAGSTER_TASKIQ_ROUTE=gpu,default   the routes that it serves, in order of preference (default: the unnamed one)
     DAGSTER_TASKIQ_SERVE=runs          or `steps`, or `both` (default): what this worker takes
     DAGSTER_TASKIQ_MAX_RUNS=4          runs at a time
     DAGSTER_TASKIQ_MAX_STEPS=4         steps at a time

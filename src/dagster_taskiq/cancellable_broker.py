@@ -13,7 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from logging import getLogger
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from pydantic import ConfigDict
 from taskiq import AckableMessage, BrokerMessage
@@ -57,6 +57,7 @@ class LeasedMessage(AckableMessage):
 
     lease: Lease
     message_id: str
+    queue_url: str
     receive_count: int = 1
     sent_at: float = 0.0
 
@@ -106,7 +107,7 @@ class CancellableSQSBroker(SQSBroker, Canceller):  # type: ignore[misc]  # taski
         """Awaited before work is received: until it returns, everything waits in SQS."""
 
     @classmethod
-    def from_settings(cls, settings: Settings, queue_url: str) -> "CancellableSQSBroker":
+    def from_settings(cls, settings: Settings, queue_url: str) -> Self:
         """A broker for the work queue or the steps queue; cancels go over the one cancel queue for both."""
         return cls(
             queue_url,
@@ -191,20 +192,29 @@ class CancellableSQSBroker(SQSBroker, Canceller):  # type: ignore[misc]  # taski
         waiting: deque[LeasedMessage] = deque()
         try:
             while True:
-                received = await retry_async(self._receive, doing="receive work", on=QueueError)
-                hidden: dict[str, int] = {}
-                waiting.extend(message for raw in received if (message := self._leased(raw, hidden)) is not None)
-                await self._work.hide(hidden)
+                waiting.extend(await self.receive_work(self.free_slots))
                 while waiting:
                     yield waiting.popleft()
         finally:
-            await shielded(_hand_back(waiting), name="hand back unstarted work")
+            await shielded(hand_back(waiting), name="hand back unstarted work")
 
-    async def _receive(self) -> "Sequence[MessageTypeDef]":
+    async def receive_work(self, at_most: Callable[[], int]) -> list[LeasedMessage]:
+        """One long poll, of as many messages as that says when it begins; each is leased. Tried again for ever."""
+        received = await retry_async(functools.partial(self._receive, at_most), doing="receive work", on=QueueError)
+        hidden: dict[str, int] = {}
+        messages = [message for raw in received if (message := self._leased(raw, hidden)) is not None]
+        try:
+            await self._work.hide(hidden)
+        except asyncio.CancelledError:
+            await shielded(hand_back(messages), name="hand back unstarted work")
+            raise
+        return messages
+
+    async def _receive(self, at_most: Callable[[], int]) -> "Sequence[MessageTypeDef]":
         if self.may_receive is not None:
             await self.may_receive()
-        at_most = max(1, min(self.max_messages, self.free_slots()))
-        return await self._work.receive(at_most=at_most, wait_s=self.wait_time, visibility_s=self.visibility_timeout_s)
+        count = max(1, min(self.max_messages, at_most()))
+        return await self._work.receive(at_most=count, wait_s=self.wait_time, visibility_s=self.visibility_timeout_s)
 
     def _leased(self, raw: "MessageTypeDef", hidden: dict[str, int]) -> LeasedMessage | None:
         """The message, with its lease; None when it is unreadable, and then its receipt is added to `hidden`."""
@@ -228,6 +238,7 @@ class CancellableSQSBroker(SQSBroker, Canceller):  # type: ignore[misc]  # taski
             ack=functools.partial(lease.settle, Settlement.DELETE),
             lease=lease,
             message_id=message_id,
+            queue_url=self.queue_url,
             receive_count=receive_count,
             sent_at=sent_at,
         )
@@ -303,7 +314,8 @@ def _batches(messages: Iterable[tuple[BrokerMessage, str]]) -> Iterator[list[tup
         yield batch
 
 
-async def _hand_back(messages: Iterable[LeasedMessage]) -> None:
+async def hand_back(messages: Iterable[LeasedMessage]) -> None:
+    """Let anybody have them at once."""
     await asyncio.gather(*[message.lease.settle(Settlement.HAND_BACK) for message in messages])
 
 

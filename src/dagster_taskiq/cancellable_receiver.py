@@ -25,7 +25,7 @@ from dagster_taskiq.errors import CleanupFailed, QueueUnreachable
 from dagster_taskiq.sqs.lease import Settle
 from dagster_taskiq.sqs.settlement import Settled, Settlement
 from dagster_taskiq.sqs.unusable import LONGEST_PAUSE_S
-from dagster_taskiq.tasks.cancel_listener import CancelListener
+from dagster_taskiq.tasks.cancel_listener import CancelListener, Cancels
 from dagster_taskiq.tasks.held_cancels import HeldCancels
 from dagster_taskiq.tasks.middleware import CancellationEvent, Stage, notify_all
 from dagster_taskiq.tasks.predicates import TaskView
@@ -70,7 +70,7 @@ class CancellableReceiver(Receiver):
         *args: Any,
         hooks: ReceiverHooks | None = None,
         tasks: RunningTasks | None = None,
-        listener: CancelListener | None = None,
+        listener: Cancels | None = None,
         **kwargs: Any,
     ) -> None:
         """`tasks` and `listener`: shared with other receivers of this worker, which runs the listener itself.
@@ -88,7 +88,7 @@ class CancellableReceiver(Receiver):
         self.tasks = tasks if tasks is not None else RunningTasks()
         """The work of this worker by task id, from receipt until settled."""
         self._shared_listener = listener
-        self._listener: CancelListener | None = listener
+        self._listener: Cancels | None = listener
         self._mine: set[RunningTask] = set()
         self._callbacks: set[asyncio.Task[Any]] = set()
         self._side_tasks: set[asyncio.Task[None]] = set()
@@ -253,6 +253,7 @@ class CancellableReceiver(Receiver):
             settle=settle,
             receive_count=leased.receive_count if leased is not None else 1,
             sent_at=sent_at,
+            queue_url=leased.queue_url if leased is not None else "",
             view=TaskView.of(parsed, sent_at) if not self.hooks.tasks_await_signal else None,
             awaits_signal=self.hooks.tasks_await_signal,
             on_cancelled=self._delivered,

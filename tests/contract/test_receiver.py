@@ -257,7 +257,7 @@ async def test_a_cancel_that_comes_after_a_failed_try_is_there_for_the_next(stan
             if not isinstance(result.error, TaskCancelled):
                 await at.broker.cancel_task(message.task_id)
                 held = at.receiver._listener._held  # type: ignore[union-attr]
-                await eventually(lambda: held.of(message.task_id), "the cancel is received")  # type: ignore[union-attr]
+                await eventually(lambda: held.of(message.task_id), "the cancel is received")
 
     async def fail() -> None:
         nonlocal tries

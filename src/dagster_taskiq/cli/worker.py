@@ -42,6 +42,14 @@ def worker() -> None:
 @worker.command(short_help="Work on runs and steps until SIGTERM.")
 @config_option
 @click.option("-n", "--name", metavar="NAME", help="Name of the worker in logs and events. Default: a new one.")
+@click.option(
+    "-q",
+    "--queue",
+    "routes",
+    metavar="ROUTE",
+    multiple=True,
+    help="A route to serve; several, also with commas: in order of preference. Default: the setting serves.",
+)
 @click.option("--max-runs", type=int, metavar="N", help="Runs at a time; the setting max_concurrent_runs.")
 @click.option("--max-steps", type=int, metavar="N", help="Steps at a time; the setting max_concurrent_steps.")
 @click.option("--runs-only", is_flag=True, help="Take no steps: for a separate fleet for runs.")
@@ -51,6 +59,7 @@ def worker() -> None:
 def start(
     config_file: Path | None,
     name: str | None,
+    routes: tuple[str, ...],
     max_runs: int | None,
     max_steps: int | None,
     log_level: str,
@@ -62,21 +71,25 @@ def start(
     """Work on runs and steps until SIGTERM or Ctrl-C.
 
     Runs and steps have separate slots, so a run that waits for its steps never takes a slot that a step needs.
-    Prints one line with the word `ready` when it listens to all its queues. The Dagster instance is the one in
-    $DAGSTER_HOME. A second SIGTERM skips the drain.
+    Of several routes the first one's waiting work is taken first whenever a slot becomes free; `default` is the
+    unnamed route. Prints one line with the word `ready` when it listens to all its queues. The Dagster instance is the
+    one in $DAGSTER_HOME. A second SIGTERM skips the drain.
 
     \b
     Example:
       dagster-taskiq worker start
       dagster-taskiq worker start -n loader-1 --max-runs 2 --log-level DEBUG
       dagster-taskiq worker start --steps-only --max-steps 8
+      dagster-taskiq worker start -q gpu -q default
     """
     if runs_only and steps_only:
         raise click.UsageError("--runs-only and --steps-only exclude each other; leave both out to serve both queues")
     if (runs_only and max_steps) or (steps_only and max_runs):
         raise click.UsageError("--runs-only goes with --max-runs, and --steps-only with --max-steps")
     max_runs, max_steps = (0 if steps_only else max_runs), (0 if runs_only else max_steps)
-    overrides = {"max_concurrent_runs": max_runs, "max_concurrent_steps": max_steps}
+    overrides: dict[str, Any] = {"max_concurrent_runs": max_runs, "max_concurrent_steps": max_steps}
+    if routes:
+        overrides["serves"] = ",".join(routes)
     raise SystemExit(run(config_file, name=name, log_level=log_level, log_format=log_format, overrides=overrides))
 
 
@@ -95,16 +108,24 @@ def run(
     log_to_stderr(log_level, log_format)
     with collection_paused():
         settings = configured(config_file, **(overrides or {}))
-        from dagster_taskiq.queue_names import queue_name
         from dagster_taskiq.worker.service import run_worker
 
     def announce(worker_id: str) -> None:
-        served = [settings.queue_url] if settings.max_concurrent_runs else []
-        served += [settings.steps_queue_url] if settings.max_concurrent_steps else []
-        names = " and ".join(map(queue_name, served))
-        click.echo(f"worker {worker_id} is ready: it listens to {names}")
+        click.echo(f"worker {worker_id} is ready: it listens to {_listens_to(settings)}")
 
     return run_worker(settings, name=name, on_ready=announce, cancel_runs=_cancel_runs)
+
+
+def _listens_to(settings: "Settings") -> str:
+    """The queues of each route, in order of preference."""
+    from dagster_taskiq.queue_names import queue_name
+
+    routes = []
+    for of_route in map(settings.of_route, settings.serves):
+        urls = [of_route.queue_url] if settings.max_concurrent_runs else []
+        urls += [of_route.steps_queue_url] if settings.max_concurrent_steps else []
+        routes.append(" and ".join(map(queue_name, urls)))
+    return ", then ".join(routes)
 
 
 def _cancel_runs(
@@ -224,11 +245,14 @@ def _table(workers: "Sequence[WorkerInfo]") -> "Table":
 
     now = time.time()
     table = Table(box=box.SIMPLE)
-    for heading in ("worker", "state", "heartbeat", "up", "runs", "steps", "working on", "status", "for"):
+    named = _uses_routes(workers)
+    routes = ("routes",) if named else ()
+    for heading in ("worker", "state", *routes, "heartbeat", "up", "runs", "steps", "working on", "status", "for"):
         table.add_column(heading, no_wrap=heading not in ("worker", "working on"), overflow="fold")
     for worker in workers:
         up = age(now - worker.since) if worker.since is not None and worker.state != "gone" else ""
-        row = [worker.worker_id, worker.shown_state, f"{age(now - worker.heard)} ago", up, *_slots(worker)]
+        served = (", ".join(worker.routes),) if named else ()
+        row = [worker.worker_id, worker.shown_state, *served, f"{age(now - worker.heard)} ago", up, *_slots(worker)]
         for work in worker.work or (None,):
             if work is None:
                 table.add_row(*map(shown, row))
@@ -240,15 +264,24 @@ def _table(workers: "Sequence[WorkerInfo]") -> "Table":
 
 def _lines(workers: "Sequence[WorkerInfo]") -> "Iterator[str]":
     """For a narrow terminal: the same, one below the other."""
-    now = time.time()
+    now, named = time.time(), _uses_routes(workers)
     for worker in workers:
         runs, steps = _slots(worker)
         yield worker.worker_id
         heard, taken = age(now - worker.heard), f"runs {runs or '?'}, steps {steps or '?'}"
         yield f"  {worker.shown_state}, heartbeat {heard} ago, {taken}"
+        if named:
+            yield f"  routes {', '.join(worker.routes)}"
         for work in worker.work:
             yield f"  {_name(work)}"
             yield f"    {work.status or '?'} for {age(now - work.since)}"
+
+
+def _uses_routes(workers: "Sequence[WorkerInfo]") -> bool:
+    """Whether one of them serves a route with a name."""
+    from dagster_taskiq.queue_names import DEFAULT_ROUTE
+
+    return any(worker.routes != (DEFAULT_ROUTE,) for worker in workers)
 
 
 def _endings(workers: "Sequence[WorkerInfo]") -> "Iterator[str]":

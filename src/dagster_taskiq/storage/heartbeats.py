@@ -251,6 +251,7 @@ _FITTING: Final[Mapping[str, Callable[[Any], bool]]] = {
     "since": is_number,
     "where": lambda fact: isinstance(fact, str),
     "queue": lambda fact: isinstance(fact, str),
+    "routes": lambda fact: isinstance(fact, list),
     "slots": lambda fact: isinstance(fact, list) and len(fact) == len(("runs", "steps")) and all(map(is_number, fact)),
     "work": lambda fact: isinstance(fact, list) and all(map(_is_work, fact)),
     "held": is_number,

@@ -12,9 +12,11 @@ from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunRecord, Ru
 
 from dagster_taskiq._text import one_line
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
+from dagster_taskiq.queue_names import DEFAULT_ROUTE
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.claims import Claim, held_claims
 from dagster_taskiq.storage.heartbeats import Heartbeat, Heartbeats
+from dagster_taskiq.storage.routing import served_routes
 
 ALIVE: Final = "alive"
 SILENT: Final = "silent"
@@ -74,7 +76,9 @@ class WorkerInfo:
     """Slots for steps."""
     work: tuple[WorkInfo, ...]
     queue: str | None = None
-    """Name of the work queue that it serves."""
+    """Name of the work queue of the unnamed route, from which those of the others are derived."""
+    routes: tuple[str, ...] = (DEFAULT_ROUTE,)
+    """What it serves, in order of preference."""
     stopping: StopInfo | None = None
     """It takes nothing new, and ends."""
     held: float | None = None
@@ -160,6 +164,7 @@ def _worker_info(last: Heartbeat, state: str, entries: Sequence[_Entry], runs: M
         steps=slots[1],
         work=tuple(work),
         queue=facts.get("queue"),
+        routes=served_routes(facts),
         stopping=_stopping(facts.get("stopping")),
         held=facts.get("held"),
     )

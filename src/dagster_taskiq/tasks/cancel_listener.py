@@ -73,6 +73,26 @@ class Tasks(Protocol):
         """Cancel those for which there is a cancellation; returns these, by task id."""
 
 
+class Cancels(Protocol):
+    """Whatever listens to cancels, to those who work: `CancelListener`."""
+
+    @property
+    def listening(self) -> asyncio.Event:
+        """Set when cancels are being received."""
+
+    def cancelled_ahead(self, task_id: str, task: TaskView | None = None) -> Cancellation | None:
+        """The cancel that was received before the work came, if there was one lately."""
+
+    async def look(self) -> None:
+        """Receive what is there now, for work that may have been cancelled in a worker that has died."""
+
+    async def settled(self, task_id: str, *, over: bool) -> None:
+        """Work of this worker is settled. `over`: nobody will work under its id again."""
+
+    async def run(self) -> None:
+        """Listen until cancelled."""
+
+
 class CancelListener:
     """SQS gives a cancel to any worker: the owner takes it, everybody else hands it on.
 

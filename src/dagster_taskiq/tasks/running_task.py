@@ -68,6 +68,7 @@ class RunningTask:
         settle: Settle,
         receive_count: int = 1,
         sent_at: float = 0.0,
+        queue_url: str = "",
         view: TaskView | None = None,
         awaits_signal: bool = False,
         on_cancelled: Callable[["RunningTask", Cancellation], None] = lambda *_: None,
@@ -79,6 +80,8 @@ class RunningTask:
         """
         self.task_id = task_id
         self.sent_at = sent_at
+        self.queue_url = queue_url
+        """Of the queue that its message came from; empty when there is no message."""
         self.view = view
         self.receive_count = receive_count
         self.about = {"task_id": task_id, **_log_context.current()}

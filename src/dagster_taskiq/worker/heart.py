@@ -50,6 +50,7 @@ class Heart:
             "since": self._started_at,
             "where": context.where,
             "queue": queue_name(context.settings.queue_url),
+            "routes": [*context.settings.serves],
             "slots": self._slots(),
             "work": work,
             **self._orders.facts(),

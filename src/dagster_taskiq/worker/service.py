@@ -44,7 +44,7 @@ from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.step_claims import StepClaims, forget_old_step_claims
 from dagster_taskiq.storage.step_state import forget_old_states
 from dagster_taskiq.storage.tags import TASK_ID_TAG
-from dagster_taskiq.tasks.cancel_listener import CancelListener
+from dagster_taskiq.tasks.cancel_listener import Cancels
 from dagster_taskiq.tasks.running_tasks import RunningTasks
 from dagster_taskiq.worker.cancel_sender import cancel_tasks
 from dagster_taskiq.worker.claim_watch import ClaimWatch
@@ -56,6 +56,7 @@ from dagster_taskiq.worker.health import answering
 from dagster_taskiq.worker.heart import Heart
 from dagster_taskiq.worker.orders import Orders
 from dagster_taskiq.worker.reconciler import Reconciler
+from dagster_taskiq.worker.routes import Served
 from dagster_taskiq.worker.run_task import RunWork
 from dagster_taskiq.worker.status_poller import StatusPoller
 from dagster_taskiq.worker.step_task import StepWork
@@ -167,18 +168,18 @@ class Worker:
         if handle_signals:
             for number in _SIGNALS:
                 asyncio.get_running_loop().add_signal_handler(number, self.stop)
-        brokers = self._brokers()
-        context = self._context(brokers)
+        served = Served.of(self._settings)
+        context = self._context(served)
         heart = Heart(self._heartbeats, context, self._stopping, self._orders)
         bucket = self._settings.payload_bucket
         payloads = PayloadBucket(bucket, self._settings.region_name) if bucket else None
         try:
-            if not await self._unless_stopped(self._prepare(brokers, heart)):
+            if not await self._unless_stopped(self._prepare(served, heart)):
                 return
             async with answering(lambda: self._describe(context)):
-                await self._work(brokers, context, heart, payloads, on_ready)
+                await self._work(served, context, heart, payloads, on_ready)
         finally:
-            for broker in brokers:
+            for broker in served.brokers:
                 await broker.shutdown()
             if payloads is not None:
                 await payloads.close()
@@ -188,10 +189,8 @@ class Worker:
             with suppress(Exception):  # the database may be the reason why we stop
                 await heart.stop()
 
-    async def _prepare(self, brokers: Sequence[CancellableSQSBroker], heart: Heart) -> None:
-        checked = await asyncio.gather(*[broker.check_queues() for broker in brokers], return_exceptions=True)
-        if errors := [error for error in checked if error is not None]:
-            raise errors[0]
+    async def _prepare(self, served: Served, heart: Heart) -> None:
+        await served.check()
         await self._fork_server.start()
         await retry_async(heart.beat, doing="write the first heartbeat", on=TimeoutError, for_s=CALL_S)
 
@@ -210,19 +209,16 @@ class Worker:
 
     async def _work(
         self,
-        brokers: Sequence[CancellableSQSBroker],
+        served: Served,
         context: WorkerContext,
         heart: Heart,
         payloads: PayloadBucket | None,
         on_ready: Callable[[str], None] | None,
     ) -> None:
         """Receive until told to stop; every helper has an owner, and one that fails stops the worker."""
-        settings, listener = self._settings, None
-        if settings.enable_cancellation:
-            # Any of the brokers: the queues share one cancel queue.
-            listener = CancelListener(brokers[0], self._tasks, cancel_ttl_s=settings.cancel_ttl, is_over=self._is_over)
+        settings, listener = self._settings, served.listener(self._tasks, self._is_over)
         runs = RunWork(context)  # one for all: it knows which runs are worked on here
-        receivers = [self._receiver(broker, context, runs, listener, payloads) for broker in brokers]
+        receivers = self._receivers(served, context, runs, listener, payloads)
         reconciler = Reconciler(context, self._tasks, runs) if settings.max_concurrent_runs else None
         poller = StatusPoller(self._instance, context.watched, self._tasks.cancel, settings.status_poll_seconds)
         async with asyncio.TaskGroup() as helpers:
@@ -258,18 +254,7 @@ class Worker:
             logger.info("outdated: no new work; what runs is finished, then the worker ends")
             self._end_after_work("a deployment")
 
-    def _brokers(self) -> list[CancellableSQSBroker]:
-        """One for each queue that this worker serves: runs, steps."""
-        settings, brokers = self._settings, []
-        if settings.max_concurrent_runs:
-            brokers.append(CancellableSQSBroker.from_settings(settings, settings.queue_url))
-        if settings.max_concurrent_steps:
-            brokers.append(CancellableSQSBroker.from_settings(settings, settings.steps_queue_url))
-        for broker in brokers:
-            broker.is_worker_process = True
-        return brokers
-
-    def _context(self, brokers: Sequence[CancellableSQSBroker]) -> WorkerContext:
+    def _context(self, served: Served) -> WorkerContext:
         settings = self._settings
         without_message = Heartbeats.without_a_message(self._instance, settings)
         tell = partial(asyncio.get_running_loop().call_soon_threadsafe, self._orders.news.set)
@@ -286,31 +271,44 @@ class Worker:
             metrics=Metrics.chosen(
                 settings.metrics, queue_name(settings.queue_url), on_ecs=on_ecs(), stdout_is_a_log=True
             ),
-            cancel_tasks=partial(cancel_tasks, settings, brokers),
+            cancel_tasks=partial(cancel_tasks, settings, served.brokers),
             cancel_runs=self._cancel_runs,
             held=lambda: hold.described() if (hold := self._orders.hold) is not None else None,
             find_code=code.missing,
             told_code=code.told,
-            unusable=lambda: [message for broker in brokers for message in broker.unusable.told()],
+            unusable=lambda: [message for broker in served.brokers for message in broker.unusable.told()],
         )
+
+    def _receivers(
+        self,
+        served: Served,
+        context: WorkerContext,
+        runs: RunWork,
+        listener: Cancels | None,
+        payloads: PayloadBucket | None,
+    ) -> list[CancellableReceiver]:
+        """Each with slots of its own: runs that wait for steps never take those that the steps need."""
+        settings, found = self._settings, []
+        if served.runs is not None:
+            runs.register(served.runs)
+            served.hold_runs_until(self._orders.may_begin)
+            found.append(
+                self._receiver(served.runs, settings.max_concurrent_runs, context, context.still_ours, listener)
+            )
+        if served.steps is not None:
+            StepWork(context, payloads, served.route_of_steps_queue).register(served.steps)
+            ours = context.step_still_ours
+            found.append(self._receiver(served.steps, settings.max_concurrent_steps, context, ours, listener))
+        return found
 
     def _receiver(
         self,
         broker: CancellableSQSBroker,
+        slots: int,
         context: WorkerContext,
-        runs: RunWork,
-        listener: CancelListener | None,
-        payloads: PayloadBucket | None,
+        still_ours: Callable[[str], Awaitable[bool]],
+        listener: Cancels | None,
     ) -> CancellableReceiver:
-        """With slots of its own: runs that wait for steps never take those that the steps need."""
-        still_ours: Callable[[str], Awaitable[bool]]
-        if broker.queue_url == self._settings.queue_url:
-            runs.register(broker)
-            broker.may_receive = self._orders.may_begin
-            slots, still_ours = self._settings.max_concurrent_runs, context.still_ours
-        else:
-            StepWork(context, payloads).register(broker)
-            slots, still_ours = self._settings.max_concurrent_steps, context.step_still_ours
         hooks = ReceiverHooks(
             tasks_await_signal=True,
             still_ours=still_ours,

@@ -6,6 +6,7 @@ never began) is written here, and the run's executor, which follows the log, mak
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from dagster import DagsterRun
@@ -16,6 +17,7 @@ from dagster_taskiq.child.main import STEP_TARGET
 from dagster_taskiq.errors import MessageUnreadable, PayloadUnavailable
 from dagster_taskiq.messages import EXECUTE_STEP, StepMessage
 from dagster_taskiq.process.supervise import ChildEnd
+from dagster_taskiq.queue_names import DEFAULT_ROUTE
 from dagster_taskiq.sqs.s3_payloads import PayloadBucket
 from dagster_taskiq.sqs.settlement import Settled, Settlement
 from dagster_taskiq.storage import step_events
@@ -35,9 +37,16 @@ logger = logging.getLogger(__name__)
 class StepWork:
     """Carries out work on steps. `payloads`: where what is too large for a message is found, if anywhere."""
 
-    def __init__(self, context: WorkerContext, payloads: PayloadBucket | None) -> None:
+    def __init__(
+        self,
+        context: WorkerContext,
+        payloads: PayloadBucket | None,
+        route_of: Callable[[str], str] = lambda _: DEFAULT_ROUTE,
+    ) -> None:
+        """`route_of`: the route that a queue belongs to, by its URL."""
         self._context = context
         self._payloads = payloads
+        self._route_of = route_of
 
     def register(self, broker: AsyncBroker) -> None:
         """Make the task known to a worker's broker."""
@@ -84,7 +93,7 @@ class StepWork:
     async def _admit(self, message: StepMessage, task: RunningTask) -> Decision:
         """See `admit_step`; patient with the database."""
         context = self._context
-        step = StepRef(message.step_key, message.task_id)
+        step = self._ref(message, task)
         candidate = Candidate("execute_step", message.run_id, message.task_id, context.worker_id, context.where)
         looked = task.receive_count == 1
 
@@ -121,6 +130,9 @@ class StepWork:
                 return Decision(Action.HAND_BACK, "the worker shuts down")
             await asyncio.sleep(context.heartbeats_of_steps.confirm_s)
 
+    def _ref(self, message: StepMessage, task: RunningTask) -> StepRef:
+        return StepRef(message.step_key, message.task_id, self._route_of(task.queue_url))
+
     async def _release_unbegun(self, run_id: str, step: StepRef) -> None:
         context = self._context
 
@@ -135,7 +147,7 @@ class StepWork:
             logger.exception("a claim could not be released", extra={"run_id": run_id, "task_id": step.task_id})
 
     async def _execute(self, message: StepMessage, decision: Decision, run: DagsterRun, task: RunningTask) -> Settled:
-        context, signal, step = self._context, task.signal, StepRef(message.step_key, message.task_id)
+        context, signal, step = self._context, task.signal, self._ref(message, task)
         writer = EventWriter(context.instance, run, context.worker_id, signal, step, lane=context.lane)
         context.measure_wait(task, "step")
         log = WorkLog(run, context.worker_id, step_key=message.step_key)

@@ -1,0 +1,69 @@
+"""Workers that serve routes: of whom is taken what, in which order, and who hears of a cancel."""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+
+import pytest
+from dagster import DagsterRunStatus
+from tests.acceptance.conftest import UNHURRIED, open_platform
+from tests.support.platform import ENTRYPOINT, Platform
+from tests.support.waiting import wait_until
+
+from dagster_taskiq.queue_names import queue_name
+from dagster_taskiq.storage.tags import QUEUE_TAG
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(120)]
+
+
+@pytest.fixture(scope="module")
+def platform(endpoint: str) -> Iterator[Platform]:
+    """With the route gpu, and no worker. Only the cancel queues tell of cancels: the other channel is too slow."""
+    with open_platform(endpoint, source={**UNHURRIED, "status_poll_seconds": 300, "cancel_ttl": 600}) as one:
+        one.create_route("gpu")
+        yield one
+
+
+def test_a_worker_takes_the_work_of_its_route_and_no_other(platform: Platform) -> None:
+    other = platform.launch("quick_job")
+    with platform.worker("-n", "g", "-q", "gpu") as worker:
+        base = queue_name(platform.queue_url)
+        assert f"is ready: it listens to {base}-gpu and {base}-gpu-steps\n" in worker.log()
+        run_id = platform.launch("quick_job", tags={QUEUE_TAG: "gpu"})
+        assert platform.finished(run_id) is DagsterRunStatus.SUCCESS, worker.log()
+        listed = platform.command("worker", "list", "--json")
+        (one,) = json.loads(listed.stdout)
+        assert one["routes"] == ["gpu"]
+        assert re.search(r"worker +state +routes .*alive +gpu ", platform.command("worker", "list").stdout, re.DOTALL)
+    assert platform.status(other) is DagsterRunStatus.STARTING
+    with platform.worker("-n", "d") as worker:
+        assert platform.finished(other) is DagsterRunStatus.SUCCESS, worker.log()
+        assert "routes" not in platform.command("worker", "list").stdout
+
+
+def test_a_worker_of_two_routes_takes_work_and_cancels_of_both(platform: Platform) -> None:
+    with platform.worker("-n", "both", "-q", "gpu,default") as worker:
+        base = queue_name(platform.queue_url)
+        assert f"listens to {base}-gpu and {base}-gpu-steps, then {base} and {base}-steps\n" in worker.log()
+        run_ids = [platform.launch("sleepy_job", tags={QUEUE_TAG: route}) for route in ("gpu", "default")]
+        for run_id in run_ids:
+            platform.marked(run_id, "started")
+            assert platform.launcher.terminate(run_id)
+        for run_id in run_ids:
+            assert platform.finished(run_id) is DagsterRunStatus.CANCELED, worker.log()
+
+
+@pytest.mark.parametrize("how", ["option", "variable", "entrypoint"])
+def test_a_worker_of_a_route_without_queues_says_what_to_do(platform: Platform, how: str) -> None:
+    arguments = ("-q", "gpu", "-q", "far") if how == "option" else ()
+    program = (sys.executable, str(ENTRYPOINT)) if how == "entrypoint" else None
+    env = {"DAGSTER_TASKIQ_ROUTE": "gpu,far"} if how != "option" else None
+    with platform.worker(*arguments, env=env, program=program, ready=False) as worker:
+        wait_until(lambda: worker.process.poll() is not None, "it has ended", within=60, seen=worker.log)
+    assert worker.process.poll() == 1
+    said = (
+        "Error: route 'far' does not exist; routes that exist: default, gpu;"
+        " create it with `dagster-taskiq queue create --route far`\n"
+    )
+    assert said in worker.log()
