@@ -113,6 +113,7 @@ MAY_READ_ENVIRONMENT = {
     "process.shim",
     "child.child_process",
     "child.control_channel",
+    "child.step_limits",
     "worker.ecs",
     "doctor",
     "local",

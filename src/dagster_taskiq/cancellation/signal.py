@@ -6,6 +6,7 @@ Threads wait for it with `wait`, coroutines with `wait_async`. Knows threads and
 import asyncio
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -35,6 +36,11 @@ class CancelSignal:
         return self.cancellation is not None
 
     @property
+    def is_notified(self) -> bool:
+        """Whether those who wait for it were told."""
+        return self._happened.is_set()
+
+    @property
     def is_shutdown(self) -> bool:
         """Whether the work is cancelled, and the worker's shutdown is the only reason so far."""
         return self.cancellation is not None and self.cancellation.kind is CancelKind.SHUTDOWN
@@ -58,7 +64,7 @@ class CancelSignal:
             waiters, callbacks = list(self._waiters.values()), list(self._callbacks.values())
             self._waiters.clear()
             self._callbacks.clear()
-            shield = self._shields[-1] if self._shields else None
+        shield = self._last_shield()
         for wake in waiters:
             _call(wake)
         if shield is not None:
@@ -119,6 +125,10 @@ class CancelSignal:
         """Whether it was set after the first of the shields was opened that are, or were last, open at one time."""
         return self.is_set and not self._known_before_shields
 
+    def _last_shield(self) -> str | None:
+        with self._lock:
+            return self._shields[-1] if self._shields else None
+
     def open_shield(self, name: str) -> None:
         """One more shield. The others may be anywhere: side by side, around it, in a generator that waits."""
         with self._lock:
@@ -133,6 +143,55 @@ class CancelSignal:
         with self._lock:
             self._shields.remove(name)
             return not self._shields
+
+
+class PartSignal(CancelSignal):
+    """Of a part of the work, which can be cancelled alone, and is with the whole. The shields are the whole's."""
+
+    def __init__(self, whole: CancelSignal) -> None:
+        """It is set as soon as `whole` is, and of both cancellations the stronger one counts."""
+        self._whole = whole
+        super().__init__(on_shield=whole._on_shield)  # noqa: SLF001 - its own kind
+        this = weakref.ref(self)
+        whole.on_notified(lambda: part.notify() if (part := this()) is not None else None)
+
+    @property
+    def cancellation(self) -> Cancellation | None:
+        """The stronger one of its own and of the whole."""
+        whole = self._whole.cancellation
+        return self.own if whole is None else stronger(self.own, whole)
+
+    @cancellation.setter
+    def cancellation(self, own: Cancellation | None) -> None:
+        self.own = own
+        """That of the part alone."""
+
+    def record(self, cancellation: Cancellation) -> None:
+        """As that of the whole, for the part alone."""
+        self.own = stronger(self.own, cancellation)
+
+    @property
+    def has_shields(self) -> bool:
+        """See the whole."""
+        return self._whole.has_shields
+
+    @property
+    def came_while_shielded(self) -> bool:
+        """See the whole."""
+        return self._whole.came_while_shielded
+
+    def _last_shield(self) -> str | None:
+        return self._whole._last_shield()  # noqa: SLF001 - its own kind
+
+    def open_shield(self, name: str) -> None:
+        """See the whole."""
+        self._whole.open_shield(name)
+        if self.own is not None and not self._whole.is_set:
+            self._on_shield(name)
+
+    def close_shield(self, name: str) -> bool:
+        """See the whole."""
+        return self._whole.close_shield(name)
 
 
 def _call_all(calls: Iterable[Callable[[], object]]) -> None:

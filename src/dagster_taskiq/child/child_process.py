@@ -9,7 +9,7 @@ import threading
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
-from dagster import DagsterInstance, DagsterRunStatus
+from dagster import DagsterRunStatus
 
 from dagster_taskiq.cancellation.current import NO_WORKER, CancellableProcess, current_process, enter_process
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
@@ -21,14 +21,15 @@ from dagster_taskiq.child.control_listener import ControlListener
 from dagster_taskiq.child.current_step import CurrentStep, StepOfRun
 from dagster_taskiq.child.interrupts import Interrupts
 from dagster_taskiq.child.op_token import OpToken
-from dagster_taskiq.child.step_process import tell_in_step_processes
+from dagster_taskiq.child.step_limits import StepLimits
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
 from dagster_taskiq.dagster_compat.definitions import current_op
 from dagster_taskiq.dagster_compat.retry import retry_storage
-from dagster_taskiq.dagster_compat.step_failures import tell_interrupts
+from dagster_taskiq.dagster_compat.step_failures import tell_crashes, tell_interrupts
 from dagster_taskiq.dagster_compat.step_scope import watch_process_of_step, watch_steps
 from dagster_taskiq.storage.step_state import state_of
 
+_RELAYED: Final = ("shield", "state", "step_limit", "step_stopped", "step_over")
 _FROM_ELSEWHERE: Final = Cancellation(CancelKind.SHUTDOWN, cause="a signal came that its worker has not sent")
 
 
@@ -48,11 +49,13 @@ class ChildProcess:
         self._opening = threading.Lock()
         self._listener: ControlListener | None = None
         self._admits = False
-        self.interrupts = Interrupts(control.signal, self._record_interrupt)
-        watch_steps(self._step.began, self._step_ended)
+        self._limits_of_guests: dict[object, str] = {}
+        self.interrupts = Interrupts(control.signal, self._record_interrupt, self._listen)
+        self._limits = StepLimits(control, self.interrupts.step_begins, self.interrupts.step_is_over)
+        watch_steps(self)
         watch_process_of_step(self._step.is_made_for)
+        tell_crashes(self._limits.why_gone)
         tell_interrupts(lambda _: self._why_stopped(of_step))
-        tell_in_step_processes()
         enter_process(self)
         os.register_at_fork(after_in_child=self._forked)
 
@@ -84,9 +87,17 @@ class ChildProcess:
         if self._listener is not None:
             self._listener.wake()
 
+    def _listen(self) -> None:
+        """In a signal handler."""
+        self.control.listen()
+        if self._listener is not None:
+            self._listener.wake()
+
     def _why_stopped(self, step: StepOfRun | None) -> str:
         """For the failure of a step that was interrupted. `step`: the only one, which can be cancelled by itself."""
         self.control.listen()
+        if (of_limit := self._limits.why_failed) is not None:
+            return f"stopped: {of_limit}"
         # It may have been interrupted because of the run's status, before it was told.
         cancellation = self.cancellation or Cancellation(CancelKind.REQUESTED)
         by_itself = step is not None and not _run_is_stopped(step)
@@ -95,13 +106,35 @@ class ChildProcess:
     def token(self) -> CancellationToken:
         """See `CancellableProcess`. Whoever asks has a listener from then on."""
         self.listener()
-        return CancellationToken(self.control.signal, OpToken(self.interrupts, self._step.asked(), self._state_of))
+        signal = self._limits.signal or self.control.signal
+        return CancellationToken(signal, OpToken(self.interrupts, self._step.asked(), self._state_of))
 
-    def _step_ended(self, instance: DagsterInstance, run_id: str, step_key: str) -> None:
+    # What `watch_steps` tells
+
+    def began(self, context: Any) -> None:
+        """See `StepWatcher`."""
+        self._step.began(context.instance, context.run_id, context.step.key)
+        self._limits.began(context)
+
+    def torn_off(self, context: Any) -> None:
+        """See `StepWatcher`."""
+        self._limits.torn_off(context)
+
+    def reported(self, context: Any) -> None:
+        """See `StepWatcher`."""
+        self._limits.reported(context)
+
+    def fails_alone(self, _: Any) -> bool:
+        """See `StepWatcher`."""
+        return self._limits.why_failed is not None
+
+    def ended(self, context: Any) -> None:
+        """See `StepWatcher`."""
         try:
             self.interrupts.close_generators()
         finally:
-            self._step.ended(instance, run_id, step_key)
+            self._limits.ended(context)
+            self._step.ended(context.instance, context.run_id, context.step.key)
 
     # Processes below this one
 
@@ -123,12 +156,19 @@ class ChildProcess:
         if current_process() is self:
             enter_process(NO_WORKER)
             self.interrupts.forget()
+            self._limits.forget()
             self.control.close()
             if self._listener is not None:
                 self._listener.close()
 
-    def _relay(self, message: dict[str, Any]) -> None:
-        relayed = {key: message[key] for key in ("shield", "state") if key in message}
+    def _relay(self, guest: object, message: dict[str, Any] | None) -> None:
+        if message is None:
+            if (limit := self._limits_of_guests.pop(guest, None)) is not None:
+                self.control.send(step_gone=limit)
+            return
+        if "step_limit" in message:
+            self._limits_of_guests[guest] = message["step_limit"]["name"]
+        relayed = {key: message[key] for key in _RELAYED if key in message}
         self.state_kept = self.state_kept or "state" in relayed
         if relayed:
             self.control.send(**relayed)

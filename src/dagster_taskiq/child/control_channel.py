@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
-from dagster_taskiq.cancellation.signal import CancelSignal
+from dagster_taskiq.cancellation.signal import CancelSignal, PartSignal
 from dagster_taskiq.process.json_lines import Splitter, line_of
 
 ADDRESS_VARIABLE: Final = "DAGSTER_TASKIQ_INTENTS"
@@ -30,8 +30,14 @@ class ControlChannel:
         self.channel = channel
         self.signal = CancelSignal(on_shield=lambda name: self.send(shield=name))
         self._is_guest = is_guest
+        self.parts: dict[str, PartSignal] = {}
+        """The signals of what can be cancelled alone: the step at work, by the name of its limit."""
+        self.late: dict[int, tuple[str, str]] = {}
+        """By pid, limits of steps that have timed out, with what is said of it; also of processes below this one."""
+        self.cleaned: set[str] = set()
+        """Limits of steps that have timed out, and whose cleanup handlers have run."""
         self.intents: list[dict[str, Any]] = []
-        """All that were received, in order."""
+        """All that was received, in order."""
         self._lines = Splitter()
         self._closed = False
         self._is_open = True
@@ -45,6 +51,10 @@ class ControlChannel:
         if self._is_open:
             with self._sending, suppress(OSError):  # no worker listens any more
                 self.channel.sendall(line_of(message))
+
+    def part(self) -> PartSignal:
+        """A signal for a part of the work, which is also set when the work is cancelled."""
+        return PartSignal(self.signal)
 
     def close(self) -> None:
         """In a fork of the process: from now on nothing is sent or received here."""
@@ -99,6 +109,10 @@ class ControlChannel:
 
     def _receive(self, intent: Any) -> None:
         with suppress(KeyError, TypeError):  # what is no intent
+            if "step_cleaned" in intent or "step_deadline" in intent:
+                self.intents.append(intent)
+                self._receive_of_step(intent)
+                return
             cancellation = Cancellation(
                 CancelKind[intent["intent"]],
                 intent.get("reason"),
@@ -108,6 +122,14 @@ class ControlChannel:
             )
             self.intents.append(intent)
             self.signal.record(cancellation)
+
+    def _receive_of_step(self, intent: dict[str, Any]) -> None:
+        if "step_cleaned" in intent:
+            self.cleaned.add(intent["step_cleaned"])
+            return
+        self.late[intent["pid"]] = intent["step_deadline"], intent["reason"]
+        if (part := self.parts.get(intent["step_deadline"])) is not None:
+            part.record(Cancellation(CancelKind.DEADLINE, intent["reason"], deadline=intent["deadline"]))
 
 
 def invitation() -> str | None:

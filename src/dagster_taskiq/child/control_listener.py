@@ -17,8 +17,10 @@ _CHUNK: Final = 1 << 16
 class ControlListener:
     """A daemonic thread that waits for intents, so that the work learns of one while it is blocked; one per process."""
 
-    def __init__(self, control: ControlChannel, relay: Callable[[dict[str, Any]], None] | None = None) -> None:
-        """`relay`: what to do with a message from a process that has joined."""
+    def __init__(
+        self, control: ControlChannel, relay: Callable[[object, dict[str, Any] | None], None] | None = None
+    ) -> None:
+        """`relay`: what to do with a message from a process that has joined, and with None when that is gone."""
         self._control = control
         self._relay = relay
         self._selector = selectors.DefaultSelector()
@@ -57,15 +59,14 @@ class ControlListener:
         return address
 
     def _run(self) -> None:
-        notified = False
         while True:
             for key, _ in self._selector.select():
                 self._look_at(key.fileobj)
             self._control.listen()
             self._notify_guests()
-            if self._control.signal.is_set and not notified:
-                notified = True
-                self._control.signal.notify()
+            for signal in (self._control.signal, *list(self._control.parts.values())):
+                if signal.is_set and not signal.is_notified:
+                    signal.notify()
             if self._control.worker_is_gone():
                 with suppress(KeyError, ValueError):
                     self._selector.unregister(self._control.channel)
@@ -94,10 +95,12 @@ class ControlListener:
             self._selector.unregister(guest)
             del self._guests[guest]
             guest.close()
+            if self._relay is not None:
+                self._relay(guest, None)
             return
         for message in self._guests[guest].feed(data):
             if self._relay is not None and isinstance(message, dict):
-                self._relay(message)
+                self._relay(guest, message)
 
     def _notify_guests(self) -> None:
         new, self._sent = self._control.intents[self._sent :], len(self._control.intents)

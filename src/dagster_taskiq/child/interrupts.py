@@ -2,6 +2,10 @@
 
 An interrupt is delivered once, when no shield is open, to whoever owns the work: the code in the main thread, or the
 asyncio task of the op. Knows signals, asyncio and what Dagster wants; not how a process learns of a cancellation.
+
+SIGTERM interrupts the work of the process. A step that takes longer than its limit is interrupted alone, by another
+signal (`STEP_SIGNAL`), which only has the handler look at what the worker has sent: when it comes too late, and another
+step is at work, it does nothing.
 """
 
 import _thread
@@ -10,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from dagster_taskiq.cancellation.signal import CancelSignal
 from dagster_taskiq.child.op_token import OpCancelled
@@ -18,9 +22,16 @@ from dagster_taskiq.dagster_compat.interrupts import (
     DagsterExecutionInterruptedError,
     check_captured_interrupt,
     interrupt_here,
+    raise_where_wanted,
     route_interrupts,
     run_coroutines_with,
 )
+
+if TYPE_CHECKING:
+    from dagster_taskiq.child.step_limits import StepLimit
+
+STEP_SIGNAL: Final = signal.SIGURG
+"""The one that wakes who has missed an interrupt (`process.shim.NUDGE`): who does not expect it ignores it."""
 
 REACTS_WITHIN_S: Final = 1.0
 """An event loop that has not reacted to its task's cancellation within this time is taken for blocked."""
@@ -31,10 +42,13 @@ _AGAIN_S: Final = 0.01
 class Interrupts:
     """Whether an interrupt has come to this process, whether it waits for the end of a shield, and where it goes."""
 
-    def __init__(self, cancelled: CancelSignal, record: Callable[[], None]) -> None:
+    def __init__(
+        self, cancelled: CancelSignal, record: Callable[[], None], listen: Callable[[], None] = lambda: None
+    ) -> None:
         """Takes over SIGTERM and SIGINT. `record` is called in the signal handler, before the work sees the interrupt.
 
-        `cancelled`: what is known of the cancellation, and which shields are open.
+        `cancelled`: what is known of the cancellation, and which shields are open. `listen`: called in the signal
+        handler of `STEP_SIGNAL`, to receive what the worker has sent.
         """
         self.came = check_captured_interrupt()
         """Whether a signal has come, whatever became of it."""
@@ -42,23 +56,38 @@ class Interrupts:
         """Whether the work was interrupted. Once is enough: another one would tear its `finally` blocks."""
         self._cancelled = cancelled
         self._record = record
+        self._listen = listen
+        self._limit: StepLimit | None = None
         self._waits = False
         self._received = 0
         self._coroutine: _Coroutine | None = None
         self._generators: dict[Any, asyncio.AbstractEventLoop] = {}
         if threading.current_thread() is threading.main_thread():
-            route_interrupts(self._receive)
+            route_interrupts(self._receive, self._interrupt_step)
+            signal.signal(STEP_SIGNAL, lambda *_: self._look_after_step())
         run_coroutines_with(self._outputs)
 
     def forget(self) -> None:
         """In a fork of the process: nothing has come to this one, and it does with an interrupt what Dagster wants."""
         self.came = self.delivered = self._waits = False
-        self._coroutine = None
+        self._coroutine = self._limit = None
         self._record = lambda: None
+
+    def step_begins(self, limit: "StepLimit") -> None:
+        """Until `step_is_over` the step at work may be interrupted alone."""
+        self._limit = limit
+
+    def step_is_over(self) -> None:
+        """It is written how it has ended. An interrupt of the process that came to its `finally` blocks comes now."""
+        interrupted = self._limit is not None and self._limit.interrupted
+        self._limit = None
+        if interrupted and self._waits and not self.delivered:
+            self._waits = False
+            interrupt_here()
 
     def take(self) -> None:
         """The work interrupts itself because it knows of the cancellation: the signal that follows comes too late."""
-        if self.delivered or threading.current_thread() is not threading.main_thread():
+        if self._is_delivered or threading.current_thread() is not threading.main_thread():
             return  # in another thread it ends that thread's work, and the op is still to be interrupted
         loop = _running_loop()
         if loop is None:
@@ -75,7 +104,8 @@ class Interrupts:
 
         `abandoned`: the block was left because its generator is thrown away, where an error would be lost.
         """
-        if self.delivered or not (self._waits or self._cancelled.came_while_shielded):
+        due = self._waits or self._cancelled.came_while_shielded or (self._limit is not None and self._limit.is_due)
+        if self._is_delivered or not due:
             return
         loop = _running_loop()
         if abandoned or threading.current_thread() is not threading.main_thread():
@@ -106,7 +136,26 @@ class Interrupts:
     @property
     def _reason(self) -> str | None:
         cancellation = self._cancelled.cancellation
+        if cancellation is None and self._limit is not None:
+            cancellation = self._limit.signal.own
         return cancellation.reason if cancellation is not None else None
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether what interrupts the work is the limit of the step, and the process is to go on."""
+        return not self._cancelled.is_set and self._limit is not None and self._limit.signal.own is not None
+
+    @property
+    def _is_delivered(self) -> bool:
+        """Whether what is at work was interrupted."""
+        return self.delivered or (self._limit is not None and self._limit.interrupted)
+
+    def note_delivery(self) -> None:
+        """The work was interrupted: the process, or the step alone."""
+        if self._is_alone and self._limit is not None:
+            self._limit.interrupted = True
+        else:
+            self.delivered = True
 
     def _receive(self, wanted: Callable[[], object]) -> None:
         """In the signal handler."""
@@ -116,7 +165,7 @@ class Interrupts:
             return
         # In this order: a shield that is closed meanwhile, in another thread, sees that there is one.
         self._waits = True
-        if self._cancelled.has_shields:
+        if self._cancelled.has_shields or self._is_delivered:  # or its step is in its `finally` blocks already
             self._record()
         elif self._coroutine is not None:
             self._record()
@@ -130,6 +179,27 @@ class Interrupts:
                 self.delivered = True
                 raise
 
+    def _look_after_step(self) -> None:
+        """In the signal handler: perhaps the worker has said that the step at work takes too long."""
+        self._received += 1
+        if self._limit is not None:
+            self._listen()
+            self._interrupt_step()
+
+    def _interrupt_step(self) -> None:
+        """In a signal handler, or when Dagster gives way to code of users: if it is due, and interrupts are raised."""
+        limit = self._limit
+        if limit is None or not limit.is_due or not self._is_alone or self.delivered or self._cancelled.has_shields:
+            return
+        if self._coroutine is not None:
+            self._coroutine.interrupt()
+            return
+        try:
+            raise_where_wanted()
+        except BaseException:
+            limit.interrupted = True
+            raise
+
     def _interrupt_main_thread(self) -> None:
         """In a thread of its own: again and again, until the handler has run.
 
@@ -137,19 +207,29 @@ class Interrupts:
         The first one waits a moment, because what is raised in a generator that is thrown away is lost.
         """
         before = self._received
-        while self._received == before and not self.delivered:
+        while self._received == before and not self._is_delivered:
             time.sleep(_AGAIN_S)
-            _signal_main_thread()
+            self.signal_main_thread()
+
+    def signal_main_thread(self) -> None:
+        """Have the handler look again."""
+        ident = threading.main_thread().ident
+        if ident is not None:
+            signal.pthread_kill(ident, STEP_SIGNAL if self._is_alone else signal.SIGTERM)
 
     def _deliver_by_token(self) -> None:
-        self._record()
-        self.delivered = True
+        if not self._is_alone:
+            self._record()
+        self.note_delivery()
 
     def _raise_here(self) -> None:
         try:
-            interrupt_here()
+            if self._is_alone:
+                self._interrupt_step()
+            else:
+                interrupt_here()
         except DagsterExecutionInterruptedError:
-            self.delivered = True
+            self.note_delivery()
             raise OpCancelled(self._reason) from None
 
     def _outputs(self, loop: asyncio.AbstractEventLoop, outputs: Any) -> Iterator[Any]:
@@ -172,14 +252,17 @@ class Interrupts:
         try:
             return loop.run_until_complete(task)
         except asyncio.CancelledError:
-            if running.taken or self._cancelled.is_set:
+            if running.taken or self._cancelled.is_set or self._is_alone:
                 raise DagsterExecutionInterruptedError from None
             raise
         finally:
             self._coroutine = None
             running.over.set()
-            if running.asked and not running.taken:
-                interrupt_here()  # it had ended before it could be cancelled
+            if running.asked and not running.taken:  # it had ended before it could be cancelled
+                if self._is_alone:
+                    self._interrupt_step()
+                else:
+                    interrupt_here()
 
 
 class _Coroutine:
@@ -221,7 +304,8 @@ class _Coroutine:
         if self._interrupts._cancelled.has_shields:  # noqa: SLF001 - one piece in two classes
             self.asked = False  # it waits again
             return
-        self.taken = self._interrupts.delivered = True
+        self.taken = True
+        self._interrupts.note_delivery()
         self._task.cancel()
 
     def _raise_in_what_blocks(self) -> None:
@@ -230,7 +314,8 @@ class _Coroutine:
             return  # between two steps: it will react
         self.over.set()
         if current is self._task:
-            self.taken = self._interrupts.delivered = True
+            self.taken = True
+            self._interrupts.note_delivery()
         else:
             # Whoever waits for it is cancelled when its `finally` blocks have run: through them it would reach these.
             self._blocked = current
@@ -239,7 +324,7 @@ class _Coroutine:
 
     def _watch(self, over: threading.Event) -> None:
         while not over.wait(REACTS_WITHIN_S):
-            _signal_main_thread()
+            self._interrupts.signal_main_thread()
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
@@ -255,9 +340,3 @@ def _cancel_others(loop: asyncio.AbstractEventLoop) -> None:
     for task in asyncio.all_tasks(loop):
         if task is not current:
             task.cancel()
-
-
-def _signal_main_thread() -> None:
-    ident = threading.main_thread().ident
-    if ident is not None:
-        signal.pthread_kill(ident, signal.SIGTERM)

@@ -20,6 +20,7 @@ from dagster_taskiq.child.control_channel import ControlChannel
 from dagster_taskiq.child.current_step import StepOfRun
 from dagster_taskiq.child.event_fence import RunFence, StepFence
 from dagster_taskiq.child.stays import tell_what_stays
+from dagster_taskiq.child.step_process import tell_in_step_processes
 from dagster_taskiq.cleanup.runner import Cleanup
 from dagster_taskiq.dagster_compat.api import InstanceRef, deserialize_value
 from dagster_taskiq.dagster_compat.child_instance import open_in_child
@@ -105,6 +106,7 @@ def _come_too_late(*_: object) -> None:
 def _run(argument: dict[str, Any], instance: DagsterInstance, control: ControlChannel) -> int:
     run_id = argument["run_id"]
     process = ChildProcess(control)
+    tell_in_step_processes()
     instance.handle_new_event = RunFence(instance, run_id, process)  # type: ignore[method-assign]
     return _BODIES[argument["kind"]](run_id, instance)
 
@@ -126,6 +128,10 @@ def _step(argument: dict[str, Any], instance: DagsterInstance, control: ControlC
 def _cleanup(argument: dict[str, Any], instance: DagsterInstance, control: ControlChannel) -> int:
     run = retry_storage(lambda: instance.get_run_by_id(argument["run_id"]), "read the run")
     if run is not None:
-        outcome = Cleanup(instance, run, argument["worker_id"], tell=lambda what: control.send(cleaning=what)).run()
+        cleanup = Cleanup(instance, run, argument["worker_id"], tell=lambda what: control.send(cleaning=what))
+        if "step_key" in argument:
+            outcome = cleanup.run_for_step(argument["step_key"], argument["reason"])
+        else:
+            outcome = cleanup.run()
         control.send(cleaned=not outcome.stopped)
     return 0

@@ -4,12 +4,16 @@ Such a process is Dagster's, and nothing of this package runs in it otherwise: s
 child above only when the step was interrupted.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from dagster_taskiq.dagster_compat.step_failures import tell_interrupts
-from dagster_taskiq.dagster_compat.step_scope import StepCommand, use_step_command
+from dagster_taskiq.dagster_compat.step_scope import StepCommand, tags_of, use_step_command, watch_steps
+
+TIMEOUT_TAG = "dagster-taskiq/timeout_seconds"
+"""As `storage.tags` has it, which imports more than a process should that has no such step."""
 
 if TYPE_CHECKING:
     from dagster_taskiq.cancellation.model import Cancellation
@@ -20,8 +24,40 @@ class TellingStepCommand(StepCommand):
 
     def execute(self) -> Iterator[Any]:
         """See Dagster's."""
-        tell_interrupts(lambda _: what_has_stopped(_cancellation_of_run()))
+        if not _has_joined():
+            tell_interrupts(lambda _: what_has_stopped(_cancellation_of_run()))
+            watch_steps(_JoinsForLimit())
         yield from super().execute()
+
+
+class _JoinsForLimit:
+    """Until the child above is joined: joins it for a step with a limit, so that the worker learns of it."""
+
+    def began(self, context: Any) -> None:
+        if tags_of(context, TIMEOUT_TAG):
+            from dagster_taskiq.child.child_process import ChildProcess, join_worker
+
+            process = join_worker()
+            if isinstance(process, ChildProcess):
+                process.began(context)
+
+    def torn_off(self, context: Any) -> None:
+        pass
+
+    def reported(self, context: Any) -> None:
+        pass
+
+    def fails_alone(self, _: Any) -> bool:
+        return False
+
+    def ended(self, context: Any) -> None:
+        pass
+
+
+def _has_joined() -> bool:
+    """Whether the code of the user has had it done, when it was imported. It may still do that later."""
+    current = sys.modules.get("dagster_taskiq.cancellation.current")
+    return current is not None and current.current_process() is not current.NO_WORKER
 
 
 def tell_in_step_processes() -> None:

@@ -20,6 +20,7 @@ from dagster_taskiq.storage.event_log import parse_event
 from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, own_tags
 
 _AT_WORK: Final = {DagsterEventType.STEP_START, DagsterEventType.STEP_RESTARTED, DagsterEventType.STEP_UP_FOR_RETRY}
+_BEGINS: Final = {DagsterEventType.STEP_START, DagsterEventType.STEP_RESTARTED}
 _OVER: Final = {DagsterEventType.STEP_SUCCESS, DagsterEventType.STEP_SKIPPED}
 _OF_STEPS: Final = {*_AT_WORK, *_OVER, DagsterEventType.STEP_FAILURE}
 _WANTED: Final = {
@@ -96,6 +97,9 @@ class CleanupHistory:
             cut_short = kind in _AT_WORK or (kind is DagsterEventType.STEP_FAILURE and interrupted)
             how = "over" if kind in _OVER else "cut short" if cut_short else "failed"
             self.steps[event.step_key] = (event.node_handle, how)
+            if kind in _BEGINS:  # what has run for an earlier attempt, which had timed out, is due again
+                self.done = {key for key in self.done if key[0] != event.step_key}
+                self.attempts = {key: how for key, how in self.attempts.items() if key[0] != event.step_key}
 
     def _handle_engine_event(self, stage: Stage, facts: Mapping[str, Any], at: float) -> None:
         if stage in (Stage.REQUESTED, Stage.REACHED) and _ends_the_work(facts):

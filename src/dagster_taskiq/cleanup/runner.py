@@ -119,6 +119,22 @@ class Cleanup:
         failures = [f"{pending.name}: {pending.failed[-1]}" for pending in handlers if not pending.done]
         return self._end(failures)
 
+    def run_for_step(self, step_key: str, reason: str) -> Outcome:
+        """Run those of one step that has timed out, and whose run goes on; `reason` is what they are told.
+
+        Its state stays for its next attempt. Of graphs and of the job none is due.
+        """
+        self._history = read_history(self._instance, self._run)
+        self._history.reason, self._history.requested_by = reason, None
+        self._job = job_of(self._run, self._instance)
+        due = self._history.outstanding(self._job, self._run)
+        handlers = [pending for pending in due if pending.step_key == step_key and not pending.whole]
+        try:
+            self._run_all(handlers)
+        except Stopped:
+            return Outcome(stopped=True)
+        return Outcome(tuple(f"{pending.name}: {pending.failed[-1]}" for pending in handlers if not pending.done))
+
     def _end(self, failures: Sequence[str]) -> Outcome:
         self._write(cleanup_events.cleanup_ended(failures))
         if not failures:

@@ -25,6 +25,7 @@ __all__ = [
     "check_captured_interrupt",
     "interrupt_here",
     "raise_interrupts_as",
+    "raise_where_wanted",
     "route_interrupts",
     "run_coroutines_with",
 ]
@@ -33,6 +34,7 @@ _INTERRUPT: Final = signal.SIGINT
 """Dagster keeps its handler there, and copies it to SIGTERM."""
 _replace_signal: Final = interrupts._replace_interrupt_signal  # noqa: SLF001 - the one place
 _through: Callable[[Callable[[], object]], object] = lambda wanted: wanted()  # noqa: E731
+_at_border: Callable[[], object] = lambda: None  # noqa: E731
 
 
 class _Routed:
@@ -45,13 +47,16 @@ class _Routed:
         _through(lambda: self.wanted(signo, frame))
 
 
-def route_interrupts(through: Callable[[Callable[[], object]], object]) -> None:
+def route_interrupts(
+    through: Callable[[Callable[[], object]], object], at_border: Callable[[], object] = lambda: None
+) -> None:
     """From now on each SIGTERM and SIGINT of this process calls `through`, in the signal handler.
 
     It is given what Dagster wants done at that moment: to note the interrupt, or to raise it. Main thread only.
+    `at_border` is called when Dagster wants something else from now on, and may raise an interrupt.
     """
-    global _through
-    _through = through
+    global _through, _at_border
+    _through, _at_border = through, at_border
     interrupts._replace_interrupt_signal = _replace  # type: ignore[assignment]  # noqa: SLF001
     present = signal.getsignal(_INTERRUPT)
     if callable(present) and not isinstance(present, _Routed):
@@ -65,12 +70,14 @@ def _replace(new: Any) -> None:
         _replace_signal(new)
         return
     _replace_signal(routed := _Routed(new))
-    if pop_captured_interrupt():
-        try:
+    try:
+        if pop_captured_interrupt():
             routed(_INTERRUPT, None)
-        except BaseException:
-            _replace_signal(before)  # Dagster does so only when this has returned
-            raise
+        else:
+            _at_border()
+    except BaseException:
+        _replace_signal(before)  # Dagster does so only when this has returned
+        raise
 
 
 def interrupt_here() -> None:
@@ -82,6 +89,20 @@ def interrupt_here() -> None:
     if not isinstance(handler, _Routed):
         raise DagsterExecutionInterruptedError
     handler(_INTERRUPT, None)
+
+
+def raise_where_wanted() -> None:
+    """Do what a signal would do at this moment, if that is to raise something; what Dagster would note is forgotten.
+
+    Main thread only.
+    """
+    handler = signal.getsignal(_INTERRUPT)
+    if not isinstance(handler, _Routed):
+        raise DagsterExecutionInterruptedError
+    noted = check_captured_interrupt()
+    handler.wanted(_INTERRUPT, None)
+    if not noted:
+        pop_captured_interrupt()
 
 
 def run_coroutines_with(run: Callable[[asyncio.AbstractEventLoop, Any], Iterator[Any]]) -> None:

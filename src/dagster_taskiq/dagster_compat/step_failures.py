@@ -17,13 +17,16 @@ from dagster import DagsterEvent, RetryRequested
 from dagster._core.errors import DagsterExecutionInterruptedError
 from dagster._core.execution.plan import execute_plan
 from dagster._core.execution.plan.objects import ErrorSource, StepFailureData
+from dagster._core.executor import multiprocess
+from dagster._core.executor.child_process_executor import ChildProcessCrashException
 from dagster._utils.error import USER_FACING_ERROR_ID_ATTR_NAME
 from dagster_shared.error import SerializableErrorInfo
 
-__all__ = ["interrupt_info", "tell_interrupts"]
+__all__ = ["interrupt_info", "tell_crashes", "tell_interrupts"]
 
 _FAILURE: Final = "step_failure_event_from_exc_info"
 _INFO: Final = "serializable_error_info_from_exc_info"
+_EXPLANATION: Final = "get_run_crash_explanation"
 _INTERRUPTS: Final = (DagsterExecutionInterruptedError, KeyboardInterrupt, asyncio.CancelledError)
 _PACKAGES: Final = ("dagster", "dagster_shared", "dagster_pipes", "dagster_taskiq")
 _EXAMPLES: Final = str(Path(__file__).parents[1] / "examples")
@@ -37,7 +40,7 @@ def tell_interrupts(what_happened: Callable[[Any], str]) -> None:
 
     It is called with the instance.
     """
-    failure, info = _original(_FAILURE), _original(_INFO)
+    failure, info = _original(execute_plan, _FAILURE), _original(execute_plan, _INFO)
 
     @wraps(failure)
     def told_failure(
@@ -62,6 +65,31 @@ def tell_interrupts(what_happened: Callable[[Any], str]) -> None:
 
     setattr(execute_plan, _FAILURE, told_failure)
     setattr(execute_plan, _INFO, told_info)
+
+
+def tell_crashes(why: Callable[[int], str | None]) -> None:
+    """From now on, in the process of a run, the failure of a step whose process has died is what that says of its pid.
+
+    That is for steps of the multiprocess executor. None: what Dagster says.
+    """
+    info, explanation = _original(multiprocess, _INFO), _original(multiprocess, _EXPLANATION)
+    told: str | None = None
+
+    @wraps(info)
+    def told_info(exc_info: Any, *args: Any, **kwargs: Any) -> SerializableErrorInfo:
+        nonlocal told
+        crash = exc_info[1]
+        told = why(crash.pid) if isinstance(crash, ChildProcessCrashException) else None
+        if told is None:
+            return info(exc_info, *args, **kwargs)  # type: ignore[no-any-return]
+        return SerializableErrorInfo(f"{told}\n", [], type(crash).__name__)
+
+    @wraps(explanation)
+    def told_explanation(prefix: str, exit_code: int) -> str:
+        return f"{prefix} is gone: {told}" if told is not None else str(explanation(prefix=prefix, exit_code=exit_code))
+
+    setattr(multiprocess, _INFO, told_info)
+    setattr(multiprocess, _EXPLANATION, told_explanation)
 
 
 def interrupt_info(interrupt: BaseException, what: str) -> SerializableErrorInfo:
@@ -136,8 +164,8 @@ def _is_of_python(filename: str) -> bool:
     return own and not any(place in filename for place in _INSTALLED)
 
 
-def _original(name: str) -> Callable[..., Any]:
+def _original(module: Any, name: str) -> Callable[..., Any]:
     """As Dagster has it: told by one process of ours, not also by an earlier one of its tests."""
-    found: Callable[..., Any] = getattr(execute_plan, name)
+    found: Callable[..., Any] = getattr(module, name)
     original: Callable[..., Any] = getattr(found, "__wrapped__", found)
     return original

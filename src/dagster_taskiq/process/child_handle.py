@@ -21,6 +21,7 @@ from dagster_taskiq.process.json_lines import AsyncLines
 logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S: Final = 5
+_OF_STEPS: Final = {"step_limit", "step_stopped", "step_over", "step_gone"}
 _NEVER_S: Final = 3600.0
 _POLL_WHILE_KILLING_S: Final = 0.02
 _KILLED_WITHIN_S: Final = 30.0
@@ -45,6 +46,8 @@ class ChildSpec:
     """Without a sign of life (`Child.live`) for so long, the worker hangs; 0: it is not looked after."""
     linger_s: float = 2.0
     """How long processes may go on that a child left behind when it ended by itself."""
+    is_one_step: bool = False
+    """Whether its work is one step: when that has timed out its threads have the time of a cancelled one."""
     on_message: Callable[[dict[str, Any]], object] | None = None
     """Called with each message of the child's as it comes; must not raise."""
 
@@ -70,6 +73,8 @@ class Child:
     """What the child asks for instead of the grace, because it waits for others (a run for its steps)."""
     abandoned: bool = False
     """Whether its shim has interrupted it because the worker hung."""
+    on_step: Callable[[str, Any], object] = lambda *_: None
+    """Called with what is heard of steps that have a limit; must not raise."""
     _shim: int | None = None
     _control: AsyncLines | None = None
     _channel: AsyncLines | None = None
@@ -99,21 +104,35 @@ class Child:
         """SIGKILL to the leader, its group and every descendant."""
         self._command("kill")
 
+    def nudge(self, pid: int) -> None:
+        """Have a process of the tree look at what was sent to it."""
+        self._command("nudge", pid=pid)
+
+    def end_step(self, name: str, mark: str, pid: int | None) -> None:
+        """SIGKILL to what has that mark in its environment, and to the process of a step with all that is below it.
+
+        `on_step` hears `step_ended`, and this name, when they are gone.
+        """
+        self._command("end_step", name=name, mark=mark, pid=pid)
+
     def kill_shim(self) -> None:
         """For a shim that hangs: the kernel kills the leader with it, and the rest of the tree is looked for."""
         if self._shim is not None and not self.gone.done():
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(self._shim, signal.SIGKILL)
 
-    def _command(self, what: str) -> None:
+    def _command(self, what: str, **about: Any) -> None:
         if self._control is not None:
-            self._control.send({"do": what})
+            self._control.send({"do": what, **about})
 
     def handle_message(self, message: dict[str, Any]) -> None:
         """Take in one line of the child's."""
         if "stays" in message:
             self.stays = tuple(map(str, message["stays"]))
             return
+        for about in _OF_STEPS & message.keys():
+            self.on_step(about, message[about])
+            return  # there may be any number of them
         if self.spec.on_message is not None:
             self.spec.on_message(message)
         if "log" in message:  # there may be any number of them
@@ -171,6 +190,8 @@ async def _read_shim(child: Child, messages: AsyncIterator[Any], read_child: asy
     async for message in messages:
         if "exited" in message:
             child.exited.set_result(message["exited"])
+        if "step_ended" in message:
+            child.on_step("step_ended", message["step_ended"])
         child.abandoned = child.abandoned or "abandoned" in message
         if "gone" in message:
             killed = tuple(message["killed"])

@@ -32,6 +32,30 @@ def parent_of(pid: int) -> int | None:
     return int(fields[1]) if fields else None
 
 
+def is_alive(pid: int) -> bool:
+    """Whether it is there, and no zombie."""
+    fields = _stat(pid)
+    return bool(fields) and fields[0] not in "ZX"
+
+
+def is_below(pid: int, ancestor: int) -> bool:
+    """Whether the other one is its parent, or its parent's, and so on."""
+    parent = parent_of(pid)
+    while parent is not None and parent > 1:
+        if parent == ancestor:
+            return True
+        parent = parent_of(parent)
+    return False
+
+
+def has_in_environment(pid: int, variable: str) -> bool:
+    """Whether it was started with that `name=value` in its environment."""
+    try:
+        return variable.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
 def session_of(pid: int) -> int | None:
     """The session id, None when the process is gone or a zombie."""
     fields = _stat(pid)

@@ -163,6 +163,23 @@ def live_and_leave(work: Callable[[], int]) -> NoReturn:
         os._exit(code)
 
 
+class _EndingStep:
+    """A step whose processes are being killed. `pid`: the one that executes it, if that is to end, too.
+
+    `mark`: `name=value` in the environment of what it has started.
+    """
+
+    def __init__(self, pid: int | None, mark: str) -> None:
+        self.pid = pid
+        self.mark = mark
+        self.names: dict[int, str] = {}
+
+    def note(self, pid: int) -> None:
+        """It is about to be killed."""
+        if pid not in self.names and not procfs.ends_with_its_parent(pid):
+            self.names[pid] = f"{procfs.program_of(pid)}[{pid}]"
+
+
 class _Shim:
     """The life of one child, seen from its parent. Speaks JSON lines with the worker."""
 
@@ -178,7 +195,10 @@ class _Shim:
         self._look_at = monotonic() + self._look_every_s if hung_after_s else _NEVER
         self._silent_looks = 0
         self._interrupted = False
-        self._nudges: list[float] = []
+        self._nudges: list[tuple[float, int]] = []
+        """When which process gets one; in this order."""
+        self._ending: dict[str, _EndingStep] = {}
+        """Steps whose processes are being killed, by the name of their limit."""
         self._killing = False
         self._kill_at: float | None = None
         self._names: dict[int, str] = {}
@@ -200,6 +220,7 @@ class _Shim:
                 self._killing = True
             if self._killing:
                 self._kill_what_is_left()
+            self._kill_steps()
             self._nudge()
             for key, _ in self._selector.select(self._patience()):
                 key.data()
@@ -208,9 +229,9 @@ class _Shim:
         self._send(gone=True, killed=self._killed[:_NAMES_KEPT] + ([f"{more} more"] if more > 0 else []))
 
     def _patience(self) -> float | None:
-        if self._killing:
+        if self._killing or self._ending:
             return _POLL_WHILE_KILLING_S
-        due = min(self._look_at, *self._nudges[:1], *([self._kill_at] if self._kill_at is not None else ()), _NEVER)
+        due = min([self._look_at, *(at for at, _ in self._nudges[:1]), self._kill_at or _NEVER])
         return None if due == _NEVER else max(0.0, due - monotonic())
 
     def _look_after_the_worker(self) -> None:
@@ -239,6 +260,11 @@ class _Shim:
                 self._interrupt()
             elif message["do"] == "kill":
                 self._killing = True
+            elif message["do"] == "nudge":
+                self._nudge_often(int(message["pid"]), at_once=True)
+            elif message["do"] == "end_step":
+                pid = int(message["pid"]) if message["pid"] is not None else None
+                self._ending[str(message["name"])] = _EndingStep(pid, str(message["mark"]))
 
     def _worker_is_gone(self) -> None:
         self._selector.unregister(self._control)
@@ -255,16 +281,45 @@ class _Shim:
         if self._leader_lives and not self._interrupted:
             self._interrupted = True
             os.kill(self._leader, signal.SIGTERM)
-            self._nudges = [monotonic() + delay for delay in NUDGES_S]
+            self._nudge_often(self._leader)
 
     def _nudge(self) -> None:
         # A signal that arrives between an interpreter's last look and the system call in which it then waits is noted
         # by the interpreter and acted upon when the call returns: perhaps in an hour. Any further signal ends the
         # wait, and then the handler of the first one runs. A second SIGTERM would do that, too, and abort `finally`.
-        while self._nudges and monotonic() >= self._nudges[0]:
-            del self._nudges[0]
-            if self._leader_lives:
-                os.kill(self._leader, NUDGE)
+        while self._nudges and monotonic() >= self._nudges[0][0]:
+            _, pid = self._nudges.pop(0)
+            if (pid == self._leader and self._leader_lives) or procfs.is_below(pid, os.getpid()):
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, NUDGE)
+
+    def _nudge_often(self, pid: int, *, at_once: bool = False) -> None:
+        now = monotonic()
+        self._nudges = sorted(self._nudges + [(now + delay, pid) for delay in ([0.0] if at_once else []) + [*NUDGES_S]])
+
+    def _kill_steps(self) -> None:
+        """Of steps that have timed out: what they have started, and their process, if it is one of their own."""
+        for name, step in list(self._ending.items()):
+            pid = step.pid if step.pid is not None and procfs.is_below(step.pid, os.getpid()) else None
+            left = [one for one in procfs.processes() if self._is_of_step(one, pid, step.mark)]
+            if pid is not None and procfs.is_alive(pid):
+                # It starts nothing any more, and what is below it stays there until the last of that is gone.
+                os.kill(pid, signal.SIGKILL if not left else signal.SIGSTOP)
+                if not left:
+                    step.note(pid)
+            elif not left:
+                self._send(step_ended=name, killed=list(step.names.values())[:_NAMES_KEPT])
+                del self._ending[name]
+            for one in left:
+                step.note(one)
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(one, signal.SIGKILL)
+
+    def _is_of_step(self, pid: int, process: int | None, mark: str) -> bool:
+        if pid in (self._leader, process) or not procfs.is_alive(pid) or not procfs.is_below(pid, os.getpid()):
+            return False
+        below = process is not None and procfs.is_below(pid, process)
+        return below or procfs.has_in_environment(pid, mark)
 
     def _reap(self) -> bool:
         """Take in whoever ended; whether nobody is left."""

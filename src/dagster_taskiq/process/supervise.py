@@ -18,10 +18,12 @@ from typing import Any, Final, Protocol
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.cancellation.signal import CancelSignal
 from dagster_taskiq.process.child_handle import Child, ChildSpec
+from dagster_taskiq.process.step_timers import LateStep, StepObserver, StepTimers
 
 logger = logging.getLogger(__name__)
 
 _MOMENT_S: Final = 2.0
+_STEP_IS_LATE: Final = Cancellation(CancelKind.DEADLINE, cause="a step has timed out")
 _SAYS_AFTER_S: Final = 3.0
 """Whoever ends within this time is not worth an event."""
 SHIM_ANSWERS_S: Final = 30.0
@@ -67,6 +69,8 @@ class ChildEnd:
     gone_at: float
     abandoned: bool = False
     """Whether this worker hung, so that the child was interrupted without it."""
+    late: LateStep | None = None
+    """The step because of which the child was killed: it took longer than it may, and did not react."""
 
     @property
     def killed_by(self) -> str | None:
@@ -80,6 +84,7 @@ async def supervise(
     signal: CancelSignal,
     observer: Observer,
     grace_s: Callable[[Cancellation], float],
+    steps: StepObserver | None = None,
 ) -> ChildEnd | None:
     """Start the child and see it through; returns when its whole tree is gone. Raises `ChildStartFailed`.
 
@@ -87,12 +92,14 @@ async def supervise(
 
     Must run inside `shielded`, so that no await in here can be torn, and no `Task.cancel()` orphans the child: it is
     interrupted when `signal` is set. `grace_s` is asked when the interrupt is due: it depends on the cancellation.
+    `steps`: where the child may execute steps that have limits.
     """
     child = await _forked(processes, spec, signal)
     if child is None:
         return None
+    timers = StepTimers(child, steps, lambda: grace_s(_STEP_IS_LATE)) if steps is not None else None
     child.begin()
-    ladder = _Ladder(child, signal, observer)
+    ladder = _Ladder(child, signal, observer, timers)
     try:
         return await ladder.run(grace_s)
     finally:
@@ -115,7 +122,8 @@ async def _forked(processes: Processes, spec: ChildSpec, signal: CancelSignal) -
 class _Ladder:
     """Intent, interrupt, grace, kill: whichever rungs it takes until the child's tree is gone."""
 
-    def __init__(self, child: Child, signal: CancelSignal, observer: Observer) -> None:
+    def __init__(self, child: Child, signal: CancelSignal, observer: Observer, timers: StepTimers | None) -> None:
+        self._timers = timers
         self._child = child
         self._signal = signal
         self._observer = observer
@@ -125,27 +133,36 @@ class _Ladder:
     async def run(self, grace_s: Callable[[Cancellation], float]) -> ChildEnd:
         cancelled = asyncio.create_task(self._signal.wait_async(), name="await cancellation")
         outstayed = asyncio.create_task(self._finished_but_stays(), name="await exit after finish")
+        late = asyncio.create_task(self._step_must_be_killed(), name="await a step that does not react")
         alive = asyncio.create_task(self._child.live(), name=f"signs of life for child {self._child.pid}")
         try:
-            happenings: set[asyncio.Future[Any]] = {self._child.exited, cancelled, outstayed}
+            happenings: set[asyncio.Future[Any]] = {self._child.exited, cancelled, outstayed, late}
             await asyncio.wait(happenings, return_when=asyncio.FIRST_COMPLETED)
             if not self._child.exited.done():
                 cancellation = self._signal.cancellation
                 if cancellation is not None:
+                    if self._timers is not None:
+                        self._timers.give_way()
                     await self._interrupt_then_kill(cancellation, grace_s(cancellation))
+                elif late.done():
+                    self._kill_at = time()
+                    self._child.kill()
                 else:
                     self._kill(monotonic() - self._child.finished_at)
         finally:
-            for helper in (cancelled, outstayed):
+            for helper in (cancelled, outstayed, late):
                 helper.cancel()
-            await asyncio.wait({cancelled, outstayed})
+            await asyncio.wait({cancelled, outstayed, late})
         await asyncio.wait({self._child.gone}, timeout=SHIM_ANSWERS_S if self._kill_at is not None else None)
         if not self._child.gone.done():
             logger.warning("the shim of a child does not answer; killing it", extra={"pid": self._child.pid})
             self._child.kill_shim()
         killed = await self._child.gone
+        gone_at = time()
         alive.cancel()
         await asyncio.wait({alive})
+        if self._timers is not None:
+            await self._timers.settled()
         return ChildEnd(
             pid=self._child.pid,
             exit_code=self._child.exited.result(),
@@ -153,9 +170,14 @@ class _Ladder:
             interrupted_at=self._interrupted_at,
             kill_at=self._kill_at,
             killed=killed,
-            gone_at=time(),
+            gone_at=gone_at,
             abandoned=self._child.abandoned,
+            late=self._timers.killer if self._timers is not None and self._kill_at is not None else None,
         )
+
+    async def _step_must_be_killed(self) -> None:
+        """Returns when a step that the child executes itself has timed out, and has not ended within its grace."""
+        await (self._timers.fatal if self._timers is not None else asyncio.Event()).wait()
 
     async def _interrupt_then_kill(self, cancellation: Cancellation, grace_s: float) -> None:
         # The child must know what this is before the signal comes: of a shutdown, the run may go on elsewhere.
@@ -201,7 +223,10 @@ class _Ladder:
     async def _finished_but_stays(self) -> None:
         """Returns when the child's work has been over for longer than the patience, and it has not ended."""
         await self._child.finished.wait()
-        patience_s = self._child.spec.exit_patience_s
+        spec = self._child.spec
+        patience_s = spec.exit_patience_s
+        if self._timers is not None and self._timers.any_late and spec.is_one_step:
+            patience_s = spec.cancelled_exit_patience_s
         await asyncio.sleep(min(_SAYS_AFTER_S, patience_s))
         if patience_s > _SAYS_AFTER_S:
             self._observer.staying(self._child.pid, self._child.stays, patience_s)

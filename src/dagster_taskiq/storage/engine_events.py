@@ -62,6 +62,7 @@ class Stage(enum.StrEnum):
     REACHED = "reached"
     INTERRUPTING = "interrupting"
     WAITING_FOR_THREADS = "waiting_for_threads"
+    TIMED_OUT = "timed_out"
     KILLED = "killed"
     TREE_GONE = "tree_gone"
     FINISHED_ALL_THE_SAME = "finished_all_the_same"
@@ -245,6 +246,17 @@ def interrupting(pid: int, grace_s: float, at: float) -> EngineEvent:
         f"interrupting pid {pid}: SIGTERM, then {grace_s:g} s of grace",
         {"pid": pid, GRACE_KEY: grace_s},
         at,
+    )
+
+
+def step_timed_out(pid: int, reason: str, grace_s: float, at: float) -> EngineEvent:
+    """A step has taken longer than it may, and is interrupted alone. `reason`: which limit it was."""
+    return EngineEvent(
+        Stage.TIMED_OUT,
+        f"{reason}; interrupting it in pid {pid}, then {grace_s:g} s of grace",
+        {"pid": pid, WHY_KEY: reason, GRACE_KEY: grace_s},
+        at,
+        warns=True,
     )
 
 

@@ -10,14 +10,18 @@ from typing import Any, Final
 from dagster import DagsterRun
 
 from dagster_taskiq._attempt_limit import HARD_TIMEOUT_S, no_reaction
+from dagster_taskiq._retry import DATABASE_RETRY_S, retry_async
+from dagster_taskiq.cancellation.signal import CancelSignal
 from dagster_taskiq.child.main import CLEANUP_TARGET
 from dagster_taskiq.cleanup.runner import write_attempt
 from dagster_taskiq.errors import ChildStartFailed
-from dagster_taskiq.metrics import CLEANUP_ATTEMPTS
+from dagster_taskiq.metrics import CLEANUP_ATTEMPTS, TIMED_OUT
+from dagster_taskiq.process.step_timers import LateStep
 from dagster_taskiq.process.supervise import ChildEnd
 from dagster_taskiq.storage import cleanup_events
 from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.worker.context import WorkerContext
+from dagster_taskiq.worker.event_writer import EventWriter
 from dagster_taskiq.worker.finalization import how_it_ended
 from dagster_taskiq.worker.run_child import ChildWork, NotStarted, run_child
 
@@ -47,33 +51,79 @@ async def clean_up(context: WorkerContext, run: DagsterRun, task_id: str) -> boo
     False: the worker stops, and it has to go on elsewhere. Raises `ChildStartFailed`. Must run inside `shielded`, as
     `run_child`.
     """
+    with context.working_on(task_id, run.run_id) as active, active.lost.also_set_by(context.shutdown):
+        return await _run_handlers(context, run, task_id, active.lost)
+
+
+class LateSteps:
+    """What a worker does about steps of a run that time out; see `step_timers.StepObserver`."""
+
+    def __init__(self, context: WorkerContext, run: DagsterRun, task_id: str, writer: EventWriter) -> None:
+        self._context = context
+        self._run = run
+        self._task_id = task_id
+        self._writer = writer
+
+    def step_interrupting(self, step: LateStep, grace_s: float) -> None:
+        """See `step_timers.StepObserver`."""
+        self._context.metrics.count(TIMED_OUT)
+        self._writer.step_interrupting(step, grace_s)
+
+    def step_killing(self, step: LateStep, waited_s: float, shield: str | None) -> None:
+        """See `step_timers.StepObserver`."""
+        self._writer.step_killing(step, waited_s, shield)
+
+    async def clean_up(self, step: LateStep) -> None:
+        """See `step_timers.StepObserver`. When that is not possible, the log of the worker says so."""
+        if step.run_id != self._run.run_id:
+            return  # of a job that an op has executed in its process
+        stop = CancelSignal()
+        try:
+            with stop.also_set_by(self._context.shutdown):
+                await retry_async(
+                    lambda: _run_handlers(self._context, self._run, self._task_id, stop, step),
+                    doing="clean up after a step",
+                    for_s=DATABASE_RETRY_S,
+                )
+        except Exception:  # whatever it is: the step is to end, with or without it
+            extra = {"run_id": self._run.run_id, "step_key": step.step_key}
+            logger.exception("the cleanup handlers of a step that timed out could not be run", extra=extra)
+
+
+async def _run_handlers(
+    context: WorkerContext, run: DagsterRun, task_id: str, stop: CancelSignal, step: LateStep | None = None
+) -> bool:
+    """Of the whole run, or of one step that has timed out."""
     grace_s = min(context.settings.shutdown_grace_s, context.settings.dead_after_s)
-    argument = {"run_id": run.run_id, "worker_id": context.worker_id}
+    argument: dict[str, Any] = {"run_id": run.run_id, "worker_id": context.worker_id}
+    if step is not None:
+        argument |= {"step_key": step.step_key, "reason": step.reason}
     # A run that is to be CANCELED does not wait for threads of its handlers for longer.
     work = ChildWork(CLEANUP_TARGET, argument, task_id, grace_s=lambda _: grace_s, exit_patience_s=grace_s)
     crashes = 0
-    with context.working_on(task_id, run.run_id) as active, active.lost.also_set_by(context.shutdown):
-        while True:
-            end = await run_child(context, work, active.lost, _Log())
-            if isinstance(end, NotStarted) and not active.lost.is_set:
-                raise ChildStartFailed(end.why)
-            if end is None or isinstance(end, NotStarted):
-                return False
-            reports = [message["cleaning"] for message in end.messages if "cleaning" in message]
-            for outcome in (report["ended"] for report in reports if "ended" in report):
-                context.metrics.count(CLEANUP_ATTEMPTS, Outcome=outcome)
-            result = next((message for message in end.messages if "cleaned" in message), None)
-            if result is not None or end.interrupted_at is not None or end.abandoned:
-                return result is not None and bool(result["cleaned"])
-            if reports and "ended" not in reports[-1]:
-                context.metrics.count(CLEANUP_ATTEMPTS, Outcome="lost")
-                await context.lane.call(_write_lost, context, run, reports[-1], end)
-                continue
-            crashes += 1
-            if crashes == _MOST_CRASHES:
-                event = cleanup_events.cleanup_ended([how_it_ended(end, "the process of the cleanup handlers")])
-                await context.lane.call(append_event, context.instance, run, event)
-                return True
+    while True:
+        end = await run_child(context, work, stop, _Log())
+        if isinstance(end, NotStarted) and not stop.is_set:
+            raise ChildStartFailed(end.why)
+        if end is None or isinstance(end, NotStarted):
+            return False
+        reports = [message["cleaning"] for message in end.messages if "cleaning" in message]
+        for outcome in (report["ended"] for report in reports if "ended" in report):
+            context.metrics.count(CLEANUP_ATTEMPTS, Outcome=outcome)
+        result = next((message for message in end.messages if "cleaned" in message), None)
+        if result is not None or end.interrupted_at is not None or end.abandoned:
+            return result is not None and bool(result["cleaned"])
+        if reports and "ended" not in reports[-1]:
+            context.metrics.count(CLEANUP_ATTEMPTS, Outcome="lost")
+            await context.lane.call(_write_lost, context, run, reports[-1], end)
+            continue
+        crashes += 1
+        if crashes == _MOST_CRASHES:
+            why = how_it_ended(end, "the process of the cleanup handlers")
+            if step is not None:
+                raise ChildStartFailed(why)
+            await context.lane.call(append_event, context.instance, run, cleanup_events.cleanup_ended([why]))
+            return True
 
 
 def _write_lost(context: WorkerContext, run: DagsterRun, report: dict[str, Any], end: ChildEnd) -> None:

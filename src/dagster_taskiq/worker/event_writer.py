@@ -16,6 +16,7 @@ from dagster_taskiq._retry import DATABASE_RETRY_S, retry_async
 from dagster_taskiq.cancellation.model import CancelKind
 from dagster_taskiq.cancellation.signal import CancelSignal
 from dagster_taskiq.dagster_compat.storage import outages
+from dagster_taskiq.process.step_timers import LateStep
 from dagster_taskiq.process.supervise import ChildEnd
 from dagster_taskiq.storage import engine_events
 from dagster_taskiq.storage.event_log import StepRef, append_event
@@ -63,6 +64,14 @@ class EventWriter:
         else:
             self._write(engine_events.threads_killed(pid, waited_s, stays, time()))
 
+    def step_interrupting(self, step: LateStep, grace_s: float) -> None:
+        """See `step_timers.StepObserver`."""
+        self._write(engine_events.step_timed_out(step.pid, step.reason, grace_s, time()), step.step_key)
+
+    def step_killing(self, step: LateStep, waited_s: float, shield: str | None) -> None:
+        """See `step_timers.StepObserver`."""
+        self._write(engine_events.killed(step.pid, waited_s, shield, time()), step.step_key)
+
     def record_end(self, end: ChildEnd | None, *, reported: bool = False) -> None:
         """What the log is to hold when all is over: of a cancellation, and of a step always.
 
@@ -85,16 +94,17 @@ class EventWriter:
         if self._signal.cancellation is not None:
             self._write(engine_events.reached(self._worker_id, self._signal.cancellation))
 
-    def _write(self, event: engine_events.EngineEvent) -> None:
+    def _write(self, event: engine_events.EngineEvent, step_key: str | None = None) -> None:
         cancellation = self._signal.cancellation
         if self._step is None and cancellation is not None and cancellation.kind is CancelKind.LEASE_LOST:
             return  # another worker has the run, and writes its log
-        self._tail = asyncio.create_task(self._after(self._tail, event), name=f"write {event.stage}")
+        self._tail = asyncio.create_task(self._after(self._tail, event, step_key), name=f"write {event.stage}")
 
-    async def _after(self, earlier: asyncio.Task[None] | None, event: engine_events.EngineEvent) -> None:
+    async def _after(
+        self, earlier: asyncio.Task[None] | None, event: engine_events.EngineEvent, step_key: str | None
+    ) -> None:
         if earlier is not None:
             await asyncio.wait({earlier})
-        step_key = None
         if self._step is not None:
             # Whose attempt it is about, for whoever follows the steps of the run in its log.
             mine = {engine_events.WORKER_KEY: self._worker_id, engine_events.TASK_ID_KEY: self._step.task_id}

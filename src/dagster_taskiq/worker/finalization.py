@@ -289,6 +289,9 @@ def _failure_message(end: ChildEnd | None, cancellation: Cancellation | None, wo
 def how_it_ended(end: ChildEnd, whose: str) -> str:
     """How a child ended that could not report it itself, in words; `whose`: "the run's process"."""
     error = _last(end, "error").get("error")
+    if end.late is not None:
+        late = end.late
+        return f"{late.reason}; step {late.step_key} did not react to the interrupt, and {whose} {end.pid} was killed"
     if end.kill_at is not None:
         return f"{whose} {end.pid} did not end when it was interrupted, and was killed"
     if end.abandoned:

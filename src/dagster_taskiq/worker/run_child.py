@@ -14,6 +14,7 @@ from dagster_taskiq.cancellation.signal import CancelSignal
 from dagster_taskiq.dagster_compat.api import serialize_value
 from dagster_taskiq.errors import ChildStartFailed
 from dagster_taskiq.process.child_handle import ChildSpec
+from dagster_taskiq.process.step_timers import StepObserver
 from dagster_taskiq.process.supervise import ChildEnd, Observer, supervise
 from dagster_taskiq.worker.context import WorkerContext
 
@@ -33,6 +34,7 @@ class ChildWork:
     """Seconds between interrupt and kill; asked with None for the case that the worker disappears."""
     exit_patience_s: float
     """Seconds that threads have to end when the work is over."""
+    is_one_step: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +46,15 @@ class NotStarted:
 
 
 async def run_child(
-    context: WorkerContext, work: ChildWork, signal: CancelSignal, observer: Observer
+    context: WorkerContext,
+    work: ChildWork,
+    signal: CancelSignal,
+    observer: Observer,
+    steps: StepObserver | None = None,
 ) -> ChildEnd | NotStarted | None:
     """Start the child and see it through. None: it was cancelled, for good, before there was a process.
 
-    Must run inside `see_through`, or another `shielded`.
+    Must run inside `see_through`, or another `shielded`. `steps`: see `supervise`.
     """
     if signal.is_set:
         return _not_even_started(signal)
@@ -65,9 +71,10 @@ async def run_child(
         exit_patience_s=work.exit_patience_s,
         cancelled_exit_patience_s=context.settings.cancelled_exit_patience_seconds,
         hung_after_s=context.settings.hung_after_s,
+        is_one_step=work.is_one_step,
     )
     try:
-        end = await supervise(context.processes, spec, signal, observer, work.grace_s)
+        end = await supervise(context.processes, spec, signal, observer, work.grace_s, steps)
     except ChildStartFailed as error:
         # Not the fault of the work: another worker, or this one later, may have better luck.
         logger.error("%s", error, extra={"task_id": work.task_id})  # noqa: TRY400 - the text is our own and complete

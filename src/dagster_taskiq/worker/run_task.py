@@ -25,6 +25,7 @@ from dagster_taskiq.storage.tags import TASK_ID_TAG, TIMED_OUT_TAG, own_tags
 from dagster_taskiq.tasks.running_task import RunningTask, current_task
 from dagster_taskiq.worker.admission import Action, Candidate, Decision, WorkKind, admit_run
 from dagster_taskiq.worker.claim_watch import TAKEN_OVER
+from dagster_taskiq.worker.cleanup_task import LateSteps
 from dagster_taskiq.worker.code_check import hand_on_after_s
 from dagster_taskiq.worker.context import WorkerContext
 from dagster_taskiq.worker.event_writer import EventWriter
@@ -196,8 +197,9 @@ class RunWork:
             exit_patience_s=context.settings.exit_patience_seconds,
         )
         with context.working_on(task.task_id, run.run_id):
+            steps = LateSteps(context, run, task.task_id, writer)
             async with within_its_time(context, run, task, is_new=kind == "execute_run"):
-                end = await run_child(context, work, task.signal, writer)
+                end = await run_child(context, work, task.signal, writer, steps)
         if isinstance(end, NotStarted):
             log.ended(HANDED_BACK, end.why)
             return await context.give_up(run, end.why, delay_s=end.delay_s)

@@ -24,6 +24,7 @@ from dagster_taskiq.storage import step_events
 from dagster_taskiq.storage.event_log import StepRef, append_event
 from dagster_taskiq.tasks.running_task import RunningTask, current_task
 from dagster_taskiq.worker.admission import Action, Candidate, Decision, admit_step, admit_step_again
+from dagster_taskiq.worker.cleanup_task import LateSteps
 from dagster_taskiq.worker.code_check import hand_on_after_s
 from dagster_taskiq.worker.context import WorkerContext
 from dagster_taskiq.worker.event_writer import EventWriter
@@ -201,8 +202,10 @@ class StepWork:
                     task_id=message.task_id,
                     grace_s=lambda cancellation: context.grace_s(run, cancellation),
                     exit_patience_s=context.settings.exit_patience_seconds,
+                    is_one_step=True,
                 )
-                end = await run_child(context, work, task.signal, writer)
+                steps = LateSteps(context, run, message.task_id, writer)
+                end = await run_child(context, work, task.signal, writer, steps)
         except PayloadUnavailable as error:
             return None, f"what the step has to know could not be read: {error}"
         except Exception as error:  # whatever it is, the run must not wait for a step that nobody works on
