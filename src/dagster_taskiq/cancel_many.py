@@ -11,21 +11,18 @@ from dataclasses import dataclass
 from threading import Event, Lock
 from typing import Final
 
-from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
+from dagster import DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
 
 from dagster_taskiq._text import clean_text
 from dagster_taskiq._time_limit import CALL_S
 from dagster_taskiq.cancellation.model import CancelOutcome
-from dagster_taskiq.cancellation.words import asked
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
 from dagster_taskiq.dagster_compat.connections import bounded_calls
-from dagster_taskiq.dagster_compat.many_runs import can_move_runs, move_runs, statuses_of, store_events
+from dagster_taskiq.dagster_compat.many_runs import can_move_runs, statuses_of
 from dagster_taskiq.launcher import TaskiqRunLauncher
 from dagster_taskiq.run_selection import RunSelection, WhichRuns, groups_of, is_query, select_runs
 from dagster_taskiq.runs import launcher_of, request_cancel, this_user
-from dagster_taskiq.storage import engine_events
-from dagster_taskiq.storage.event_log import as_dagster_event
-from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, RUN_ID_TAG, own_tags
+from dagster_taskiq.storage.unstarted import Unstarted, end_queued
 
 logger = logging.getLogger(__name__)
 
@@ -245,7 +242,7 @@ class _Many:
         """End runs that wait in Dagster's queue. Returns those that were started meanwhile."""
         with bounded_calls(self._instance, CALL_S * len(run_ids)):
             if can_move_runs(self._instance):
-                moved = self._end_queued(run_ids)
+                moved = end_queued(self._instance, run_ids, Unstarted(self._reason, self._by))
             else:
                 moved = {run_id for run_id in run_ids if self._end_by_coordinator(run_id)}
             statuses = statuses_of(self._instance, run_ids)
@@ -260,32 +257,6 @@ class _Many:
 
     def _end_by_coordinator(self, run_id: str) -> bool:
         return request_cancel(run_id, reason=self._reason, requested_by=self._by, instance=self._instance).stops
-
-    def _end_queued(self, run_ids: Sequence[str]) -> set[str]:
-        """As Dagster's coordinator does it, CANCELING and then CANCELED, but many at a time and none that has started.
-
-        If this process dies in between, a run is CANCELING, and nobody starts it.
-        """
-        queued = RunsFilter(run_ids=list(run_ids), statuses=[DagsterRunStatus.QUEUED])
-        runs = {run.run_id: run for run in self._instance.get_runs(queued)}
-        why = {CANCELLED_BY_TAG: self._by, **({CANCEL_REASON_TAG: self._reason} if self._reason else {})}
-        tags = {run_id: {**own_tags(run), **why, RUN_ID_TAG: run_id} for run_id, run in runs.items()}
-        ordered = [runs[run_id] for run_id in run_ids if run_id in runs]
-        moved = move_runs(self._instance, ordered, DagsterRunStatus.QUEUED, DagsterRunStatus.CANCELING, tags)
-        failed = store_events(self._instance, {run_id: self._events(runs[run_id]) for run_id in moved})
-        for run_id, error in failed.items():
-            logger.warning("events could not be written: %s", error, extra={"run_id": run_id})
-        written = [runs[run_id] for run_id in moved if run_id not in failed]
-        return move_runs(self._instance, written, DagsterRunStatus.CANCELING, DagsterRunStatus.CANCELED)
-
-    def _events(self, run: DagsterRun) -> list[DagsterEvent]:
-        canceling, canceled = DagsterEventType.RUN_CANCELING, DagsterEventType.RUN_CANCELED
-        asked_by = self._by, self._reason
-        return [
-            as_dagster_event(run, engine_events.requested("none yet", self._reason, self._by)),
-            DagsterEvent(canceling.value, run.job_name, message=asked("Canceling run from the queue.", *asked_by)),
-            DagsterEvent(canceled.value, run.job_name, message=asked("Canceled before it was started.", *asked_by)),
-        ]
 
     def _ask(self, run_ids: Sequence[str]) -> None:
         """Stop runs that have left Dagster's queue."""

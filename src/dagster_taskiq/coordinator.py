@@ -18,8 +18,10 @@ from dagster_taskiq.errors import SettingsError
 from dagster_taskiq.launcher import TaskiqRunLauncher
 from dagster_taskiq.metrics import OLDEST_WAITS, RUN_SLOTS, RUNS_HELD, RUNS_WAITING, Metrics, on_ecs
 from dagster_taskiq.queue_names import queue_name
+from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.fleet import Hold, HoldWatch
 from dagster_taskiq.storage.hold_notes import HoldNotes
+from dagster_taskiq.storage.queue_ttl import QueueTTL
 from dagster_taskiq.storage.slots import RunSlots
 from dagster_taskiq.storage.tags import drop_copied_tags
 from dagster_taskiq.storage.waiting import WaitNotes, waiting_runs
@@ -90,6 +92,7 @@ class TaskiqRunCoordinator(QueuedRunCoordinator[DagsterInstance]):
         self._look_ahead = look_ahead
         self._dequeues = False
         self._known_slots: RunSlots | None = None
+        self._known_ttl: QueueTTL | None = None
         self._known_notes: WaitNotes | None = None
         self._known_hold: tuple[HoldWatch, HoldNotes] | None = None
         self._known_metrics: Metrics | None = None
@@ -136,7 +139,9 @@ class TaskiqRunCoordinator(QueuedRunCoordinator[DagsterInstance]):
             drop_copied_tags(self._instance, context.dagster_run)
         except Exception:  # they do not count, they are only seen
             logger.exception("tags could not be removed", extra={"run_id": context.dagster_run.run_id})
-        return super().submit_run(context)
+        run = super().submit_run(context)
+        self.check().superseding().look(run)
+        return run
 
     def get_run_queue_config(self) -> RunQueueConfig:
         """The limits of Dagster's run queue; in its daemon `max_concurrent_runs` is at most slots plus look-ahead.
@@ -149,6 +154,7 @@ class TaskiqRunCoordinator(QueuedRunCoordinator[DagsterInstance]):
         if not self._dequeues:
             return config
         with bounded_calls(self._instance, CALL_S):
+            self._queue_ttl().look()
             hold, slots = self._look_for_hold(), self._slots().count()
             self._measure(slots, hold)
             if hold is None:
@@ -177,6 +183,12 @@ class TaskiqRunCoordinator(QueuedRunCoordinator[DagsterInstance]):
         if self._known_slots is None:
             self._known_slots = RunSlots(self._instance, self.check().settings)
         return self._known_slots
+
+    def _queue_ttl(self) -> QueueTTL:
+        if self._known_ttl is None:
+            settings = self.check().settings
+            self._known_ttl = QueueTTL(self._instance, settings, Claims.of(self._instance, settings))
+        return self._known_ttl
 
     def _notes(self) -> WaitNotes:
         if self._known_notes is None:

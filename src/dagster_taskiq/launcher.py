@@ -36,9 +36,11 @@ from dagster_taskiq.storage.claims import Claims, Owner
 from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.fleet import read_hold
 from dagster_taskiq.storage.hold_notes import held_note
+from dagster_taskiq.storage.queue_ttl import ended_before_launch
 from dagster_taskiq.storage.routing import Routing, route_of_run
 from dagster_taskiq.storage.tags import TASK_ID_TAG, own_tags, tag_launched_run
 from dagster_taskiq.storage.waiting import describe_wait
+from dagster_taskiq.superseding import Superseding
 from dagster_taskiq.tasks.producer import REQUEST_TIMEOUT_S, Producer, result_of, work_message
 from dagster_taskiq.termination import BEFORE_START, Termination
 
@@ -137,7 +139,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         terminated meanwhile, or a worker has it all the same: from whatever is raised here Dagster makes a FAILURE. A
         run that a fence means is canceled instead.
         """
-        if not self._ended_at_a_fence(context.dagster_run):
+        if not (self._ended_at_a_fence(context.dagster_run) or self._ended_by_its_tags(context.dagster_run)):
             self._submit(context.dagster_run, EXECUTE_RUN)
 
     @_in_time
@@ -150,6 +152,19 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         if fence is not None:
             self._termination().end_at_fence(run, fence.fence_id, fence.reason, fence.requested_by)
         return fence is not None
+
+    @_in_time
+    def _ended_by_its_tags(self, run: DagsterRun) -> bool:
+        """Because a newer run has superseded it, or because it has waited too long."""
+        return self.superseding().look(run) or ended_before_launch(self._claims(), self.settings, run)
+
+    def superseding(self) -> Superseding:
+        """What ends older runs with the same key."""
+
+        def cancel(run_id: str, reason: str, by: str) -> None:
+            self.request_cancel(run_id, reason=reason, requested_by=by)
+
+        return Superseding(self._instance, self.settings, self._claims(), cancel)
 
     @property
     def supports_resume_run(self) -> bool:

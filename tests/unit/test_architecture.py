@@ -55,7 +55,10 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     | {"cancellable_broker", "cancellable_receiver", "tasks", "sqs", "process", "child", "cleanup", "metrics"},
     "termination": FLOOR | DOMAIN | {"cancellable_broker", "tasks", "metrics"},
     "route_queues": FLOOR | DOMAIN | {"cancellable_broker", "tasks"},
-    "launcher": FLOOR | DOMAIN | {"cancellable_broker", "tasks", "metrics", "termination", "run_fence", "route_queues"},
+    "superseding": FLOOR | DOMAIN,
+    "launcher": FLOOR
+    | DOMAIN
+    | {"cancellable_broker", "tasks", "metrics", "termination", "run_fence", "route_queues", "superseding"},
     "coordinator": FLOOR | DOMAIN | {"launcher", "metrics"},
     "executor": FLOOR
     | DOMAIN

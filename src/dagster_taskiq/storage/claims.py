@@ -28,6 +28,7 @@ from dagster_taskiq.storage.engine_events import EngineEvent, no_log, picked_up,
 from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.stored import stored_object, stored_time, tell_unreadable
+from dagster_taskiq.storage.tags import TASK_ID_TAG, own_tags, was_stopped
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +186,22 @@ class Claims:
         """
         return self._swap(run_id, seen, seen.worker_id, seen.task_id, ClaimState.GIVEN_UP) is not None
 
+    def withhold(self, run: DagsterRun, who: str) -> Claim | None:
+        """Keep all workers from a run that none has, for half a minute at most: it is about to be ended by `who`.
+
+        None: somebody has it, or was quicker. As it is for a run that was given up, its message is not followed
+        meanwhile. Without an event in the run's log. It lasts until `let_go`.
+        """
+        seen = self.read([run.run_id]).get(run.run_id)
+        if seen is not None and seen.state is not ClaimState.RELEASED:
+            return None
+        task_id = own_tags(run).get(TASK_ID_TAG, who)
+        return self._swap(run.run_id, seen, who, task_id, ClaimState.GIVEN_UP)
+
+    def let_go(self, withheld: Claim) -> None:
+        """The opposite of `withhold`."""
+        delete_value(self.instance, _key(withheld.run_id), withheld.stored)
+
     def forget(self, run_id: str) -> None:
         """Delete this process's claim on a run that is final. When that raises, it may be tried again."""
         # No longer ours before the row is gone, or `lost` would find it lost.
@@ -256,8 +273,8 @@ def held_claims(instance: DagsterInstance) -> list[Claim]:
 def forget_old_claims(instance: DagsterInstance, heartbeats: Heartbeats, now: Callable[[], float] = time.time) -> None:
     """Delete the claims on runs that are finished, or were deleted, and whose worker did not come to do it.
 
-    Those on CANCELED runs are kept for a day: the cleanup of such a run may be outstanding, because it was marked by
-    force before its worker died.
+    Those on runs that were stopped are kept for a day: the cleanup of such a run may be outstanding, because it was
+    marked by force before its worker died.
     """
     claims = _all(instance)
     alive = heartbeats.alive(claim.worker_id for claim in claims)
@@ -266,9 +283,9 @@ def forget_old_claims(instance: DagsterInstance, heartbeats: Heartbeats, now: Ca
         some = left[start : start + _BATCH]
         runs = instance.get_runs(RunsFilter(run_ids=[claim.run_id for claim in some]))
         going_on = {run.run_id for run in runs if run.status not in FINISHED_STATUSES}
-        canceled = {run.run_id for run in runs if run.status is DagsterRunStatus.CANCELED}
+        stopped = {run.run_id for run in runs if was_stopped(run)}
         kept = going_on | {
-            claim.run_id for claim in some if claim.run_id in canceled and now() - claim.since < _CLEANUP_WITHIN_S
+            claim.run_id for claim in some if claim.run_id in stopped and now() - claim.since < _CLEANUP_WITHIN_S
         }
         delete_values(instance, [_key(claim.run_id) for claim in some if claim.run_id not in kept])
 

@@ -21,6 +21,7 @@ from dagster_taskiq.storage.claims import Claim, Claims, ClaimState
 from dagster_taskiq.storage.engine_events import Stage
 from dagster_taskiq.storage.event_log import StepRef, append_event, read_engine_events, run_will_resume
 from dagster_taskiq.storage.heartbeats import Heartbeats
+from dagster_taskiq.storage.queue_ttl import waited_too_long
 from dagster_taskiq.storage.routing import route_of_run
 from dagster_taskiq.storage.step_claims import StepClaims, StepState
 from dagster_taskiq.storage.step_events import step_lost
@@ -46,6 +47,7 @@ class Action(enum.Enum):
     FINISH_CANCELLATION = "report the run CANCELED; the worker that had it is gone"
     START = "start the child"
     RESUME = "resume the run in a child"
+    EXPIRE = "end it; it has waited for longer than it may"
     FAIL = "report the run FAILURE; the worker that had it is gone"
     HAND_ON = "give the message back; another worker may have the code"
     NO_CODE = "report the FAILURE; no living worker has the code"
@@ -177,6 +179,8 @@ def _after_the_claim(candidate: Candidate, run: DagsterRun | None, before: Claim
     if run.status in (DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING):
         if _its_backfill_is_cancelled(claims.instance, run):
             return Decision(Action.FINISH_CANCELLATION, "its backfill was canceled before the run was started", run)
+        if (why := waited_too_long(claims.instance, run)) is not None:
+            return Decision(Action.EXPIRE, why, run)
         return Decision(Action.START, "to be started", run)
     gone = before is not None and before.worker_id != candidate.worker_id
     who = (

@@ -151,10 +151,10 @@ def examine(
     instance: DagsterInstance, run_id: str, end: ChildEnd | None, cancellation: Cancellation | None, worker_id: str
 ) -> Conclusion:
     """Look at the run, now that its tree is gone, and decide. `end` is None when no child was started."""
-    run = instance.get_run_by_id(run_id)
+    history = terminal_events(instance, run_id)
+    run = instance.get_run_by_id(run_id)  # after the events: what goes with one of them was written before it
     kind = _what_stopped_it(run, cancellation)
     held = _last(end, "verdict")
-    history = terminal_events(instance, run_id) if run is not None else ()
     action = decide(
         RunOutcome(
             status=run.status if run is not None else None,
@@ -201,12 +201,15 @@ def _is_stopped(
     action: FinalAction, kind: CancelKind | None, run: DagsterRun | None, history: Sequence[DagsterEventType]
 ) -> bool:
     """Whether the run is ended by us because of a cancellation or its time limit, or is it already, by force."""
+    if run is None or kind is CancelKind.LEASE_LOST:
+        return False
     if action is FinalAction.CANCELED or (action is FinalAction.FAILURE and kind is CancelKind.DEADLINE):
         return True
-    if run is not None and run.status is DagsterRunStatus.FAILURE and kind is CancelKind.DEADLINE:
-        return TIMED_OUT_TAG in own_tags(run)  # by Dagster's run monitoring, while its processes still ran
-    forced = run is not None and (run.status is DagsterRunStatus.CANCELED or DagsterEventType.RUN_CANCELED in history)
-    return forced and kind is not CancelKind.LEASE_LOST
+    if run.status is DagsterRunStatus.CANCELED or DagsterEventType.RUN_CANCELED in history:
+        return True
+    # Failed by Dagster's run monitoring, while its processes still ran.
+    failed = DagsterRunStatus.FAILURE in {run.status, true_status(history) if history else None}
+    return failed and kind is CancelKind.DEADLINE and TIMED_OUT_TAG in own_tags(run)
 
 
 def fail(instance: DagsterInstance, claims: Claims, run_id: str, why: str) -> bool:

@@ -23,6 +23,7 @@ from dagster_taskiq.storage.claims import Claim, ClaimState
 from dagster_taskiq.storage.engine_events import Stage
 from dagster_taskiq.storage.event_log import read_engine_events
 from dagster_taskiq.storage.leadership import Leadership
+from dagster_taskiq.storage.queue_ttl import QueueTTL
 from dagster_taskiq.storage.tags import TASK_ID_TAG, own_tags, was_stopped
 from dagster_taskiq.tasks.running_task import RunningTask
 from dagster_taskiq.tasks.running_tasks import RunningTasks
@@ -167,6 +168,7 @@ class Reconciler:
         self._every_s = every_s = context.settings.reconcile_every_s
         self._lost = LostRuns(context, patience_s=context.settings.lost_after_s)
         self._lane = Lane("the database, for lost runs")
+        self._queue_ttl = QueueTTL(context.instance, context.settings, context.claims)
         task = f"reconcile {queue_name(context.settings.queue_url)}"
         self._leadership = Leadership(context.instance, task, context.worker_id, _LEADERS_TURNS * every_s)
         self._mine: dict[str, RunningTask] = {}
@@ -179,6 +181,7 @@ class Reconciler:
                 pause_s = self._every_s
                 try:
                     if await self._lane.call(self._leadership.take):
+                        await self._lane.call(self._queue_ttl.look)
                         for lost in await self._lane.call(self._lost.look):
                             self._begin(lost, finishing)
                         pause_s = self._lost.next_look_in(self._every_s)

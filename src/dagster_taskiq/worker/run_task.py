@@ -21,7 +21,9 @@ from dagster_taskiq.dagster_compat.api import RESUME_RUN_LOG_MESSAGE
 from dagster_taskiq.messages import EXECUTE_RUN, RESUME_RUN, is_run_id
 from dagster_taskiq.sqs.settlement import Settled, Settlement
 from dagster_taskiq.storage.claims import ClaimState
+from dagster_taskiq.storage.queue_ttl import end_of_waiting
 from dagster_taskiq.storage.tags import TASK_ID_TAG, TIMED_OUT_TAG, own_tags
+from dagster_taskiq.storage.unstarted import end_unstarted
 from dagster_taskiq.tasks.running_task import RunningTask, current_task
 from dagster_taskiq.worker.admission import Action, Candidate, Decision, WorkKind, admit_run
 from dagster_taskiq.worker.claim_watch import TAKEN_OVER
@@ -160,6 +162,8 @@ class RunWork:
             return Settled(Settlement.HAND_BACK, hand_on_after_s(task.receive_count))
         if decision.action is Action.DROP or run is None:
             return Settled(Settlement.DELETE)
+        if decision.action is Action.EXPIRE:
+            return await self._expire(run, decision.why)
         if decision.action in (Action.FAIL, Action.NO_CODE):
             await stop_steps(context, run)
             if await context.lane.call(fail, context.instance, context.claims, run.run_id, decision.why):
@@ -176,6 +180,18 @@ class RunWork:
             # As the run monitoring daemon would announce it: by this event Dagster counts the attempts.
             await context.lane.call(context.instance.report_engine_event, RESUME_RUN_LOG_MESSAGE, run)
         return await self._execute(run, kind, task, decision)
+
+    async def _expire(self, run: DagsterRun, why: str) -> Settled:
+        """It is claimed here, so that nobody else begins with it."""
+        context, end = self._context, end_of_waiting(self._context.settings, why)
+
+        def write() -> None:
+            if context.claims.holds(run.run_id):  # or else another worker has begun with it, while this one hung
+                end_unstarted(context.instance, run.run_id, end)
+                context.forget_claims(run.run_id)
+
+        await context.through_outages(write, "end a run that has waited too long")
+        return Settled(Settlement.DELETE)
 
     async def _execute(self, run: DagsterRun, kind: WorkKind, task: RunningTask, decision: Decision) -> Settled:
         context = self._context

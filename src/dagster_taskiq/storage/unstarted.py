@@ -1,0 +1,111 @@
+"""End runs that no worker has begun, so that none ever begins with them. Knows runs and claims; not why they end.
+
+A run in Dagster's queue leaves it by a status that is compared and swapped; of one that was handed over, whoever ends
+it has the claim, as a worker that begins with it has. All calls block on the database.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
+
+from dagster_taskiq.cancellation.words import asked
+from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
+from dagster_taskiq.dagster_compat.execution import unexpected_termination
+from dagster_taskiq.dagster_compat.many_runs import move_runs, store_events
+from dagster_taskiq.storage import engine_events
+from dagster_taskiq.storage.claims import Claims
+from dagster_taskiq.storage.event_log import as_dagster_event
+from dagster_taskiq.storage.status_repair import restore, terminal_events
+from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, RUN_ID_TAG, add_own_tags, own_tags
+
+logger = logging.getLogger(__name__)
+
+NOT_BEGUN: Final = frozenset({DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING})
+
+
+@dataclass(frozen=True, slots=True)
+class Unstarted:
+    """How such a run ends: CANCELED, with who has asked for it and why; or with `fails` FAILURE, with the reason."""
+
+    reason: str | None
+    by: str
+    fails: bool = False
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """What the run's tags are to say of it."""
+        if self.fails:
+            return {}
+        return {CANCELLED_BY_TAG: self.by} | ({CANCEL_REASON_TAG: self.reason} if self.reason else {})
+
+
+def end_queued(instance: DagsterInstance, run_ids: Sequence[str], end: Unstarted) -> set[str]:
+    """End those of these runs that are in Dagster's queue, as its coordinator does, but many at a time.
+
+    None that has started: each is decided by one statement. If this process dies in between, a run is CANCELING, and
+    nobody starts it. Raises `TypeError` where `can_move_runs` is False.
+    """
+    queued = RunsFilter(run_ids=list(run_ids), statuses=[DagsterRunStatus.QUEUED])
+    runs = {run.run_id: run for run in instance.get_runs(queued)}
+    tags = {run_id: {**own_tags(run), **end.tags, RUN_ID_TAG: run_id} for run_id, run in runs.items()}
+    ordered = [runs[run_id] for run_id in run_ids if run_id in runs]
+    moved = move_runs(instance, ordered, DagsterRunStatus.QUEUED, DagsterRunStatus.CANCELING, tags)
+    if end.fails:
+        for run_id in moved:
+            instance.report_run_failed(runs[run_id], end.reason, unexpected_termination())
+        return moved
+    failed = store_events(instance, {run_id: _events(runs[run_id], end) for run_id in moved})
+    for run_id, error in failed.items():
+        logger.warning("events could not be written: %s", error, extra={"run_id": run_id})
+    written = [runs[run_id] for run_id in moved if run_id not in failed]
+    return move_runs(instance, written, DagsterRunStatus.CANCELING, DagsterRunStatus.CANCELED)
+
+
+def _events(run: DagsterRun, end: Unstarted) -> list[DagsterEvent]:
+    canceling, canceled = DagsterEventType.RUN_CANCELING, DagsterEventType.RUN_CANCELED
+    asked_by = end.by, end.reason
+    return [
+        as_dagster_event(run, engine_events.requested("none yet", end.reason, end.by)),
+        DagsterEvent(canceling.value, run.job_name, message=asked("Canceling run from the queue.", *asked_by)),
+        DagsterEvent(canceled.value, run.job_name, message=asked("Canceled before it was started.", *asked_by)),
+    ]
+
+
+def end_handed_over(claims: Claims, run_id: str, end: Unstarted) -> bool:
+    """End a run that was handed over, if no worker has it. False: one has it, or may have it, or it is over."""
+    run = claims.instance.get_run_by_id(run_id)
+    withheld = claims.withhold(run, end.by) if run is not None and run.status in NOT_BEGUN else None
+    if withheld is None:
+        return False
+    try:
+        return end_unstarted(claims.instance, run_id, end)
+    finally:
+        claims.let_go(withheld)
+
+
+def end_unstarted(instance: DagsterInstance, run_id: str, end: Unstarted) -> bool:
+    """End a run that nobody else can begin with, because the caller has the claim. False: it has begun, or is over.
+
+    Where somebody has terminated it meanwhile, it is CANCELED as he wants it.
+    """
+    run = instance.get_run_by_id(run_id)
+    if run is None or run.status in FINISHED_STATUSES:
+        return False
+    if history := terminal_events(instance, run_id):
+        restore(instance, run, history)  # Dagster's daemon took it from its queue at the moment in which it was ended
+        return True
+    if run.status is DagsterRunStatus.CANCELING:
+        tags = own_tags(run)
+        end = Unstarted(tags.get(CANCEL_REASON_TAG), tags.get(CANCELLED_BY_TAG) or end.by)
+    elif run.status not in NOT_BEGUN:
+        return False
+    if end.fails:
+        instance.report_run_failed(run, end.reason, unexpected_termination())
+        return True
+    add_own_tags(instance, run, end.tags)
+    text = asked("Canceled before a worker had picked it up.", end.by, end.reason)
+    instance.report_run_canceled(run, text)
+    return True
