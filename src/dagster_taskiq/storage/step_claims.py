@@ -141,9 +141,14 @@ class StepClaims:
         delete_values_between(self._instance, *_range(run_id))
 
     def _change(self, run_id: str, step: StepRef, worker_id: str, state: StepState) -> bool:
-        held = _held(run_id, step, worker_id)
-        new = replace(held, state=state)
-        return replace_value(self._instance, _key(run_id, step.task_id), held.stored, new.stored)
+        held, key = _held(run_id, step, worker_id), _key(run_id, step.task_id)
+        if replace_value(self._instance, key, held.stored, replace(held, state=state).stored):
+            return True
+        # Who says it may not know the step's route.
+        found = self.read(run_id, [step.task_id]).get(step.task_id)
+        if found is None or replace(found, route=held.route) != held:
+            return False
+        return replace_value(self._instance, key, found.stored, replace(found, state=state).stored)
 
     def _has_released(self, run: DagsterRun, step: StepRef, worker_id: str) -> bool:
         """At an earlier try, of which the answer or the event was lost."""

@@ -86,7 +86,7 @@ class StepWork:
         if decision.action is Action.HAND_ON:
             return Settled(Settlement.HAND_BACK, hand_on_after_s(task.receive_count))
         if decision.action is Action.NO_CODE and decision.run is not None:
-            return await self._fail(message, decision.run, decision.why)
+            return await self._fail(message, decision.run, self._ref(message, task), decision.why)
         if decision.action is not Action.START or decision.run is None:
             return Settled(Settlement.DELETE)
         return await self._execute(message, decision, decision.run, task)
@@ -161,7 +161,7 @@ class StepWork:
             log.ended(HANDED_BACK, why)
             return await context.give_up(run, why, delay_s=delay_s, step=step)
         # Before the event that it is over: the run may be final, and its claims deleted, as soon as that is read.
-        await self._end_claim(message)
+        await self._end_claim(run.run_id, step)
         said = [one["step_ended"] for one in (end.messages if end is not None else ()) if "step_ended" in one]
         reported = bool(said)
         writer.record_end(end, reported=reported)
@@ -175,17 +175,17 @@ class StepWork:
         await self._forget_payload(message)
         return Settled(Settlement.DELETE)
 
-    async def _fail(self, message: StepMessage, run: DagsterRun, why: str) -> Settled:
+    async def _fail(self, message: StepMessage, run: DagsterRun, step: StepRef, why: str) -> Settled:
         """It is not begun, here or elsewhere; its retries would end in the same way."""
-        await self._end_claim(message)
+        await self._end_claim(run.run_id, step)
         await self._report_lost(run, message, why, may_retry=False)
         await self._forget_payload(message)
         return Settled(Settlement.DELETE)
 
-    async def _end_claim(self, message: StepMessage) -> None:
-        context, step = self._context, StepRef(message.step_key, message.task_id)
+    async def _end_claim(self, run_id: str, step: StepRef) -> None:
+        context = self._context
         await retry_async(
-            lambda: context.lane.call(context.step_claims.end, message.run_id, step, context.worker_id),
+            lambda: context.lane.call(context.step_claims.end, run_id, step, context.worker_id),
             doing="write that a step is over",
         )
 

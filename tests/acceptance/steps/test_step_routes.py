@@ -11,6 +11,7 @@ from tests.support.waiting import wait_until
 
 from dagster_taskiq.queue_names import queue_name
 from dagster_taskiq.storage.engine_events import WORKER_KEY, Stage
+from dagster_taskiq.storage.step_claims import StepClaims
 from dagster_taskiq.storage.tags import QUEUE_TAG
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
@@ -76,6 +77,8 @@ def test_terminate_stops_the_steps_on_every_route(fleets: Platform) -> None:
     assert fleets.mark_counts(run_id)["cleanup-end"] == 3
     reached = {note["step_key"]: note[WORKER_KEY][0] for note in fleets.step_notes(run_id, Stage.REACHED)}
     assert reached == {"train_0": "g", "large": "b", "sleepy": "d"}
+    assert fleets.stages(run_id).count(Stage.STEPS_STOPPED) == 1, "all of them have stopped, and nobody waits for more"
+    assert StepClaims(fleets.instance).running(run_id) == {}
 
 
 def test_the_worker_of_a_run_that_dies_stops_its_steps_on_every_route(fleets: Platform) -> None:

@@ -34,6 +34,16 @@ def test_a_claim_names_the_route_of_its_step_to_its_end() -> None:
         assert (found.state, found.route) == (StepState.LOST, "gpu")
 
 
+def test_who_does_not_know_the_route_can_end_a_claim_but_only_of_its_worker() -> None:
+    with DagsterInstance.ephemeral() as instance:
+        run, claims = instance.create_run_for_job(nothing), StepClaims(instance)
+        claims.claim(run, StepRef("large", "task-1", "gpu"), "w1", "there")
+        assert not claims.lose(run.run_id, StepRef("large", "task-1"), "w2")
+        assert claims.lose(run.run_id, StepRef("large", "task-1"), "w1")
+        assert not claims.end(run.run_id, StepRef("large", "task-1"), "w1")
+        assert {(row["state"], row["route"]) for row in rows(instance).values()} == {("lost", "gpu")}
+
+
 def test_rows_of_the_unnamed_route_are_those_of_older_workers() -> None:
     """They compare the whole text of a row, which this version writes as they do."""
     with DagsterInstance.ephemeral() as instance:
