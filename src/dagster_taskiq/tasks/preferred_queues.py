@@ -21,7 +21,8 @@ Receive: TypeAlias = Callable[[Callable[[], int]], Awaitable[Sequence[_T]]]
 """One long poll, of as many messages at most as the argument says when it begins."""
 HEAD_START_S: Final = 0.2
 """The moment that a queue has to answer: SQS gives what waits within some 20 ms."""
-_JUST_NOW_S: Final = 1.0
+_JUST_NOW_S: Final = 0.02
+"""A queue that was empty so long ago is empty: its next poll follows at once."""
 
 
 class PreferredQueues(Generic[_T]):

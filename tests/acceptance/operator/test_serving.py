@@ -4,9 +4,10 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
-from dagster import DagsterRunStatus
+from dagster import DagsterRunStatus, RunsFilter
 from tests.acceptance.conftest import UNHURRIED, open_platform
 from tests.support.platform import ENTRYPOINT, Platform
 from tests.support.waiting import wait_until
@@ -52,6 +53,21 @@ def test_a_worker_of_two_routes_takes_work_and_cancels_of_both(platform: Platfor
             assert platform.launcher.terminate(run_id)
         for run_id in run_ids:
             assert platform.finished(run_id) is DagsterRunStatus.CANCELED, worker.log()
+
+
+def test_the_preferred_route_is_served_first_and_the_slots_are_shared(platform: Platform) -> None:
+    with platform.worker("-n", "both", "-q", "gpu", "-q", "default", "--max-runs", "1") as worker:
+        first = platform.launch("sleepy_job")
+        platform.marked(first, "started")
+        low = [platform.launch("quick_job") for _ in range(3)]
+        high = [platform.launch("quick_job", tags={QUEUE_TAG: "gpu"}) for _ in range(3)]
+        assert platform.launcher.terminate(first)
+        for run_id in (*low, *high):
+            assert platform.finished(run_id) is DagsterRunStatus.SUCCESS, worker.log()
+    records = platform.instance.get_run_records(RunsFilter(run_ids=[*low, *high]))
+    spans = sorted((one.start_time or 0, one.end_time or 0, one.dagster_run.run_id in high) for one in records)
+    assert [is_high for _, _, is_high in spans] == [True] * 3 + [False] * 3
+    assert all(end <= next_start for (_, end, _), (next_start, _, _) in pairwise(spans)), "one at a time"
 
 
 @pytest.mark.parametrize("how", ["option", "variable", "entrypoint"])
