@@ -90,6 +90,7 @@ class CancellableSQSBroker(SQSBroker, Canceller):  # type: ignore[misc]  # taski
         # A cancel that a killed worker had is to be visible before the work is.
         self.cancel_visibility_timeout_s = min(cancel_visibility_timeout_s, max(1, visibility_timeout_s // 2))
         self._connection: Connection | None = None
+        self._lender: CancellableSQSBroker | None = None
         self._work = SQSQueue(queue_url, self._client)
         self._cancel_queue = SQSQueue(self.cancel_queue_url, self._client)
         self._cancels = CancelQueue(self._cancel_queue)
@@ -120,7 +121,13 @@ class CancellableSQSBroker(SQSBroker, Canceller):  # type: ignore[misc]  # taski
             cancel_queue_url=settings.cancel_queue_url,
         )
 
+    def use_client_of(self, other: Self) -> None:
+        """From now on, use the other one's client. It has to live on the same event loop, and is to be closed last."""
+        self._lender = other
+
     async def _client(self) -> "SQSClient":
+        if self._lender is not None:
+            return await self._lender._client()  # noqa: SLF001 - of another one of these
         # Another event loop needs another client: a client's sockets belong to the loop that opened them.
         if self._connection is None or self._connection.loop is not asyncio.get_running_loop():
             self._connection = Connection(self.aws_region, self.endpoint_url)

@@ -1,5 +1,7 @@
 """The queues of routes at an SQS endpoint: which ones are there, and sending to several of them."""
 
+import gc
+import threading
 from collections.abc import Iterator
 from functools import partial
 
@@ -69,29 +71,45 @@ def test_a_producer_sends_to_each_route_over_a_broker_of_its_own(queue_url: str,
     assert {route: one.cancels()[0] for route, one in seen.items()} == {"default": 1, "gpu": 2, "big_2": 1}
 
 
-async def test_a_producer_keeps_a_limited_number_of_clients(
+def test_a_producer_has_one_client_and_a_limited_number_of_brokers(
     standard_url: str, endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Names of routes come from tags: there may be any number of them."""
     monkeypatch.setattr("dagster_taskiq.tasks.producer._MOST_BROKERS", 1)
-    monkeypatch.setattr("dagster_taskiq.tasks.producer.REQUEST_TIMEOUT_S", 2.0)
     made: list[CancellableSQSBroker] = []
 
     def broker_of(route: str) -> CancellableSQSBroker:
         made.append(broker_for(route_queue_url(standard_url, route), endpoint))
         return made[-1]
 
-    def is_open(number: int) -> bool:
-        return made[number]._connection is not None
-
     producer = Producer(broker_of, name="producer")
-    try:
+    for _ in range(2):
         for route in ("default", "nowhere", "default"):
             listed = producer.submit(lambda broker: broker.list_routes(standard_url), route=route)
             assert result_of(listed) == ("default",)
-        assert len(made) == 3
-        await eventually(lambda: not is_open(0) and not is_open(1), "who is not used is closed, when it may have ended")
-        assert is_open(2)
-    finally:
+        assert [broker._connection is not None for broker in made] == [True, False, False]
         producer.close()
-    assert not any(is_open(number) for number in range(3))
+        assert [broker._connection is not None for broker in made] == [False, False, False]
+        made.clear()
+
+
+async def test_a_producer_that_is_dropped_ends_although_its_owner_makes_the_brokers(
+    standard_url: str, endpoint: str
+) -> None:
+    class Owner:
+        def __init__(self) -> None:
+            self.producer = Producer(self.make_broker, name="dropped producer")
+
+        def make_broker(self, route: str) -> CancellableSQSBroker:
+            return broker_for(route_queue_url(standard_url, route), endpoint)
+
+    def is_there() -> bool:
+        return any(thread.name == "dropped producer" for thread in threading.enumerate())
+
+    owner = Owner()
+    for route in ("default", "nowhere"):
+        result_of(owner.producer.submit(lambda broker: broker.list_routes(standard_url), route=route))
+    assert is_there()
+    del owner
+    gc.collect()
+    await eventually(lambda: not is_there(), "its thread has ended")

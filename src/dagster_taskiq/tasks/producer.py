@@ -1,4 +1,4 @@
-"""Send work and cancels from threads that know no asyncio: one event loop in a thread of its own, warm clients.
+"""Send work and cancels from threads that know no asyncio: one event loop in a thread of its own, one warm client.
 
 Used by the launcher, whose methods are called from threads of the webserver and the daemon, and by the executor.
 Imports taskiq when there is something to send: many who load the launcher never send anything.
@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from logging import getLogger
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, Self, TypeVar
 
 from dagster_taskiq.queue_names import DEFAULT_ROUTE
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = getLogger(__name__)
 
 _T = TypeVar("_T")
-_Broker = TypeVar("_Broker", bound="AsyncBroker")
+_Broker = TypeVar("_Broker", bound="Sender")
 REQUEST_TIMEOUT_S: Final = 10
 """No request takes longer, whatever the endpoint does."""
 _MOST_BROKERS: Final = 50
@@ -34,8 +34,18 @@ _WAIT_S: Final = 0.5
 _CLOSE_TIMEOUT_S: Final = 1.0
 
 
+class Sender(Protocol):
+    """What it needs of a broker."""
+
+    async def shutdown(self) -> None:
+        """Close the client."""
+
+    def use_client_of(self, other: Self) -> None:
+        """From now on, send over the other one's client, which is closed by that."""
+
+
 class Producer(Generic[_Broker]):
-    """A broker of one's own for each route, and the thread that they live on; each is there from its first request on.
+    """A broker for each route, one client for all of them, and their thread; each is there from its first request on.
 
     The thread never keeps a program from ending, whether or not `close` was called. A forked process opens its own.
     """
@@ -63,11 +73,12 @@ class Producer(Generic[_Broker]):
         """
         with self._lock:
             if self._open is None:
-                self._open = _Connection(self._make_broker, self._name)
+                self._open = _Connection(self._name)
                 # For who drops a producer and does not close it. At exit there is `_close_all`, which also waits.
                 self._stop_when_dropped = weakref.finalize(self, self._open.stop)
                 self._stop_when_dropped.atexit = False
-            return self._open.submit(request, route, REQUEST_TIMEOUT_S if within_s is None else within_s)
+            broker = self._open.broker(route, self._make_broker)
+            return self._open.submit(request, broker, REQUEST_TIMEOUT_S if within_s is None else within_s)
 
     def close(self) -> None:
         """Close the client and end its thread, within 1.5 s; the next request opens another one."""
@@ -92,10 +103,14 @@ class Producer(Generic[_Broker]):
 
 
 class _Connection(Generic[_Broker]):
-    """An event loop in a daemon thread, and the brokers whose clients belong to it."""
+    """An event loop in a daemon thread, and the brokers whose one client belongs to it.
 
-    def __init__(self, make_broker: Callable[[str], _Broker], name: str) -> None:
-        self._make_broker = make_broker
+    It does not know who makes them, because it outlives a producer that was dropped.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._first: _Broker | None = None
+        """It has the client."""
         self._brokers: dict[str, _Broker] = {}
         """By route, the one that was used last at the end."""
         # Not epoll: a fork shares that with its parent, so whatever it closes would be lost to the parent, too.
@@ -104,25 +119,26 @@ class _Connection(Generic[_Broker]):
         self._thread = threading.Thread(target=self._live, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, request: Callable[[_Broker], Awaitable[_T]], route: str, within_s: float) -> "Future[_T]":
-        """Not from two threads at the same time."""
-        broker = self._brokers.pop(route, None) or self._make_broker(route)
+    def broker(self, route: str, make_broker: Callable[[str], _Broker]) -> _Broker:
+        """That of the route. Not from two threads at the same time."""
+        broker = self._brokers.pop(route, None)
+        if broker is None:
+            broker = make_broker(route)
+            if self._first is None:
+                self._first = broker
+            else:  # opening another one would take as long as the first
+                broker.use_client_of(self._first)
         self._brokers[route] = broker
-        if len(self._brokers) > _MOST_BROKERS:
-            oldest = self._brokers.pop(next(iter(self._brokers)))
-            asyncio.run_coroutine_threadsafe(self._retire(oldest), self._loop)
+        if len(self._brokers) > _MOST_BROKERS:  # names of routes come from tags: there may be any number of them
+            self._brokers.pop(next(iter(self._brokers)))
+        return broker
+
+    def submit(self, request: Callable[[_Broker], Awaitable[_T]], broker: _Broker, within_s: float) -> "Future[_T]":
         return asyncio.run_coroutine_threadsafe(self._bounded(request, broker, within_s), self._loop)
 
     async def _bounded(self, request: Callable[[_Broker], Awaitable[_T]], broker: _Broker, within_s: float) -> _T:
         async with asyncio.timeout(within_s):
             return await request(broker)
-
-    async def _retire(self, broker: _Broker) -> None:
-        """Close it when its last requests are over."""
-        try:
-            await asyncio.sleep(REQUEST_TIMEOUT_S)
-        finally:
-            await broker.shutdown()
 
     def stop(self) -> None:
         """Have the thread end soon. From any thread; more than once; after its end."""
@@ -153,7 +169,8 @@ class _Connection(Generic[_Broker]):
                 for request in requests:
                     request.cancel()
                 await asyncio.gather(*requests, return_exceptions=True)
-                await asyncio.gather(*[broker.shutdown() for broker in self._brokers.values()])
+                if self._first is not None:
+                    await self._first.shutdown()
         except Exception as error:  # noqa: BLE001 - there is nobody who could do better
             logger.debug("client not closed: %r", error)
 
