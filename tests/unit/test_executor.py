@@ -6,11 +6,13 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from dagster import DagsterInstance, job
 
-from dagster_taskiq.errors import DagsterTaskiqError
-from dagster_taskiq.executor import _MOST_STATE, SQSStepHandler
+from dagster_taskiq.errors import DagsterTaskiqError, SettingsError
+from dagster_taskiq.executor import _MOST_STATE, SQSStepHandler, _limits
 from dagster_taskiq.messages import StepMessage
 from dagster_taskiq.settings import Settings
+from dagster_taskiq.storage.tags import QUEUE_TAG, ROUTE_TAG, RUN_ID_TAG, TASK_ID_TAG
 
 SETTINGS = Settings(
     queue_url="http://127.0.0.1:1/1/tasks",
@@ -55,3 +57,42 @@ def test_a_slow_bucket_has_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None
             handler.close()
             server.shutdown()
     assert [path.rpartition("/")[2].split("?")[0] for path in kept] == [one.task_id for one in messages]
+
+
+@job
+def nothing() -> None: ...
+
+
+def test_steps_go_with_their_run_whoever_has_launched_it() -> None:
+    handler = SQSStepHandler(SETTINGS)
+    table = {
+        "ours, to a route": ({TASK_ID_TAG: "1", ROUTE_TAG: "gpu", QUEUE_TAG: "other"}, "gpu"),
+        "ours, of a version without routes": ({TASK_ID_TAG: "1", QUEUE_TAG: "other"}, "default"),
+        "another launcher's": ({QUEUE_TAG: "gpu"}, "gpu"),
+        "another launcher's, copied": ({TASK_ID_TAG: "1", ROUTE_TAG: "x", RUN_ID_TAG: "of another"}, "default"),
+    }
+    with DagsterInstance.ephemeral() as instance:
+        for case, (tags, route) in table.items():
+            run = instance.create_run_for_job(nothing, tags=tags)
+            assert handler.route_of(instance, run) == route, case
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({"GPU": 1}, "max_concurrent_by_route: 'GPU' is not the name of a route"),
+        ({"gpu": 0}, "max_concurrent_by_route: the limit of gpu must be a whole number, at least 1, not 0"),
+    ],
+)
+def test_limits_by_route_are_checked(limits: dict[str, int], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        _limits({"max_concurrent_by_route": limits})
+
+
+def test_limits_by_route_are_limits_of_tags_for_dagster() -> None:
+    own = {"key": "database", "limit": 3}
+    assert _limits({"tag_concurrency_limits": [own], "max_concurrent_by_route": {"gpu": 2}}) == [
+        own,
+        {"key": ROUTE_TAG, "value": "gpu", "limit": 2},
+    ]
+    assert _limits({"max_concurrent_by_route": None}) is None
