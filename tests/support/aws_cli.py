@@ -20,18 +20,20 @@ def client(service: str) -> Any:
 
 
 def deploy(options: dict[str, list[str]]) -> None:
-    """`aws cloudformation deploy` of a stack that is not there yet."""
+    """`aws cloudformation deploy`: what it is not told about a stack that is there already stays as it was."""
     cloud = client("cloudformation")
     given = dict(one.split("=", 1) for one in options.get("parameter-overrides", []))
     (name,), (file,) = options["stack-name"], options["template-file"]
-    cloud.create_stack(
+    there = {stack["StackName"]: stack.get("Parameters", []) for stack in cloud.describe_stacks()["Stacks"]}
+    given = {one["ParameterKey"]: one["ParameterValue"] for one in there.get(name, [])} | given
+    (cloud.update_stack if name in there else cloud.create_stack)(
         StackName=name,
         TemplateBody=Path(file).read_text(),
         Capabilities=options.get("capabilities", []),
         Parameters=[{"ParameterKey": key, "ParameterValue": value} for key, value in given.items()],
     )
     (stack,) = cloud.describe_stacks(StackName=name)["Stacks"]
-    assert stack["StackStatus"] == "CREATE_COMPLETE", stack
+    assert stack["StackStatus"] in ("CREATE_COMPLETE", "UPDATE_COMPLETE"), stack
     print(f"Successfully created/updated stack - {name}")
 
 

@@ -10,9 +10,11 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 from dagster import DagsterInstance, DagsterRunStatus
 from tests.acceptance.operator.test_infra import client
 from tests.support.ecs_agent import FakeAgent, ecs_agent
@@ -31,15 +33,17 @@ def test_no_loop_on_the_page_is_endless() -> None:
     assert not [one for one in blocks(PAGE, "bash") if re.search(r"\b(until|while)\b", one.text)]
 
 
-def started_as_ecs_would(shell: Shell, endpoint: str, agent: FakeAgent, log: Path) -> "subprocess.Popen[bytes]":
+def started_as_ecs_would(
+    shell: Shell, endpoint: str, agent: FakeAgent, log: Path, service: str
+) -> "subprocess.Popen[bytes]":
     """The container of the service, as its task definition says: without a checkout, in a folder of its own."""
     ecs = client("ecs", endpoint)
-    (arn,) = ecs.list_task_definitions(familyPrefix="dagster-workers")["taskDefinitionArns"]
+    arn = ecs.describe_services(cluster="data", services=[service])["services"][0]["taskDefinition"]
     (container,) = ecs.describe_task_definition(taskDefinition=arn)["taskDefinition"]["containerDefinitions"]
     told = {one["name"]: str(one["value"]) for one in container["environment"]}
     told["DAGSTER_TASKIQ_SQS_QUEUE_URL"] = shell.variable("DAGSTER_TASKIQ_SQS_QUEUE_URL")
     assert [secret["name"] for secret in container["secrets"]] == ["DAGSTER_POSTGRES_URL"]
-    image = log.with_name("image")
+    image = log.with_name(f"image of {service}")
     image.mkdir()
     shutil.copy(ROOT / "worker_entrypoint.py", image)
     with log.open("w") as out:
@@ -51,6 +55,10 @@ def started_as_ecs_would(shell: Shell, endpoint: str, agent: FakeAgent, log: Pat
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
+
+def is_ready(log: Path) -> bool:
+    return " is ready" in log.read_text()
 
 
 def daemon(environ: dict[str, str], cwd: Path) -> "subprocess.Popen[bytes]":
@@ -77,7 +85,7 @@ def assert_cancelled(shell: Shell, home: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_who_follows_the_page_terminates_a_run(tmp_path: Path, postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DAGSTER_POSTGRES_URL", postgres)
-    home, log, checkout = tmp_path / "home", tmp_path / "log", tmp_path / "checkout"
+    home, checkout = tmp_path / "home", tmp_path / "checkout"
     home.mkdir()
     for part in ("infra", "src/dagster_taskiq/examples"):
         shutil.copytree(ROOT / part, checkout / part)
@@ -96,27 +104,27 @@ def test_who_follows_the_page_terminates_a_run(tmp_path: Path, postgres: str, mo
         }
         shell = Shell(tmp_path, checkout, environ)
         started: list[subprocess.Popen[bytes]] = []
+        configured: dict[str, object] = {}
         try:
             for block in blocks(PAGE):
                 language, text = block.language, block.text
                 if language == "yaml":
-                    (home / "dagster.yaml").write_text(text)
+                    configured |= yaml.safe_load(text)
+                    (home / "dagster.yaml").write_text(yaml.safe_dump(configured))
                 elif language == "bash" and "dagster job launch" in text:
                     launch, rest = text.split("\nRUN_ID=", 1)
                     shell.run(launch)
-                    shutil.rmtree(checkout)
-                    checkout.mkdir()
+                    shutil.rmtree(checkout / "src")
                     queue_url = shell.variable("DAGSTER_TASKIQ_SQS_QUEUE_URL")
                     started.append(daemon(environ | {"DAGSTER_TASKIQ_SQS_QUEUE_URL": queue_url}, home))
                     shell.run(f"RUN_ID={rest}")
                 elif language == "bash":
                     shell.run(text)
-                if "workers.yaml" in text and language == "bash":
-                    started.append(started_as_ecs_would(shell, endpoint, agent, log))
-                    said = (tmp_path / "log").read_text
-                    wait_until(
-                        lambda: " is ready" in (tmp_path / "log").read_text(), "it is ready", within=60, seen=said
-                    )
+                services = re.findall(r"--stack-name (\S+) [^-]*--template-file infra/workers.yaml", text)
+                for service in services if language == "bash" else ():
+                    log = tmp_path / f"log of {service}"
+                    started.append(started_as_ecs_would(shell, endpoint, agent, log, service))
+                    wait_until(partial(is_ready, log), "it is ready", within=60, seen=log.read_text)
                 if "run cancel" in text:
                     assert_cancelled(shell, home, monkeypatch)
         finally:

@@ -1,6 +1,7 @@
 """The template of the workers: linted, deployed to an emulator beside the queues, and the container that it describes
 started here, as far as that goes without ECS; its numbers are those of the settings."""
 
+import json
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import yaml
 from dagster import DagsterInstance, DagsterRunStatus
 from tests.acceptance.operator.test_infra import client
+from tests.support.cfn import Filled
 from tests.support.ecs_agent import ecs_agent
 from tests.support.moto import REGION
 from tests.support.platform import ENTRYPOINT, Platform, write_home
@@ -58,8 +60,9 @@ SECRETS = {
 
 @dataclass
 class Fleet:
-    """Both stacks."""
+    """The stack of a fleet of workers, with that of its queues."""
 
+    stack: str
     endpoint: str
     queue_url: str
     container: dict[str, Any]
@@ -71,51 +74,93 @@ class Fleet:
         return {entry["name"]: str(entry["value"]) for entry in self.container["environment"]}
 
 
-@pytest.fixture(params=["both", "steps"])
-def fleet(request: pytest.FixtureRequest, endpoint: str) -> Iterator[Fleet]:
-    cloud, ecs, ec2 = (client(service, endpoint) for service in ("cloudformation", "ecs", "ec2"))
-    name, cluster = f"fleet-{uuid4().hex[:8]}", f"cluster-{uuid4().hex[:8]}"
-    network = ec2.describe_subnets()["Subnets"][0]
-    group = ec2.describe_security_groups()["SecurityGroups"][0]["GroupId"]
+class Account:
+    """Where stacks are deployed: on an emulator, with a cluster."""
 
-    def deploy(stack: str, file: str, **parameters: str) -> dict[str, str]:
-        cloud.create_stack(
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self.cloud, self.ecs, self.iam, ec2 = (client(one, endpoint) for one in ("cloudformation", "ecs", "iam", "ec2"))
+        self.name, self.cluster = f"fleet-{uuid4().hex[:8]}", f"cluster-{uuid4().hex[:8]}"
+        self._subnet = ec2.describe_subnets()["Subnets"][0]["SubnetId"]
+        self._group = ec2.describe_security_groups()["SecurityGroups"][0]["GroupId"]
+        self._stacks: list[str] = []
+        self.deploy(f"{self.name}-cluster", "cluster.yaml", Cluster=self.cluster)
+
+    def deploy(self, stack: str, file: str, **parameters: str) -> dict[str, str]:
+        """Its outputs."""
+        self.cloud.create_stack(
             StackName=stack,
             TemplateBody=(INFRA / file).read_text(),
             Capabilities=["CAPABILITY_IAM"],
             Parameters=[{"ParameterKey": key, "ParameterValue": value} for key, value in parameters.items()],
         )
-        (described,) = cloud.describe_stacks(StackName=stack)["Stacks"]
+        self._stacks.append(stack)
+        (described,) = self.cloud.describe_stacks(StackName=stack)["Stacks"]
         assert described["StackStatus"] == "CREATE_COMPLETE", described
         return {output["OutputKey"]: output["OutputValue"] for output in described["Outputs"]}
 
-    deploy(f"{name}-cluster", "cluster.yaml", Cluster=cluster)
-    queues = deploy(f"{name}-queues", "queues.yaml", QueueName=name)
-    deploy(
-        f"{name}-{request.param}",
-        "workers.yaml",
-        QueuesStack=f"{name}-queues",
-        QueueName=name,
-        Serve=request.param,
-        Cluster=cluster,
-        Image="123456789012.dkr.ecr.us-east-1.amazonaws.com/workers:1",
-        Subnets=network["SubnetId"],
-        SecurityGroups=group,
-        **SECRETS[request.param],
-    )
-    (arn,) = ecs.list_task_definitions(familyPrefix=f"{name}-{request.param}")["taskDefinitionArns"]
-    task = ecs.describe_task_definition(taskDefinition=arn)["taskDefinition"]
-    (service,) = ecs.describe_services(cluster=cluster, services=[f"{name}-{request.param}"])["services"]
-    assert service["taskDefinition"] == arn
-    (container,) = task["containerDefinitions"]
-    iam, stack_name = client("iam", endpoint), f"{name}-{request.param}"
-    found = cloud.describe_stack_resource(StackName=stack_name, LogicalResourceId="ExecutionRole")
-    role = found["StackResourceDetail"]["PhysicalResourceId"]
-    (policy,) = iam.list_role_policies(RoleName=role)["PolicyNames"]
-    document = iam.get_role_policy(RoleName=role, PolicyName=policy)["PolicyDocument"]
-    yield Fleet(endpoint, queues["QueueUrl"], container, yaml.safe_load(document)["Statement"])
-    for stack in (f"{name}-{request.param}", f"{name}-queues", f"{name}-cluster"):
-        cloud.delete_stack(StackName=stack)
+    def workers(self, stack: str, queues: str, **parameters: str) -> Fleet:
+        """A fleet with the queues of that stack."""
+        self.deploy(
+            stack,
+            "workers.yaml",
+            QueuesStack=queues,
+            QueueName=self.name,
+            Cluster=self.cluster,
+            Image="123456789012.dkr.ecr.us-east-1.amazonaws.com/workers:1",
+            Subnets=self._subnet,
+            SecurityGroups=self._group,
+            **parameters,
+        )
+        (service,) = self.ecs.describe_services(cluster=self.cluster, services=[stack])["services"]
+        task = self.ecs.describe_task_definition(taskDefinition=service["taskDefinition"])["taskDefinition"]
+        assert task["family"] == stack
+        (container,) = task["containerDefinitions"]
+        described = {one["OutputKey"]: one["OutputValue"] for one in self._described(queues)}
+        return Fleet(stack, self.endpoint, described["QueueUrl"], container, self._may_start_with(stack))
+
+    def _described(self, stack: str) -> Any:
+        return self.cloud.describe_stacks(StackName=stack)["Stacks"][0]["Outputs"]
+
+    def _may_start_with(self, stack: str) -> list[Any]:
+        found = self.cloud.describe_stack_resource(StackName=stack, LogicalResourceId="ExecutionRole")
+        role = found["StackResourceDetail"]["PhysicalResourceId"]
+        documents = [
+            self.iam.get_role_policy(RoleName=role, PolicyName=policy)["PolicyDocument"]
+            for policy in self.iam.list_role_policies(RoleName=role)["PolicyNames"]
+        ]
+        return [one for document in documents for one in yaml.safe_load(document)["Statement"]]
+
+    def close(self) -> None:
+        for stack in reversed(self._stacks):
+            self.cloud.delete_stack(StackName=stack)
+
+
+@pytest.fixture
+def account(endpoint: str) -> Iterator[Account]:
+    account = Account(endpoint)
+    yield account
+    account.close()
+
+
+@pytest.fixture(params=["both", "steps"])
+def fleet(request: pytest.FixtureRequest, account: Account) -> Fleet:
+    account.deploy(f"{account.name}-queues", "queues.yaml", QueueName=account.name)
+    name, queues = f"{account.name}-{request.param}", f"{account.name}-queues"
+    return account.workers(name, queues, Serve=request.param, **SECRETS[request.param])
+
+
+@pytest.fixture
+def fleets(account: Account) -> dict[str, Fleet]:
+    """By route: the unnamed one's fleet, and that of `gpu`, as the guide has them deployed."""
+    name = account.name
+    account.deploy(f"{name}-queues", "queues.yaml", QueueName=name, SendToRoutes="true")
+    account.deploy(f"{name}-queues-gpu", "queues.yaml", QueueName=name, Route="gpu")
+    secret = {"DatabaseSecretArn": SECRET}
+    return {
+        "default": account.workers(f"{name}-workers", f"{name}-queues", **secret),
+        "gpu": account.workers(f"{name}-workers-gpu", f"{name}-queues-gpu", Route="gpu", **secret),
+    }
 
 
 @pytest.mark.parametrize("name", ["cluster.yaml", "queues.yaml", "workers.yaml"])
@@ -152,6 +197,60 @@ def test_ecs_may_read_the_secret_that_it_is_told_to_read(fleet: Fleet) -> None:
         assert secret["valueFrom"] == f"{SECRET}:url::"
         ((action, key),) = [(one["Action"], one["Resource"]) for one in decrypt]
         assert (action, key) == ("kms:Decrypt", KEY)
+
+
+def queues_in(value: Any) -> set[tuple[str, str]]:
+    """The dimensions of metrics in there that name queues."""
+    if isinstance(value, list):
+        return {one for part in value for one in queues_in(part)}
+    if not isinstance(value, dict):
+        return set()
+    if value.get("Name") in ("Queue", "QueueName"):
+        return {(value["Name"], value["Value"])}
+    return {one for part in value.values() for one in queues_in(part)}
+
+
+def test_two_fleets_stand_beside_each_other(account: Account, fleets: dict[str, Fleet]) -> None:
+    assert [fleets[route].environment["DAGSTER_TASKIQ_ROUTE"] for route in ("default", "gpu")] == ["default", "gpu"]
+    urls = {fleet.environment["DAGSTER_TASKIQ_SQS_QUEUE_URL"] for fleet in fleets.values()}
+    assert {url.rpartition("/")[2] for url in urls} == {account.name}, "settings derive the queues of the route"
+    logs = {fleet.container["logConfiguration"]["options"]["awslogs-group"] for fleet in fleets.values()}
+    assert len(logs) == 2
+    watch = client("cloudwatch", account.endpoint)
+    for fleet, queue in ((fleets["default"], account.name), (fleets["gpu"], f"{account.name}-gpu")):
+        body = watch.get_dashboard(DashboardName=fleet.stack)["DashboardBody"]
+        assert set(re.findall(r'"Queue(?:Name)?", "([^"]*)"', body)) == {queue}
+
+
+@pytest.mark.parametrize(
+    ("queue", "route", "work", "steps"),
+    [
+        ("tasks", "default", "tasks", "tasks-steps"),
+        ("tasks.fifo", "default", "tasks.fifo", "tasks-steps.fifo"),
+        ("tasks", "gpu", "tasks-gpu", "tasks-gpu-steps"),
+        ("tasks.fifo", "gpu", "tasks-gpu.fifo", "tasks-gpu-steps.fifo"),
+    ],
+)
+@pytest.mark.parametrize("serve", ["both", "runs", "steps"])
+def test_a_fleet_is_scaled_and_watched_by_the_queues_of_its_route(
+    queue: str, route: str, work: str, steps: str, serve: str
+) -> None:
+    filled = Filled(INFRA / "workers.yaml", QueueName=queue, Route=route, Serve=serve).resources()
+    of_runs, of_steps = {("Queue", work), ("QueueName", work)}, {("QueueName", steps)}
+    wanted = {"both": of_runs | of_steps, "runs": of_runs, "steps": of_steps}[serve]
+    for scales in ("BacklogPolicy", "WorkWaitsForTheFirstTask"):
+        assert queues_in(filled[scales]) == wanted
+    assert filled.keys() >= {"both": {"OldestRunAlarm", "OldestStepAlarm"}}.get(serve, set())
+    for alarm, named in (
+        ("OldestRunAlarm", of_runs),
+        ("OldestStepAlarm", {("Queue", work), ("QueueName", steps)}),
+        ("SlowCancellationAlarm", {("Queue", work)}),
+        ("CleanupFailedAlarm", {("Queue", work)}),
+    ):
+        assert alarm not in filled or queues_in(filled[alarm]) == named
+    body = filled["Dashboard"]["Properties"]["DashboardBody"]
+    assert set(re.findall(r'"Queue(?:Name)?", "([^"]*)"', body)) == {work}
+    assert json.loads(body)["widgets"]
 
 
 @pytest.mark.slow
