@@ -151,6 +151,12 @@ def waiting(waited_s: float, older: int, why: str) -> EngineEvent:
     return EngineEvent(Stage.WAITING, message, {"older runs": older, WHY_KEY: why})
 
 
+def waits_for_route(why: str, route: str) -> EngineEvent:
+    """The run is to be stopped, which takes its code, and nobody is there who has it."""
+    message = f"waiting: {why}; start one with `dagster-taskiq worker start -q {route}`"
+    return EngineEvent(Stage.WAITING, message, {WHY_KEY: why}, warns=True)
+
+
 def no_log(_: str) -> None:
     """Of a worker whose log nobody can link to."""
 

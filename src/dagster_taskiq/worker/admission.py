@@ -26,7 +26,7 @@ from dagster_taskiq.storage.routing import route_of_run
 from dagster_taskiq.storage.step_claims import StepClaims, StepState
 from dagster_taskiq.storage.step_events import step_lost
 from dagster_taskiq.storage.tags import TASK_ID_TAG, add_own_tags, own_tags, was_stopped
-from dagster_taskiq.worker.code_check import FindCode, is_here
+from dagster_taskiq.worker.code_check import CodeMissing, FindCode, is_here
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +76,8 @@ class Candidate:
     task_id: str
     worker_id: str
     where: str
+    elsewhere: str | None = None
+    """Why no process may be begun for it by this worker, whatever code that has."""
 
 
 def admit_run(
@@ -102,8 +104,9 @@ def admit_run(
         return other
     if held is not None and run.status not in _IS_STOPPED:
         return Decision(Action.HAND_BACK, held, run)
-    no_code = find_code(run, route_of_run(run), "runs")
-    if no_code is not None and no_code.others and _begins_a_process(claims, candidate, run):
+    elsewhere = candidate.elsewhere
+    no_code = CodeMissing(elsewhere, others=True) if elsewhere else find_code(run, route_of_run(run), "runs")
+    if no_code is not None and no_code.others and begins_a_process(instance, run, candidate.kind):
         return Decision(Action.HAND_ON, no_code.why, run)  # before the claim: the run's log is not about this worker
     if TASK_ID_TAG not in own_tags(run):
         # Sent by somebody else's producer: from now on the run can be terminated all the same.
@@ -116,16 +119,19 @@ def admit_run(
     if decision.action is Action.DROP:
         claims.release(run, decision.why, mine)
     if no_code is not None and decision.action in (Action.START, Action.RESUME):
+        if no_code.others:  # it had changed since the first look
+            claims.release(run, no_code.why, mine)
+            return replace(decision, action=Action.HAND_ON, why=no_code.why)
         return replace(decision, action=Action.NO_CODE, why=no_code.why)
     return decision
 
 
-def _begins_a_process(claims: Claims, candidate: Candidate, run: DagsterRun) -> bool:
+def begins_a_process(instance: DagsterInstance, run: DagsterRun, kind: WorkKind) -> bool:
     """Whether going on with it here takes the code of the run: for the run, or for its cleanup handlers."""
     if run.status is DagsterRunStatus.CANCELING or was_stopped(run):
-        return cleanup_record(claims.instance, run.run_id).due
-    if run.status is DagsterRunStatus.STARTED and candidate.kind == "execute_run":
-        return run_will_resume(claims.instance, run.run_id)
+        return cleanup_record(instance, run.run_id).due
+    if run.status is DagsterRunStatus.STARTED and kind == "execute_run":
+        return run_will_resume(instance, run.run_id)
     return True
 
 

@@ -1,14 +1,15 @@
 """Finish what nobody else will: runs whose worker is dead and whose message is gone.
 
 A message that comes again is the quick way, and this one waits until it would have come. Knows claims, heartbeats and
-run statuses; what becomes of a run is decided by `run_task`, as if its message had come. One worker at a time does it.
+run statuses; what becomes of a run is decided by `run_task`, as if its message had come. One worker at a time does it,
+for each route one that serves it. Where no worker serves a route, that of another one ends what takes no code.
 """
 
 import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,16 +19,19 @@ from dagster_taskiq._lane import Lane
 from dagster_taskiq._log_context import log_context
 from dagster_taskiq.cancellation.model import Cancellation
 from dagster_taskiq.queue_names import queue_name
+from dagster_taskiq.settings import Settings
 from dagster_taskiq.sqs.settlement import Settlement
 from dagster_taskiq.storage.claims import Claim, ClaimState
-from dagster_taskiq.storage.engine_events import Stage
-from dagster_taskiq.storage.event_log import read_engine_events
+from dagster_taskiq.storage.code_locations import who_serves
+from dagster_taskiq.storage.engine_events import WHY_KEY, Stage, waits_for_route
+from dagster_taskiq.storage.event_log import append_event, read_engine_events
 from dagster_taskiq.storage.leadership import Leadership
 from dagster_taskiq.storage.queue_ttl import QueueTTL
+from dagster_taskiq.storage.routing import route_of_run, served_routes, sorted_routes
 from dagster_taskiq.storage.tags import TASK_ID_TAG, own_tags, was_stopped
 from dagster_taskiq.tasks.running_task import RunningTask
 from dagster_taskiq.tasks.running_tasks import RunningTasks
-from dagster_taskiq.worker.admission import WorkKind
+from dagster_taskiq.worker.admission import WorkKind, begins_a_process
 from dagster_taskiq.worker.context import WorkerContext
 from dagster_taskiq.worker.run_task import RunWork
 
@@ -53,6 +57,8 @@ class LostRun:
     task_id: str
     kind: WorkKind
     mark: str
+    elsewhere: str | None = None
+    """Why no process may be begun for it here: it is of a route that this worker does not serve."""
 
 
 class LostRuns:
@@ -70,10 +76,16 @@ class LostRuns:
         self._in_doubt = False
         self._may_live: set[str] = set()
         """Workers that may only lack the database: what they have goes on there."""
-        self._queue = queue_name(context.settings.queue_url)
+        self._led: Collection[str] = ()
+        self._served: set[str] | None = None
+        """The routes of which workers live that take runs, once that was asked in this look."""
 
-    def look(self) -> list[LostRun]:
-        """Those that are due; when there are very many, some of them, what is to be stopped first."""
+    def look(self, led: Collection[str]) -> list[LostRun]:
+        """Those that are due; when there are very many, some of them, what is to be stopped first.
+
+        `led`: the routes for which this worker is the one that looks.
+        """
+        self._led, self._served = led, None
         claims = self._context.claims
         rows, canceling = claims.unfinished()
         me = self._context.worker_id
@@ -130,30 +142,56 @@ class LostRuns:
         if goes_on and now - since < self._patience_s + self._monitoring_s():
             return None
         is_stopped = status is DagsterRunStatus.CANCELING or was_stopped(run)
-        if task_id is None or not (goes_on or is_stopped) or not self._is_on_our_queue(run.run_id):
+        route = route_of_run(run)
+        if task_id is None or not (goes_on or is_stopped) or not self._is_on_our_queue(run.run_id, route):
             self._tried[run.run_id] = (mark, float("inf"))  # it stays so
             return None
         # A run that goes on has another task id than its claim when it was resumed, and nobody has got that message.
         resumed = goes_on and status is DagsterRunStatus.STARTED and claim is not None and claim.task_id != task_id
-        return LostRun(run, task_id, "resume_run" if resumed else "execute_run", mark)
+        kind: WorkKind = "resume_run" if resumed else "execute_run"
+        if route in self._led:
+            return LostRun(run, task_id, kind, mark)
+        self._tried[run.run_id] = (mark, now)
+        if not self._ends_runs_of(route):
+            return None
+        why = f"no worker that takes runs of route {route!r} is alive"
+        if begins_a_process(self._context.instance, run, kind):
+            if is_stopped:
+                self._tell_that_it_waits(run, f"{why}, to run its cleanup handlers")
+            return None
+        return LostRun(run, task_id, kind, mark, elsewhere=why)
+
+    def _ends_runs_of(self, route: str) -> bool:
+        """Whether a route that is not led from here has no worker, and this is the one that ends what can be ended."""
+        if self._served is None:
+            queue, living = queue_name(self._context.settings.queue_url), self._context.claims.heartbeats.living()
+            known = {name for beat in living for name in served_routes(beat.facts)}
+            self._served = {name for name in known if who_serves(living, queue, name, "runs")} | {*self._led}
+        return route not in self._served and sorted_routes(self._served)[0] in self._led
+
+    def _tell_that_it_waits(self, run: DagsterRun, why: str) -> None:
+        """In the log of the run, once."""
+        notes = read_engine_events(self._context.instance, run.run_id)
+        if not any(stage is Stage.WAITING and facts.get(WHY_KEY) == why for stage, facts in notes):
+            append_event(self._context.instance, run, waits_for_route(why, route_of_run(run)))
 
     def _monitoring_s(self) -> float:
         """Where Dagster's run monitoring resumes or fails lost runs it comes first, and has two looks for that."""
         instance = self._context.instance
         return 2.0 * instance.run_monitoring_poll_interval_seconds if instance.run_monitoring_enabled else 0.0
 
-    def _is_on_our_queue(self, run_id: str) -> bool:
+    def _is_on_our_queue(self, run_id: str, route: str) -> bool:
         """Other fleets may have other code. What no launcher's event names a queue for is everybody's."""
         queues = [
             facts.get("queue")
             for stage, facts in read_engine_events(self._context.instance, run_id)
             if stage is Stage.SUBMITTED
         ]
-        return not queues or queues[-1] == self._queue
+        return not queues or queues[-1] == queue_name(self._context.settings.of_route(route).queue_url)
 
 
 class Reconciler:
-    """Looks for lost runs, if this worker is the one that does it, and has them carried out to their end."""
+    """Looks for lost runs of the routes for which this worker does it, and has them carried out to their end."""
 
     def __init__(
         self,
@@ -169,8 +207,12 @@ class Reconciler:
         self._lost = LostRuns(context, patience_s=context.settings.lost_after_s)
         self._lane = Lane("the database, for lost runs")
         self._queue_ttl = QueueTTL(context.instance, context.settings, context.claims)
-        task = f"reconcile {queue_name(context.settings.queue_url)}"
-        self._leadership = Leadership(context.instance, task, context.worker_id, _LEADERS_TURNS * every_s)
+        self._leaderships = {
+            route: Leadership(
+                context.instance, leaders_task(context.settings, route), context.worker_id, _LEADERS_TURNS * every_s
+            )
+            for route in context.settings.serves
+        }
         self._mine: dict[str, RunningTask] = {}
 
     async def run(self, stopping: asyncio.Event) -> None:
@@ -180,20 +222,27 @@ class Reconciler:
             while not await _happens(stopping, pause_s):
                 pause_s = self._every_s
                 try:
-                    if await self._lane.call(self._leadership.take):
+                    if led := await self._lane.call(self._lead):
                         await self._lane.call(self._queue_ttl.look)
-                        for lost in await self._lane.call(self._lost.look):
+                        for lost in await self._lane.call(self._lost.look, led):
                             self._begin(lost, finishing)
                         pause_s = self._lost.next_look_in(self._every_s)
                 except Exception as error:  # noqa: BLE001 - the database, above all; the next look is soon
                     logger.warning("cannot look for lost runs: %s", error)
         try:
             async with asyncio.timeout(_RESIGNS_WITHIN_S):
-                await self._lane.call(self._leadership.resign)
+                await self._lane.call(self._resign)
         except Exception as error:  # noqa: BLE001 - then it lapses
             logger.info("cannot let another worker look for lost runs: %s", error)
         finally:
             self._lane.close()
+
+    def _lead(self) -> Collection[str]:
+        return [route for route, leadership in self._leaderships.items() if leadership.take()]
+
+    def _resign(self) -> None:
+        for leadership in self._leaderships.values():
+            leadership.resign()
 
     def stop_running(self, shutdown: Cancellation) -> None:
         """Interrupt what was begun here: the worker's drain is over."""
@@ -209,8 +258,9 @@ class Reconciler:
         if lost.task_id in self._tasks or (slots <= 0 if takes_a_slot else len(self._mine) >= _AT_ONCE):
             return
         logger.warning(
-            "run %s has no worker and its message does not come; going on with it here",
+            "run %s has no worker and its message does not come; %s",
             run_id[:8],
+            f"{lost.elsewhere}, so it is ended here" if lost.elsewhere else "going on with it here",
             extra={"run_id": run_id, "task_id": lost.task_id, "status": lost.run.status.value},
         )
         task = RunningTask(lost.task_id, settle=_leave, awaits_signal=True)
@@ -222,12 +272,17 @@ class Reconciler:
         run_id = lost.run.run_id
         try:
             with log_context(run_id=run_id, task_id=lost.task_id), task.entered():
-                task.outcome = await self._work.carry_out(lost.kind, run_id)
+                task.outcome = await self._work.carry_out(lost.kind, run_id, elsewhere=lost.elsewhere)
         finally:
             self._mine.pop(run_id)
             self._tasks.remove(task)
             task.settled.set()
             self._lost.was_tried(lost)
+
+
+def leaders_task(settings: Settings, route: str) -> str:
+    """What one worker at a time does for a route; `settings`: those of the unnamed one."""
+    return f"reconcile {queue_name(settings.of_route(route).queue_url)}"
 
 
 async def _leave(settlement: Settlement, delay_s: int = 0) -> None:

@@ -59,12 +59,12 @@ class RunWork:
         broker.register_task(execute_run, EXECUTE_RUN)
         broker.register_task(resume_run, RESUME_RUN)
 
-    async def carry_out(self, kind: WorkKind, run_id: object) -> Settled:
-        """See one message through; what is to become of it."""
+    async def carry_out(self, kind: WorkKind, run_id: object, *, elsewhere: str | None = None) -> Settled:
+        """See one message through; what is to become of it. `elsewhere`: why no process may be begun for it here."""
         task = current_task()
         if not is_run_id(run_id):
             return task.unusable("work message names no run")
-        candidate = Candidate(kind, run_id, task.task_id, self._context.worker_id, self._context.where)
+        candidate = Candidate(kind, run_id, task.task_id, self._context.worker_id, self._context.where, elsewhere)
         return await see_through(self._carry_out(candidate, task), task.signal, name=f"{kind} {run_id}")
 
     async def _carry_out(self, candidate: Candidate, task: RunningTask) -> Settled:

@@ -1,6 +1,6 @@
 """Which runs are lost, and since when: row by row, on Dagster's own in-memory storage."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -10,14 +10,16 @@ from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun,
 
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.claims import Claims
-from dagster_taskiq.storage.engine_events import submitted
-from dagster_taskiq.storage.event_log import append_event
+from dagster_taskiq.storage.cleanup_events import cleanup_handlers
+from dagster_taskiq.storage.engine_events import Stage, submitted
+from dagster_taskiq.storage.event_log import append_event, read_engine_events
 from dagster_taskiq.storage.heartbeats import Heartbeats
-from dagster_taskiq.storage.tags import TASK_ID_TAG
+from dagster_taskiq.storage.tags import ROUTE_TAG, TASK_ID_TAG
 from dagster_taskiq.worker import reconciler
 from dagster_taskiq.worker.reconciler import LostRuns
 
 ME, OTHER, TASK = "me-1", "other-1", "task-1"
+LED = ("default",)
 PATIENCE_S, DEAD_AFTER_S, CONFIRM_S, GIVEN_UP_AFTER_S = 40.0, 15.0, 10.0, 300.0
 START, CANCELING, CANCELED = (
     DagsterEventType.RUN_START,
@@ -34,6 +36,7 @@ def nothing() -> None: ...
 class World:
     instance: DagsterInstance
     now: float = 1000.0
+    led: Sequence[str] = LED
 
     def __post_init__(self) -> None:
         clock: Any = lambda: self.now  # noqa: E731
@@ -44,8 +47,12 @@ class World:
         context: Any = SimpleNamespace(instance=self.instance, settings=settings, claims=self.claims, worker_id=ME)
         self.lost = LostRuns(context, patience_s=PATIENCE_S, monotonic=clock)
 
-    def run(self, *events: DagsterEventType, ours: bool = True, queue: str | None = None) -> DagsterRun:
+    def run(
+        self, *events: DagsterEventType, ours: bool = True, queue: str | None = None, route: str | None = None
+    ) -> DagsterRun:
         run = self.instance.create_run_for_job(nothing, tags={TASK_ID_TAG: TASK} if ours else {})
+        if route is not None:
+            self.instance.add_run_tags(run.run_id, {ROUTE_TAG: route})
         for event in (DagsterEventType.RUN_STARTING, *events):
             self.instance.report_dagster_event(DagsterEvent(event.value, "nothing", message=""), run.run_id)
         if queue is not None:
@@ -60,7 +67,7 @@ class World:
     def due(self, *, after_s: float = 0.0) -> list[tuple[str, str]]:
         """Run ids and kinds; the clock is put on first."""
         self.now += after_s
-        return sorted((lost.run.run_id, lost.kind) for lost in self.lost.look())
+        return sorted((lost.run.run_id, lost.kind) for lost in self.lost.look(self.led))
 
 
 @pytest.fixture
@@ -176,7 +183,7 @@ def test_what_was_tried_and_is_still_lost_is_due_again_after_the_same_time(world
         world.claimed(one, alive=False)
     world.due()
     world.now += PATIENCE_S
-    for lost in world.lost.look():
+    for lost in world.lost.look(LED):
         world.lost.was_tried(lost)
     assert world.due(after_s=PATIENCE_S - 1) == []
     assert world.due(after_s=1) == [(run.run_id, "execute_run")], "what was canceled was looked at once"
@@ -206,3 +213,69 @@ def test_of_very_many_it_gives_some_and_first_those_that_are_to_be_stopped(
     found = world.due(after_s=PATIENCE_S)
     assert len(found) == 2
     assert (stopped.run_id, "execute_run") in found
+
+
+def serves(world: World, worker_id: str, *routes: str, **facts: Any) -> None:
+    world.claims.heartbeats.beat(worker_id, {"routes": [*routes], "queue": "q", "slots": [4, 4], **facts})
+
+
+def lost_of_gpu(world: World, *events: DagsterEventType) -> DagsterRun:
+    run = world.run(*events, route="gpu", queue="q-gpu")
+    world.claimed(run, alive=False)
+    world.due()
+    return run
+
+
+@pytest.mark.parametrize("events", [(), (START,), (START, CANCELING), (START, CANCELING, CANCELED)], ids=len)
+def test_who_leads_a_route_finds_its_runs_and_nobody_else_does_as_long_as_it_has_a_worker(
+    world: World, events: tuple[DagsterEventType, ...]
+) -> None:
+    run = lost_of_gpu(world, *events)
+    world.now += PATIENCE_S
+    serves(world, "gpu-1", "gpu")
+    serves(world, ME, "default")
+    assert world.due() == []
+    world.led = ("gpu",)
+    assert world.due(after_s=PATIENCE_S) == [(run.run_id, "execute_run")]
+
+
+@pytest.mark.parametrize(
+    ("events", "is_due"), [((), False), ((START,), True), ((START, CANCELING), True)], ids=["starting", "begun", "stop"]
+)
+def test_of_a_route_without_a_worker_only_what_ends_without_code_is_due(
+    world: World, events: tuple[DagsterEventType, ...], is_due: bool
+) -> None:
+    run = lost_of_gpu(world, *events)
+    world.now += PATIENCE_S
+    serves(world, ME, "default")
+    serves(world, "steps-1", "gpu", slots=[0, 4])
+    serves(world, "ends-1", "gpu", stopping={"at": 1.0, "by": "ada"})
+    serves(world, "foreign-1", "gpu", queue="another-fleets-queue")
+    assert world.due() == ([(run.run_id, "execute_run")] if is_due else [])
+
+
+def test_of_several_leaders_one_ends_the_runs_of_routes_without_a_worker(world: World) -> None:
+    run = lost_of_gpu(world, START, CANCELING)
+    world.now += PATIENCE_S
+    for worker_id, route in ((ME, "big"), ("default-1", "default")):
+        serves(world, worker_id, route)
+    world.led = ("big",)
+    assert world.due() == [], "that of the unnamed route does it"
+    world.claims.heartbeats.gone("default-1")
+    assert world.due(after_s=PATIENCE_S) == [(run.run_id, "execute_run")]
+
+
+def test_a_run_that_has_to_be_cleaned_up_waits_for_its_route_and_says_so_once(world: World) -> None:
+    run = lost_of_gpu(world, START, CANCELING)
+    append_event(world.instance, run, cleanup_handlers(["undo"]))
+    for _ in range(3):
+        world.now += PATIENCE_S
+        serves(world, ME, "default")
+        assert world.due() == []
+    told = [facts for stage, facts in read_engine_events(world.instance, run.run_id) if stage is Stage.WAITING]
+    assert [facts["why"] for facts in told] == [
+        "no worker that takes runs of route 'gpu' is alive, to run its cleanup handlers"
+    ]
+    serves(world, "gpu-1", "gpu")
+    world.led = ("gpu",)
+    assert world.due(after_s=PATIENCE_S) == [(run.run_id, "execute_run")]
