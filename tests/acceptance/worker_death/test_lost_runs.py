@@ -15,6 +15,7 @@ from dagster_taskiq.queue_names import queue_name
 from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.leadership import Leadership
+from dagster_taskiq.storage.tags import QUEUE_TAG
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(400)]
 
@@ -89,3 +90,33 @@ def test_they_come_to_their_end(endpoint: str, led_by_the_dead: bool) -> None:
             named = any("worker dies-" in line and "is gone" in line for line in platform.story(run_id))
             assert named or one is not plain, platform.story(run_id)
         assert plain.mark_counts(marked)["started"] == 0
+
+
+def test_a_worker_of_another_route_ends_what_takes_no_code_and_leaves_the_rest(endpoint: str) -> None:
+    with open_platform(endpoint, source={"visibility_timeout_seconds": 8}) as platform:
+        cleans, gpu = replace(platform, jobs=CLEANUP_JOBS), {QUEUE_TAG: "gpu"}
+        queue_url = platform.create_route("gpu")
+        with platform.worker("-n", "dies", "-q", "gpu") as dies, platform.worker("-n", "default") as default:
+            plain, cleaned = platform.launch("sleepy_job", tags=gpu), cleans.launch("uploads_job", tags=gpu)
+            for one, run_id in ((platform, plain), (cleans, cleaned)):
+                one.wait_started(run_id, 1)
+            kill(dies)
+            purge(replace(platform, queue_url=queue_url))
+            for run_id in (plain, cleaned):
+                assert platform.launcher.terminate(run_id)
+            assert platform.finished(plain, within=WITHIN_S) is DagsterRunStatus.CANCELED, default.log()
+            platform.assert_nothing_left(plain)
+            why = "no worker that takes runs of route 'gpu' is alive, to run its cleanup handlers"
+            wait_until(
+                lambda: any(why in line for line in platform.story(cleaned)),
+                "it says what it waits for",
+                within=WITHIN_S,
+                seen=lambda: (platform.story(cleaned), default.log()),
+            )
+            assert platform.status(cleaned) is DagsterRunStatus.CANCELING
+            with platform.worker("-n", "heir", "-q", "gpu") as heir:
+                assert platform.finished(cleaned, within=WITHIN_S) is DagsterRunStatus.CANCELED, heir.log()
+            platform.assert_nothing_left(cleaned)
+        assert cleans.mark_counts(cleaned)["undo"] == 1, cleans.marks(cleaned)
+        assert "going on with it here" not in default.log()
+        assert sum(why in line for line in platform.story(cleaned)) == 1
