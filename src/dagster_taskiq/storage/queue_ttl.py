@@ -17,6 +17,8 @@ from dagster_taskiq.dagster_compat.tagged_runs import runs_with_tag
 from dagster_taskiq.errors import SettingsError
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.claims import Claims
+from dagster_taskiq.storage.engine_events import ignored_time_limit
+from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.tags import QUEUE_TTL_TAG
 from dagster_taskiq.storage.time_limits import in_seconds, seconds_from_tag
 from dagster_taskiq.storage.unstarted import NOT_BEGUN, Unstarted, end_handed_over, end_queued
@@ -39,9 +41,8 @@ def waited_too_long(instance: DagsterInstance, run: DagsterRun) -> str | None:
 def _too_long(value: str, created_at: float) -> str | None:
     try:
         ttl_s = seconds_from_tag(value)
-    except SettingsError as error:
-        logger.warning("tag %s ignored: %s", QUEUE_TTL_TAG, error)
-        return None
+    except SettingsError:
+        return None  # its log says so
     if time.time() - created_at <= ttl_s:
         return None
     return f"waited longer than its queue_ttl_seconds of {in_seconds(ttl_s)}"
@@ -53,13 +54,25 @@ def end_of_waiting(settings: Settings, why: str) -> Unstarted:
 
 
 def ended_before_launch(claims: Claims, settings: Settings, run: DagsterRun) -> bool:
-    """Where a run would be sent to a worker: end it instead, if it has waited too long. Never raises."""
+    """Where a run would be sent to a worker: end it instead, if it has waited too long. Never raises.
+
+    Where its tag cannot be read, its log says so.
+    """
     try:
+        _warn_of_tag(claims.instance, run)
         why = waited_too_long(claims.instance, run)
         return why is not None and end_handed_over(claims, run.run_id, end_of_waiting(settings, why))
     except Exception:  # whatever it is: a worker looks again before it begins
         logger.exception("cannot look how long a run has waited", extra={"run_id": run.run_id})
         return False
+
+
+def _warn_of_tag(instance: DagsterInstance, run: DagsterRun) -> None:
+    if QUEUE_TTL_TAG in run.tags:
+        try:
+            seconds_from_tag(run.tags[QUEUE_TTL_TAG])
+        except SettingsError as error:
+            append_event(instance, run, ignored_time_limit(f"{QUEUE_TTL_TAG} {error}"))
 
 
 class QueueTTL:

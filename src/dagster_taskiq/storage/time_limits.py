@@ -13,6 +13,8 @@ from dagster_taskiq.errors import SettingsError
 from dagster_taskiq.storage.status_repair import repair_late_canceling
 from dagster_taskiq.storage.tags import TIMED_OUT_TAG, TIMEOUT_TAG, add_own_tags
 
+TIMED_OUT: Final = "Run timed out"
+"""So begins what Dagster's event CANCELING of such a run says."""
 _LONGEST_S: Final = 315_360_000.0
 """Ten years."""
 

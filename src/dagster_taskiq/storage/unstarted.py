@@ -17,9 +17,16 @@ from dagster_taskiq.dagster_compat.execution import unexpected_termination
 from dagster_taskiq.dagster_compat.many_runs import move_runs, store_events
 from dagster_taskiq.storage import engine_events
 from dagster_taskiq.storage.claims import Claims
-from dagster_taskiq.storage.event_log import as_dagster_event
+from dagster_taskiq.storage.event_log import append_event, as_dagster_event
 from dagster_taskiq.storage.status_repair import restore, terminal_events
-from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, RUN_ID_TAG, add_own_tags, own_tags
+from dagster_taskiq.storage.tags import (
+    CANCEL_REASON_TAG,
+    CANCELLED_BY_TAG,
+    RUN_ID_TAG,
+    TASK_ID_TAG,
+    add_own_tags,
+    own_tags,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +113,7 @@ def end_unstarted(instance: DagsterInstance, run_id: str, end: Unstarted) -> boo
         instance.report_run_failed(run, end.reason, unexpected_termination())
         return True
     add_own_tags(instance, run, end.tags)
-    text = asked("Canceled before a worker had picked it up.", end.by, end.reason)
-    instance.report_run_canceled(run, text)
+    task_id = own_tags(run).get(TASK_ID_TAG, "none yet")
+    append_event(instance, run, engine_events.requested(task_id, end.reason, end.by))
+    instance.report_run_canceled(run, asked("Canceled before it was started.", end.by, end.reason))
     return True

@@ -5,6 +5,7 @@ from typing import Any, Final
 
 from dagster import DagsterEventType as Kind
 
+from dagster_taskiq.cancellation.model import CancelKind
 from dagster_taskiq.storage.engine_events import (
     ATTEMPT_KEY,
     ATTEMPTS_KEY,
@@ -21,6 +22,7 @@ from dagster_taskiq.storage.engine_events import (
     WORKER_KEY,
     Stage,
 )
+from dagster_taskiq.storage.time_limits import TIMED_OUT
 from dagster_taskiq.story.log import Logged
 from dagster_taskiq.story.model import Bar, BarKind, Mark, Outcome
 
@@ -42,7 +44,7 @@ class Cancel:
     reason: str | None = None
     reached_at: float | None = None
     reached: str = ""
-    kind: str = "REQUESTED"
+    kind: str = CancelKind.REQUESTED.name
     interrupted_at: float | None = None
     pid: int | None = None
     grace_s: float | None = None
@@ -51,6 +53,11 @@ class Cancel:
     killed_processes: str = ""
     gone_at: float | None = None
     patience_until: float | None = None
+
+    @property
+    def timed_out(self) -> bool:
+        """Whether it was the time limit of the run, and no person who is stronger."""
+        return self.kind == CancelKind.DEADLINE.name
 
 
 @dataclass(slots=True)
@@ -97,7 +104,7 @@ class Phases:
             self.starting_at = event.at
             self._close(event.at, Outcome.DONE, BarKind.WAIT)
         elif event.kind == Kind.RUN_CANCELING.value:
-            self._asked(event.at)
+            self._canceling(event)
         elif event.kind == Kind.ENGINE_EVENT.value and str(event.facts.get("pid", "")).isdigit():
             self.process_pid = int(str(event.facts["pid"]))
 
@@ -130,7 +137,14 @@ class Phases:
             self.cancel.asked_at = at
         self._stopping(at)
 
+    def _canceling(self, event: Logged) -> None:
+        if event.text.startswith(TIMED_OUT):
+            self.cancel.kind = CancelKind.DEADLINE.name
+        self._asked(event.at)
+
     def _requested(self, event: Logged) -> None:
+        by_limit = str(event.facts.get(REASON_KEY, "")).lower().startswith(TIMED_OUT.lower())
+        self.cancel.kind = (CancelKind.DEADLINE if by_limit else CancelKind.REQUESTED).name
         self.cancel.by = event.facts.get(BY_KEY) or self.cancel.by
         self.cancel.reason = event.facts.get(REASON_KEY) or self.cancel.reason
         self._asked(event.at)
@@ -222,7 +236,8 @@ class Phases:
 
     def all_marks(self) -> list[Mark]:
         """In order; the request is one of them."""
-        asked = [Mark(self.cancel.asked_at, "cancel")] if self.cancel.asked_at is not None else []
+        name = "timeout" if self.cancel.timed_out else "cancel"
+        asked = [Mark(self.cancel.asked_at, name)] if self.cancel.asked_at is not None else []
         return sorted(asked + self.marks, key=lambda mark: mark.at)
 
     def _is_open(self, kind: BarKind) -> bool:

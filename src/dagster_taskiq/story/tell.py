@@ -8,6 +8,7 @@ from dagster import DagsterEventType as Kind
 
 from dagster_taskiq.cancellation.words import UNKNOWN_AUTHOR
 from dagster_taskiq.storage.engine_events import Stage
+from dagster_taskiq.storage.time_limits import TIMED_OUT
 from dagster_taskiq.story.log import Log, Logged
 from dagster_taskiq.story.model import Bar, BarKind, Moment, Outcome, Story, with_most_steps
 from dagster_taskiq.story.phases import FINAL, FOR_WORKER, IN_QUEUE, Phases
@@ -145,7 +146,9 @@ def _counts(steps: Sequence[Bar]) -> str:
 
 def _cancellation(phases: Phases) -> Iterator[str]:
     cancel = phases.cancel
-    if cancel.asked_at is not None:
+    if cancel.timed_out and not cancel.reached:
+        yield f"{TIMED_OUT}."
+    elif cancel.asked_at is not None and not cancel.timed_out:
         by = cancel.by if cancel.by and cancel.by != UNKNOWN_AUTHOR else "somebody in Dagster's UI or API"
         why = f", because: {cancel.reason}" if cancel.reason else ", without a reason"
         yield f"Cancelled by {by}{why}."
@@ -163,7 +166,8 @@ def _cancellation(phases: Phases) -> Iterator[str]:
         yield f"Had to be killed: {cancel.killed_processes}."
     if cancel.gone_at is not None:
         since = cancel.asked_at if cancel.asked_at is not None else cancel.interrupted_at
-        after = f" {duration(cancel.gone_at - since)} after the request" if since is not None else ""
+        what = "its time was over" if cancel.timed_out else "the request"
+        after = f" {duration(cancel.gone_at - since)} after {what}" if since is not None else ""
         yield f"The last process was gone{after}."
 
 
@@ -180,6 +184,10 @@ _HINTS: Final[Mapping[str, tuple[str, ...]]] = {
     "shut down": (
         "The worker was stopped (deploy, scale-in, spot). To have such runs resumed: run_monitoring:"
         " {enabled: true, max_resume_run_attempts: 3} in dagster.yaml.",
+    ),
+    "run timed out: ": (
+        "Look what took so long. It may take longer with a larger limit: the tag dagster-taskiq/timeout_seconds, or"
+        " Dagster's own that is named above.",
     ),
     "before its work was finished": ("The op's code has ended its process: look at the run's stdout and stderr.",),
 }

@@ -23,6 +23,7 @@ from dagster_taskiq.worker.context import WorkerContext
 
 logger = logging.getLogger(__name__)
 
+_HEAD_START_S: Final = 0.5
 _NOT_BEGUN_S: Final = 1.0
 """Between two looks whether a run has begun, whose code takes longer to load than the run may take."""
 
@@ -45,6 +46,8 @@ async def within_its_time(
     clock = _Clock(context, run, task, limit)
     if not is_new:
         await clock.look()
+        if clock.is_late:
+            await clock.strike()
     watching = asyncio.create_task(clock.run(), name=f"time limit of run {run.run_id}")
     try:
         yield
@@ -70,21 +73,24 @@ class _Clock:
         self._began: float | None = None
         self._until: float | None = None
 
+    @property
+    def is_late(self) -> bool:
+        """Whether the time of the run was over when that was looked up."""
+        return self._until is not None and monotonic() >= self._until
+
     async def run(self) -> None:
-        """Until the time is over, and what that means is written."""
+        """Until the time is over, the task is cancelled, and what that means is written."""
         if self._until is None:
             await asyncio.sleep(self._limit.seconds)  # it cannot have begun before this
             await self.look()
         while self._until is None:
             await asyncio.sleep(_NOT_BEGUN_S)
             await self.look()
-        while not self.is_over:
-            await asyncio.sleep(max(0.0, self._until - monotonic()))
-            self._strike()
-        await self._mark()
+        await asyncio.sleep(max(0.0, self._until - monotonic()))
+        await self.strike()
 
     async def look(self) -> None:
-        """Read when the run began; if its time is over, cancel the task at once."""
+        """Read when the run began, if it has begun."""
         context = self._context
         record = await retry_async(
             lambda: context.lane.call(context.instance.get_run_record_by_id, self._run.run_id),
@@ -95,25 +101,28 @@ class _Clock:
         if self._began is not None:
             left_s = self._began + self._limit.seconds - time()
             self._until = monotonic() + min(max(0.0, left_s), self._limit.seconds)
-            self._strike()
 
-    def _strike(self) -> None:
-        if self._until is None or self._began is None or monotonic() < self._until or self.is_over:
+    async def strike(self) -> None:
+        """Its time is over: cancel the task, and say so in the database. Once."""
+        if self._began is None or self.is_over:
             return
         self.is_over = True
         reason = self._limit.exceeded("run")
-        took = duration(time() - self._began)
-        cause = reason.replace("timed out:", f"timed out after {took}:", 1)
+        cause = reason.replace("timed out:", f"timed out after {duration(time() - self._began)}:", 1)
         logger.warning("%s", cause, extra={"run_id": self._run.run_id, "task_id": self._task.task_id})
+        marking = asyncio.create_task(self._mark(reason), name=f"mark run {self._run.run_id}")
+        # Dagster tells those that are CANCELING, and then interrupted, from those that a mere signal has hit.
+        await asyncio.wait({marking}, timeout=_HEAD_START_S)
         self._task.cancel(Cancellation(CancelKind.DEADLINE, reason, cause=cause))
+        await asyncio.wait({marking})
 
-    async def _mark(self) -> None:
-        """For others, should this worker die before the run has ended; the task is cancelled already."""
+    async def _mark(self, reason: str) -> None:
+        """For others, should this worker die before the run has ended."""
         cancellation, context = self._task.cancellation, self._context
-        if cancellation is None or cancellation.kind is not CancelKind.DEADLINE:
+        if cancellation is not None and cancellation.kind > CancelKind.DEADLINE:
             return  # somebody has asked for its end before
         try:
-            await context.lane.call(mark_timed_out, context.instance, self._run.run_id, self._limit.exceeded("run"))
+            await context.lane.call(mark_timed_out, context.instance, self._run.run_id, reason)
         except Exception:  # whatever it is: this worker knows how the run has to end
             logger.exception("it could not be written that a run timed out", extra={"run_id": self._run.run_id})
 
