@@ -52,6 +52,10 @@ def test_a_run_that_takes_too_long_is_stopped(working: Platform, job: str) -> No
     assert [stage for stage in working.stages(run_id) if stage in story] == story
     assert any("run timed out after 1." in line and "interrupting" in line for line in working.story(run_id))
     assert (Stage.KILLED in working.stages(run_id)) is (job == "carries_on_job")
+    said = working.command("run", "explain", run_id).stdout
+    assert "Run timed out after 1." in said, said
+    assert "after its time was over" in said, said
+    assert "Cancelled by" not in said, said
     if job == "sleepy_job":
         marks = Counter(working.marks(run_id))
         assert marks["cleanup-begin"] == marks["cleanup-end"] == 1, marks
@@ -164,3 +168,21 @@ def test_dagsters_run_monitoring_may_be_first(endpoint: str) -> None:
             f"interrupted True DEADLINE {text} Dagster's run monitoring"
         ], marks
         assert not Counter(platform.events(run_id))[DagsterEventType.RUN_CANCELED], platform.story(run_id)
+
+
+@pytest.mark.parametrize("job", ["quick_job", pytest.param("multiprocess_job", marks=pytest.mark.nightly)])
+def test_at_whatever_moment_its_time_is_over_it_has_one_end(working: Platform, job: str) -> None:
+    """Before it begins, in the middle, while it ends."""
+    limits = [0.01 + 0.12 * number for number in range(12)]
+    runs = {working.launch(job, seconds=0.4, tags={TIMEOUT_TAG: f"{limit:.2f}"}): limit for limit in limits}
+    ends = Counter[DagsterRunStatus]()
+    for run_id in runs:
+        ends[status := working.finished(run_id)] += 1
+        story, events = working.story(run_id), Counter(working.events(run_id))
+        assert status in {DagsterRunStatus.SUCCESS, DagsterRunStatus.FAILURE}, story
+        assert events[DagsterEventType.RUN_SUCCESS] + events[DagsterEventType.RUN_FAILURE] == 1, story
+        assert not events[DagsterEventType.RUN_CANCELED], story
+        working.assert_nothing_left(run_id)
+        if status is DagsterRunStatus.FAILURE:
+            assert "run timed out: longer than its limit of" in story[-1], story
+    print(ends)
