@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from tests.acceptance.operator.test_infra import client
 from tests.support.cfn import Filled
 from tests.support.ecs_agent import ecs_agent
 from tests.support.moto import REGION
-from tests.support.platform import ENTRYPOINT, Platform, write_home
+from tests.support.platform import ENTRYPOINT, STEP_JOBS, Platform, write_home
 
 from dagster_taskiq import Settings
+from dagster_taskiq.queue_names import queue_name
 from dagster_taskiq.sqs.admin import CANCEL_RETENTION_S, CANCEL_VISIBILITY_S, WORK_RETENTION_S
+from dagster_taskiq.storage.tags import QUEUE_TAG
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(180)]
 
@@ -274,6 +277,40 @@ def test_the_container_works_and_a_run_is_cancelled(fleet: Fleet, tmp_path: Path
                 assert platform.launcher.terminate(run_id)
                 assert platform.finished(run_id) is DagsterRunStatus.CANCELED
             assert worker.stop(within=60) == 0, worker.log()
+
+
+@pytest.mark.slow
+def test_a_run_goes_through_the_containers_of_two_fleets_and_is_cancelled(
+    fleets: dict[str, Fleet], tmp_path: Path
+) -> None:
+    """Its steps are sent from the fleet of the unnamed route to `gpu`; another run is on `gpu` as a whole."""
+    unnamed = fleets["default"]
+    queue_url = unnamed.endpoint + "/" + unnamed.queue_url.split("/", 3)[3]
+    source = {"wait_time_seconds": 1, "visibility_timeout_seconds": 20, "status_poll_seconds": 60, "cancel_ttl": 90}
+    write_home(tmp_path, queue_url, unnamed.endpoint, source=source, extra={})
+    with ExitStack() as stack:
+        instance = stack.enter_context(DagsterInstance.from_config(str(tmp_path)))
+        platform = Platform(tmp_path, queue_url, unnamed.endpoint, instance, STEP_JOBS)
+        for route, fleet in fleets.items():
+            agent = stack.enter_context(ecs_agent())
+            environment = {key: value for key, value in fleet.environment.items() if not key.endswith("QUEUE_URL")}
+            program = (sys.executable, str(ENTRYPOINT))
+            worker = stack.enter_context(platform.worker(program=program, env=environment | agent.environment))
+            work = queue_name(Settings(queue_url=queue_url, region_name=REGION).of_route(route).queue_url)
+            assert f"is ready: it listens to {work} and {work}-steps" in worker.log()
+        run_id = platform.launch("routed_dynamic_steps", seconds=300, count=2)
+        whole = platform.launch("two_steps", tags={QUEUE_TAG: "gpu"}, seconds=300)
+        platform.wait_started(run_id, 3)
+        platform.wait_started(whole, 1)
+        for one in (run_id, whole):
+            assert platform.launcher.terminate(one)
+        for one in (run_id, whole):
+            assert platform.finished(one) is DagsterRunStatus.CANCELED, platform.story(one)
+            platform.assert_nothing_left(one)
+        name, told = unnamed.queue_url.rpartition("/")[2], "\n".join(platform.story(run_id))
+        for queue, tasks in ((name, 1), (f"{name}-steps", 1), (f"{name}-gpu-steps", 2)):
+            assert told.count(f"Submitted to queue {queue} as task") == tasks, told
+        assert all(f"Submitted to queue {name}-gpu" in line for line in platform.story(whole) if "Submitted" in line)
 
 
 def test_the_numbers_of_the_templates_are_those_of_the_settings() -> None:
