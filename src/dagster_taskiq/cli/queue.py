@@ -41,8 +41,15 @@ def queue() -> None:
 
 @queue.command(short_help="Create those of the queues that are missing.")
 @config_option
+@click.option(
+    "--route",
+    "routes",
+    metavar="ROUTE",
+    multiple=True,
+    help="A route whose queues are to be there; several, also with commas. Default: the unnamed one.",
+)
 @soon_over
-def create(config_file: Path | None) -> None:
+def create(config_file: Path | None, routes: tuple[str, ...]) -> None:
     """Create those of the three queues that are missing: work, steps, cancels. Existing ones are not changed.
 
     In production, create them with infra/queues.yaml: it adds permissions and allows only TLS.
@@ -50,17 +57,21 @@ def create(config_file: Path | None) -> None:
     \b
     Example:
       dagster-taskiq queue create
+      dagster-taskiq queue create --route gpu
       dagster-taskiq queue create -y config.yaml
     """
+    from dagster_taskiq._route_rules import routes_of
     from dagster_taskiq.cli.configured import configured
-    from dagster_taskiq.queue_names import queue_name
+    from dagster_taskiq.queue_names import DEFAULT_ROUTE, queue_name
     from dagster_taskiq.sqs.admin import queue_urls
 
     settings = configured(config_file)
-    created = create_missing(settings)
-    for url in queue_urls(settings.queue_url).values():
-        name = queue_name(url)
-        click.echo(f"{name}: {'created' if name in created else 'exists'}")
+    for route in routes_of("--route", ",".join(routes or (DEFAULT_ROUTE,))):
+        of_route = settings.of_route(route)
+        created = create_missing(of_route)
+        for url in queue_urls(of_route.queue_url).values():
+            name = queue_name(url)
+            click.echo(f"{name}: {'created' if name in created else 'exists'}")
 
 
 def create_missing(settings: "Settings") -> tuple[str, ...]:
