@@ -27,8 +27,8 @@ def place(item: pytest.Item) -> tuple[bool, bool, bool]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if text := shown(config):
-        terminalreporter.section("cancellations")
+    for title, text in shown(config):
+        terminalreporter.section(title)
         terminalreporter.write(text)
 
 

@@ -29,7 +29,7 @@ from dagster_taskiq.dagster_compat.step_failures import tell_crashes, tell_inter
 from dagster_taskiq.dagster_compat.step_scope import watch_process_of_step, watch_steps
 from dagster_taskiq.storage.step_state import state_of
 
-_RELAYED: Final = ("shield", "state", "step_limit", "step_stopped", "step_over")
+_RELAYED: Final = ("shield", "state", "step_limit", "step_stopped", "step_over", "step_finished")
 _FROM_ELSEWHERE: Final = Cancellation(CancelKind.SHUTDOWN, cause="a signal came that its worker has not sent")
 
 
@@ -108,6 +108,10 @@ class ChildProcess:
         self.listener()
         signal = self._limits.signal or self.control.signal
         return CancellationToken(signal, OpToken(self.interrupts, self._step.asked(), self._state_of))
+
+    def finished(self) -> None:
+        """All is done but the exit, for which an interpreter waits for its threads: of a process of one step."""
+        self._limits.finished()
 
     # What `watch_steps` tells
 

@@ -54,6 +54,8 @@ class StepLimits:
         self._end = end
         self._limit: StepLimit | None = None
         self._is_open = False
+        self._late: str | None = None
+        """The last one that has timed out."""
 
     @property
     def signal(self) -> PartSignal | None:
@@ -95,6 +97,7 @@ class StepLimits:
         limit = self._limit
         if limit is None or not self._is_of(context) or not limit.interrupted or self._control.signal.is_set:
             return
+        self._late = limit.name
         self._control.send(step_stopped=limit.name)
         self._wait_for_cleanup(limit.name)
 
@@ -127,6 +130,11 @@ class StepLimits:
         self.reported(context)
         if self._is_of(context):
             self._limit = None
+
+    def finished(self) -> None:
+        """The process is about to end, and was there for this step alone."""
+        if self._late is not None:
+            self._control.send(step_finished=self._late)
 
     def forget(self) -> None:
         """In a fork of the process: the step is not this one's."""

@@ -27,7 +27,15 @@ class TellingStepCommand(StepCommand):
         if not _has_joined():
             tell_interrupts(lambda _: what_has_stopped(_cancellation_of_run()))
             watch_steps(_JoinsForLimit())
-        yield from super().execute()
+        try:
+            yield from super().execute()
+        finally:
+            if _has_joined():
+                from dagster_taskiq.cancellation.current import current_process
+                from dagster_taskiq.child.child_process import ChildProcess
+
+                if isinstance(process := current_process(), ChildProcess):
+                    process.finished()
 
 
 class _JoinsForLimit:

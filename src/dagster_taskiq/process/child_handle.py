@@ -21,7 +21,7 @@ from dagster_taskiq.process.json_lines import AsyncLines
 logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S: Final = 5
-_OF_STEPS: Final = {"step_limit", "step_stopped", "step_over", "step_gone"}
+_OF_STEPS: Final = {"step_limit", "step_stopped", "step_over", "step_finished", "step_gone"}
 _NEVER_S: Final = 3600.0
 _POLL_WHILE_KILLING_S: Final = 0.02
 _KILLED_WITHIN_S: Final = 30.0

@@ -52,6 +52,8 @@ class _Timed:
     timer: asyncio.TimerHandle | None = None
     late_since: float | None = None
     """By the monotonic clock, when it was interrupted."""
+    said_before: int = 0
+    """How many messages the child had sent by then."""
     is_ending: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when what it has started is gone, and its process, if it had to be killed."""
@@ -124,14 +126,20 @@ class StepTimers:
             timed.ended.set()
             return
         self._disarm(timed)
-        if about != "step_over" and timed.late_since is not None:  # it has left the op, or its process is gone
+        if about == "step_finished":
+            # The run's process waits for the exit of the step's, which waits for its threads.
+            patience_s = self._child.spec.cancelled_exit_patience_s
+            if not self._stopped:
+                loop = asyncio.get_running_loop()
+                timed.timer = loop.call_later(patience_s, self._kill_what_stays, timed, patience_s)
+        elif about != "step_over" and timed.late_since is not None:  # it has left the op, or its process is gone
             self._end(timed, None)
         elif not timed.is_ending:
             del self._steps[timed.step.name]
 
     def _interrupt(self, timed: _Timed) -> None:
         step, grace_s = timed.step, self._grace_s()
-        timed.late_since, self.any_late = monotonic(), True
+        timed.late_since, timed.said_before, self.any_late = monotonic(), len(self._child.messages), True
         said = {"step_deadline": step.name, "pid": step.pid, "reason": step.reason, "deadline": time() + grace_s}
         self._child.send(said)
         self._observer.step_interrupting(step, grace_s)  # first: the op answers within a millisecond
@@ -141,13 +149,20 @@ class StepTimers:
     def _kill(self, timed: _Timed) -> None:
         step, waited_s = timed.step, monotonic() - (timed.late_since or 0)
         logger.warning("step does not end; killing it", extra={"pid": step.pid, "step_key": step.step_key})
-        shields = [message["shield"] for message in self._child.messages if "shield" in message]
+        said = self._child.messages[timed.said_before :]
+        shields = [message["shield"] for message in said if "shield" in message]
         self._observer.step_killing(step, waited_s, str(shields[-1]) if shields else None)
         if step.pid == self._child.pid:
             self.killer = step
             self.fatal.set()
         else:
             self._end(timed, step.pid)
+
+    def _kill_what_stays(self, timed: _Timed, waited_s: float) -> None:
+        step = timed.step
+        logger.warning("process of a late step does not end", extra={"pid": step.pid, "step_key": step.step_key})
+        self._observer.step_killing(step, waited_s, None)
+        self._child.end_step(step.name, step.mark, step.pid)
 
     def _end(self, timed: _Timed, pid: int | None) -> None:
         if timed.is_ending:
