@@ -63,3 +63,13 @@ def coroutine() -> None:
 
 
 defs = dg.Definitions(jobs=[in_process, in_processes, in_forked_processes, coroutine])
+
+
+@dg.op(tags={"dagster-taskiq/timeout_seconds": "1"})
+def takes_too_long() -> None:
+    time.sleep(300)
+
+
+@dg.job(executor_def=dg.multiprocess_executor)
+def takes_too_long_job() -> None:
+    takes_too_long()

@@ -37,6 +37,7 @@ JOBS = Path(__file__).parent / "jobs.py"
 STEP_JOBS = Path(__file__).parent / "step_jobs.py"
 CLEANUP_JOBS = Path(__file__).parent / "cleanup_jobs.py"
 FOREIGN_JOBS = Path(__file__).parent / "foreign_jobs.py"
+LATE_JOBS = Path(__file__).parent / "late_jobs.py"
 STATE_JOBS = Path(__file__).parent / "state_jobs.py"
 REAL_WORKER = (*CLI, "worker", "start")
 """For a worker with an interpreter of its own, as people start it."""

@@ -14,6 +14,7 @@ from typing import Any, Final
 from dagster_taskiq.cancellation.handlers import handlers_of
 from dagster_taskiq.cancellation.signal import PartSignal
 from dagster_taskiq.child.control_channel import ControlChannel
+from dagster_taskiq.child.stays import what_stays
 from dagster_taskiq.dagster_compat.step_scope import tags_of
 from dagster_taskiq.errors import SettingsError
 from dagster_taskiq.storage.tags import TIMEOUT_TAG
@@ -132,8 +133,8 @@ class StepLimits:
             self._limit = None
 
     def finished(self) -> None:
-        """The process is about to end, and was there for this step alone."""
-        if self._late is not None:
+        """The process is about to end, and was there for this step alone. Its exit waits for what the op has left."""
+        if self._late is not None and what_stays():
             self._control.send(step_finished=self._late)
 
     def forget(self) -> None:

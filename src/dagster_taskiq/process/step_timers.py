@@ -127,7 +127,7 @@ class StepTimers:
             return
         self._disarm(timed)
         if about == "step_finished":
-            # The run's process waits for the exit of the step's, which waits for its threads.
+            # The run's process waits for the exit of the step's, which waits for threads that the op has left.
             patience_s = self._child.spec.cancelled_exit_patience_s
             if not self._stopped:
                 loop = asyncio.get_running_loop()

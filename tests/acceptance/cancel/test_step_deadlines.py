@@ -18,12 +18,21 @@ from tests.support.shown import show_at_the_end
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
 
 BESIDES = {
-    "multiprocess": ("sync", "asynchronous", "new_session", "c_call", "retried", "retried_c_call", "tagged"),
+    "multiprocess": (
+        "sync",
+        "asynchronous",
+        "new_session",
+        "to_thread",
+        "c_call",
+        "retried",
+        "retried_c_call",
+        "tagged",
+    ),
     "taskiq": ("sync", "asynchronous", "new_session", "to_thread", "c_call", "retried", "retried_c_call", "tagged"),
 }
 CASES = (
     *(Case(kind, "in-process") for kind in (*GRAPHS, *ASSETS) if kind != "retried_c_call"),
-    *(Case(kind, executor) for executor, kinds in BESIDES.items() for kind in kinds),
+    *(Case(kind, executor) for executor in ("multiprocess", "taskiq") for kind in BESIDES),
 )
 WHOLE = tuple(Case(kind, executor) for kind in (*GRAPHS, *ASSETS) for executor in EXECUTORS)
 
