@@ -5,6 +5,7 @@ its verdict to the supervisor, which writes the final state when the whole proce
 writes how its step ended, unless its worker is gone: then the run decides what becomes of the step.
 """
 
+import importlib
 import signal
 import socket
 from collections.abc import Callable
@@ -85,6 +86,7 @@ def _work(body: Callable[[dict[str, Any], DagsterInstance, ControlChannel], int]
         try:
             limit_console(argument["log_level"])
             read_migration_scripts_once()
+            importlib.invalidate_caches()  # a folder that was not there when the worker began may be by now
             reference = deserialize_value(argument["instance_ref"], InstanceRef)
             with open_in_child(reference) as instance:
                 return body(argument, instance, control)

@@ -1,0 +1,172 @@
+"""A worker knows which code it has: what it cannot load goes to one that can, and fails at once when there is none."""
+
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from dagster import DagsterEventType, DagsterRun, DagsterRunStatus, in_process_executor, job, op
+from dagster._core.code_pointer import ModuleCodePointer
+from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin
+from tests.acceptance.conftest import steps_platform
+from tests.support.platform import FINISHED, REAL_WORKER, Platform, WorkerProcess
+from tests.support.waiting import wait_until
+
+from dagster_taskiq.executor import taskiq_executor
+from dagster_taskiq.storage.engine_events import WORKER_KEY, Stage
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
+
+MODULE = "far_away_code"
+SOURCE = """
+import os
+from pathlib import Path
+from dagster import in_process_executor, job, op
+from dagster_taskiq import taskiq_executor
+with (Path(__file__).parent / "imported").open("a") as file:
+    print(os.getpid(), file=file)
+@op
+def work(): ...
+@job(executor_def=in_process_executor)
+def whole(): work()
+@job(executor_def=taskiq_executor)
+def in_steps(): work()
+"""
+
+
+@op
+def work() -> None: ...
+
+
+@job(executor_def=in_process_executor)
+def whole() -> None:
+    work()
+
+
+@job(executor_def=taskiq_executor)
+def in_steps() -> None:
+    work()
+
+
+class Code:
+    """A folder with the module of a code location, which notes who imports it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        (folder / f"{MODULE}.py").write_text(SOURCE)
+
+    @property
+    def importers(self) -> int:
+        """How many processes have imported it."""
+        note = self.folder / "imported"
+        return len(set(note.read_text().splitlines())) if note.exists() else 0
+
+
+@pytest.fixture
+def code(tmp_path: Path) -> Code:
+    return Code(tmp_path / "code")
+
+
+@contextmanager
+def worker(platform: Platform, name: str, *arguments: str, path: Path | None = None) -> Iterator[WorkerProcess]:
+    """A worker with an interpreter of its own, which reads PYTHONPATH."""
+    env = {"PYTHONPATH": str(path)} if path is not None else {}
+    with platform.worker("-n", name, *arguments, env=env, program=REAL_WORKER) as one:
+        yield one
+
+
+def launch(platform: Platform, job_name: str = "whole") -> str:
+    definition = {"whole": whole, "in_steps": in_steps}[job_name]
+    pointer = ModuleCodePointer(MODULE, job_name)
+    origin = JobPythonOrigin(job_name, RepositoryPythonOrigin("python", pointer))
+    tags = {"marks": str(platform.home / "none")}
+    run: DagsterRun = platform.instance.create_run_for_job(definition, job_code_origin=origin, tags=tags)
+    platform.instance.launch_run(run.run_id, workspace=None)  # type: ignore[arg-type]
+    return run.run_id
+
+
+def failure(platform: Platform, run_id: str) -> str:
+    """The last line of a run's log, as people read it."""
+    (entry,) = platform.instance.all_logs(run_id, of_type=DagsterEventType.RUN_FAILURE)
+    return entry.dagster_event.message or "" if entry.dagster_event else ""
+
+
+def test_a_run_goes_to_the_worker_that_has_its_code(endpoint: str, code: Code) -> None:
+    """The other one has received it first: the one that has the code does not listen at that moment."""
+    with (
+        steps_platform(endpoint) as platform,
+        worker(platform, "without") as without,
+        worker(platform, "with", path=code.folder) as has_it,
+    ):
+        has_it.process.send_signal(signal.SIGSTOP)
+        try:
+            run_id = launch(platform)
+            wait_until(
+                lambda: "another worker may have the code" in without.log(),
+                "the worker without the code has received the run",
+                seen=lambda: (without.log(), platform.story(run_id)),
+            )
+        finally:
+            has_it.process.send_signal(signal.SIGCONT)
+        assert platform.finished(run_id) is DagsterRunStatus.SUCCESS, platform.story(run_id)
+        # The one without it leaves no trace in the log of the run.
+        (picked_up,) = [line for line in platform.story(run_id) if "picked up by" in line]
+        assert "by worker with-" in picked_up
+        assert code.importers == 1, "the process of the run"
+
+
+def test_nobody_has_the_code(endpoint: str, code: Code) -> None:
+    """Each worker has to say so once, then the next run fails at once."""
+    with steps_platform(endpoint) as platform, worker(platform, "one"), worker(platform, "two"):
+        why = rf"no module named '{MODULE}'"
+        for _ in range(2):
+            run_id = launch(platform)
+            assert platform.finished(run_id) is DagsterRunStatus.FAILURE
+            assert re.fullmatch(
+                rf".*no living worker can load code location '{MODULE}': (one|two)-\w+: {why}; (one|two)-\w+: {why}; a"
+                " worker must have the code of what it serves: .*",
+                failure(platform, run_id),
+            ), failure(platform, run_id)
+            assert platform.waiting() == 0
+        assert platform.launcher.terminate(run_id) is False
+
+
+def test_a_step_goes_to_the_worker_that_has_its_code_or_fails(endpoint: str, code: Code) -> None:
+    with (
+        steps_platform(endpoint) as platform,
+        worker(platform, "runs", "--runs-only", path=code.folder),
+        worker(platform, "without", "--steps-only") as without,
+    ):
+        failed = launch(platform, "in_steps")
+        assert platform.finished(failed) is DagsterRunStatus.FAILURE
+        error = platform.failure(failed, "work")
+        assert f"no living worker can load code location '{MODULE}': without-" in error
+        assert "runs-" not in error, "it takes no steps"
+        assert DagsterEventType.STEP_UP_FOR_RETRY not in platform.events(failed)
+        with worker(platform, "with", "--steps-only", path=code.folder) as has_it:
+            run_id = launch(platform, "in_steps")
+            wait_until(
+                lambda: platform.status(run_id) in FINISHED,
+                "the run is finished",
+                within=60,
+                seen=lambda: (platform.story(run_id), without.log(), has_it.log()),
+            )
+            assert platform.status(run_id) is DagsterRunStatus.SUCCESS, (platform.story(run_id), without.log())
+            (note,) = platform.step_notes(run_id, Stage.PICKED_UP)
+            assert note[WORKER_KEY].startswith("with-")
+
+
+def test_code_that_comes_later_counts(endpoint: str, code: Code) -> None:
+    """A volume that was not mounted when the worker began."""
+    late = code.folder.parent / "late"
+    with steps_platform(endpoint) as platform, worker(platform, "one", path=late):
+        assert platform.finished(launch(platform)) is DagsterRunStatus.FAILURE
+        late.symlink_to(code.folder)
+
+        def tried() -> bool:
+            return platform.finished(launch(platform)) is DagsterRunStatus.SUCCESS
+
+        wait_until(tried, "a run succeeds", within=60)
