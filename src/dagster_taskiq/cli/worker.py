@@ -212,12 +212,14 @@ def list_workers(config_file: Path | None, *, everybody: bool, every_s: float | 
 
 
 def _about(instance: "DagsterInstance", settings: "Settings", workers: "Sequence[WorkerInfo]") -> list[str]:
-    """Who stops, whether the fleet is held, and what waits."""
+    """Who stops, who has which code, whether the fleet is held, and what waits."""
+    from dagster_taskiq.storage.code_locations import who_has_it
     from dagster_taskiq.storage.fleet import read_hold
     from dagster_taskiq.storage.waiting import describe_waiting
 
     hold = read_hold(instance)
-    lines = [*_endings(workers), hold.notice() if hold is not None else None]
+    code = who_has_it({worker.worker_id: worker.code for worker in workers if worker.state == "alive"})
+    lines = [*_endings(workers), *code, hold.notice() if hold is not None else None]
     lines.append(describe_waiting(instance, settings, workers, hold))
     return [line for line in lines if line is not None]
 

@@ -29,6 +29,7 @@ from dagster_taskiq.launcher import TaskiqRunLauncher
 from dagster_taskiq.queue_names import queue_name
 from dagster_taskiq.settings import ENABLE_CANCELLATION_VARIABLE, Settings
 from dagster_taskiq.sqs.probe import QueueFacts
+from dagster_taskiq.storage.code_locations import NEXT_STEP, who_has_it, without_a_worker
 from dagster_taskiq.storage.fleet import RELEASE, read_hold
 from dagster_taskiq.storage.workers import ALIVE, DEAD, WorkerInfo, list_workers
 
@@ -201,6 +202,7 @@ def _dagster(instance: DagsterInstance, settings: Settings, queues: Mapping[str,
     yield from _monitoring(instance, settings)
     workers = list_workers(instance, settings, everybody=True)
     yield from _workers(workers, queues)
+    yield from _code(instance, settings, workers)
     if hold is None:
         yield from _without_message(instance, settings, workers)
     yield _stuck(instance, settings)
@@ -273,6 +275,16 @@ def _workers(workers: Sequence[WorkerInfo], queues: Mapping[str, QueueFacts]) ->
     if ahead:
         reason = f"the clocks of these workers are ahead of this one: {', '.join(ahead)}"
         yield Finding("clock of workers", "warning", reason, "start a time service there: timedatectl set-ntp true")
+
+
+def _code(instance: DagsterInstance, settings: Settings, workers: Sequence[WorkerInfo]) -> Iterator[Finding]:
+    check = "code locations"
+    missing = without_a_worker(instance, settings)
+    for reason in missing:
+        yield Finding(check, "warning", reason.removesuffix(f"; {NEXT_STEP}"), NEXT_STEP)
+    known = who_has_it({worker.worker_id: worker.code for worker in workers if worker.state == ALIVE})
+    if known and not missing:
+        yield ok(check, "; ".join(known))
 
 
 def _without_message(instance: DagsterInstance, settings: Settings, workers: Sequence[WorkerInfo]) -> Iterator[Finding]:

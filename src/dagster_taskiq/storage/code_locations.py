@@ -12,8 +12,9 @@ from dagster import DagsterInstance, DagsterRun
 
 from dagster_taskiq._text import clean_text
 from dagster_taskiq.dagster_compat.code_origin import describe_code, pointer_of
-from dagster_taskiq.queue_names import DEFAULT_ROUTE
-from dagster_taskiq.storage.heartbeats import Heartbeat
+from dagster_taskiq.queue_names import DEFAULT_ROUTE, queue_name
+from dagster_taskiq.settings import Settings
+from dagster_taskiq.storage.heartbeats import Heartbeat, Heartbeats
 from dagster_taskiq.storage.routing import code_location_of, route_of_run, served_routes
 
 FACT: Final = "code"
@@ -85,6 +86,62 @@ def nobody_can(code: Code, route: str, refusals: Mapping[str, str]) -> str:
     whys = [f"{clean_text(worker)}: {why}" for worker, why in [*refusals.items()][:_MOST_NAMED]]
     more = f"; and {len(refusals) - _MOST_NAMED} more" if len(refusals) > _MOST_NAMED else ""
     return f"no living worker{of_route} can load code location {code.location!r}: {'; '.join(whys)}{more}; {NEXT_STEP}"
+
+
+def who_has_it(known: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """In lines: which code locations every worker has, and who has each of the others. `known`: by worker, by location.
+
+    A worker that has not looked for a location is not named with it.
+    """
+    by_code: dict[str, dict[str, str]] = {}
+    for worker, code in known.items():
+        for location, why in code.items():
+            by_code.setdefault(location, {})[worker] = why
+    everywhere = sorted(location for location, whys in by_code.items() if not any(whys.values()))
+    lines = [f"code locations that the workers have: {_some(everywhere)}"] if everywhere else []
+    for location, whys in sorted(by_code.items()):
+        without = [f"{worker} ({why})" for worker, why in whys.items() if why]
+        having = [worker for worker, why in whys.items() if not why]
+        if without:
+            lines.append(f"code location {location}: {_some(having) or 'nobody'} has it, not {_some(without)}")
+    return lines[:_MOST_TOLD]
+
+
+def without_a_worker(instance: DagsterInstance, settings: Settings) -> list[str]:
+    """Code of recent runs that no living worker of their route can load, each in a line. Blocks on the database."""
+    beats = Heartbeats.of_runs(instance, settings).living()
+    found = []
+    for code, route in recent_code(instance):
+        refusals = _refusals(beats, queue_name(settings.queue_url), code, route)
+        if refusals and all(refusals.values()):
+            found.append(nobody_can(code, route, refusals))
+    return found[:_MOST_TOLD]
+
+
+def why_it_waits(instance: DagsterInstance, settings: Settings, run: DagsterRun) -> str | None:
+    """Which living workers, to whom its message may come, do not have a run's code; None: none of them says so.
+
+    Blocks on the database.
+    """
+    code = code_of(run)
+    if code is None:
+        return None
+    beats = Heartbeats.of_runs(instance, settings).living()
+    refusals = _refusals(beats, queue_name(settings.queue_url), code, route_of_run(run))
+    without = [f"{worker} ({why})" for worker, why in refusals.items() if why]
+    return f"a worker that has the code of {code.location}; not {_some(without)}" if without else None
+
+
+def _refusals(beats: Sequence[Heartbeat], queue: str, code: Code, route: str) -> dict[str, str]:
+    """By worker that takes runs of that route, why not, or nothing."""
+    return {
+        clean_text(beat.worker_id): heard(beat.facts).get(code, "") for beat in who_serves(beats, queue, route, "runs")
+    }
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
 
 
 def recent_code(instance: DagsterInstance, routes: Sequence[str] | None = None) -> dict[tuple[Code, str], DagsterRun]:

@@ -5,7 +5,7 @@ Knows heartbeats, claims and Dagster's runs; not SQS, not processes. All calls b
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunRecord, RunsFilter
@@ -15,6 +15,7 @@ from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
 from dagster_taskiq.queue_names import DEFAULT_ROUTE
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.claims import Claim, held_claims
+from dagster_taskiq.storage.code_locations import by_location, heard
 from dagster_taskiq.storage.heartbeats import Heartbeat, Heartbeats
 from dagster_taskiq.storage.routing import served_routes
 
@@ -83,6 +84,8 @@ class WorkerInfo:
     """It takes nothing new, and ends."""
     held: float | None = None
     """The hold on the fleet that it has heard of: since when that is."""
+    code: Mapping[str, str] = field(default_factory=dict)
+    """By code location that it has looked for, why it cannot load it, or nothing when it can."""
 
     @property
     def shown_state(self) -> str:
@@ -167,6 +170,7 @@ def _worker_info(last: Heartbeat, state: str, entries: Sequence[_Entry], runs: M
         routes=served_routes(facts),
         stopping=_stopping(facts.get("stopping")),
         held=facts.get("held"),
+        code=by_location(heard(facts)),
     )
 
 

@@ -13,6 +13,7 @@ from dagster_taskiq.errors import DagsterTaskiqError, RunNotFound
 from dagster_taskiq.launcher import TaskiqRunLauncher
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.claims import Claims
+from dagster_taskiq.storage.code_locations import why_it_waits
 from dagster_taskiq.storage.step_claims import StepClaims
 from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, TASK_ID_TAG, own_tags
 from dagster_taskiq.storage.workers import describe_assets
@@ -102,6 +103,7 @@ def _surroundings(
         steps=_steps(instance, run.run_id, around),
         pools=pools.get(run.run_id, ()),
         queue=places_in_queue(instance, settings, [run])[run.run_id] if is_queued else None,
+        code=why_it_waits(instance, settings, run) if owner is None and not is_queued else None,
         messages=ask_queue(settings) if owner is None and not is_queued and ask_queue is not None else None,
     )
 

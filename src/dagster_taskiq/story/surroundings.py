@@ -86,6 +86,8 @@ class Surroundings:
     pools: Sequence[PoolWait] = ()
     queue: QueuePlace | None = None
     messages: Messages | None = None
+    code: str | None = None
+    """What it waits for because workers do not have its code, and which."""
     can_resume: bool = False
     visibility_timeout_s: float = 30.0
     status_poll_s: float = 5.0

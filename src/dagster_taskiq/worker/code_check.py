@@ -39,6 +39,7 @@ _IS_MISSING_FOR_S: Final = 3.0
 _LOOK_AGAIN_EVERY_S: Final = 15.0
 _LOOK_S: Final = 10.0
 _LONGEST_DELAY_S: Final = 30
+_TURNS: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +59,11 @@ def is_here(_: DagsterRun, __: str, ___: WorkSlots) -> None:
 
 
 def hand_on_after_s(receive_count: int) -> int:
-    """How long a message stays invisible whose code is elsewhere: longer each time that the wrong worker has it."""
-    return int(min(_LONGEST_DELAY_S, 2 ** min(max(0, receive_count - 1), 10)))
+    """How long a message stays invisible whose code is elsewhere: the longer the more often it was received.
+
+    Slowly: among many workers it takes some turns until the right one has it.
+    """
+    return min(_LONGEST_DELAY_S, 1 + max(0, receive_count) // _TURNS)
 
 
 class CodeCheck:

@@ -1,7 +1,6 @@
 """A worker knows which code it has: what it cannot load goes to one that can, and fails at once when there is none."""
 
 import re
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +10,12 @@ from dagster import DagsterEventType, DagsterRun, DagsterRunStatus, in_process_e
 from dagster._core.code_pointer import ModuleCodePointer
 from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin
 from tests.acceptance.conftest import steps_platform
-from tests.support.platform import FINISHED, REAL_WORKER, Platform, WorkerProcess
+from tests.support.platform import REAL_WORKER, Platform, WorkerProcess
 from tests.support.waiting import wait_until
 
 from dagster_taskiq.executor import taskiq_executor
 from dagster_taskiq.storage.engine_events import WORKER_KEY, Stage
+from dagster_taskiq.storage.heartbeats import Heartbeats
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -95,27 +95,29 @@ def failure(platform: Platform, run_id: str) -> str:
 
 
 def test_a_run_goes_to_the_worker_that_has_its_code(endpoint: str, code: Code) -> None:
-    """The other one has received it first: the one that has the code does not listen at that moment."""
-    with (
-        steps_platform(endpoint) as platform,
-        worker(platform, "without") as without,
-        worker(platform, "with", path=code.folder) as has_it,
-    ):
-        has_it.process.send_signal(signal.SIGSTOP)
-        try:
+    """The other one has received it first; then it ends, because which of two receives a message is chance."""
+    with steps_platform(endpoint) as platform:
+        with worker(platform, "without") as without:
             run_id = launch(platform)
-            wait_until(
-                lambda: "another worker may have the code" in without.log(),
-                "the worker without the code has received the run",
-                seen=lambda: (without.log(), platform.story(run_id)),
-            )
-        finally:
-            has_it.process.send_signal(signal.SIGCONT)
-        assert platform.finished(run_id) is DagsterRunStatus.SUCCESS, platform.story(run_id)
+            hands_on(platform, without, run_id)
+        with worker(platform, "with", path=code.folder):
+            assert platform.finished(run_id) is DagsterRunStatus.SUCCESS, platform.story(run_id)
         # The one without it leaves no trace in the log of the run.
         (picked_up,) = [line for line in platform.story(run_id) if "picked up by" in line]
         assert "by worker with-" in picked_up
         assert code.importers == 1, "the process of the run"
+
+
+def hands_on(platform: Platform, without: WorkerProcess, run_id: str) -> None:
+    """As long as there is another one, which has only just begun, and says nothing of the code yet."""
+    heartbeats = Heartbeats.of_runs(platform.instance, platform.launcher.settings)
+
+    def has_handed_on() -> bool:
+        heartbeats.beat("new-1")
+        return "worker new-1 may have the code" in without.log()
+
+    what = "the worker without the code hands it on"
+    wait_until(has_handed_on, what, seen=lambda: (without.log(), platform.story(run_id)))
 
 
 def test_nobody_has_the_code(endpoint: str, code: Code) -> None:
@@ -135,28 +137,20 @@ def test_nobody_has_the_code(endpoint: str, code: Code) -> None:
 
 
 def test_a_step_goes_to_the_worker_that_has_its_code_or_fails(endpoint: str, code: Code) -> None:
-    with (
-        steps_platform(endpoint) as platform,
-        worker(platform, "runs", "--runs-only", path=code.folder),
-        worker(platform, "without", "--steps-only") as without,
-    ):
-        failed = launch(platform, "in_steps")
-        assert platform.finished(failed) is DagsterRunStatus.FAILURE
-        error = platform.failure(failed, "work")
-        assert f"no living worker can load code location '{MODULE}': without-" in error
-        assert "runs-" not in error, "it takes no steps"
-        assert DagsterEventType.STEP_UP_FOR_RETRY not in platform.events(failed)
-        with worker(platform, "with", "--steps-only", path=code.folder) as has_it:
+    with steps_platform(endpoint) as platform, worker(platform, "runs", "--runs-only", path=code.folder):
+        with worker(platform, "without", "--steps-only") as without:
+            failed = launch(platform, "in_steps")
+            assert platform.finished(failed) is DagsterRunStatus.FAILURE
+            error = platform.failure(failed, "work")
+            assert f"no living worker can load code location '{MODULE}': without-" in error
+            assert "runs-" not in error, "it takes no steps"
+            assert DagsterEventType.STEP_UP_FOR_RETRY not in platform.events(failed)
             run_id = launch(platform, "in_steps")
-            wait_until(
-                lambda: platform.status(run_id) in FINISHED,
-                "the run is finished",
-                within=60,
-                seen=lambda: (platform.story(run_id), without.log(), has_it.log()),
-            )
-            assert platform.status(run_id) is DagsterRunStatus.SUCCESS, (platform.story(run_id), without.log())
-            (note,) = platform.step_notes(run_id, Stage.PICKED_UP)
-            assert note[WORKER_KEY].startswith("with-")
+            hands_on(platform, without, run_id)
+        with worker(platform, "with", "--steps-only", path=code.folder) as has_it:
+            assert platform.finished(run_id) is DagsterRunStatus.SUCCESS, (platform.story(run_id), has_it.log())
+        (note,) = platform.step_notes(run_id, Stage.PICKED_UP)
+        assert note[WORKER_KEY].startswith("with-")
 
 
 def test_code_that_comes_later_counts(endpoint: str, code: Code) -> None:
