@@ -98,8 +98,7 @@ def test_a_run_goes_to_the_worker_that_has_its_code(endpoint: str, code: Code) -
     """The other one has received it first; then it ends, because which of two receives a message is chance."""
     with steps_platform(endpoint) as platform:
         with worker(platform, "without") as without:
-            run_id = launch(platform)
-            hands_on(platform, without, run_id)
+            run_id = handed_on(platform, without, "whole")
         with worker(platform, "with", path=code.folder):
             assert platform.finished(run_id) is DagsterRunStatus.SUCCESS, platform.story(run_id)
         # The one without it leaves no trace in the log of the run.
@@ -108,16 +107,19 @@ def test_a_run_goes_to_the_worker_that_has_its_code(endpoint: str, code: Code) -
         assert code.importers == 1, "the process of the run"
 
 
-def hands_on(platform: Platform, without: WorkerProcess, run_id: str) -> None:
-    """As long as there is another one, which has only just begun, and says nothing of the code yet."""
+def handed_on(platform: Platform, without: WorkerProcess, job_name: str) -> str:
+    """The id of a run that this worker has handed on, because another one has only just begun, and says nothing yet."""
     heartbeats = Heartbeats.of_runs(platform.instance, platform.launcher.settings)
 
     def has_handed_on() -> bool:
         heartbeats.beat("new-1")
         return "worker new-1 may have the code" in without.log()
 
+    assert not has_handed_on()
+    run_id = launch(platform, job_name)
     what = "the worker without the code hands it on"
     wait_until(has_handed_on, what, seen=lambda: (without.log(), platform.story(run_id)))
+    return run_id
 
 
 def test_nobody_has_the_code(endpoint: str, code: Code) -> None:
@@ -145,8 +147,7 @@ def test_a_step_goes_to_the_worker_that_has_its_code_or_fails(endpoint: str, cod
             assert f"no living worker can load code location '{MODULE}': without-" in error
             assert "runs-" not in error, "it takes no steps"
             assert DagsterEventType.STEP_UP_FOR_RETRY not in platform.events(failed)
-            run_id = launch(platform, "in_steps")
-            hands_on(platform, without, run_id)
+            run_id = handed_on(platform, without, "in_steps")
         with worker(platform, "with", "--steps-only", path=code.folder) as has_it:
             assert platform.finished(run_id) is DagsterRunStatus.SUCCESS, (platform.story(run_id), has_it.log())
         (note,) = platform.step_notes(run_id, Stage.PICKED_UP)
