@@ -4,6 +4,7 @@ Knows heartbeats and runs; not how a worker finds it out. docs/routes.md says it
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -12,13 +13,17 @@ from dagster import DagsterInstance, DagsterRun
 
 from dagster_taskiq._text import clean_text
 from dagster_taskiq.dagster_compat.code_origin import describe_code, pointer_of
-from dagster_taskiq.queue_names import DEFAULT_ROUTE, queue_name
+from dagster_taskiq.dagster_compat.storage import put_value
+from dagster_taskiq.messages import is_run_id
+from dagster_taskiq.queue_names import DEFAULT_ROUTE, is_route, queue_name
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.heartbeats import Heartbeat, Heartbeats
 from dagster_taskiq.storage.routing import code_location_of, route_of_run, served_routes
+from dagster_taskiq.storage.stored import Unreadable, stored_object, tell_unreadable
 
 FACT: Final = "code"
 """What it is called in a heartbeat."""
+ASK_KEY: Final = "dagster-taskiq/code-asked"
 NEXT_STEP: Final = "a worker must have the code of what it serves: install it there, or give the location its own route"
 _MOST_TOLD: Final = 20
 _LONGEST: Final = 200
@@ -63,6 +68,24 @@ def heard(facts: Mapping[str, Any]) -> dict[Code, str]:
 def by_location(known: Mapping[Code, str]) -> dict[str, str]:
     """The same for people: by location, why it cannot be loaded, or nothing. What was seen last counts."""
     return {code.location: why for code, why in known.items()}
+
+
+def ask_for(instance: DagsterInstance, run: DagsterRun, route: str) -> None:
+    """Have the workers of that route say whether they have the code of that run: they read it with their heartbeats."""
+    put_value(instance, ASK_KEY, json.dumps({"run_id": run.run_id, "route": route}))
+
+
+def asked_for(text: str | None) -> tuple[str, str] | None:
+    """Which run, and of which route, is asked for by what is stored at `ASK_KEY`; None: nothing that can be read."""
+    try:
+        stored = stored_object(text) if text is not None else {}
+    except Unreadable as error:
+        tell_unreadable("a question for the code of a run", error)
+        return None
+    run_id, route = stored.get("run_id"), stored.get("route")
+    if not is_run_id(run_id) or not isinstance(route, str) or not is_route(route):
+        return None
+    return run_id, route
 
 
 def who_serves(

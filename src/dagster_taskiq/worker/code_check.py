@@ -19,8 +19,11 @@ from dagster_taskiq.dagster_compat.code_origin import CodePointer, pointer_of, w
 from dagster_taskiq.queue_names import queue_name
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.code_locations import (
+    ASK_KEY,
     Code,
     WorkSlots,
+    ask_for,
+    asked_for,
     code_of,
     heard,
     nobody_can,
@@ -37,6 +40,7 @@ _IS_HERE_FOR_S: Final = 30.0
 _IS_MISSING_FOR_S: Final = 3.0
 """A volume may be mounted, a package installed."""
 _LOOK_AGAIN_EVERY_S: Final = 15.0
+_ASK_AGAIN_AFTER_S: Final = 5.0
 _LOOK_S: Final = 10.0
 _LONGEST_DELAY_S: Final = 30
 _TURNS: Final = 4
@@ -80,6 +84,11 @@ class CodeCheck:
         self._heartbeats = Heartbeats.of_runs(instance, settings)
         self._here: TTLCache[str] = TTLCache(at_most=_MOST_KNOWN, ttl_s=_IS_HERE_FOR_S)
         self._absent: TTLCache[str] = TTLCache(at_most=_MOST_KNOWN, ttl_s=_IS_MISSING_FOR_S)
+        self._asked: TTLCache[str] = TTLCache(at_most=_MOST_KNOWN, ttl_s=_ASK_AGAIN_AFTER_S)
+        self._heard: tuple[str, str] | None = None
+        self._question: str | None = None
+        """A run that somebody asks for, until it was looked at."""
+        self._is_asked = asyncio.Event()
         self._known: dict[Code, tuple[CodePointer, str]] = {}
         self._lock = Lock()
         self._lane = Lane("the file system, for code locations", _LOOK_S)
@@ -89,14 +98,32 @@ class CodeCheck:
         code, pointer = code_of(run), pointer_of(run)
         if code is None or pointer is None or not (why := self._look(code, pointer)):
             return None
-        refusals = {self._worker_id: why}
         queue = queue_name(self._settings.queue_url)
-        for beat in who_serves(self._heartbeats.living(), queue, route, slots, but=self._worker_id):
-            of_other = heard(beat.facts).get(code, "")  # also when it has not looked for this one yet
-            if not of_other:
-                return CodeMissing(f"{why}; worker {beat.worker_id} may have the code", others=True)
-            refusals[beat.worker_id] = of_other
+        others = who_serves(self._heartbeats.living(), queue, route, slots, but=self._worker_id)
+        said = {beat.worker_id: heard(beat.facts).get(code) for beat in others}
+        for worker_id, of_other in said.items():
+            if of_other == "":
+                return CodeMissing(f"{why}; worker {worker_id} has the code", others=True)
+        for worker_id, of_other in said.items():
+            if of_other is None:
+                self._ask(code, run, route)
+                return CodeMissing(f"{why}; worker {worker_id} may have the code", others=True)
+        refusals = {self._worker_id: why} | {worker_id: of_other or "" for worker_id, of_other in said.items()}
         return CodeMissing(nobody_can(code, route, refusals), others=False)
+
+    def _ask(self, code: Code, run: DagsterRun, route: str) -> None:
+        with self._lock:
+            if code.mark in self._asked:
+                return
+            self._asked.add(code.mark, run.run_id)
+        ask_for(self._instance, run, route)
+
+    def hear(self, values: Mapping[str, str]) -> None:
+        """What is stored at `ASK_KEY`: somebody asks who has the code of a run."""
+        asked = asked_for(values.get(ASK_KEY))
+        if asked is not None and asked != self._heard and asked[1] in self._settings.serves:
+            self._heard, self._question = asked, asked[0]
+            self._is_asked.set()
 
     def known(self) -> Mapping[Code, str]:
         """What was found out so far; the newest at the end."""
@@ -113,8 +140,11 @@ class CodeCheck:
             await self._try(self._look_at_recent_runs)
             self._log()
             while True:
-                await asyncio.sleep(_LOOK_AGAIN_EVERY_S)
-                if any(self.known().values()):
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_LOOK_AGAIN_EVERY_S):
+                        await self._is_asked.wait()
+                self._is_asked.clear()
+                if self._question is not None or any(self.known().values()):
                     await self._try(self._look_again)
         finally:
             self._lane.close()
@@ -127,11 +157,19 @@ class CodeCheck:
 
     def _look_at_recent_runs(self) -> None:
         for run in recent_code(self._instance, self._settings.serves).values():
-            code, pointer = code_of(run), pointer_of(run)
-            if code is not None and pointer is not None:
-                self._look(code, pointer)
+            self._look_for(run)
+
+    def _look_for(self, run: DagsterRun) -> None:
+        code, pointer = code_of(run), pointer_of(run)
+        if code is not None and pointer is not None:
+            self._look(code, pointer)
 
     def _look_again(self) -> None:
+        if (run_id := self._question) is not None:
+            run = self._instance.get_run_by_id(run_id)
+            if run is not None:
+                self._look_for(run)
+            self._question = None
         with self._lock:
             absent = [(code, pointer) for code, (pointer, why) in self._known.items() if why]
         for code, pointer in absent:

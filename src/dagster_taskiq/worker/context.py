@@ -91,6 +91,8 @@ class WorkerContext:
     """Whether the code of a run is here. Blocks on the file system, and on the database when it is not."""
     told_code: Callable[[], list[list[str]]] = list
     """What is known of that, for the heartbeat."""
+    hear_code: Callable[[Mapping[str, str]], None] = lambda _: None
+    """Is given what the heartbeat has read: others may ask for it."""
     active: dict[str, ActiveTask] = field(default_factory=dict)
     """By task id, the work that was admitted and has not ended."""
     at_work: dict[str, tuple[RunningTask, asyncio.Event]] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from dagster_taskiq._lane import Lane
 from dagster_taskiq._retry import retry_async
 from dagster_taskiq.metrics import RUNNING
 from dagster_taskiq.queue_names import queue_name
-from dagster_taskiq.storage.code_locations import FACT
+from dagster_taskiq.storage.code_locations import ASK_KEY, FACT
 from dagster_taskiq.storage.fleet import forget_stop
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.worker.context import WorkerContext
@@ -63,9 +63,10 @@ class Heart:
             self._measured_at = time.monotonic()
             context.metrics.put({RUNNING: len(work)})
         began = time.monotonic()
-        asked = await self._lane.call(self._heartbeats.beat, context.worker_id, facts, self._orders.asks)
+        asked = await self._lane.call(self._heartbeats.beat, context.worker_id, facts, (*self._orders.asks, ASK_KEY))
         context.heard_at = began
         self._orders.hear(asked)
+        context.hear_code(asked)
 
     async def _pause(self, every_s: float) -> None:
         """Until the next beat is due; it is when there are news: a worker that stops is handed nothing more over."""

@@ -276,6 +276,7 @@ class Worker:
             held=lambda: hold.described() if (hold := self._orders.hold) is not None else None,
             find_code=code.missing,
             told_code=code.told,
+            hear_code=code.hear,
             unusable=lambda: [message for broker in served.brokers for message in broker.unusable.told()],
         )
 

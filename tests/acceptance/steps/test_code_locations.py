@@ -1,6 +1,8 @@
 """A worker knows which code it has: what it cannot load goes to one that can, and fails at once when there is none."""
 
+import json
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +50,11 @@ def whole() -> None:
 @job(executor_def=taskiq_executor)
 def in_steps() -> None:
     work()
+
+
+def plain(text: str) -> str:
+    """Without the breaks and the colours of a terminal."""
+    return " ".join(text.split())
 
 
 class Code:
@@ -107,18 +114,36 @@ def test_a_run_goes_to_the_worker_that_has_its_code(endpoint: str, code: Code) -
         assert code.importers == 1, "the process of the run"
 
 
+@contextmanager
+def another_one_begins(platform: Platform) -> Iterator[None]:
+    """The heartbeat of a worker that has only just begun, and has said nothing yet of the code that it has."""
+    heartbeats, over = Heartbeats.of_runs(platform.instance, platform.launcher.settings), threading.Event()
+
+    def beat() -> None:
+        while not over.wait(0.5):
+            heartbeats.beat("new-1")
+
+    heartbeats.beat("new-1")
+    beating = threading.Thread(target=beat)
+    beating.start()
+    try:
+        yield
+    finally:
+        over.set()
+        beating.join()
+        heartbeats.gone("new-1")
+
+
 def handed_on(platform: Platform, without: WorkerProcess, job_name: str) -> str:
-    """The id of a run that this worker has handed on, because another one has only just begun, and says nothing yet."""
-    heartbeats = Heartbeats.of_runs(platform.instance, platform.launcher.settings)
-
-    def has_handed_on() -> bool:
-        heartbeats.beat("new-1")
-        return "worker new-1 may have the code" in without.log()
-
-    assert not has_handed_on()
-    run_id = launch(platform, job_name)
-    what = "the worker without the code hands it on"
-    wait_until(has_handed_on, what, seen=lambda: (without.log(), platform.story(run_id)))
+    """The id of a run that this worker has handed on."""
+    with another_one_begins(platform):
+        run_id = launch(platform, job_name)
+        wait_until(
+            lambda: "worker new-1 may have the code" in without.log(),
+            "the worker without the code hands it on",
+            seen=lambda: (without.log(), platform.story(run_id)),
+        )
+        without.stop()
     return run_id
 
 
@@ -134,8 +159,16 @@ def test_nobody_has_the_code(endpoint: str, code: Code) -> None:
                 " worker must have the code of what it serves: .*",
                 failure(platform, run_id),
             ), failure(platform, run_id)
-            assert platform.waiting() == 0
-        assert platform.launcher.terminate(run_id) is False
+            wait_until(lambda: platform.waiting() == 0, "its message is gone", seen=platform.waiting)
+        listed = platform.command("worker", "list")
+        assert re.search(rf"code location {MODULE}: nobody has it, not \w+-\w+ \({why}\)", plain(listed.stdout)), listed
+        workers = json.loads(platform.command("worker", "list", "--json").stdout)
+        assert [one["code"] for one in workers] == [{MODULE: f"no module named '{MODULE}'"}] * 2
+        examined = plain(platform.command("doctor").stdout)
+        assert f"no living worker can load code location '{MODULE}': " in examined
+        assert f"no living worker can load code location '{MODULE}': " in plain(
+            platform.command("run", "explain", run_id).stdout
+        )
 
 
 def test_a_step_goes_to_the_worker_that_has_its_code_or_fails(endpoint: str, code: Code) -> None:

@@ -13,10 +13,11 @@ from dagster._core.code_pointer import ModuleCodePointer
 from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin
 from tests.support.eventually import eventually
 
+from dagster_taskiq.dagster_compat.key_values import read_values
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.cleanup_events import cleanup_handlers
-from dagster_taskiq.storage.code_locations import code_of, told
+from dagster_taskiq.storage.code_locations import ASK_KEY, ask_for, asked_for, code_of, told
 from dagster_taskiq.storage.event_log import StepRef, append_event
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.step_claims import StepClaims
@@ -92,6 +93,35 @@ def test_others_may_have_it_until_each_has_said_that_it_has_not(world: World) ->
     assert not found.others
     assert f"me-1: {NOT_HERE}; new-1: no file; " in found.why
     assert world.news == 1, "others are told what is new, once"
+
+
+def test_who_has_not_said_it_yet_is_asked_and_says_it(world: World) -> None:
+    """Or it would say so only when it happens to receive the message itself."""
+    run, other = world.run(), CodeCheck(world.instance, SETTINGS, "new-1", lambda: None)
+    world.heartbeats.beat("new-1")
+    assert world.check.missing(run, "default", "runs")
+    values = read_values(world.instance, [ASK_KEY])
+    assert values
+
+    async def answer() -> None:
+        looking = asyncio.create_task(other.run())
+        await eventually(other.known, "it has looked at recent runs")
+        fresh = world.run("nowhere_either")
+        ask_for(world.instance, fresh, "default")
+        other.hear(read_values(world.instance, [ASK_KEY]))
+        await eventually(lambda: len(other.known()) == 2, "it has looked at the one that was asked for")
+        looking.cancel()
+        with suppress(asyncio.CancelledError):
+            await looking
+
+    asyncio.run(answer())
+
+
+@pytest.mark.parametrize("text", ["x", "[]", "{}", '{"run_id": 5, "route": "gpu"}', '{"run_id": "x y", "route": "-"}'])
+def test_a_question_that_cannot_be_read_is_none(world: World, text: str) -> None:
+    world.check.hear({ASK_KEY: text})
+    world.check.hear({})
+    assert asked_for(text) is None
 
 
 def test_workers_of_other_routes_do_not_count(world: World) -> None:
