@@ -136,13 +136,15 @@ def test_a_run_that_is_launched_again_goes_to_where_its_tags_say_now(platform: P
     assert platform.run(run_id).tags[ROUTE_TAG] == "default"
 
 
-def test_a_second_fleet_takes_two_commands(platform: Platform) -> None:
-    wrong = platform.command("queue", "create", "--route", "Far")
-    assert wrong.returncode == 1
-    assert "Error: --route: 'Far' is not the name of a route: 1 to 30 lower-case letters" in wrong.stderr
-    created = platform.command("queue", "create", "--route", "large,gpu", "--route", "cpu")
-    assert created.returncode == 0, created
-    assert (created.stdout.count(": created"), created.stdout.count(": exists")) == (6, 3), created.stdout
-    with platform.worker("-n", "l", "-q", "large") as worker:
-        run_id = platform.launch("quick_job", tags={QUEUE_TAG: "large"})
-        assert platform.finished(run_id) is DagsterRunStatus.SUCCESS, worker.log()
+def test_a_second_fleet_takes_two_commands(endpoint: str) -> None:
+    with open_platform(endpoint) as platform:
+        platform.create_route("gpu")
+        wrong = platform.command("queue", "create", "--route", "Far")
+        assert wrong.returncode == 1
+        assert "Error: --route: 'Far' is not the name of a route: 1 to 30 lower-case letters" in wrong.stderr
+        created = platform.command("queue", "create", "--route", "large,gpu", "--route", "cpu")
+        assert created.returncode == 0, created
+        assert (created.stdout.count(": created"), created.stdout.count(": exists")) == (6, 3), created.stdout
+        with platform.worker("-n", "l", "-q", "large") as worker:
+            run_id = platform.launch("quick_job", tags={QUEUE_TAG: "large"})
+            assert platform.finished(run_id) is DagsterRunStatus.SUCCESS, worker.log()
