@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Final
 
 from dagster_taskiq.doctor.finding import Finding, line, ok, unknown
-from dagster_taskiq.doctor.permission_checks import look_at_permissions
+from dagster_taskiq.doctor.permission_checks import look_at_permissions, routes_in
 from dagster_taskiq.errors import AccessDenied, DagsterTaskiqError, QueueUnreachable
-from dagster_taskiq.queue_names import is_fifo, queue_name
+from dagster_taskiq.queue_names import DEFAULT_ROUTE, is_fifo, queue_name
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.sqs.admin import CANCEL_RETENTION_S, CANCEL_VISIBILITY_S, WORK_RETENTION_S, identity, queue_urls
 from dagster_taskiq.sqs.client import Connection, split_endpoint
@@ -42,6 +42,10 @@ async def look_at_aws(settings: Settings, queues: dict[str, QueueFacts]) -> Asyn
             queues[role] = await look_at_queue(client, url)
             for finding in _queue(role, url, queues[role], settings):
                 yield finding
+        for route in routes_in(settings)[1:]:
+            for role, url in queue_urls(settings.of_route(route).queue_url).items():
+                for finding in _queue(role, url, await look_at_queue(client, url), settings, route):
+                    yield finding
         yield _clock(queues)
         for finding in await look_at_permissions(client, settings, caller, bucket):
             yield finding
@@ -82,10 +86,12 @@ async def _credentials(settings: Settings) -> tuple[Finding, str | None]:
     return ok(check, caller), caller
 
 
-def _queue(role: str, url: str, facts: QueueFacts, settings: Settings) -> Iterator[Finding]:
-    check, name = f"queue {role}", queue_name(url)
+def _queue(role: str, url: str, facts: QueueFacts, settings: Settings, route: str = DEFAULT_ROUTE) -> Iterator[Finding]:
+    of_route = "" if route == DEFAULT_ROUTE else f" of route {route}"
+    check, name = f"queue {role}{of_route}", queue_name(url)
     if not facts.exists:
-        yield Finding(check, "error", f"{name} does not exist in {settings.region_name}", "dagster-taskiq queue create")
+        create = f"dagster-taskiq queue create{f' --route {route}' if of_route else ''}"
+        yield Finding(check, "error", f"{name} does not exist in {settings.region_name}", create)
     elif isinstance(facts.error, AccessDenied):
         what = "attach LauncherPolicy or WorkerPolicy of infra/queues.yaml to this role (sqs:GetQueueAttributes)"
         if role == "steps":
@@ -97,12 +103,12 @@ def _queue(role: str, url: str, facts: QueueFacts, settings: Settings) -> Iterat
         reason, _, repair = str(facts.error).partition("; ")
         yield Finding(check, "error", reason, repair or "check endpoint_url, and the queue's address")
     else:
-        wrong = list(_wrong_with(role, url, facts.attributes, settings))
+        wrong = list(_wrong_with(check, role, url, facts.attributes, settings))
         yield from wrong or [ok(check, f"{name}: {facts.attributes.get('ApproximateNumberOfMessages', '?')} waiting")]
 
 
-def _wrong_with(role: str, url: str, has: Mapping[str, str], settings: Settings) -> Iterator[Finding]:
-    check, name = f"queue {role}", queue_name(url)
+def _wrong_with(check: str, role: str, url: str, has: Mapping[str, str], settings: Settings) -> Iterator[Finding]:
+    name = queue_name(url)
     if (has.get("FifoQueue") == "true") != is_fifo(url):
         reason = f"{name} is {'a FIFO' if has.get('FifoQueue') == 'true' else 'a standard'} queue"
         yield Finding(check, "error", reason, "delete it, then dagster-taskiq queue create")

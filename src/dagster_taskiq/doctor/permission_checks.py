@@ -4,15 +4,15 @@ Knows who needs which permission (`sqs.permissions`) and what to add; does not k
 """
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from dagster_taskiq.doctor.finding import Finding, ok, unknown
-from dagster_taskiq.queue_names import queue_name
+from dagster_taskiq.queue_names import DEFAULT_ROUTE, queue_name
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.sqs.admin import queue_urls
-from dagster_taskiq.sqs.permissions import NEEDS, Simulated, payloads_arn, queue_arn, simulate
+from dagster_taskiq.sqs.permissions import NEEDS, SEND, Simulated, payloads_arn, queue_arn, simulate
 from dagster_taskiq.sqs.probe import BucketTried, may
 
 _POLICIES: Final = {"launcher": "LauncherPolicy", "worker": "WorkerPolicy"}
@@ -30,6 +30,16 @@ class _Answer:
     """IAM's word for it."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """What one of them asks of one queue, or of the payloads, whose `url` is None."""
+
+    actions: Sequence[str]
+    url: str | None
+    arn: str | None
+    """None: not known, or nobody to ask IAM about."""
+
+
 async def look_at_permissions(
     client: Any, settings: Settings, caller: str | None, bucket: BucketTried | None
 ) -> Iterator[Finding]:
@@ -37,76 +47,70 @@ async def look_at_permissions(
 
     `caller`: the ARN of these credentials; None: unknown, or an emulator's. `bucket`: what came of trying it.
     """
-    resources = _resources(settings, caller)
-    said = await _simulated(settings, caller, resources)
+    needs = {who: list(_needs(who, settings, caller)) for who in NEEDS}
+    said = await _simulated(settings, caller, [need for of_one in needs.values() for need in of_one])
     answers: dict[str, list[_Answer]] = {}
-    for who in NEEDS:
-        if said is None:
-            answers[who] = await _tried(client, settings, who)
-        else:
-            answers[who] = await _confirmed(client, settings, who, said, resources, bucket)
-    return (_finding(who, answers, said) for who in NEEDS)
+    for who, of_one in needs.items():
+        answers[who] = await (_tried(client, of_one) if said is None else _confirmed(client, of_one, said, bucket))
+    has_routes = len(routes_in(settings)) > 1
+    return (_finding(who, answers, said, has_routes=has_routes) for who in NEEDS)
 
 
-def _resources(settings: Settings, caller: str | None) -> Mapping[str, str | None]:
-    """Role of a queue, or "payloads", to the ARN."""
-    if caller is None:
-        return {}
-    partition = caller.split(":")[1]
-    found = {
-        role: queue_arn(url, partition, settings.region_name) for role, url in queue_urls(settings.queue_url).items()
-    }
-    if settings.payload_bucket is not None:
-        found["payloads"] = payloads_arn(settings.payload_bucket, partition)
-    return found
+def _needs(who: str, settings: Settings, caller: str | None) -> Iterator[_Need]:
+    """Of the queues of all routes that the settings name. A worker receives only from those of the routes it serves."""
+    partition = caller.split(":")[1] if caller is not None else None
+    for route in routes_in(settings):
+        foreign = who == "worker" and route not in settings.serves
+        for role, url in queue_urls(settings.of_route(route).queue_url).items():
+            arn = queue_arn(url, partition, settings.region_name) if partition is not None else None
+            actions = [one for one in NEEDS[who].get(role, ()) if not foreign or one == SEND]
+            if actions:
+                yield _Need(actions, url, arn)
+    if settings.payload_bucket is not None and partition is not None and "payloads" in NEEDS[who]:
+        yield _Need(NEEDS[who]["payloads"], None, payloads_arn(settings.payload_bucket, partition))
 
 
-async def _simulated(settings: Settings, caller: str | None, resources: Mapping[str, str | None]) -> Simulated | None:
-    if caller is None or None in resources.values():
-        return None
+def routes_in(settings: Settings) -> tuple[str, ...]:
+    """The unnamed route, those that a worker with these settings serves, and those of the rules."""
+    return tuple(dict.fromkeys((DEFAULT_ROUTE, *settings.serves, *(rule.route for rule in settings.routes))))
+
+
+async def _simulated(settings: Settings, caller: str | None, needs: Sequence[_Need]) -> Simulated | None:
     actions: dict[str, list[str]] = {}
-    for needs in NEEDS.values():
-        for role, wanted in needs.items():
-            if arn := resources.get(role):
-                known = actions.setdefault(arn, [])
-                known += [action for action in wanted if action not in known]
-    return await simulate(caller, actions, settings.region_name)
+    for need in needs:
+        if caller is None or need.arn is None:
+            return None
+        known = actions.setdefault(need.arn, [])
+        known += [action for action in need.actions if action not in known]
+    return await simulate(caller, actions, settings.region_name) if caller is not None else None
 
 
-async def _tried(client: Any, settings: Settings, who: str) -> list[_Answer]:
+async def _tried(client: Any, needs: Sequence[_Need]) -> list[_Answer]:
     found = []
-    for role, url in queue_urls(settings.queue_url).items():
-        actions = NEEDS[who].get(role, ())
-        allowed = await asyncio.gather(*[may(client, url, action) for action in actions])
-        found += [_Answer(action, queue_name(url), one) for action, one in zip(actions, allowed, strict=True)]
+    for need in needs:
+        if need.url is not None:
+            allowed = await asyncio.gather(*[may(client, need.url, action) for action in need.actions])
+            name = queue_name(need.url)
+            found += [_Answer(action, name, one) for action, one in zip(need.actions, allowed, strict=True)]
     return found
 
 
-async def _confirmed(
-    client: Any,
-    settings: Settings,
-    who: str,
-    said: Simulated,
-    resources: Mapping[str, str | None],
-    bucket: BucketTried | None,
-) -> list[_Answer]:
+async def _confirmed(client: Any, needs: Sequence[_Need], said: Simulated, bucket: BucketTried | None) -> list[_Answer]:
     """What IAM denies is tried, too: the policy of the queue or bucket may allow it, and IAM does not read that."""
     found = []
-    urls = queue_urls(settings.queue_url)
-    for role, actions in NEEDS[who].items():
-        arn = resources.get(role)
-        for action in actions if arn is not None else ():
-            decision = said.decisions[arn or "", action]
+    for need in needs:
+        for action in need.actions:
+            decision = said.decisions[need.arn or "", action]
             allowed = decision == "allowed"
-            if not allowed and role in urls:
-                allowed = await may(client, urls[role], action) is True
+            if not allowed and need.url is not None:
+                allowed = await may(client, need.url, action) is True
             elif not allowed:
                 allowed = bucket is not None and bucket.error is None
-            found.append(_Answer(action, arn or "", allowed, decision))
+            found.append(_Answer(action, need.arn or "", allowed, decision))
     return found
 
 
-def _finding(who: str, answers: Mapping[str, list[_Answer]], said: Simulated | None) -> Finding:
+def _finding(who: str, answers: Mapping[str, list[_Answer]], said: Simulated | None, *, has_routes: bool) -> Finding:
     check = f"permissions of a {who}"
     missing = [one for one in answers[who] if one.allowed is False]
     unsure = dict.fromkeys(one.resource for one in answers[who] if one.allowed is None)
@@ -121,7 +125,7 @@ def _finding(who: str, answers: Mapping[str, list[_Answer]], said: Simulated | N
         # Nobody has said whose role this is. One that fits neither cannot be right.
         others = [found for other, found in answers.items() if other != who]
         fits = any(all(one.allowed is not False for one in found) for found in others)
-        return Finding(check, "warning" if fits else "error", reason, _repair(who, missing))
+        return Finding(check, "warning" if fits else "error", reason, _repair(who, missing, has_routes=has_routes))
     if unsure:
         return unknown(
             check, f"could not be tried on {', '.join(unsure)}", "correct what is wrong with the queues first"
@@ -131,10 +135,12 @@ def _finding(who: str, answers: Mapping[str, list[_Answer]], said: Simulated | N
     return ok(check, "each request that it makes was tried, and none is refused")
 
 
-def _repair(who: str, missing: list[_Answer]) -> str:
+def _repair(who: str, missing: list[_Answer], *, has_routes: bool) -> str:
     own = [_POLICIES[who]] if any(one.action.startswith("sqs:") for one in missing) else []
     payloads = ["PayloadPolicy"] if any(one.action.startswith("s3:") for one in missing) else []
     repair = f"attach {' and '.join(own + payloads)} of infra/queues.yaml, if this is the role of a {who}"
+    if own and any(one.action == SEND for one in missing) and has_routes:
+        repair += " (to send to other routes: that of the unnamed one with SendToRoutes=true)"
     if any(one.decision == "explicitDeny" for one in missing):
         repair += "; and remove what denies it (explicitDeny): a policy of the role, its boundary, the organization"
     return repair

@@ -16,17 +16,21 @@ from dagster_taskiq.queue_names import queue_name
 from dagster_taskiq.sqs.errors import translated
 from dagster_taskiq.sqs.s3_payloads import PAYLOAD_PREFIX
 
+SEND: Final = "sqs:SendMessage"
 _TAKES: Final = ("sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:ChangeMessageVisibility", "sqs:GetQueueAttributes")
 NEEDS: Final[Mapping[str, Mapping[str, Sequence[str]]]] = {
-    "launcher": {"work": ("sqs:SendMessage",), "cancels": ("sqs:SendMessage",)},
+    "launcher": {"work": (SEND,), "cancels": (SEND,)},
     "worker": {
         "work": _TAKES,
-        "steps": ("sqs:SendMessage", *_TAKES),
-        "cancels": ("sqs:SendMessage", *_TAKES),
+        "steps": (SEND, *_TAKES),
+        "cancels": (SEND, *_TAKES),
         "payloads": ("s3:PutObject", "s3:GetObject", "s3:DeleteObject"),
     },
 }
-"""Who needs which actions on which queue, or on the objects in the payload bucket."""
+"""Who needs which actions on which queue of a route, or on the objects in the payload bucket.
+
+Of a route that it does not serve, a worker needs to send to the same queues, and nothing else.
+"""
 
 _WITHIN_S: Final = 10.0
 _ROLE: Final = re.compile(r"arn:[a-z-]+:sts::\d{12}:assumed-role/(?P<name>[^/]+)/.+")

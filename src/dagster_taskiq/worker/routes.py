@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from dagster_taskiq.cancellable_broker import CancellableSQSBroker, LeasedMessage, hand_back
 from dagster_taskiq.cancellation.model import Cancellation
 from dagster_taskiq.errors import QueueError, QueueMissing, UnknownRoute
-from dagster_taskiq.queue_names import DEFAULT_ROUTE
+from dagster_taskiq.queue_names import DEFAULT_ROUTE, queue_name
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.tasks.cancel_listener import CancelListener, Cancels
 from dagster_taskiq.tasks.predicates import TaskView
@@ -54,6 +54,11 @@ class Served:
         runs = _broker(settings, lambda of_route: of_route.queue_url) if settings.max_concurrent_runs else None
         steps = _broker(settings, lambda of_route: of_route.steps_queue_url) if settings.max_concurrent_steps else None
         return cls(settings, runs, steps)
+
+    @property
+    def queue(self) -> str:
+        """The name of the preferred route's work queue, by which fleets are told apart where something is measured."""
+        return queue_name(self.settings.of_route(self.settings.serves[0]).queue_url)
 
     @property
     def receiving(self) -> Sequence[RoutesBroker]:

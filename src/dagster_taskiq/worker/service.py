@@ -34,7 +34,6 @@ from dagster_taskiq.dagster_compat.instance import open_instance
 from dagster_taskiq.messages import run_of_step_task
 from dagster_taskiq.metrics import Metrics, on_ecs
 from dagster_taskiq.process.fork_server import ForkServer
-from dagster_taskiq.queue_names import queue_name
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.sqs.s3_payloads import PayloadBucket
 from dagster_taskiq.storage.claims import Claims, forget_old_claims
@@ -268,9 +267,7 @@ class Worker:
             processes=self._fork_server,
             worker_id=self.worker_id,
             where=self._where,
-            metrics=Metrics.chosen(
-                settings.metrics, queue_name(settings.queue_url), on_ecs=on_ecs(), stdout_is_a_log=True
-            ),
+            metrics=Metrics.chosen(settings.metrics, served.queue, on_ecs=on_ecs(), stdout_is_a_log=True),
             cancel_tasks=partial(cancel_tasks, settings, served.brokers),
             cancel_runs=self._cancel_runs,
             held=lambda: hold.described() if (hold := self._orders.hold) is not None else None,

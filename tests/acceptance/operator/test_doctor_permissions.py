@@ -83,6 +83,26 @@ def test_iam_is_asked_for_what_is_needed_and_nothing_else(ward: Ward) -> None:
     assert ward.iam.simulated == asked
 
 
+def test_a_worker_receives_only_from_the_queues_of_its_route_and_sends_to_those_of_all(ward: Ward) -> None:
+    for route in ("gpu", "ml"):
+        create_queues(ward.clinic.desk.endpoint_url, f"{ward.name}-{route}")
+    ward.clinic.source["routes"] = [{"route": "ml", "code_location": "ml"}]
+    ward.clinic.source["serves"] = ["gpu"]
+    assert [verdict for verdict, _, _ in ward.permissions()] == ["ok", "ok"]
+    arn = f"arn:aws:sqs:us-east-1:123456789012:{ward.name}"
+    sent = {f"{arn}{of_route}{suffix}" for of_route in ("", "-gpu", "-ml") for suffix in ("", "-steps", "-cancels")}
+    taken = {f"{arn}-gpu{suffix}" for suffix in ("", "-steps", "-cancels")}
+    needed = {resource: {"sqs:SendMessage"} for resource in sent} | {one: {"sqs:SendMessage", *LOOKS} for one in taken}
+    asked = {(WHOLE_ROLE, action, resource) for resource, actions in needed.items() for action in actions}
+    assert ward.iam.simulated == asked
+
+    ward.forbid("SendMessage", "-ml-steps")
+    launcher, (verdict, reason, repair) = ward.permissions()
+    assert (launcher[0], verdict) == ("ok", "warning")
+    assert f"sqs:SendMessage on {arn}-ml-steps" in reason
+    assert "SendToRoutes=true" in repair
+
+
 def test_what_is_denied_is_named_with_what_to_add(ward: Ward) -> None:
     """Neither a launcher nor a worker could work with these: two errors."""
     ward.iam.caller = USER

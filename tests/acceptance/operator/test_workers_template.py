@@ -19,7 +19,7 @@ from tests.acceptance.operator.test_infra import client
 from tests.support.cfn import Filled
 from tests.support.ecs_agent import ecs_agent
 from tests.support.moto import REGION
-from tests.support.platform import ENTRYPOINT, STEP_JOBS, Platform, write_home
+from tests.support.platform import ENTRYPOINT, STEP_JOBS, Platform, WorkerProcess, write_home
 
 from dagster_taskiq import Settings
 from dagster_taskiq.queue_names import queue_name
@@ -291,11 +291,13 @@ def test_a_run_goes_through_the_containers_of_two_fleets_and_is_cancelled(
     with ExitStack() as stack:
         instance = stack.enter_context(DagsterInstance.from_config(str(tmp_path)))
         platform = Platform(tmp_path, queue_url, unnamed.endpoint, instance, STEP_JOBS)
+        workers: dict[str, WorkerProcess] = {}
         for route, fleet in fleets.items():
             agent = stack.enter_context(ecs_agent())
             environment = {key: value for key, value in fleet.environment.items() if not key.endswith("QUEUE_URL")}
             program = (sys.executable, str(ENTRYPOINT))
             worker = stack.enter_context(platform.worker(program=program, env=environment | agent.environment))
+            workers[route] = worker
             work = queue_name(Settings(queue_url=queue_url, region_name=REGION).of_route(route).queue_url)
             assert f"is ready: it listens to {work} and {work}-steps" in worker.log()
         run_id = platform.launch("routed_dynamic_steps", seconds=300, count=2)
@@ -307,6 +309,9 @@ def test_a_run_goes_through_the_containers_of_two_fleets_and_is_cancelled(
         for one in (run_id, whole):
             assert platform.finished(one) is DagsterRunStatus.CANCELED, platform.story(one)
             platform.assert_nothing_left(one)
+        for route, worker in workers.items():
+            measured = {one["Queue"] for one in map(json.loads, worker.log().splitlines()) if "_aws" in one}
+            assert measured == {unnamed.queue_url.rpartition("/")[2] + ("-gpu" if route == "gpu" else "")}
         name, told = unnamed.queue_url.rpartition("/")[2], "\n".join(platform.story(run_id))
         for queue, tasks in ((name, 1), (f"{name}-steps", 1), (f"{name}-gpu-steps", 2)):
             assert told.count(f"Submitted to queue {queue} as task") == tasks, told
