@@ -38,12 +38,17 @@ def waited_too_long(instance: DagsterInstance, run: DagsterRun) -> str | None:
     return _too_long(run.tags[QUEUE_TTL_TAG], record.create_timestamp.timestamp()) if record is not None else None
 
 
-def _too_long(value: str, created_at: float) -> str | None:
+def ttl_of(tags: Mapping[str, str]) -> float | None:
+    """How many seconds after its creation a run may begin; None: whenever. A tag that cannot be read is none."""
     try:
-        ttl_s = seconds_from_tag(value)
+        return seconds_from_tag(tags[QUEUE_TTL_TAG]) if QUEUE_TTL_TAG in tags else None
     except SettingsError:
         return None  # its log says so
-    if time.time() - created_at <= ttl_s:
+
+
+def _too_long(value: str, created_at: float) -> str | None:
+    ttl_s = ttl_of({QUEUE_TTL_TAG: value})
+    if ttl_s is None or time.time() - created_at <= ttl_s:
         return None
     return f"waited longer than its queue_ttl_seconds of {in_seconds(ttl_s)}"
 

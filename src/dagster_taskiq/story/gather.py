@@ -14,8 +14,10 @@ from dagster_taskiq.launcher import TaskiqRunLauncher
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.code_locations import why_it_waits
+from dagster_taskiq.storage.queue_ttl import ttl_of
 from dagster_taskiq.storage.step_claims import StepClaims
 from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, TASK_ID_TAG, own_tags
+from dagster_taskiq.storage.time_limits import limit_of_run
 from dagster_taskiq.storage.workers import describe_assets
 from dagster_taskiq.story.around import Around, look_around, places_in_queue, waits_for_pools
 from dagster_taskiq.story.log import Log, read_log
@@ -38,7 +40,7 @@ def story_of(instance: DagsterInstance, run_id: str, ask_queue: Callable[[Settin
         raise RunNotFound(_deleted(Claims.of(instance, settings), run_id))
     log = read_log(instance, run_id, partial(most_important, most=MOST_STEPS))
     _check_that_it_is_ours(record, log)
-    return tell(_facts(record), log, _surroundings(instance, settings, record, ask_queue))
+    return tell(_facts(instance, record), log, _surroundings(instance, settings, record, ask_queue))
 
 
 def _settings(instance: DagsterInstance) -> Settings:
@@ -68,19 +70,21 @@ def _check_that_it_is_ours(record: RunRecord, log: Log) -> None:
         )
 
 
-def _facts(record: RunRecord) -> RunFacts:
-    run = record.dagster_run
-    tags = own_tags(run)
+def _facts(instance: DagsterInstance, record: RunRecord) -> RunFacts:
+    run, created = record.dagster_run, record.create_timestamp.timestamp()
+    tags, (limit, _), ttl_s = own_tags(run), limit_of_run(instance, run), ttl_of(run.tags)
     return RunFacts(
         run_id=run.run_id,
         job=describe_assets(run) or run.job_name,
         status=run.status.value,
-        created=record.create_timestamp.timestamp(),
+        created=created,
         started=record.start_time,
         ended=record.end_time,
         task_id=tags.get(TASK_ID_TAG),
         reason=tags.get(CANCEL_REASON_TAG),
         cancelled_by=tags.get(CANCELLED_BY_TAG),
+        begins_until=created + ttl_s if ttl_s is not None else None,
+        may_take_until=record.start_time + limit.seconds if record.start_time and limit is not None else None,
     )
 
 

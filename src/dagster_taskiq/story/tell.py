@@ -14,7 +14,7 @@ from dagster_taskiq.story.model import Bar, BarKind, Moment, Outcome, Story, wit
 from dagster_taskiq.story.phases import FINAL, FOR_WORKER, IN_QUEUE, Phases
 from dagster_taskiq.story.steps import StepBars
 from dagster_taskiq.story.surroundings import Surroundings
-from dagster_taskiq.story.text import duration
+from dagster_taskiq.story.text import clock, duration
 from dagster_taskiq.story.waits import what_it_waits_for
 
 MOST_STEPS: Final = 200
@@ -47,6 +47,10 @@ class RunFacts:
     reason: str | None = None
     """Why it was cancelled, by its tag."""
     cancelled_by: str | None = None
+    begins_until: float | None = None
+    """When it ends without a start, by its own limit."""
+    may_take_until: float | None = None
+    """When it is stopped, by its time limit."""
 
 
 def tell(run: RunFacts, log: Log, around: Surroundings) -> Story:
@@ -127,6 +131,7 @@ def _summary(run: RunFacts, phases: Phases, steps: Sequence[Bar], now: float) ->
         yield f"Worked on by {told}" + (f" ({phases.where})." if phases.where and len(workers) == 1 else ".")
     if steps:
         yield f"Steps: {_counts(steps)}."
+    yield from _limits(run)
     yield from _cancellation(phases)
     if phases.cleanup_failures:
         yield f"Cleanup failed: {'; '.join(phases.cleanup_failures)}."
@@ -134,6 +139,13 @@ def _summary(run: RunFacts, phases: Phases, steps: Sequence[Bar], now: float) ->
         yield f"Cleanup: {cleaned} {'handler' if cleaned == 1 else 'handlers'} succeeded."
     if run.status == "FAILURE" and not phases.cleanup_failures:
         yield f"Failed: {phases.final_text or 'no reason was given'}"
+
+
+def _limits(run: RunFacts) -> Iterator[str]:
+    if run.begins_until is not None and run.status in ("QUEUED", "NOT_STARTED", "STARTING"):
+        yield f"If it has not begun by {clock(run.begins_until)}, it never begins (dagster-taskiq/queue_ttl_seconds)."
+    if run.may_take_until is not None and run.status == "STARTED":
+        yield f"If it has not ended by {clock(run.may_take_until)}, it is stopped (its time limit)."
 
 
 def _counts(steps: Sequence[Bar]) -> str:

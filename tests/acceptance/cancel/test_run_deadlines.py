@@ -16,6 +16,7 @@ from tests.support.waiting import wait_until
 from dagster_taskiq.dagster_compat.api import RESUME_RUN_LOG_MESSAGE
 from dagster_taskiq.storage.engine_events import Stage
 from dagster_taskiq.storage.tags import TIMED_OUT_TAG, TIMEOUT_TAG
+from dagster_taskiq.story.gather import story_of
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -104,7 +105,10 @@ def test_a_limit_that_is_no_number_is_a_warning(working: Platform) -> None:
 
 
 def test_a_run_that_is_quick_enough_is_not_touched(working: Platform) -> None:
-    run_id = working.launch("quick_job", seconds=0, tags={TIMEOUT_TAG: "60"})
+    run_id = working.launch("sleepy_job", seconds=3, tags={TIMEOUT_TAG: "60"})
+    working.marked(run_id, "started")
+    said = story_of(working.instance, run_id).summary
+    assert any(line.startswith("If it has not ended by") for line in said), said
     assert working.finished(run_id) is DagsterRunStatus.SUCCESS
     assert TIMED_OUT_TAG not in working.run(run_id).tags
 

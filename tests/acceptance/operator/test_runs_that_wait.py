@@ -19,6 +19,7 @@ from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.engine_events import Stage
 from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, QUEUE_TTL_TAG, SUPERSEDE_TAG
 from dagster_taskiq.storage.unstarted import Unstarted, end_handed_over
+from dagster_taskiq.story.gather import story_of
 from dagster_taskiq.worker.admission import Action, Candidate, admit_run
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
@@ -72,6 +73,7 @@ def test_what_waits_too_long_is_ended_by_the_daemon_of_the_queue(
             ended(platform, run_id, fails=outcome == "failure")
         going_on = {platform.status(run_id) for run_id in (long, none, unreadable)}
         assert going_on <= {STATUS.QUEUED, STATUS.STARTING}, going_on
+        assert any(line.startswith("If it has not begun by") for line in story_of(platform.instance, long).summary)
 
 
 def test_it_is_not_even_sent_when_it_is_launched_too_late(platform: Platform) -> None:
