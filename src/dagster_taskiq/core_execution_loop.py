@@ -8,6 +8,8 @@ What it does otherwise than Dagster's own (`StepDelegatingExecutor.execute` of 1
   told to stop.
 * A step that its worker reports lost fails at once, with the reason, or is tried again; and so does one whose worker
   is dead. What a run that is resumed finds in flight is never started a second time under the same attempt.
+* A step that its worker's end has interrupted begins again under the same attempt, as another task, where that is
+  wanted.
 * Steps are sent many at a time, and the log is read as often as something is likely to have happened.
 
 The parts are in `steps`: submission, tracking, stopping. Knows Dagster's plan; not SQS, not processes.
@@ -31,6 +33,7 @@ from dagster_taskiq.dagster_compat.execution import (
 )
 from dagster_taskiq.dagster_compat.interrupts import DagsterExecutionInterruptedError
 from dagster_taskiq.steps.handler import TaskiqStepHandler as TaskiqStepHandler
+from dagster_taskiq.steps.interruptions import decide_interrupted_steps
 from dagster_taskiq.steps.plan import Plan
 from dagster_taskiq.steps.routes import route_of_step, route_steps
 from dagster_taskiq.steps.stopping import Stopping
@@ -84,7 +87,9 @@ class TaskiqExecutor(StepDelegatingExecutor):
         """
         instance = plan_context.instance
         route_of_run = self.handler.route_of(instance, plan_context.dagster_run)
-        routes = route_steps(plan_context.job.get_definition(), execution_plan, route_of_run)
+        job = plan_context.job.get_definition()
+        decide_interrupted_steps(job, execution_plan, self.handler.interrupted_steps)
+        routes = route_steps(job, execution_plan, route_of_run)
         if others := sorted(routes - {route_of_run}):
             self.handler.check_routes(instance, others)
         return route_of_run

@@ -49,8 +49,10 @@ from dagster_taskiq.launcher import CONFIG_FIELDS, TaskiqRunLauncher
 from dagster_taskiq.messages import EXECUTE_STEP, StepMessage, pack
 from dagster_taskiq.queue_names import DEFAULT_ROUTE, queue_name
 from dagster_taskiq.route_queues import unknown_route
-from dagster_taskiq.settings import TOP_LEVEL_KEYS, Settings
+from dagster_taskiq.settings import TOP_LEVEL_KEYS, InterruptedSteps, Settings
 from dagster_taskiq.sqs.s3_payloads import WITHIN_S, PayloadBucket
+from dagster_taskiq.steps.handler import NONE
+from dagster_taskiq.steps.interruptions import begins_again
 from dagster_taskiq.steps.routes import route_of_step
 from dagster_taskiq.storage import step_events
 from dagster_taskiq.storage.event_log import StepRef
@@ -165,13 +167,25 @@ class SQSStepHandler(TaskiqStepHandler):
         """Close the client and end its thread."""
         self._producer.close()
 
-    def launch_steps(self, contexts: Sequence[StepHandlerContext]) -> Sequence[str]:
+    @property
+    def interrupted_steps(self) -> InterruptedSteps:
+        """See the settings."""
+        return self._settings.interrupted_steps
+
+    @property
+    def max_interruptions(self) -> int:
+        """See the settings."""
+        return self._settings.max_interruptions
+
+    def launch_steps(
+        self, contexts: Sequence[StepHandlerContext], interruptions: Mapping[str, int] = NONE
+    ) -> Sequence[str]:
         """Announce and send the steps; the keys of those that could not be sent because SQS does not answer.
 
         Raises a `DagsterTaskiqError` when another try would not help.
         """
         by_route: dict[str, list[StepMessage]] = {}
-        for context, message in zip(contexts, self._messages(contexts), strict=True):
+        for context, message in zip(contexts, self._messages(contexts, interruptions), strict=True):
             route = route_of_step(context.step_tags[message.step_key])
             by_route.setdefault(route, []).append(message)
             queue = queue_name(self._settings.of_route(route).steps_queue_url)
@@ -220,7 +234,9 @@ class SQSStepHandler(TaskiqStepHandler):
         routing = Routing(instance, self._settings)
         return unknown_route(self._producer, routing, self._settings.queue_url, route)
 
-    def _messages(self, contexts: Sequence[StepHandlerContext]) -> list[StepMessage]:
+    def _messages(
+        self, contexts: Sequence[StepHandlerContext], interruptions: Mapping[str, int] = NONE
+    ) -> list[StepMessage]:
         packed: dict[int, str] = {}  # by identity: the steps of a batch share their state
         messages = []
         for context in contexts:
@@ -238,6 +254,8 @@ class SQSStepHandler(TaskiqStepHandler):
                     retries="disabled" if arguments.retry_mode is RetryMode.DISABLED else "deferred",
                     reexecution=needs_history(state),
                     state=packed[id(state)],
+                    interruption=interruptions.get(step_key, 0),
+                    begins_again=begins_again(context.step_tags[step_key]),
                 )
             )
         return messages

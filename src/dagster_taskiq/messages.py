@@ -23,11 +23,12 @@ _MAX_TTL_S: Final = 1_209_600
 """Fourteen days, the longest that SQS keeps a message."""
 _TASK_ID = re.compile(r"[\x21-\x7e]{1,256}")
 _RUN_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
-_STEP_TASK_ID = re.compile(r"([0-9A-Za-z_-]{1,64})\.[0-9a-f]{16}\.[0-9]{1,5}")
+_STEP_TASK_ID = re.compile(r"([0-9A-Za-z_-]{1,64})\.[0-9a-f]{16}\.[0-9]{1,5}(?:\.[0-9]{1,4})?")
 _END_OF_TIME_S: Final = 253_402_300_000
 """In the year 9999, the last one that can be written as a date."""
 _MAX_STEP_KEY: Final = 4096
 _MAX_ATTEMPT: Final = 99_999
+_MAX_INTERRUPTION: Final = 1_000
 _MAX_UNPACKED: Final = 256 * 1024 * 1024
 
 
@@ -184,11 +185,15 @@ class StepMessage:
     """Whether the run uses outputs of an earlier run; the run's plan has the list of them."""
     state: str | None = None
     """What the run's steps have done so far, `pack`ed. None: it is in the payload bucket, under the task id."""
+    interruption: int = 0
+    """How often this attempt was interrupted before, by the end of its worker."""
+    begins_again: bool = False
+    """Whether the end of its worker is no failure of the step: its run decides."""
 
     @property
     def task_id(self) -> str:
         """Derived from the other fields, so it is not stored anywhere."""
-        return step_task_id(self.run_id, self.step_key, self.attempt)
+        return step_task_id(self.run_id, self.step_key, self.attempt, self.interruption)
 
     def to_kwargs(self) -> dict[str, Any]:
         """The arguments of the task."""
@@ -199,6 +204,8 @@ class StepMessage:
             "retries": self.retries,
             "reexecution": self.reexecution,
             "state": self.state,
+            "interruption": self.interruption,
+            "begins_again": self.begins_again,
         }
 
     @classmethod
@@ -206,23 +213,30 @@ class StepMessage:
         """Read the arguments of the task; unknown ones are ignored. Raises `MessageUnreadable` with the reason."""
         run_id, step_key, attempt = kwargs.get("run_id"), kwargs.get("step_key"), kwargs.get("attempt", 1)
         retries, state = kwargs.get("retries", "deferred"), kwargs.get("state")
+        interruption = kwargs.get("interruption", 0)
         if not is_run_id(run_id):
             raise MessageUnreadable("step message without a valid run_id")
         if not isinstance(step_key, str) or not 1 <= len(step_key) <= _MAX_STEP_KEY:
             raise MessageUnreadable("step message without a valid step_key")
-        if not isinstance(attempt, int) or isinstance(attempt, bool) or not 1 <= attempt <= _MAX_ATTEMPT:
+        if type(attempt) is not int or not 1 <= attempt <= _MAX_ATTEMPT:  # not bool
             raise MessageUnreadable("step message without a valid attempt")
+        if type(interruption) is not int or not 0 <= interruption <= _MAX_INTERRUPTION:
+            raise MessageUnreadable(f"step message whose interruption is not between 0 and {_MAX_INTERRUPTION:,}")
         if retries not in ("deferred", "disabled"):
             raise MessageUnreadable("step message whose retries are neither 'deferred' nor 'disabled'")
         if state is not None and not isinstance(state, str):
             raise MessageUnreadable("step message whose state is not a text")
-        return cls(run_id, step_key, attempt, retries, kwargs.get("reexecution") is True, state)
+        reexecution, begins_again = kwargs.get("reexecution") is True, kwargs.get("begins_again") is True
+        return cls(run_id, step_key, attempt, retries, reexecution, state, interruption, begins_again)
 
 
-def step_task_id(run_id: str, step_key: str, attempt: int) -> str:
-    """The task id of one attempt of one step: the run's id can be read from it, the step's key cannot."""
+def step_task_id(run_id: str, step_key: str, attempt: int, interruption: int = 0) -> str:
+    """The task id of one attempt of one step: the run's id can be read from it, the step's key cannot.
+
+    `interruption`: how often that attempt was interrupted before; each time it begins again as another task.
+    """
     digest = hashlib.blake2s(step_key.encode(), digest_size=8).hexdigest()
-    return f"{run_id}.{digest}.{attempt}"
+    return f"{run_id}.{digest}.{attempt}" + (f".{interruption}" if interruption else "")
 
 
 def run_of_step_task(task_id: str) -> str | None:

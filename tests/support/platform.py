@@ -39,6 +39,7 @@ CLEANUP_JOBS = Path(__file__).parent / "cleanup_jobs.py"
 FOREIGN_JOBS = Path(__file__).parent / "foreign_jobs.py"
 LATE_JOBS = Path(__file__).parent / "late_jobs.py"
 STATE_JOBS = Path(__file__).parent / "state_jobs.py"
+STORM_JOBS = Path(__file__).parent / "storm_jobs.py"
 REAL_WORKER = (*CLI, "worker", "start")
 """For a worker with an interpreter of its own, as people start it."""
 ENTRYPOINT = Path(__file__).parents[2] / "worker_entrypoint.py"

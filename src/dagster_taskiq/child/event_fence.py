@@ -41,6 +41,7 @@ _STEP_ENDS: Final = {
     DagsterEventType.RESOURCE_INIT_FAILURE,  # from which the run's executor makes a failure or a retry
 }
 _UNLESS_ORPHANED: Final = {DagsterEventType.STEP_FAILURE, DagsterEventType.STEP_UP_FOR_RETRY}
+_UNLESS_INTERRUPTED: Final = {*_UNLESS_ORPHANED, DagsterEventType.RESOURCE_INIT_FAILURE}
 _LONGEST_REASON: Final = 500
 _EXIT_S: Final = 5.0
 """What a run's process has for its exit, after it has waited for its steps."""
@@ -176,6 +177,7 @@ class StepFence(EventFence):
         self._process = process
         self._step_key = message.step_key
         self._succeeded = False
+        self._begins_again = message.begins_again
 
     def forget_state(self) -> None:
         """When the step is over with its hooks and resources, which may keep a state, too: delete it, if it is done."""
@@ -185,7 +187,14 @@ class StepFence(EventFence):
     def _holds(self, event: Any, kind: DagsterEventType | None) -> bool:
         # What a worker's death did to a step is no failure of the op: the run's executor finds the worker dead, and
         # decides. A success is one.
-        return kind in _UNLESS_ORPHANED and (self._control.worker_is_gone() or self._control.is_lost())
+        if kind in _UNLESS_ORPHANED and (self._control.worker_is_gone() or self._control.is_lost()):
+            return True
+        return kind in _UNLESS_INTERRUPTED and self._is_interrupted()
+
+    def _is_interrupted(self) -> bool:
+        """Whether the worker stops, and so the run's executor is to decide what becomes of the step."""
+        self._control.listen()
+        return self._begins_again and self._control.signal.is_shutdown and not self._control.late
 
     def _to_store(self, event: Any, kind: DagsterEventType | None) -> Any:
         # For Dagster an interrupt is an error like any other, of which an op with a RetryPolicy recovers.

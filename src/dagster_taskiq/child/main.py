@@ -121,7 +121,10 @@ def _step(argument: dict[str, Any], instance: DagsterInstance, control: ControlC
     process = ChildProcess(control, StepOfRun(instance, message.run_id, message.step_key))
     fence = instance.handle_new_event = StepFence(instance, message, process)  # type: ignore[method-assign]
     state = rebuild_state(unpack(message.state or ""), run, instance, history=message.reexecution)
-    for _ in execute_step(run, instance, message.step_key, state, RetryMode(message.retries)):
+    # Dagster's own look whether the step was started before counts starts, and takes one that begins again after an
+    # interruption for a second one. The claim has decided.
+    look = not message.begins_again
+    for _ in execute_step(run, instance, message.step_key, state, RetryMode(message.retries), should_verify_step=look):
         pass  # the events are in the database; nobody reads them here
     fence.forget_state()
     return 0

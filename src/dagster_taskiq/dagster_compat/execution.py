@@ -57,6 +57,7 @@ __all__ = [
     "execute_step",
     "failed_for_good",
     "failure_of_a_handler",
+    "forget_dynamic_outputs",
     "get_retries_config",
     "get_step_dependency_config_field",
     "get_tag_concurrency_limits_config",
@@ -89,7 +90,13 @@ def resume_run(run_id: str, instance: DagsterInstance) -> int:
 
 
 def execute_step(
-    run: DagsterRun, instance: DagsterInstance, step_key: str, known_state: KnownExecutionState, retry_mode: RetryMode
+    run: DagsterRun,
+    instance: DagsterInstance,
+    step_key: str,
+    known_state: KnownExecutionState,
+    retry_mode: RetryMode,
+    *,
+    should_verify_step: bool,
 ) -> Iterator[DagsterEvent]:
     """What `dagster api execute_step` does, in this process, as far as it is iterated."""
     from dagster._cli.api import _execute_step_command_body
@@ -102,7 +109,7 @@ def execute_step(
         step_keys_to_execute=[step_key],
         retry_mode=retry_mode,
         known_state=known_state,
-        should_verify_step=True,
+        should_verify_step=should_verify_step,
     )
     return _execute_step_command_body(arguments, instance, run)
 
@@ -138,6 +145,11 @@ def rebuild_state(described: Mapping[str, Any], run: DagsterRun, instance: Dagst
     if past is None:
         return state
     return state._replace(parent_state=past.parent_state, step_output_versions=past.step_output_versions)
+
+
+def forget_dynamic_outputs(active: ActiveExecution, step: ExecutionStep) -> None:
+    """The step begins again under the same attempt: what it has mapped so far does not count."""
+    active._prep_for_dynamic_outputs(step)  # noqa: SLF001
 
 
 def failed_for_good(entry: EventLogEntry) -> EventLogEntry:

@@ -2,10 +2,14 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from dagster import DagsterInstance, DagsterRun
 
 from dagster_taskiq.dagster_compat.execution import StepHandler, StepHandlerContext
+from dagster_taskiq.settings import InterruptedSteps
+
+NONE: Final[Mapping[str, int]] = {}
 
 
 class TaskiqStepHandler(StepHandler):
@@ -20,10 +24,12 @@ class TaskiqStepHandler(StepHandler):
         """Let go of what `open` and the others took."""
 
     @abstractmethod
-    def launch_steps(self, contexts: Sequence[StepHandlerContext]) -> Sequence[str]:
+    def launch_steps(
+        self, contexts: Sequence[StepHandlerContext], interruptions: Mapping[str, int] = NONE
+    ) -> Sequence[str]:
         """Send the steps. Returns the keys of those that could not be sent now, and should be tried again.
 
-        Raises what makes the run fail.
+        `interruptions`: by step key, how often the present attempt was interrupted. Raises what makes the run fail.
         """
 
     @abstractmethod
@@ -41,6 +47,16 @@ class TaskiqStepHandler(StepHandler):
     @abstractmethod
     def workers_alive(self, instance: DagsterInstance, worker_ids: set[str]) -> set[str]:
         """Those that live, or may have living children."""
+
+    @property
+    @abstractmethod
+    def interrupted_steps(self) -> InterruptedSteps:
+        """What becomes of a step whose worker was stopped or has died, unless its tag says something else."""
+
+    @property
+    @abstractmethod
+    def max_interruptions(self) -> int:
+        """How often the run, or one attempt of a step, may be interrupted and go on elsewhere."""
 
     @abstractmethod
     def patience_s(self, run: DagsterRun) -> float:

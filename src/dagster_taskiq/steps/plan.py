@@ -14,13 +14,16 @@ from dagster_taskiq.dagster_compat.execution import (
     PlanOrchestrationContext,
     StepHandlerContext,
     error_info,
+    forget_dynamic_outputs,
     interrupted_step,
 )
 from dagster_taskiq.dagster_compat.interrupts import raise_interrupts_as
 from dagster_taskiq.messages import step_task_id
 from dagster_taskiq.steps.handler import TaskiqStepHandler
+from dagster_taskiq.steps.interruptions import begins_again
 from dagster_taskiq.storage.engine_events import EngineEvent
 from dagster_taskiq.storage.event_log import append_event
+from dagster_taskiq.storage.step_events import step_interrupted
 
 SHORTEST_REST_S: Final = 0.02
 _LONGEST_REST_S: Final = 1.0
@@ -48,6 +51,11 @@ class Plan:
     max_concurrent: int | None
     running: dict[str, ExecutionStep] = field(default_factory=dict)
     """By key, the steps that were due and whose end has not been read in the log."""
+    is_stopping: bool = False
+    """Whether the steps are being stopped: then none begins again."""
+    _interruptions: dict[tuple[str, int], int] = field(default_factory=dict)
+    """By step key and attempt, how often it was interrupted."""
+    _interrupted_steps: dict[str, ExecutionStep] = field(default_factory=dict)
     _interrupted: bool = False
     _something_happened_at: float = field(default_factory=time.monotonic)
 
@@ -63,8 +71,10 @@ class Plan:
 
     def task_id(self, step_key: str) -> str:
         """That of the step's present attempt."""
-        attempt = self.active.retry_state.get_attempt_count(step_key) + 1
-        return step_task_id(self.context.run_id, step_key, attempt)
+        return step_task_id(self.context.run_id, step_key, self._attempt(step_key), self.interruptions_of(step_key))
+
+    def _attempt(self, step_key: str) -> int:
+        return self.active.retry_state.get_attempt_count(step_key) + 1
 
     def lose(self, step: ExecutionStep, why: str, *, retry: bool) -> None:
         """Write the end of a step whose own process could not do it."""
@@ -72,6 +82,38 @@ class Plan:
             self.fail(step, error_info(why))
         else:
             interrupted_step(self.context.for_step(step), why)
+
+    # Interruptions
+
+    def interruptions_of(self, step_key: str) -> int:
+        """How often the step's present attempt was interrupted by the end of its worker."""
+        return self._interruptions.get((step_key, self._attempt(step_key)), 0)
+
+    def note_interruption(self, step_key: str, attempt: int, number: int) -> None:
+        """What the log says: that attempt begins again, as another task."""
+        self._interruptions[step_key, attempt] = max(number, self._interruptions.get((step_key, attempt), 0))
+
+    def interrupt(self, step: ExecutionStep, why: str) -> None:
+        """The step's worker was stopped or has died: it begins again, where that is wanted, or has failed."""
+        number, most = self.interruptions_of(step.key) + 1, self.handler.max_interruptions
+        if self.is_stopping:
+            self.lose(step, why, retry=False)
+        elif not begins_again(step.tags):
+            self.lose(step, why, retry=True)
+        elif number > most:
+            self.lose(step, f"{why}; that was interruption {number}, at most {most} (max_interruptions)", retry=True)
+        else:
+            attempt, task_id = self._attempt(step.key), self.task_id(step.key)
+            event = step_interrupted(step.key, task_id, why, attempt=attempt, number=number, most=most)
+            append_event(self.instance, self.run, event, step.key)  # before it is sent: whoever resumes the run counts
+            self.note_interruption(step.key, attempt, number)
+            forget_dynamic_outputs(self.active, step)
+            self._interrupted_steps[step.key] = step
+
+    def take_interrupted(self) -> list[ExecutionStep]:
+        """Those that are to be sent again."""
+        steps, self._interrupted_steps = list(self._interrupted_steps.values()), {}
+        return steps
 
     # Time
 

@@ -74,6 +74,7 @@ class Stopping:
     def cancel_steps(self) -> Iterator[DagsterEvent]:
         """Cancel the open steps, and wait until they are gone, within their time. Yields the events of meanwhile."""
         plan, tracking = self._plan, self._tracking
+        plan.is_stopping = True
         stop = StopOfSteps(plan.handler.patience_s(plan.run))
         yield from tracking.read_log()
         if tracking.open.workers:

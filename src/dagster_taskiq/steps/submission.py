@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from dagster_taskiq.dagster_compat.execution import ExecutionStep
+from dagster_taskiq.dagster_compat.execution import ExecutionStep, StepHandlerContext
 from dagster_taskiq.steps.plan import Plan
 
 _FIRST_PAUSE_S: Final = 0.2
@@ -31,8 +31,13 @@ class Submission:
         due = plan.active.get_steps_to_execute(None if limit is None else limit - len(plan.running))
         plan.running |= {step.key: step for step in due}
         self.add(due)
+        self.add(plan.take_interrupted())
         if self._unsent and time.monotonic() >= self._send_at:
             self._send(list(self._unsent.values()))
+
+    def _launch(self, contexts: Sequence[StepHandlerContext], steps: Sequence[ExecutionStep]) -> Sequence[str]:
+        plan = self._plan
+        return plan.handler.launch_steps(contexts, {step.key: plan.interruptions_of(step.key) for step in steps})
 
     def _send(self, steps: Sequence[ExecutionStep]) -> None:
         contexts = self._plan.contexts_of(steps)
@@ -40,7 +45,7 @@ class Submission:
             if self._plan.is_interrupted():
                 return  # what has not been sent is never started
             batch = steps[start : start + _BATCH]
-            failed = set(self._plan.handler.launch_steps(contexts[start : start + _BATCH]))
+            failed = set(self._launch(contexts[start : start + _BATCH], batch))
             for step in batch:
                 if step.key not in failed:
                     self._unsent.pop(step.key, None)

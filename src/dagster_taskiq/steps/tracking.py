@@ -11,6 +11,7 @@ from typing import Any, Final
 from dagster import DagsterEvent
 
 from dagster_taskiq.dagster_compat.execution import ExecutionStep
+from dagster_taskiq.steps.interruptions import interruptions_in, without_interrupted
 from dagster_taskiq.steps.plan import Plan
 from dagster_taskiq.storage import engine_events
 from dagster_taskiq.storage.engine_events import Stage
@@ -68,7 +69,11 @@ class Tracking:
                 self._handle_lost(step, parsed[1])
 
     def _handle_lost(self, step: ExecutionStep, facts: dict[str, Any]) -> None:
-        if facts.get(engine_events.TASK_ID_KEY) == self._plan.task_id(step.key):
+        if facts.get(engine_events.TASK_ID_KEY) != self._plan.task_id(step.key):
+            return  # of an attempt that was given up, or begins again as another task
+        if facts.get(engine_events.INTERRUPTED_KEY) and facts.get(engine_events.RETRY_KEY):
+            self._plan.interrupt(step, str(facts.get(engine_events.WHY_KEY)))
+        else:
             why = f"{facts.get(engine_events.WHY_KEY)} (worker {facts.get(engine_events.WORKER_KEY)})"
             self._plan.lose(step, why, retry=bool(facts.get(engine_events.RETRY_KEY)))
 
@@ -86,7 +91,7 @@ class Tracking:
             step_key = step_keys[task_id]
             if step_key in plan.running and task_id == plan.task_id(step_key):
                 why = f"worker {worker_id}, which had step {step_key}, is gone"
-                plan.lose(plan.running[step_key], why, retry=True)
+                plan.interrupt(plan.running[step_key], why)
 
     def close_dead(self) -> None:
         """Count no longer what a dead worker had."""
@@ -120,7 +125,9 @@ class Tracking:
         plan.engine_event("Resuming the run: looking for the steps that are at work")
         before = list(self._log.new_events())
         yield from before
-        in_flight = {step.key: step for step in plan.active.rebuild_from_events(before)}
+        in_flight = {step.key: step for step in plan.active.rebuild_from_events(without_interrupted(before))}
+        for interruption in interruptions_in(before):
+            plan.note_interruption(*interruption)
         plan.running = dict(in_flight)
         lost, without_resources = {}, {}
         for event in before:
@@ -134,6 +141,7 @@ class Tracking:
                 without_resources[event.step_key] = event.engine_event_data.error
             elif event.is_step_up_for_retry:
                 without_resources.pop(event.step_key, None)
+        handled = {key for key, facts in lost.items() if facts.get(engine_events.TASK_ID_KEY) == plan.task_id(key)}
         for key, facts in lost.items():
             self._handle_lost(in_flight[key], facts)
         for key, error in without_resources.items():
@@ -141,6 +149,6 @@ class Tracking:
         self.unsent = [
             step
             for key, step in in_flight.items()
-            if plan.task_id(key) not in self.open.workers and key not in {*lost, *without_resources}
+            if plan.task_id(key) not in self.open.workers and key not in {*handled, *without_resources}
         ]
         self.look_after_workers(at_once=True)

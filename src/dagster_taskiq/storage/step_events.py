@@ -4,6 +4,10 @@ from collections.abc import Sequence
 
 from dagster_taskiq._text import duration
 from dagster_taskiq.storage.engine_events import (
+    ATTEMPT_KEY,
+    INTERRUPTED_KEY,
+    INTERRUPTION_KEY,
+    MOST_INTERRUPTIONS_KEY,
     PATIENCE_KEY,
     RETRY_KEY,
     TASK_ID_KEY,
@@ -61,10 +65,28 @@ def waiting_for_steps(steps: Sequence[str]) -> EngineEvent:
     )
 
 
-def step_lost(worker_id: str, task_id: str, why: str, *, retry: bool) -> EngineEvent:
-    """The step's process is gone and has not reported how the step ended; its run decides what follows."""
+def step_lost(worker_id: str, task_id: str, why: str, *, retry: bool, interrupted: bool = False) -> EngineEvent:
+    """The step's process is gone and has not reported how the step ended; its run decides what follows.
+
+    `interrupted`: because its worker was stopped, or has died.
+    """
     facts: dict[str, str | int | float] = {WORKER_KEY: worker_id, TASK_ID_KEY: task_id, WHY_KEY: why, RETRY_KEY: retry}
+    if interrupted:
+        facts[INTERRUPTED_KEY] = True
     return EngineEvent(Stage.STEP_LOST, f"step lost on worker {worker_id}: {why}", facts)
+
+
+def step_interrupted(step_key: str, task_id: str, why: str, *, attempt: int, number: int, most: int) -> EngineEvent:
+    """The step's worker was stopped, or has died, and the step begins again elsewhere. `number`: of the interruption.
+
+    `task_id`: of what was interrupted.
+    """
+    facts: dict[str, str | int | float] = {TASK_ID_KEY: task_id, WHY_KEY: why, ATTEMPT_KEY: attempt}
+    facts |= {INTERRUPTION_KEY: number, MOST_INTERRUPTIONS_KEY: most}
+    message = (
+        f"step {step_key} was interrupted: {why}; it begins again elsewhere (interruption {number} of at most {most})"
+    )
+    return EngineEvent(Stage.STEP_INTERRUPTED, message, facts)
 
 
 def cancelling_children(run_ids: Sequence[str]) -> EngineEvent:

@@ -230,7 +230,8 @@ def admit_step_again(
     if run is not None and not _is_reported_lost(instance, run, step):
         why = f"worker {claim.worker_id}, which had step {step.step_key}, is gone"
         may_retry = run.status is DagsterRunStatus.STARTED
-        append_event(instance, run, step_lost(claim.worker_id, step.task_id, why, retry=may_retry), step.step_key)
+        lost = step_lost(claim.worker_id, step.task_id, why, retry=may_retry, interrupted=True)
+        append_event(instance, run, lost, step.step_key)
     return had_it
 
 
@@ -250,8 +251,9 @@ def admit_step(
     START, DROP; HAND_ON, without a claim, when its code may be elsewhere; NO_CODE, with the claim, when it is nowhere.
 
     START leaves the claim with this worker; called again after it failed half-way, it goes on with that claim. An
-    attempt that anybody else has claimed is never started again, also when that worker is dead: what becomes of it is
-    the decision of the run's executor, which watches its workers.
+    attempt that anybody else has claimed is never started again under the same task id, also when that worker is dead:
+    what becomes of it is the decision of the run's executor, which watches its workers. When it has an interrupted
+    attempt begin again, that is another task, with the number of the interruption in its id.
     """
     run = instance.get_run_by_id(candidate.run_id)
     why = _reason_to_drop_step(run)

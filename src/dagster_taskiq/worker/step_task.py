@@ -13,6 +13,7 @@ from dagster import DagsterRun
 from taskiq import AsyncBroker
 
 from dagster_taskiq._retry import DATABASE_RETRY_S, retry_async
+from dagster_taskiq.cancellation.signal import CancelSignal
 from dagster_taskiq.child.main import STEP_TARGET
 from dagster_taskiq.errors import MessageUnreadable, PayloadUnavailable
 from dagster_taskiq.messages import EXECUTE_STEP, StepMessage
@@ -170,10 +171,17 @@ class StepWork:
         await writer.written()
         if not reported:
             over = signal.cancellation is not None and signal.cancellation.kind.ends_the_work
-            await self._report_lost(run, message, why, may_retry=not over)
+            if signal.is_shutdown:
+                why = self._why_interrupted(signal, end)
+            await self._report_lost(run, message, why, may_retry=not over, interrupted=signal.is_shutdown)
         log.ended(str(said[-1]).removeprefix("STEP_") if said else "lost", None if said else why)
         await self._forget_payload(message)
         return Settled(Settlement.DELETE)
+
+    def _why_interrupted(self, signal: CancelSignal, end: ChildEnd | None) -> str:
+        cause = signal.cancellation.cause if signal.cancellation is not None else None
+        killed = ", and the step's process had to be killed" if end is not None and end.kill_at is not None else ""
+        return f"worker {self._context.worker_id} stops ({cause or 'no cause is known'}){killed}"
 
     async def _fail(self, message: StepMessage, run: DagsterRun, step: StepRef, why: str) -> Settled:
         """It is not begun, here or elsewhere; its retries would end in the same way."""
@@ -224,10 +232,12 @@ class StepWork:
             raise PayloadUnavailable("it is in S3, and this worker has no payload_bucket in its settings")
         return await self._payloads.get(message.task_id)
 
-    async def _report_lost(self, run: DagsterRun, message: StepMessage, why: str, *, may_retry: bool) -> None:
+    async def _report_lost(
+        self, run: DagsterRun, message: StepMessage, why: str, *, may_retry: bool, interrupted: bool = False
+    ) -> None:
         """The run must learn of it, or it would wait until it looks after the worker: so not at once give up."""
         context = self._context
-        event = step_events.step_lost(context.worker_id, message.task_id, why, retry=may_retry)
+        event = step_events.step_lost(context.worker_id, message.task_id, why, retry=may_retry, interrupted=interrupted)
         await retry_async(
             lambda: context.lane.call(append_event, context.instance, run, event, message.step_key),
             doing="report how a step ended",
