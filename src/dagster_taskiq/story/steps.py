@@ -68,6 +68,8 @@ class StepBars:
         elif event.stage is Stage.KILLED:
             attempt.killed = True
             attempt.outcome = Outcome.KILLED if attempt.ended is not None else attempt.outcome
+        elif event.stage is Stage.TIMED_OUT:
+            attempt.note = str(event.facts.get(WHY_KEY, ""))
         elif event.stage is Stage.STEP_LOST:
             attempt.note = str(event.facts.get(WHY_KEY, ""))
             if attempt.ended is None:
