@@ -111,6 +111,10 @@ class Metrics:
             sinks.append(OpenTelemetryMetrics())
         return cls(sinks, queue)
 
+    def of_queue(self, queue: str) -> "Metrics":
+        """The same for another fleet, by the name of its work queue."""
+        return Metrics(self._sinks, queue)
+
     @property
     def wanted(self) -> bool:
         """Whether there is a sink."""

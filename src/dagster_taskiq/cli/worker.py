@@ -219,9 +219,8 @@ def _about(instance: "DagsterInstance", settings: "Settings", workers: "Sequence
 
     hold = read_hold(instance)
     code = who_has_it({worker.worker_id: worker.code for worker in workers if worker.state == "alive"})
-    lines = [*_endings(workers), *code, hold.notice() if hold is not None else None]
-    lines.append(describe_waiting(instance, settings, workers, hold))
-    return [line for line in lines if line is not None]
+    held = [hold.notice()] if hold is not None else []
+    return [*_endings(workers), *code, *held, *describe_waiting(instance, settings, workers, hold)]
 
 
 @dataclass(frozen=True, slots=True)

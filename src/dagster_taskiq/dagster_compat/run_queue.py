@@ -6,12 +6,13 @@ from typing import Any, Final
 
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunRecord, RunsFilter
 
-from dagster_taskiq.dagster_compat.api import PRIORITY_TAG
-from dagster_taskiq.dagster_compat.run_counts import tag_has_key
+from dagster_taskiq.dagster_compat.api import PRIORITY_TAG, RunQueueConfig
+from dagster_taskiq.dagster_compat.run_counts import tag_values
 
 __all__ = [
     "DAEMON_OF_THE_QUEUE",
     "LimitHit",
+    "MoreLimits",
     "daemon_heard",
     "limits_that_hold",
     "pool_waits",
@@ -23,8 +24,7 @@ __all__ = [
 DAEMON_OF_THE_QUEUE: Final = "QUEUED_RUN_COORDINATOR"
 _MOST_IN_PROGRESS: Final = 2_000
 _MOST_POOLS: Final = 100
-_TOGETHER: Final = 500
-"""Runs whose tags are read in one query."""
+_TAG_LIMITS: Final = "tag_concurrency_limits"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,33 @@ class LimitHit:
 def run_queue_config(instance: DagsterInstance) -> Any:
     """Dagster's `RunQueueConfig`, with what `concurrency:` in `dagster.yaml` adds; None without a run queue."""
     return instance.get_concurrency_config().run_queue_config
+
+
+class MoreLimits:
+    """Limits of tags that count besides those that are configured, in this process. Keep the object.
+
+    What `concurrency: runs: tag_concurrency_limits` in `dagster.yaml` says takes the place of all that a run
+    coordinator says. So ours are put among those.
+    """
+
+    def __init__(self, instance: DagsterInstance) -> None:
+        self._runs: Any = (instance.get_settings("concurrency") or {}).get("runs") or {}
+        self._configured = self._runs.get(_TAG_LIMITS)
+
+    def added_to(self, config: RunQueueConfig, limits: Sequence[Mapping[str, Any]]) -> RunQueueConfig:
+        """The configuration of the run queue, with these limits instead of those of the last call."""
+        if self._configured is not None:
+            self._runs[_TAG_LIMITS] = [*self._configured, *limits]
+        return config._replace(tag_concurrency_limits=[*(config.tag_concurrency_limits or ()), *limits])
+
+    def of_tag(self, config: RunQueueConfig, key: str) -> dict[str, int]:
+        """The configured limits of that tag, by value: Dagster takes the last one of each."""
+        configured = config.tag_concurrency_limits if self._configured is None else self._configured
+        return {
+            limit["value"]: limit["limit"]
+            for limit in configured or ()
+            if limit["key"] == key and isinstance(limit.get("value"), str)
+        }
 
 
 def daemon_heard(instance: DagsterInstance) -> float | None:
@@ -154,24 +181,18 @@ def queue_order(instance: DagsterInstance) -> list[str]:
     In a SQL storage it reads ids, and priorities of 500 at a time: of thousands of runs in some 0.1 seconds.
     """
     from dagster._core.storage.runs import SqlRunStorage
-    from dagster._core.storage.runs.schema import RunsTable, RunTagsTable
+    from dagster._core.storage.runs.schema import RunsTable
     from sqlalchemy import select
 
     storage = instance.run_storage
     if not isinstance(storage, SqlRunStorage):
         runs = instance.get_runs(RunsFilter(statuses=[DagsterRunStatus.QUEUED]), ascending=True)
         return _by_priority([run.run_id for run in runs], {run.run_id: run.tags.get(PRIORITY_TAG, "0") for run in runs})
-    rows, tags = RunsTable.c, RunTagsTable.c
+    rows = RunsTable.c
     queued = select(rows.run_id).where(rows.status == DagsterRunStatus.QUEUED.value).order_by(rows.id)
-    priorities: dict[str, str] = {}
     with storage.connect() as connection:
         run_ids = [row[0] for row in connection.execute(queued).fetchall()]
-        # No join: until PostgreSQL has analyzed its tables, as when many runs have just come, it takes seconds for it.
-        for start in range(0, len(run_ids), _TOGETHER):
-            of_some = tags.run_id.in_(run_ids[start : start + _TOGETHER])
-            query = select(tags.run_id, tags.value).where(of_some, tag_has_key(PRIORITY_TAG))
-            priorities.update((row[0], row[1]) for row in connection.execute(query).fetchall())
-    return _by_priority(run_ids, priorities)
+    return _by_priority(run_ids, tag_values(instance, PRIORITY_TAG, run_ids))
 
 
 def _by_priority(run_ids: Iterable[str], priorities: Mapping[str, str]) -> list[str]:

@@ -5,21 +5,22 @@ All calls block on the database.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
-from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
+from dagster import DagsterInstance, DagsterRunStatus, RunRecord, RunsFilter
 
-from dagster_taskiq.dagster_compat.run_counts import count_cancelled_before_start, count_waiting
-from dagster_taskiq.queue_names import queue_name
+from dagster_taskiq.dagster_compat.run_counts import count_cancelled_before_start, count_older, count_waiting
+from dagster_taskiq.queue_names import DEFAULT_ROUTE, is_route, queue_name
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage import engine_events
 from dagster_taskiq.storage.claims import held_claims
 from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.fleet import Hold, read_hold
-from dagster_taskiq.storage.tags import TASK_ID_TAG
+from dagster_taskiq.storage.routing import route_of_run, sorted_routes
+from dagster_taskiq.storage.tags import ROUTE_TAG, TASK_ID_TAG
 from dagster_taskiq.storage.workers import ALIVE, WorkerInfo, list_workers
 
 logger = logging.getLogger(__name__)
@@ -72,9 +73,29 @@ def waiting_runs(instance: DagsterInstance) -> WaitingRuns:
 
     Those that a limit of the run queue, of a tag or of a pool holds back are among them.
     """
-    found = count_waiting(instance, WAITING_STATUSES)
-    oldest_s = max(0.0, time.time() - found.oldest) if found.oldest is not None else 0.0
-    return WaitingRuns(found.count, oldest_s, found.of_cancelled_backfills)
+    return all_waiting(waiting_by_route(instance).values())
+
+
+def waiting_by_route(instance: DagsterInstance) -> dict[str, WaitingRuns]:
+    """The same by route; a route of which no run waits is left out. Blocks on the database."""
+    now = time.time()
+    found: dict[str, WaitingRuns] = {}
+    for value, one in count_waiting(instance, WAITING_STATUSES, ROUTE_TAG).items():
+        route = value if value is not None and is_route(value) else DEFAULT_ROUTE
+        oldest_s = max(0.0, now - one.oldest) if one.oldest is not None else 0.0
+        waiting = WaitingRuns(one.count, oldest_s, one.of_cancelled_backfills)
+        found[route] = all_waiting((found[route], waiting)) if route in found else waiting
+    return found
+
+
+def all_waiting(some: Iterable[WaitingRuns]) -> WaitingRuns:
+    """All of these together."""
+    some = tuple(some)
+    return WaitingRuns(
+        sum(one.count for one in some),
+        max((one.oldest_s for one in some), default=0.0),
+        sum(one.of_cancelled_backfills for one in some),
+    )
 
 
 def cancelled_runs(instance: DagsterInstance, workers: Sequence[WorkerInfo], visible: int | None) -> CancelledRuns:
@@ -109,20 +130,26 @@ def runs_in_progress(instance: DagsterInstance) -> int:
 
 def describe_waiting(
     instance: DagsterInstance, settings: Settings, workers: Sequence[WorkerInfo], hold: Hold | None = None
-) -> str | None:
-    """One line about all runs that wait; None when none does. `workers`: those of `list_workers`."""
-    why = why_runs_wait(workers, settings) if hold is None else HELD
-    return waiting_runs(instance).described(why)
+) -> list[str]:
+    """A line about all runs that wait of each route; none when no run waits. `workers`: those of `list_workers`."""
+    lines = []
+    waiting = waiting_by_route(instance)
+    for route in sorted_routes(waiting):
+        why = why_runs_wait(workers, settings, route) if hold is None else HELD
+        if (line := waiting[route].described(why)) is not None:
+            lines.append(f"route {route}: {line}" if {*waiting} != {DEFAULT_ROUTE} else line)
+    return lines
 
 
 def describe_wait(instance: DagsterInstance, settings: Settings, run_id: str) -> str:
     """One line about a run that no worker has: for how long it has waited, how many are older, and why."""
     hold = read_hold(instance)
-    why = hold.described() if hold is not None else why_runs_wait(list_workers(instance, settings), settings)
     record = instance.get_run_record_by_id(run_id)
     if record is None:
         return "it was deleted"
-    older = instance.get_runs_count(RunsFilter(statuses=WAITING_STATUSES, created_before=record.create_timestamp))
+    route = route_of_run(record.dagster_run)
+    why = hold.described() if hold is not None else why_runs_wait(list_workers(instance, settings), settings, route)
+    older = count_older(instance, WAITING_STATUSES, record.create_timestamp, ROUTE_TAG).get(_tag_of(record), 0)
     return engine_events.waiting(time.time() - record.create_timestamp.timestamp(), older, why).message
 
 
@@ -162,25 +189,29 @@ class WaitNotes:
         records = self._instance.get_run_records(due, limit=_NOTES_AT_ONCE, ascending=True)
         if not records:
             return
-        why = why_runs_wait(list_workers(self._instance, self._settings), self._settings)
-        first = records[0].create_timestamp
-        older = self._instance.get_runs_count(RunsFilter(statuses=WAITING_STATUSES, created_before=first))
-        for number, record in enumerate(records):
-            waited_s = now - record.create_timestamp.timestamp()
-            append_event(self._instance, record.dagster_run, engine_events.waiting(waited_s, older + number, why))
+        workers = list_workers(self._instance, self._settings)
+        older = count_older(self._instance, WAITING_STATUSES, records[0].create_timestamp, ROUTE_TAG)
+        for record in records:
+            waited_s, value = now - record.create_timestamp.timestamp(), _tag_of(record)
+            why = why_runs_wait(workers, self._settings, route_of_run(record.dagster_run))
+            append_event(self._instance, record.dagster_run, engine_events.waiting(waited_s, older.get(value, 0), why))
+            older[value] = older.get(value, 0) + 1
             self._written_until = record.create_timestamp
+
+
+def _tag_of(record: RunRecord) -> str | None:
+    return record.dagster_run.tags.get(ROUTE_TAG)
 
 
 def _utc(at: float) -> datetime:
     return datetime.fromtimestamp(at, UTC)
 
 
-def why_runs_wait(workers: Sequence[WorkerInfo], settings: Settings) -> str:
-    """What keeps runs from a worker, as far as the heartbeats tell. `workers`: those of `list_workers`."""
-    queue = queue_name(settings.queue_url)
-    serving = [one for one in workers if one.state == ALIVE and one.runs and one.queue in (None, queue)]
+def why_runs_wait(workers: Sequence[WorkerInfo], settings: Settings, route: str = DEFAULT_ROUTE) -> str:
+    """What keeps a route's runs from a worker, as far as heartbeats tell. `workers`: those of `list_workers`."""
+    serving = serving_runs(workers, settings, route)
     if not serving:
-        return "no worker that takes runs is alive"
+        return no_worker(route, "runs")
     slots = sum(one.runs or 0 for one in serving)
     free = slots - sum(work.step_key is None for one in serving for work in one.work)
     if free <= 0:
@@ -188,3 +219,22 @@ def why_runs_wait(workers: Sequence[WorkerInfo], settings: Settings) -> str:
     return (
         f"{free} of {slots} slots are free; a worker is about to receive it, or a limit of the run queue holds it back"
     )
+
+
+def serving(workers: Iterable[WorkerInfo], settings: Settings, route: str) -> list[WorkerInfo]:
+    """The living workers that serve a route of this queue."""
+    queue = queue_name(settings.queue_url)
+    return [one for one in workers if one.state == ALIVE and one.queue in (None, queue) and route in one.routes]
+
+
+def serving_runs(workers: Iterable[WorkerInfo], settings: Settings, route: str) -> list[WorkerInfo]:
+    """Those of them that take runs."""
+    return [one for one in serving(workers, settings, route) if one.runs]
+
+
+def no_worker(route: str, what: str) -> str:
+    """Nobody serves a route. `what`: "runs" or "steps"."""
+    if route == DEFAULT_ROUTE:
+        return f"no worker that takes {what} is alive"
+    start = f"dagster-taskiq worker start -q {route}"
+    return f"no worker of route {route} that takes {what} is alive; start one with `{start}`"

@@ -130,7 +130,7 @@ def test_it_is_said_why_runs_wait(world: World) -> None:
     hold = hold_fleet(world.instance, reason="migration", by="ada")
     assert describe_wait(world.instance, SETTINGS, run.run_id).endswith(f"; {hold.described()}")
     said = describe_waiting(world.instance, SETTINGS, list_workers(world.instance, SETTINGS), hold)
-    assert said == "1 run waits, for 0 s: the fleet is held"
+    assert said == ["1 run waits, for 0 s: the fleet is held"]
 
 
 def test_the_state_names_those_that_do_not_know(world: World) -> None:

@@ -41,7 +41,7 @@ class World:
         Heartbeats(self.instance, 30, 10, clock=lambda: at).beat(worker, facts)
 
     def all(self) -> str | None:
-        return describe_waiting(self.instance, SETTINGS, list_workers(self.instance, SETTINGS))
+        return "; ".join(describe_waiting(self.instance, SETTINGS, list_workers(self.instance, SETTINGS))) or None
 
     def listed(self) -> list[str]:
         return [work.run_id for worker in list_workers(self.instance, SETTINGS) for work in worker.work]
