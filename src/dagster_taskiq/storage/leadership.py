@@ -39,9 +39,12 @@ class Leadership:
         self._turn = 0
         self._mine: str | None = None
         self._seen: tuple[str | None, float] = (None, 0.0)
+        self._not_before = float("-inf")
 
     def take(self) -> bool:
         """Keep it, or take it if nobody has it; whether this worker has it now. One query, or two."""
+        if self._monotonic() < self._not_before:
+            return False
         new = self._next(resigned=False)
         if self._mine is not None:
             mine, self._mine = self._mine, None
@@ -56,8 +59,9 @@ class Leadership:
         self._mine = new if taken else None
         return taken
 
-    def resign(self) -> None:
-        """Let another worker have it at once."""
+    def resign(self, for_s: float = 0.0) -> None:
+        """Let another worker have it at once, and do not take it back for so many seconds."""
+        self._not_before = self._monotonic() + for_s
         mine, self._mine = self._mine, None
         if mine is not None:
             replace_value(self._instance, self._key, mine, self._next(resigned=True))

@@ -244,6 +244,18 @@ class Reconciler:
         for leadership in self._leaderships.values():
             leadership.resign()
 
+    async def _let_another_look(self, lost: LostRun) -> None:
+        """There is no message to hand on: if another worker may have the code, that one is to find the run itself."""
+        route, find_code = route_of_run(lost.run), self._context.find_code
+        if route not in self._leaderships:
+            return
+        try:
+            missing = await self._lane.call(find_code, lost.run, route, "runs")
+            if missing is not None and missing.others:
+                await self._lane.call(self._leaderships[route].resign, 2 * self._every_s)
+        except Exception as error:  # noqa: BLE001 - the database; it is tried again after the same time
+            logger.warning("cannot let another worker look for lost runs: %s", error)
+
     def stop_running(self, shutdown: Cancellation) -> None:
         """Interrupt what was begun here: the worker's drain is over."""
         for task in self._mine.values():
@@ -273,6 +285,8 @@ class Reconciler:
         try:
             with log_context(run_id=run_id, task_id=lost.task_id), task.entered():
                 task.outcome = await self._work.carry_out(lost.kind, run_id, elsewhere=lost.elsewhere)
+                if task.outcome.settlement is Settlement.HAND_BACK:
+                    await self._let_another_look(lost)
         finally:
             self._mine.pop(run_id)
             self._tasks.remove(task)

@@ -75,3 +75,15 @@ def broken_after_the_commit(instance: DagsterInstance, key: str, old: str, new: 
 
     assert replace_value(instance, key, old, new)
     raise ConnectionResetError
+
+
+def test_one_that_cannot_do_it_does_not_take_it_back_for_a_while(world: World) -> None:
+    assert world.leaders("a", "b") == ["a"]
+    world.worker("a").resign(100)
+    assert world.leaders("a") == []
+    world.now += 99
+    assert world.leaders("a") == [], "the others look less often than it does"
+    assert world.leaders("b") == ["b"]
+    world.worker("b").resign()
+    world.now += 1
+    assert world.leaders("a") == ["a"]

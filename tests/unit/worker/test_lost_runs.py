@@ -1,5 +1,6 @@
 """Which runs are lost, and since when: row by row, on Dagster's own in-memory storage."""
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -14,9 +15,11 @@ from dagster_taskiq.storage.cleanup_events import cleanup_handlers
 from dagster_taskiq.storage.engine_events import Stage, submitted
 from dagster_taskiq.storage.event_log import append_event, read_engine_events
 from dagster_taskiq.storage.heartbeats import Heartbeats
+from dagster_taskiq.storage.leadership import Leadership
 from dagster_taskiq.storage.tags import ROUTE_TAG, TASK_ID_TAG
 from dagster_taskiq.worker import reconciler
-from dagster_taskiq.worker.reconciler import LostRuns
+from dagster_taskiq.worker.code_check import CodeMissing
+from dagster_taskiq.worker.reconciler import LostRuns, Reconciler, leaders_task
 
 ME, OTHER, TASK = "me-1", "other-1", "task-1"
 LED = ("default",)
@@ -279,3 +282,30 @@ def test_a_run_that_has_to_be_cleaned_up_waits_for_its_route_and_says_so_once(wo
     serves(world, "gpu-1", "gpu")
     world.led = ("gpu",)
     assert world.due(after_s=PATIENCE_S) == [(run.run_id, "execute_run")]
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_who_does_not_have_the_code_of_a_lost_run_lets_another_worker_look_for_it(
+    world: World, *, others: bool
+) -> None:
+    """There is no message that could be handed on."""
+    run = world.run(START)
+    world.claimed(run, alive=False)
+    world.due()
+    world.now += 10 * PATIENCE_S
+    (lost,) = world.lost.look(LED)
+    settings = Settings(queue_url="http://127.0.0.1/1/q", region_name="us-east-1")
+    context: Any = SimpleNamespace(
+        instance=world.instance,
+        settings=settings,
+        claims=world.claims,
+        worker_id=ME,
+        find_code=lambda *_: CodeMissing("no module named 'ml'", others=others),
+    )
+    nobody: Any = None
+    mine = Reconciler(context, nobody, nobody)
+    assert mine._lead() == ["default"]
+    asyncio.run(mine._let_another_look(lost))
+    assert mine._lead() == ([] if others else ["default"])
+    theirs = Leadership(world.instance, leaders_task(settings, "default"), OTHER, 1_000)
+    assert theirs.take() is others
