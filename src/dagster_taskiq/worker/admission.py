@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 WorkKind = Literal["execute_run", "resume_run", "execute_step"]
 
-_IS_STOPPED: Final = {DagsterRunStatus.CANCELING, DagsterRunStatus.CANCELED}
 _MONITORING_DECIDES_S: Final = 30.0
 """Run monitoring was told that a worker is dead: for so long the worker's own message is not followed, because
 monitoring resumes the run, under another task id, or fails it."""
@@ -102,7 +101,7 @@ def admit_run(
     other = _other_owner(claims, candidate, run, seen)
     if other is not None:
         return other
-    if held is not None and run.status not in _IS_STOPPED:
+    if held is not None and not _is_to_be_finished(run):
         return Decision(Action.HAND_BACK, held, run)
     elsewhere = candidate.elsewhere
     no_code = CodeMissing(elsewhere, others=True) if elsewhere else find_code(run, route_of_run(run), "runs")
@@ -128,7 +127,7 @@ def admit_run(
 
 def begins_a_process(instance: DagsterInstance, run: DagsterRun, kind: WorkKind) -> bool:
     """Whether going on with it here takes the code of the run: for the run, or for its cleanup handlers."""
-    if run.status is DagsterRunStatus.CANCELING or was_stopped(run):
+    if _is_to_be_finished(run):
         return cleanup_record(instance, run.run_id).due
     if run.status is DagsterRunStatus.STARTED and kind == "execute_run":
         return run_will_resume(instance, run.run_id)
@@ -146,6 +145,11 @@ def _before_the_claim(claims: Claims, candidate: Candidate, run: DagsterRun | No
     if run.status is DagsterRunStatus.QUEUED:
         return Decision(Action.DROP, "the run is QUEUED: its run coordinator has not launched it")
     return None
+
+
+def _is_to_be_finished(run: DagsterRun) -> bool:
+    """Whether nothing more than its end is to be written, and its cleanup handlers to be run."""
+    return run.status is DagsterRunStatus.CANCELING or was_stopped(run)
 
 
 def _must_be_cleaned_up(claims: Claims, run: DagsterRun) -> bool:

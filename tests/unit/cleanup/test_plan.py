@@ -74,6 +74,10 @@ def person(log: Log) -> None:
     log.interrupted(CancelKind.REQUESTED)
 
 
+def deadline(log: Log) -> None:
+    log.interrupted(CancelKind.DEADLINE)
+
+
 def shutdown(log: Log) -> None:
     log.interrupted(CancelKind.SHUTDOWN)
 
@@ -91,6 +95,8 @@ def canceling(log: Log) -> None:
         ([fails, person], False),
         ([succeeds, person, canceling], False),
         ([person, fails], True),
+        ([deadline, fails], True),
+        ([fails, deadline], False),
         ([canceling, fails], True),
         ([shutdown, fails], False),
     ],

@@ -51,6 +51,7 @@ def caught(function: Callable[[], object]) -> BaseException:
         (Cancellation(CancelKind.REQUESTED, None, THE_RUN), "stopped: its run was stopped"),
         (Cancellation(CancelKind.SHUTDOWN, cause="the worker stops"), "stopped: the worker stops"),
         (Cancellation(CancelKind.SHUTDOWN), "stopped: shutdown"),
+        (Cancellation(CancelKind.DEADLINE, "run timed out: why", THE_RUN), "stopped: run timed out: why"),
         (None, "stopped: it was interrupted"),
     ],
 )

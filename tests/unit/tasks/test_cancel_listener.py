@@ -114,6 +114,13 @@ def listener(queue: Queue, here: Here, is_over: Over | None = None) -> CancelLis
     )
 
 
+async def test_one_that_took_too_long_learns_that() -> None:
+    here = Here("t")
+    late = ReceivedCancel(CancelRequest("t", "why", timed_out=True), "m", "receipt", 1, NOW)
+    await listener(Queue(), here).handle([late])
+    assert (here.cancelled["t"].kind, here.cancelled["t"].reason) == (CancelKind.DEADLINE, "why")
+
+
 async def test_the_owner_cancels_and_deletes() -> None:
     queue, here = Queue(), Here("t")
     assert await listener(queue, here).handle([cancel_of("t", receive_count=3)]) == 0
