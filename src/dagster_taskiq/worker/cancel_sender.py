@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 async def cancel_tasks(settings: Settings, brokers: Iterable[CancellableSQSBroker], routes: Mapping[str, str]) -> None:
     """Send a cancel message for each task id, to its route; what cannot be sent is left to the status pollers.
 
-    `brokers`: those of the worker, whose clients are open. Of another route there is one for this call.
+    `brokers`: those of the worker, at least one, with open clients, over which it also sends to other routes.
     """
     if not settings.enable_cancellation:
         return
@@ -34,14 +34,13 @@ async def _cancel(
         logger.warning("cancel messages not sent: %r is not the name of a route", route)
         return
     of_route = settings.of_route(route)
-    known = brokers.get(of_route.cancel_queue_url)
-    broker = known or CancellableSQSBroker.from_settings(of_route, of_route.steps_queue_url)
+    broker = brokers.get(of_route.cancel_queue_url)
+    if broker is None:
+        broker = CancellableSQSBroker.from_settings(of_route, of_route.steps_queue_url)
+        broker.use_client_of(next(iter(brokers.values())))
     try:
         failed = (await broker.cancel_tasks(task_ids, requested_by=THE_RUN)).failed
     except DagsterTaskiqError as error:
         failed = {"all": str(error)}
-    finally:
-        if known is None:
-            await broker.shutdown()
     if failed:
         logger.warning("cancel messages not sent, the status watch does it: %s", next(iter(failed.values())))
