@@ -78,8 +78,10 @@ def start() -> int:
     log_to_stderr(log_level, log_format)
     overrides = from_environment(configured(config_file))
     if _one_of("DAGSTER_TASKIQ_CREATE_QUEUES", "0", ("0", "1", "true", "false"), str.lower) in {"1", "true"}:
-        for name in create_missing(configured(config_file, **overrides)):
-            click.echo(f"created queue {name}")
+        settings = configured(config_file, **overrides)
+        for route in settings.serves:
+            for name in create_missing(settings.of_route(route)):
+                click.echo(f"created queue {name}")
     return run(config_file, log_level=log_level, log_format=log_format, overrides=overrides)
 
 

@@ -428,14 +428,15 @@ def test_the_entrypoint_says_what_is_wrong_in_one_line(desk: Desk) -> None:
 
 def test_the_entrypoint_creates_queues_becomes_the_worker_and_stops_on_sigterm(desk: Desk) -> None:
     desk.launcher({"wait_time_seconds": 1}, queue_url=f"{desk.endpoint_url}/123456789012/created-{uuid4()}")
-    with desk.start(ENTRYPOINT, DAGSTER_TASKIQ_CREATE_QUEUES="1") as worker:
+    with desk.start(ENTRYPOINT, DAGSTER_TASKIQ_CREATE_QUEUES="1", DAGSTER_TASKIQ_ROUTE="gpu, default") as worker:
         assert worker.stdout is not None
         lines = []
         for line in worker.stdout:
             lines.append(line)
             if " is ready" in line:
                 break
-        assert sum(line.startswith("created queue created-") for line in lines) == 3, lines
+        assert sum(line.startswith("created queue created-") for line in lines) == 6, lines
+        assert sum("-gpu" in line for line in lines if line.startswith("created")) == 3, lines
         assert len([line for line in lines if "ready" in line]) == 1
         worker.terminate()
         assert worker.wait(30) == 0

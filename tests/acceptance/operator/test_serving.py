@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -13,7 +14,9 @@ from tests.support.platform import ENTRYPOINT, Platform
 from tests.support.waiting import wait_until
 
 from dagster_taskiq.queue_names import queue_name
+from dagster_taskiq.storage.fleet import hold_fleet, release_fleet
 from dagster_taskiq.storage.tags import QUEUE_TAG
+from dagster_taskiq.storage.workers import WorkerInfo, list_workers
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(120)]
 
@@ -68,6 +71,31 @@ def test_the_preferred_route_is_served_first_and_the_slots_are_shared(platform: 
     spans = sorted((one.start_time or 0, one.end_time or 0, one.dagster_run.run_id in high) for one in records)
     assert [is_high for _, _, is_high in spans] == [True] * 3 + [False] * 3
     assert all(end <= next_start for (_, end, _), (next_start, _, _) in pairwise(spans)), "one at a time"
+
+
+def test_holds_and_stops_are_for_all_routes_of_a_worker(platform: Platform) -> None:
+    with platform.worker("-n", "both", "-q", "gpu,default") as worker:
+        assert "both-" in platform.command("worker", "health", "--pid", str(worker.pid)).stdout
+        hold = hold_fleet(platform.instance, reason="migration", by="ada")
+        wait_until(lambda: working(platform).held == hold.since, "it has heard of the hold", seen=worker.log)
+        run_ids = [platform.launch("sleepy_job", tags={QUEUE_TAG: route}) for route in ("default", "gpu")]
+        before = time.time()
+        release_fleet(platform.instance)
+        for run_id in run_ids:
+            platform.marked(run_id, "started")
+        records = platform.instance.get_run_records(RunsFilter(run_ids=run_ids))
+        assert all((record.start_time or 0) > before for record in records)
+        assert "both-" in platform.command("worker", "stop", "both", "--wait", "--timeout", "60s").stdout, worker.log()
+        assert worker.stop() == 0, worker.log()
+    for run_id in run_ids:
+        assert platform.status(run_id) is DagsterRunStatus.FAILURE
+        assert any("worker shut down" in line for line in platform.story(run_id)), platform.story(run_id)
+        platform.assert_nothing_left(run_id)
+
+
+def working(platform: Platform) -> WorkerInfo:
+    (one,) = list_workers(platform.instance, platform.launcher.settings)
+    return one
 
 
 @pytest.mark.parametrize("how", ["option", "variable", "entrypoint"])
