@@ -160,6 +160,10 @@ benchmark-start: $(STAMP) ## Measure how long a worker takes to start, and its C
 benchmark-cancel-runs: $(STAMP) ## Measure how long `run cancel` takes for 5,000 runs that wait (some minutes)
 	$(BIN)/python -m benchmarks.cancel_runs 2>benchmark.log || { tail -n 20 benchmark.log; exit 1; }
 
+.PHONY: benchmark-lanes
+benchmark-lanes: $(STAMP) ## Measure how long a step waits behind 300 others, with a preferred route and without (some minutes)
+	$(BIN)/python -m benchmarks.lanes 2>benchmark.log || { tail -n 20 benchmark.log; exit 1; }
+
 .PHONY: benchmark-token
 benchmark-token: $(STAMP) ## Measure what a look at the cancellation token costs (half a minute)
 	$(BIN)/python -m benchmarks.token
