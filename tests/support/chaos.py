@@ -1,7 +1,8 @@
 """A bad day for a fleet: real workers on real queues and a real database, and a seed that says what goes wrong when.
 
-The same seed makes the same plan: which runs, which of them are terminated and how, what is killed, frozen, cut, lost,
-sent twice. What comes of it depends on the machine's own timing, so a seed that failed fails again often, not always.
+Odd seeds have two routes: a worker for each, and one for both. The same seed makes the same plan: which runs, which of
+them are terminated and how, what is killed, frozen, cut, lost, sent twice. What comes of it depends on the machine's
+own timing, so a seed that failed fails again often, not always.
 """
 
 import os
@@ -24,10 +25,10 @@ from typing import Any
 import psutil
 from dagster import DagsterInstance, DagsterRunStatus
 
-from dagster_taskiq.queue_names import sibling_queue
+from dagster_taskiq.queue_names import DEFAULT_ROUTE, route_queue_url, sibling_queue
 from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.heartbeats import Heartbeats
-from dagster_taskiq.storage.tags import GRACE_SECONDS_TAG
+from dagster_taskiq.storage.tags import GRACE_SECONDS_TAG, QUEUE_TAG
 from tests.support.monitoring import monitoring_daemon
 from tests.support.moto import create_queues, sqs_client
 from tests.support.platform import FINISHED, Platform, write_home
@@ -67,6 +68,8 @@ JOB_NAMES = (
     "spawns_in_steps",
     "fails_in_steps",
 )
+ROUTED_JOB_NAMES = (*JOB_NAMES, "works_on_routes_in_steps", "mixed_on_routes_in_steps", "spawns_on_routes_in_steps")
+ROUTE = "gpu"
 MISCHIEF = {
     "kill worker": 4,
     "stop worker": 3,
@@ -95,6 +98,8 @@ SQS_FAULTS = (
     Fault.SLOW,
 )
 WORKERS = 3
+SERVES = ("default", ROUTE, f"{ROUTE},default")
+"""What each worker serves where there are routes."""
 EVERY_S = {"launch": 0.9, "mischief": 1.6}
 TERMINATED = 1 / 3
 FORCED = 0.15
@@ -116,6 +121,7 @@ class Launched:
     run_id: str
     job: str
     marks: Path
+    route: str = DEFAULT_ROUTE
     terminated: list[tuple[float, bool]] = field(default_factory=list)
     forced_at: float | None = None
     not_launched: str = ""
@@ -130,13 +136,20 @@ class Deed:
     about: Mapping[str, Any] = field(default_factory=dict)
 
 
+def has_routes(seed: int) -> bool:
+    """Half of the seeds."""
+    return seed % 2 == 1
+
+
 def plan_of(seed: int, seconds: float) -> list[Deed]:
     """The same for the same seed."""
+    jobs, routes = (ROUTED_JOB_NAMES, (DEFAULT_ROUTE, ROUTE)) if has_routes(seed) else (JOB_NAMES, (DEFAULT_ROUTE,))
     chance = random.Random(seed)  # noqa: S311 - no secret
     deeds: list[Deed] = []
     at, number = 0.0, 0
     while at < seconds:
-        about = {"job": chance.choice(JOB_NAMES), "seconds": round(chance.uniform(0.2, 3.0), 2), "number": number}
+        about = {"job": chance.choice(jobs), "seconds": round(chance.uniform(0.2, 3.0), 2), "number": number}
+        about["route"] = routes[number % len(routes)]
         deeds.append(Deed(at, "launch", about))
         if chance.random() < TERMINATED:
             delay = chance.choice((0.0, chance.uniform(0, 1), chance.uniform(0, 4), chance.uniform(2, 10)))
@@ -158,6 +171,7 @@ def plan_of(seed: int, seconds: float) -> list[Deed]:
             "everywhere": chance.random() < EVERYWHERE,
             "share": round(chance.uniform(0.2, 0.7), 2),
         }
+        about["route"] = routes[len(deeds) % len(routes)]
         deeds.append(Deed(at, what, about))
         at += chance.expovariate(1 / EVERY_S["mischief"])
     return sorted(deeds, key=lambda deed: deed.at)
@@ -166,10 +180,11 @@ def plan_of(seed: int, seconds: float) -> list[Deed]:
 class Fleet:
     """Workers that are started again whenever they end, as an ECS service does."""
 
-    def __init__(self, home: Path, databases: Sequence[str]) -> None:
-        """`databases`: each worker's way to the database, as a URL."""
+    def __init__(self, home: Path, databases: Sequence[str], serves: Sequence[str]) -> None:
+        """`databases`: each worker's way to the database, as a URL. `serves`: the routes of each."""
         self._home = home
         self._databases = databases
+        self._serves = serves
         self._workers: list[subprocess.Popen[bytes] | None] = [None] * WORKERS
         self._lives = 0
         self._closing = threading.Event()
@@ -213,7 +228,17 @@ class Fleet:
         self._lives += 1
         with (self._home / f"worker-{which}-{self._lives:03}.log").open("wb") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "dagster_taskiq.cli", "worker", "start", "-n", f"w{which}"],
+                [
+                    sys.executable,
+                    "-m",
+                    "dagster_taskiq.cli",
+                    "worker",
+                    "start",
+                    "-n",
+                    f"w{which}",
+                    "-q",
+                    self._serves[which],
+                ],
                 env=os.environ | {"DAGSTER_HOME": str(self._home), DATABASE_VARIABLE: self._databases[which]},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -295,8 +320,10 @@ class BadDay:
 
     def launch(self, deed: Deed) -> None:
         about = deed.about
-        run = self._platform.create(about["job"], {GRACE_SECONDS_TAG: "2"}, seconds=about["seconds"])
-        launched = Launched(run.run_id, about["job"], Path(run.tags["marks"]))
+        route = about["route"]
+        tags = {GRACE_SECONDS_TAG: "2"} | ({QUEUE_TAG: route} if route != DEFAULT_ROUTE else {})
+        run = self._platform.create(about["job"], tags, seconds=about["seconds"])
+        launched = Launched(run.run_id, about["job"], Path(run.tags["marks"]), route)
         self._launched[about["number"]] = launched
         self._known[about["number"]].set()
         self.done["launch"] += 1
@@ -373,7 +400,7 @@ class BadDay:
             self._over.wait(about["for_s"])
             self._sqs.back()
         else:
-            queue = sibling_queue(self._platform.queue_url, about["queue"] or "")
+            queue = sibling_queue(route_queue_url(self._platform.queue_url, about["route"]), about["queue"] or "")
             sqs_client(self._platform.endpoint_url).purge_queue(QueueUrl=queue)
 
     def _trouble_with_the_database(self, name: str, about: Mapping[str, Any]) -> None:
@@ -447,6 +474,8 @@ class Aftermath:
     table: Counter[str]
     decisions: Counter[str]
     faults: Counter[str]
+    serves: Mapping[str, Sequence[str]]
+    """The routes of each worker, by its name."""
 
 
 _DECISION = re.compile(r": (run|step)( \S+ of run)? \S+: (?P<action>[^=]*?) run_id=\S+ task_id=\S+ why=(?P<why>.*)$")
@@ -486,13 +515,16 @@ def bad_day(
         platform = Platform(home, queue_url, endpoint, instance, JOBS)
         if extra:
             stack.enter_context(monitoring_daemon(platform, {DATABASE_VARIABLE: postgres}))
-        fleet = Fleet(home, ways)
+        serves = SERVES if has_routes(seed) else (DEFAULT_ROUTE,) * WORKERS
+        if has_routes(seed):
+            platform.create_route(ROUTE)
+        fleet = Fleet(home, ways, serves)
         day = BadDay(platform, fleet, sqs, databases, say)
         codes: list[int] = []
         try:
             wait_until(fleet.is_up, "the fleet is up", within=90)
             day.carry_out(plan_of(seed, seconds))
-            _wait_for_the_end(platform, day, sqs)
+            _wait_for_the_end(platform, day, sqs, ("", f"-{ROUTE}") if has_routes(seed) else ("",))
             # One that is stopped before it can handle signals ends as any program does.
             wait_until(fleet.is_up, "every worker is up again", within=90)
         finally:
@@ -508,10 +540,11 @@ def bad_day(
             day.table,
             decisions_in(fleet.logs),
             faults,
+            {f"w{which}": routes.split(",") for which, routes in enumerate(serves)},
         )
 
 
-def _wait_for_the_end(platform: Platform, day: BadDay, sqs: SqsProxy) -> None:
+def _wait_for_the_end(platform: Platform, day: BadDay, sqs: SqsProxy, routes: Sequence[str]) -> None:
     began = time.monotonic()
 
     def unfinished() -> list[tuple[str, str, str]]:
@@ -526,7 +559,8 @@ def _wait_for_the_end(platform: Platform, day: BadDay, sqs: SqsProxy) -> None:
 
     wait_until(lambda: not unfinished(), "every run is over", within=240, every=0.5, seen=stories)
     wait_until(lambda: not sqs.on_their_way(), "no message is late any more", within=30)
-    for suffix, bound in (("", 60), ("-steps", 60), ("-cancels", SETTINGS["cancel_ttl"] + 45)):
+    bounds = (("", 60), ("-steps", 60), ("-cancels", SETTINGS["cancel_ttl"] + 45))
+    for suffix, bound in ((f"{route}{kind}", bound) for kind, bound in bounds for route in routes):
         wait_until(
             lambda suffix=suffix: platform.waiting(suffix) == 0,  # type: ignore[misc]
             f"no message is left in the queue{suffix or ' of runs'}",

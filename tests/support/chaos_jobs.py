@@ -107,12 +107,19 @@ def breaks(context: dg.OpExecutionContext, config: Marks) -> None:
     raise RuntimeError("as it should")
 
 
-def _job(name: str, *first: dg.OpDefinition, steps: bool) -> dg.JobDefinition:
+def _job(name: str, *first: dg.OpDefinition, steps: bool, routes: bool = False) -> dg.JobDefinition:
+    """`routes`: every other one of the first steps is for the route gpu, wherever its run is; its key says so."""
     executor = taskiq_executor.configured({"max_concurrent": 3}) if steps else dg.in_process_executor
+    each = [
+        op.tag({"dagster-taskiq/queue": "gpu"}).alias(f"gpu_{op.name}_{number}")
+        if routes and number % 2 == 0
+        else op.alias(f"{op.name}_{number}")
+        for number, op in enumerate(first)
+    ]
 
     @dg.job(name=name, executor_def=executor)
     def job() -> None:
-        then_works([op.alias(f"{op.name}_{number}")() for number, op in enumerate(first)])
+        then_works([invoke() for invoke in each])
 
     return job
 
@@ -129,6 +136,9 @@ defs = dg.Definitions(
         _job("mixed_in_steps", works, ignores, fails_first, steps=True),
         _job("spawns_in_steps", spawns, computes, steps=True),
         _job("fails_in_steps", works, breaks, steps=True),
+        _job("works_on_routes_in_steps", works, works, works, steps=True, routes=True),
+        _job("mixed_on_routes_in_steps", ignores, works, fails_first, steps=True, routes=True),
+        _job("spawns_on_routes_in_steps", computes, spawns, spawns, steps=True, routes=True),
     ]
 )
 JOBS = {job.name: job for job in defs.jobs or () if isinstance(job, dg.JobDefinition)}

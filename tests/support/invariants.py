@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +10,9 @@ from dagster import DagsterEvent, DagsterEventType, DagsterRunStatus
 
 from dagster_taskiq.dagster_compat.api import RESUME_RUN_LOG_MESSAGE
 from dagster_taskiq.process import procfs, shim
-from dagster_taskiq.storage.engine_events import TASK_ID_KEY, Stage
+from dagster_taskiq.storage.engine_events import TASK_ID_KEY, WORKER_KEY, Stage
 from dagster_taskiq.storage.event_log import parse_event
-from tests.support.chaos import Aftermath, Launched
+from tests.support.chaos import ROUTE, Aftermath, Launched
 
 FINISHED = {DagsterRunStatus.SUCCESS, DagsterRunStatus.FAILURE, DagsterRunStatus.CANCELED}
 TERMINAL = {DagsterEventType.RUN_SUCCESS, DagsterEventType.RUN_FAILURE, DagsterEventType.RUN_CANCELED}
@@ -51,6 +51,7 @@ def broken(after: Aftermath) -> list[str]:
         found = [
             *_status(after, launched, kinds, seen),
             *_bodies(after, launched, anew),
+            *_routes(after, launched, events),
             *(f"step {key} succeeded {count} times" for key, count in successes.items() if count > 1 + anew),
         ]
         wrong += [f"{launched.job} {launched.run_id}: {one}" for one in found]
@@ -76,6 +77,18 @@ def _status(after: Aftermath, launched: Launched, kinds: list[DagsterEventType],
             yield f"was terminated and is {status.value}"
     if not asked and not launched.terminated and status is DagsterRunStatus.CANCELED:
         yield "is CANCELED, and nobody asked for it"
+
+
+def _routes(after: Aftermath, launched: Launched, events: Sequence[DagsterEvent | None]) -> Iterator[str]:
+    """Whoever has picked something up serves the route of it."""
+    for event in events:
+        note = parse_event(event) if event is not None else None
+        if event is None or note is None or note[0] is not Stage.PICKED_UP:
+            continue
+        route = ROUTE if (event.step_key or "").startswith(f"{ROUTE}_") else launched.route
+        name = str(note[1][WORKER_KEY]).partition("-")[0]
+        if route not in after.serves[name]:
+            yield f"{event.step_key or 'the run'} is of the route {route} and was picked up by {name}"
 
 
 def _is_resumption(event: DagsterEvent | None) -> bool:
