@@ -169,6 +169,12 @@ def no_endpoint(at: Clinic) -> None:
     at.proxy.away()
 
 
+def a_route_of_a_rule_has_no_steps_queue(at: Clinic) -> None:
+    url = create_queues(at.desk.endpoint_url, f"{at.queue().rpartition('/')[2]}-gpu")
+    sqs_client(at.desk.endpoint_url).delete_queue(QueueUrl=f"{url}-steps")
+    at.source["routes"] = [{"route": "gpu", "job": "train_*"}]
+
+
 def a_queue_is_missing(suffix: str) -> Callable[[Clinic], None]:
     def plant(at: Clinic) -> None:
         sqs_client(at.desk.endpoint_url).delete_queue(QueueUrl=at.queue(suffix))
@@ -250,6 +256,12 @@ MISTAKES: dict[str, tuple[Callable[[Clinic], None], str, str, str]] = {
     "no work queue": (a_queue_is_missing(""), "queue work", "error", "dagster-taskiq queue create"),
     "no steps queue": (a_queue_is_missing("-steps"), "queue steps", "error", "dagster-taskiq queue create"),
     "no cancel queue": (a_queue_is_missing("-cancels"), "queue cancels", "error", "dagster-taskiq queue create"),
+    "no steps queue of a route": (
+        a_route_of_a_rule_has_no_steps_queue,
+        "queue steps of route gpu",
+        "error",
+        "dagster-taskiq queue create --route gpu",
+    ),
     "redrive of cancels": (lambda at: at.redrive("-cancels", 10), "queue cancels", "error", "'RedrivePolicy='"),
     "hidden cancels": (
         lambda at: at.set("-cancels", VisibilityTimeout=300),
