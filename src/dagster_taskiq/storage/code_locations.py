@@ -126,7 +126,8 @@ def who_has_it(known: Mapping[str, Mapping[str, str]]) -> list[str]:
         without = [f"{worker} ({why})" for worker, why in whys.items() if why]
         having = [worker for worker, why in whys.items() if not why]
         if without:
-            lines.append(f"code location {location}: {_some(having) or 'nobody'} has it, not {_some(without)}")
+            who = f"on {_some(having)}, not on" if having else "on no worker:"
+            lines.append(f"code location {location}: {who} {_some(without)}")
     return lines[:_MOST_TOLD]
 
 

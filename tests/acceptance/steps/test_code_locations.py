@@ -161,7 +161,7 @@ def test_nobody_has_the_code(endpoint: str, code: Code) -> None:
             ), failure(platform, run_id)
             wait_until(lambda: platform.waiting() == 0, "its message is gone", seen=platform.waiting)
         listed = platform.command("worker", "list")
-        assert re.search(rf"code location {MODULE}: nobody has it, not \w+-\w+ \({why}\)", plain(listed.stdout)), listed
+        assert re.search(rf"code location {MODULE}: on no worker: \w+-\w+ \({why}\)", plain(listed.stdout)), listed
         workers = json.loads(platform.command("worker", "list", "--json").stdout)
         assert [one["code"] for one in workers] == [{MODULE: f"no module named '{MODULE}'"}] * 2
         examined = plain(platform.command("doctor").stdout)

@@ -98,8 +98,8 @@ def test_who_has_it_in_lines() -> None:
     known = {"w1": {"shop": "", "ml": NO_ML, "old": "no file /o.py"}, "w2": {"shop": "", "ml": ""}, "new": {}}
     assert who_has_it(known) == [
         "code locations that the workers have: shop",
-        f"code location ml: w2 has it, not w1 ({NO_ML})",
-        "code location old: nobody has it, not w1 (no file /o.py)",
+        f"code location ml: on w2, not on w1 ({NO_ML})",
+        "code location old: on no worker: w1 (no file /o.py)",
     ]
     assert who_has_it({}) == []
 
