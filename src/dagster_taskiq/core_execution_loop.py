@@ -41,6 +41,7 @@ from dagster_taskiq.steps.submission import Submission
 from dagster_taskiq.steps.tracking import Tracking
 from dagster_taskiq.storage import step_events
 from dagster_taskiq.storage.celery_tags import warning_of_steps
+from dagster_taskiq.storage.engine_events import goes_on_elsewhere
 from dagster_taskiq.storage.event_log import append_event
 
 _WRITE_WHAT_IS_WAITED_FOR_AFTER_S: Final = 5.0
@@ -60,6 +61,7 @@ class TaskiqExecutor(StepDelegatingExecutor):
             route_of_run = self._route_steps(plan_context, execution_plan)
             if not plan_context.resume_from_failure:
                 _warn_of_tags(plan_context, execution_plan)
+                self._announce_that_it_goes_on(plan_context)
             with (
                 InstanceConcurrencyContext(plan_context.instance, plan_context.dagster_run) as pools,
                 ActiveExecution(
@@ -79,6 +81,12 @@ class TaskiqExecutor(StepDelegatingExecutor):
                 yield from _Loop(self._plan(plan_context, active, route_of)).run()
         finally:
             self.handler.close()
+
+    def _announce_that_it_goes_on(self, plan_context: PlanOrchestrationContext) -> None:
+        """Nothing of the run but this loop is in its process: by this event whoever finds the run alone goes on."""
+        most = self.handler.max_interruptions
+        if self.handler.interrupted_steps == "retry" and most > 0:
+            append_event(plan_context.instance, plan_context.dagster_run, goes_on_elsewhere(most))
 
     def _route_steps(self, plan_context: PlanOrchestrationContext, execution_plan: ExecutionPlan) -> str:
         """Decide which step goes where; returns the route of the others, which is the run's.

@@ -38,6 +38,8 @@ class FakeAgent:
     """What it says of the container's log; None: it does not answer that."""
     deployed: str = "loaders:7"
     """The task definition of the service."""
+    desired: str = "RUNNING"
+    """What ECS wants of the task."""
     asked: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
 
     @property
@@ -100,6 +102,7 @@ class FakeAgent:
                 "ServiceName": "loaders",
                 "AvailabilityZone": "us-east-1b",
                 "LaunchType": "FARGATE",
+                "DesiredStatus": self.desired,
             }
         )
 

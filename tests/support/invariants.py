@@ -92,7 +92,8 @@ def _routes(after: Aftermath, launched: Launched, events: Sequence[DagsterEvent 
 
 
 def _is_resumption(event: DagsterEvent | None) -> bool:
-    return event is not None and event.message == RESUME_RUN_LOG_MESSAGE
+    said = event.message or "" if event is not None else ""
+    return said == RESUME_RUN_LOG_MESSAGE or said.startswith("the run was interrupted")
 
 
 def _bodies(after: Aftermath, launched: Launched, anew: int) -> Iterator[str]:

@@ -160,6 +160,10 @@ def test_any_order_is_read_or_refused(fields: dict[str, Any], run_id: str, step_
         {"attempt": 100_000},
         {"retries": "enabled"},
         {"state": {"module": "os"}},
+        {"interruption": -1},
+        {"interruption": True},
+        {"interruption": 1_001},
+        {"interruption": "1"},
     ],
     ids=str,
 )
@@ -168,9 +172,12 @@ def test_a_wrong_order_is_refused_with_the_name_of_the_field(wrong: dict[str, An
         StepMessage.from_kwargs({"run_id": "r", "step_key": "s", **wrong})
 
 
-@given(RUN_IDS, STEP_KEYS, st.integers(1, 99_999))
-def test_the_task_id_of_a_step_is_one_and_names_its_run(run_id: str, step_key: str, attempt: int) -> None:
-    task_id = step_task_id(run_id, step_key, attempt)
+@given(RUN_IDS, STEP_KEYS, st.integers(1, 99_999), st.integers(0, 1_000))
+def test_the_task_id_of_a_step_is_one_and_names_its_run(
+    run_id: str, step_key: str, attempt: int, interruption: int
+) -> None:
+    task_id = step_task_id(run_id, step_key, attempt, interruption)
+    assert step_task_id(run_id, step_key, attempt, interruption + 1) != task_id
     assert is_task_id(task_id)
     assert run_of_step_task(task_id) == run_id
     assert step_task_id(run_id, step_key, attempt + 1) != task_id

@@ -76,6 +76,8 @@ class Stage(enum.StrEnum):
     WAITING_FOR_STEPS = "waiting_for_steps"
     STEP_LOST = "step_lost"
     STEP_INTERRUPTED = "step_interrupted"
+    GOES_ON_ELSEWHERE = "goes_on_elsewhere"
+    RUN_INTERRUPTED = "run_interrupted"
     CHILDREN = "children"
     CLEANUP_HANDLERS = "cleanup_handlers"
     CLEANUP_BEGAN = "cleanup_began"
@@ -159,6 +161,24 @@ def waits_for_route(why: str, route: str) -> EngineEvent:
     """The run is to be stopped, which takes its code, and nobody is there who has it."""
     message = f"waiting: {why}; start one with `dagster-taskiq worker start -q {route}`"
     return EngineEvent(Stage.WAITING, message, {WHY_KEY: why}, warns=True)
+
+
+def goes_on_elsewhere(most: int) -> EngineEvent:
+    """At the start of a run of `taskiq_executor`, where `interrupted_steps` is `retry`: its worker may stop or die."""
+    message = f"when its worker stops or dies, this run goes on elsewhere, at most {counted(most, 'time')}"
+    return EngineEvent(Stage.GOES_ON_ELSEWHERE, message, {MOST_INTERRUPTIONS_KEY: most})
+
+
+def run_interrupted(why: str, number: int, most: int) -> EngineEvent:
+    """The run's worker was stopped, or has died, and another one goes on with it. `number`: of the interruption.
+
+    Dagster's run monitoring does not count it.
+    """
+    return EngineEvent(
+        Stage.RUN_INTERRUPTED,
+        f"the run was interrupted: {why}; it goes on here (interruption {number} of at most {most})",
+        {WHY_KEY: why, INTERRUPTION_KEY: number, MOST_INTERRUPTIONS_KEY: most},
+    )
 
 
 def no_log(_: str) -> None:

@@ -14,6 +14,7 @@ from dagster_taskiq.dagster_compat.retry import retry_storage
 from dagster_taskiq.dagster_compat.storage import event_of, events_of_step
 from dagster_taskiq.queue_names import DEFAULT_ROUTE
 from dagster_taskiq.storage.engine_events import (
+    MOST_INTERRUPTIONS_KEY,
     STAGE_KEY,
     TASK_ID_KEY,
     EngineEvent,
@@ -139,9 +140,25 @@ def read_engine_events(
 
 
 def run_will_resume(instance: DagsterInstance, run_id: str) -> bool:
-    """As `DagsterInstance.run_will_resume`, which reads every engine event of the run's steps."""
+    """Whether the run goes on when its worker stops or dies; one query.
+
+    Where its own log says that it does, and where Dagster's run monitoring would resume it
+    (`DagsterInstance.run_will_resume`, which reads every engine event of the run's steps). Interruptions have a limit
+    of their own.
+    """
+    events = list(events_of_step(instance, run_id, None, [DagsterEventType.ENGINE_EVENT]))
+    ours = [parsed for parsed in map(parse_event, events) if parsed is not None]
+    limits = [facts for stage, facts in ours if stage in (Stage.GOES_ON_ELSEWHERE, Stage.RUN_INTERRUPTED)]
+    interruptions = sum(stage is Stage.RUN_INTERRUPTED for stage, _ in ours)
+    may_be_interrupted = not limits or interruptions < int(limits[-1][MOST_INTERRUPTIONS_KEY])
+    if any(stage is Stage.GOES_ON_ELSEWHERE for stage, _ in ours):
+        return may_be_interrupted
     allowed = instance.run_monitoring_max_resume_run_attempts if instance.run_monitoring_enabled else 0
-    if not allowed:
-        return False
-    events = events_of_step(instance, run_id, None, [DagsterEventType.ENGINE_EVENT])
+    if interruptions:
+        return may_be_interrupted and allowed > 0
     return sum(event.message == RESUME_RUN_LOG_MESSAGE for event in events) < allowed
+
+
+def interruptions_of_run(instance: DagsterInstance, run_id: str) -> int:
+    """How often it was interrupted by the end of its worker, and went on elsewhere."""
+    return sum(stage is Stage.RUN_INTERRUPTED for stage, _ in read_engine_events(instance, run_id))

@@ -74,6 +74,9 @@ class StepBars:
             attempt.note = str(event.facts.get(WHY_KEY, ""))
             if attempt.ended is None:
                 attempt.ended, attempt.outcome = event.at, Outcome.KILLED if attempt.killed else Outcome.LOST
+        elif event.stage is Stage.STEP_INTERRUPTED:
+            attempt.note, attempt.outcome = str(event.facts.get(WHY_KEY, "")), Outcome.INTERRUPTED
+            attempt.ended = attempt.ended or event.at
 
     def _open(self, step_key: str, new: Callable[[_Attempt], bool]) -> _Attempt:
         attempts = self._attempts.setdefault(step_key, [])

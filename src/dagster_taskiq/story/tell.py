@@ -20,7 +20,9 @@ from dagster_taskiq.story.waits import what_it_waits_for
 MOST_STEPS: Final = 200
 _MOST_MOMENTS: Final = 500
 _QUIET: Final = frozenset({Stage.CLEANUP_HANDLERS})
-_LOUD_OF_STEPS: Final = frozenset({Stage.TIMED_OUT, Stage.KILLED, Stage.STEP_LOST, Stage.CLEANUP})
+_LOUD_OF_STEPS: Final = frozenset(
+    {Stage.TIMED_OUT, Stage.KILLED, Stage.STEP_LOST, Stage.STEP_INTERRUPTED, Stage.CLEANUP}
+)
 _BAD: Final = frozenset({Stage.TIMED_OUT, Stage.KILLED, Stage.STEP_LOST, Stage.NOT_REQUESTED, Stage.LEFT_BEHIND})
 STATUSES: Final = {
     Kind.RUN_ENQUEUED.value: "QUEUED",

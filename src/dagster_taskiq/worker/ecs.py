@@ -33,6 +33,8 @@ _LOOK_EVERY_S: Final = 0.5
 _FIRST_PAUSE_S: Final = 1.0
 _LONGEST_PAUSE_S: Final = 60.0
 _LOOK_FOR_DEPLOYMENT_EVERY_S: Final = 60.0
+_LOOK_FOR_STOP_EVERY_S: Final = 10.0
+"""Of the agent on this host. Spot gives two minutes."""
 _NO_SERVICE: Final = "TASK_NOT_VALID"
 """The task does not belong to a service, so it is never scaled in."""
 
@@ -103,6 +105,11 @@ class Agent:
         return cls(agent_uri=environ.get(AGENT_VARIABLE), metadata_uri=environ.get(METADATA_VARIABLE))
 
     @property
+    def knows_the_task(self) -> bool:
+        """Whether the agent has an endpoint that tells of the task."""
+        return self._metadata_uri is not None
+
+    @property
     def can_protect(self) -> bool:
         """Whether the agent has an endpoint for protection."""
         return self._agent_uri is not None
@@ -125,6 +132,16 @@ class Agent:
         except (AgentRefused, KeyError) as error:
             logger.warning("the ECS agent does not answer which task this is: %s", error)
             return None
+
+    async def is_being_stopped(self) -> bool:
+        """Whether ECS wants this task to stop. False also when the agent does not answer."""
+        if self._metadata_uri is None:
+            return False
+        try:
+            found = await self._ask("GET", f"{self._metadata_uri}/task")
+        except AgentRefused:
+            return False
+        return found.get("DesiredStatus") == "STOPPED"
 
     async def _log(self, task: Task, metadata_uri: str) -> LogStream | None:
         try:
@@ -164,6 +181,17 @@ class Agent:
         if not isinstance(answer, dict):
             raise AgentRefused("no answer", f"not an object: {str(answer)[:100]}")
         return answer
+
+
+async def until_stopped(agent: Agent) -> None:
+    """Return when ECS wants this task to stop: Spot, scale-in, a deployment.
+
+    SIGTERM says the same, but a shell that is the container's first process does not hand it on.
+    """
+    while True:
+        if await agent.is_being_stopped():
+            return
+        await asyncio.sleep(_LOOK_FOR_STOP_EVERY_S)
 
 
 async def until_outdated(task: Task | None) -> None:

@@ -44,6 +44,8 @@ class Orders:
     def cause(self) -> str:
         """Why work is stopped that has not ended when the drain is over."""
         asked = f", asked by {self._request.described()}" if self._request is not None else ""
+        if not asked and self._stopping is not None and self._stopping["reason"]:
+            asked = f": {self._stopping['reason']}"
         return f"the worker stops{asked}"
 
     def hear(self, values: Mapping[str, str]) -> None:

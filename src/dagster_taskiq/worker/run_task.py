@@ -21,6 +21,8 @@ from dagster_taskiq.dagster_compat.api import RESUME_RUN_LOG_MESSAGE
 from dagster_taskiq.messages import EXECUTE_RUN, RESUME_RUN, is_run_id
 from dagster_taskiq.sqs.settlement import Settled, Settlement
 from dagster_taskiq.storage.claims import ClaimState
+from dagster_taskiq.storage.engine_events import run_interrupted
+from dagster_taskiq.storage.event_log import append_event, interruptions_of_run
 from dagster_taskiq.storage.queue_ttl import end_of_waiting
 from dagster_taskiq.storage.tags import TASK_ID_TAG, TIMED_OUT_TAG, own_tags
 from dagster_taskiq.storage.unstarted import end_unstarted
@@ -177,9 +179,16 @@ class RunWork:
             return await finalize_run(context, run, task.task_id, None, _end_of(run, decision.why))
         kind: WorkKind = "resume_run" if decision.action is Action.RESUME else "execute_run"
         if kind == "resume_run" and candidate.kind == "execute_run":
-            # As the run monitoring daemon would announce it: by this event Dagster counts the attempts.
-            await context.lane.call(context.instance.report_engine_event, RESUME_RUN_LOG_MESSAGE, run)
+            await context.lane.call(self._announce_interruption, run, decision.why)
         return await self._execute(run, kind, task, decision)
+
+    def _announce_interruption(self, run: DagsterRun, why: str) -> None:
+        instance, most = self._context.instance, self._context.settings.max_interruptions
+        if most == 0:
+            # As the run monitoring daemon would announce it: by this event Dagster counts the attempts.
+            instance.report_engine_event(RESUME_RUN_LOG_MESSAGE, run)
+        else:
+            append_event(instance, run, run_interrupted(why, interruptions_of_run(instance, run.run_id) + 1, most))
 
     async def _expire(self, run: DagsterRun, why: str) -> Settled:
         """It is claimed here, so that nobody else begins with it."""

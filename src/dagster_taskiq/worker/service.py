@@ -49,7 +49,7 @@ from dagster_taskiq.worker.cancel_sender import cancel_tasks
 from dagster_taskiq.worker.claim_watch import ClaimWatch
 from dagster_taskiq.worker.code_check import CodeCheck
 from dagster_taskiq.worker.context import CancelRuns, WorkerContext, cancel_none
-from dagster_taskiq.worker.ecs import Agent, Protection, Task, until_outdated
+from dagster_taskiq.worker.ecs import Agent, Protection, Task, until_outdated, until_stopped
 from dagster_taskiq.worker.forking import fork_server, forked_server
 from dagster_taskiq.worker.health import answering
 from dagster_taskiq.worker.heart import Heart
@@ -230,6 +230,8 @@ class Worker:
                 helpers.create_task(self._stop_what_does_not_finish(receivers, reconciler, context), name="drain"),
                 helpers.create_task(self._announce(receivers, on_ready), name="announce"),
             ]
+            if self._agent is not None and self._agent.knows_the_task:
+                side.append(helpers.create_task(self._heed_the_stop(self._agent), name="heed the stop of the task"))
             if self._agent is not None and self._agent.can_protect:
                 protection = Protection(self._agent, lambda: bool(self._tasks))
                 side.append(helpers.create_task(protection.run(), name="scale-in protection"))
@@ -245,6 +247,12 @@ class Worker:
             finally:
                 for task in side:
                     task.cancel()
+
+    async def _heed_the_stop(self, agent: Agent) -> None:
+        """Drain when ECS stops the task, also when the signal does not come this far."""
+        await until_stopped(agent)
+        if not self._told_to_stop.is_set():
+            self._drain("ECS", "the task is being stopped (spot, scale-in or deployment)")
 
     async def _retire(self, agent: Agent) -> None:
         """When a deployment has replaced this worker's version: no new work, and end after what runs, however long."""

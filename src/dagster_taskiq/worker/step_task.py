@@ -181,7 +181,7 @@ class StepWork:
     def _why_interrupted(self, signal: CancelSignal, end: ChildEnd | None) -> str:
         cause = signal.cancellation.cause if signal.cancellation is not None else None
         killed = ", and the step's process had to be killed" if end is not None and end.kill_at is not None else ""
-        return f"worker {self._context.worker_id} stops ({cause or 'no cause is known'}){killed}"
+        return f"{cause or 'the worker stops'} (worker {self._context.worker_id}){killed}"
 
     async def _fail(self, message: StepMessage, run: DagsterRun, step: StepRef, why: str) -> Settled:
         """It is not begun, here or elsewhere; its retries would end in the same way."""

@@ -149,6 +149,27 @@ def test_an_outdated_worker_takes_nothing_new_and_ends_after_its_work(endpoint: 
         assert not agent.protected
 
 
+LOOKS_OFTEN = f"""
+import runpy
+from dagster_taskiq.worker import ecs
+ecs._LOOK_FOR_STOP_EVERY_S = 0.5
+runpy.run_path({str(ENTRYPOINT)!r}, run_name="__main__")
+"""
+
+
+def test_a_task_that_ecs_stops_drains_although_no_signal_comes(endpoint: str) -> None:
+    """Spot, say, and the container's first process is a shell, which keeps SIGTERM to itself."""
+    source = {"drain_seconds": 60, "stop_timeout_seconds": 80}
+    with open_platform(endpoint, source=source) as platform, ecs_agent() as agent:
+        with platform.worker(program=(sys.executable, "-c", LOOKS_OFTEN), env=agent.environment) as worker:
+            run_id = platform.launch("sleepy_job", seconds=4)
+            platform.marked(run_id, "started")
+            agent.desired = "STOPPED"
+            assert worker.process.wait(60) == 0, worker.log()
+        assert "stopping: no new work" in worker.log()
+        assert platform.status(run_id) is DagsterRunStatus.SUCCESS, "it had time to finish"
+
+
 def told(worker: WorkerProcess) -> list[dict[str, Any]]:
     return [line for line in log_of(worker) if "not protected from scale-in" in line["message"]]
 

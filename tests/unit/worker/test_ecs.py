@@ -10,9 +10,9 @@ import pytest
 from tests.support.ecs_agent import FakeAgent, ecs_agent
 from tests.support.tcp_proxy import tcp_proxy
 
-from dagster_taskiq.metrics import on_ecs
+from dagster_taskiq.metrics import METADATA_VARIABLE, on_ecs
 from dagster_taskiq.worker import ecs
-from dagster_taskiq.worker.ecs import Agent, AgentRefused, Protection
+from dagster_taskiq.worker.ecs import Agent, AgentRefused, Protection, until_stopped
 from dagster_taskiq.worker.log_link import log_stream
 
 pytestmark = pytest.mark.anyio
@@ -87,6 +87,20 @@ def test_the_console_of_another_partition() -> None:
         "https://cn-north-1.console.amazonaws.cn/cloudwatch/home?region=cn-north-1#logsV2:log-groups/log-group/"
         "a$2520b/log-events/s$3FfilterPattern$3D$2522r$2522$26start$3D1500"
     )
+
+
+async def test_it_tells_when_the_task_is_to_stop(agent: FakeAgent) -> None:
+    here = Agent.here(agent.environment)
+    assert not await here.is_being_stopped()
+    agent.desired = "STOPPED"
+    assert await here.is_being_stopped()
+    await until_stopped(here)
+
+
+async def test_without_an_answer_nothing_is_to_stop(agent: FakeAgent) -> None:
+    gone = Agent.here(agent.environment | {METADATA_VARIABLE: "http://127.0.0.1:1/v4"})
+    assert not await gone.is_being_stopped()
+    assert not await Agent.here({}).is_being_stopped()
 
 
 async def test_elsewhere_there_is_none() -> None:
