@@ -209,7 +209,7 @@ def _is_stopped(
         return True
     # Failed by Dagster's run monitoring, while its processes still ran.
     failed = DagsterRunStatus.FAILURE in {run.status, true_status(history) if history else None}
-    return failed and kind is CancelKind.DEADLINE and TIMED_OUT_TAG in own_tags(run)
+    return failed and TIMED_OUT_TAG in own_tags(run)
 
 
 def fail(instance: DagsterInstance, claims: Claims, run_id: str, why: str) -> bool:

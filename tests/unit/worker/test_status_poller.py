@@ -6,9 +6,9 @@ import pytest
 from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRunStatus
 from dagster._core.test_utils import create_run_for_test
 
-from dagster_taskiq.cancellation.model import Cancellation
+from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.cancellation.words import UNKNOWN_AUTHOR
-from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, RUN_ID_TAG
+from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, RUN_ID_TAG, TIMED_OUT_TAG
 from dagster_taskiq.worker.status_poller import StatusPoller
 
 pytestmark = pytest.mark.anyio
@@ -22,6 +22,7 @@ class World:
         self.stopped: list[str | None] = []
         self.reasons: list[str | None] = []
         self.authors: list[str | None] = []
+        self.kinds: list[CancelKind] = []
         self.poller = StatusPoller(instance, lambda: {"task": self.run_id}, self.cancel, 5)
 
     def cancel(self, task_id: str, cancellation: Cancellation) -> bool:
@@ -29,6 +30,7 @@ class World:
         self.stopped.append(cancellation.cause)
         self.reasons.append(cancellation.reason)
         self.authors.append(cancellation.requested_by)
+        self.kinds.append(cancellation.kind)
         return True
 
     def report(self, kind: DagsterEventType) -> None:
@@ -57,6 +59,30 @@ async def test_a_run_that_fails_by_itself_has_a_moment_to_end(world: World) -> N
     assert world.stopped == []
     await world.poller.look()
     assert (world.stopped, world.reasons) == (["the run was marked FAILURE"], [None])
+
+
+async def test_a_run_that_took_too_long_is_told_so(world: World) -> None:
+    """As its worker has marked it, unless somebody has marked it CANCELED since."""
+    world.instance.add_run_tags(world.run_id, {TIMED_OUT_TAG: "run timed out: why", RUN_ID_TAG: world.run_id})
+    for kind in (EVENTS.RUN_CANCELING, EVENTS.RUN_CANCELED):
+        world.report(kind)
+        await world.poller.look()
+    assert world.kinds == [CancelKind.DEADLINE, CancelKind.REQUESTED]
+    assert world.reasons == ["run timed out: why", None]
+
+
+@pytest.mark.parametrize("by", [None, "ada"])
+async def test_so_is_one_that_dagsters_run_monitoring_has_marked_for_that(
+    world: World, monkeypatch: pytest.MonkeyPatch, by: str | None
+) -> None:
+    """Before our launcher has said why: without an author, and when the run has exceeded its maximum runtime."""
+    monkeypatch.setattr(type(world.instance), "run_monitoring_enabled", True)
+    tags = {"dagster/max_runtime": "0.001"} | ({CANCELLED_BY_TAG: by, RUN_ID_TAG: world.run_id} if by else {})
+    world.instance.add_run_tags(world.run_id, tags)
+    world.report(EVENTS.RUN_START)
+    world.report(EVENTS.RUN_CANCELING)
+    await world.poller.look()
+    assert world.kinds == [CancelKind.REQUESTED if by else CancelKind.DEADLINE]
 
 
 async def test_a_run_that_was_deleted_is_stopped(world: World) -> None:
