@@ -84,6 +84,7 @@ def storm(open_platform: Callable[..., Any], endpoint: str, seed: int, seconds: 
         for _ in range(_WORKERS):
             fleet.add()
         launched = {platform.launch("many", count=4, seconds=dice.uniform(2, 6)): time.time() for _ in range(runs)}
+        wait_until(lambda: any(map(platform.marks, launched)), "the first step is at work", within=90)
         until = time.monotonic() + seconds
         while time.monotonic() < until and not _all_over(platform, launched):
             time.sleep(dice.uniform(2, 6))  # the weather

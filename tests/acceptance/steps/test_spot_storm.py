@@ -8,7 +8,7 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.long, pytest
 
 
 def test_a_short_storm(endpoint: str) -> None:
-    figures = storm(open_platform, endpoint, seed=1, seconds=12, runs=1)
+    figures = storm(open_platform, endpoint, seed=1, seconds=8, runs=1)
     print(figures.line())
     assert not figures.wrong, figures.line()
     assert figures.interruptions + figures.resumes > 0, figures.line()
