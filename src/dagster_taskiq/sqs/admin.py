@@ -57,6 +57,7 @@ class QueueStatus:
     warnings: tuple[str, ...] = ()
     known: bool = True
     """False: this role may not read the queue's attributes, so that the numbers mean nothing."""
+    route: str = DEFAULT_ROUTE
 
     @property
     def name(self) -> str:
@@ -128,9 +129,13 @@ def _attributes(role: str, visibility_timeout_s: int, *, fifo: bool) -> dict[Any
     return attributes
 
 
-async def queue_status(client: "SQSClient", queue_url: str) -> tuple[QueueStatus, ...]:
-    """The status of work, steps and cancel queue. One that does not exist or may not be read is no error."""
-    return tuple([await _status(client, role, url) for role, url in queue_urls(queue_url).items()])
+async def queue_status(client: "SQSClient", queue_url: str, route: str = DEFAULT_ROUTE) -> tuple[QueueStatus, ...]:
+    """The status of work, steps and cancel queue of a route. One that does not exist or may not be read is no error.
+
+    `queue_url`: that of the unnamed route.
+    """
+    urls = queue_urls(route_queue_url(queue_url, route))
+    return tuple([replace(await _status(client, role, url), route=route) for role, url in urls.items()])
 
 
 async def _status(client: "SQSClient", role: str, url: str) -> QueueStatus:

@@ -88,6 +88,13 @@ def waiting_by_route(instance: DagsterInstance) -> dict[str, WaitingRuns]:
     return found
 
 
+def routes_in_use(instance: DagsterInstance, settings: Settings, workers: Iterable[WorkerInfo]) -> tuple[str, ...]:
+    """The unnamed route, those of rules, of living workers, and of runs that wait. `workers`: of `list_workers`."""
+    served = (route for worker in workers if worker.state == ALIVE for route in worker.routes)
+    ruled = (rule.route for rule in settings.routes)
+    return sorted_routes([DEFAULT_ROUTE, *ruled, *served, *waiting_by_route(instance)])
+
+
 def all_waiting(some: Iterable[WaitingRuns]) -> WaitingRuns:
     """All of these together."""
     some = tuple(some)
