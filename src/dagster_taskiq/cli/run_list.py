@@ -108,7 +108,9 @@ def _table(found: "RunList", *, whole_ids: bool) -> "Table":
 
     table = Table(box=box.SIMPLE)
     partitioned = any(run.partition for run in found.runs)
-    headings = ("run", "job, assets", *(("partition",) if partitioned else ()), "status", "for", "where", "waits for")
+    named = _uses_routes(found)
+    more = (*(("partition",) if partitioned else ()), *(("route",) if named else ()))
+    headings = ("run", "job, assets", *more, "status", "for", "where", "waits for")
     for heading in headings:
         table.add_column(heading, overflow="fold", justify="right" if heading == "for" else "left")
     for run in found.runs:
@@ -116,6 +118,7 @@ def _table(found: "RunList", *, whole_ids: bool) -> "Table":
             run.run_id if whole_ids else run.run_id[:_SHORT_ID],
             run.job,
             *((run.partition,) if partitioned else ()),
+            *((run.route,) if named else ()),
             run.status,
             age(found.now - run.since),
             _where(run, found),
@@ -125,9 +128,18 @@ def _table(found: "RunList", *, whole_ids: bool) -> "Table":
     return table
 
 
+def _uses_routes(found: "RunList") -> bool:
+    """Whether one of them is of a route with a name."""
+    from dagster_taskiq.queue_names import DEFAULT_ROUTE
+
+    return any(run.route != DEFAULT_ROUTE for run in found.runs)
+
+
 def _lines(found: "RunList") -> Iterator[str]:
+    named = _uses_routes(found)
     for run in found.runs:
-        yield " ".join(filter(None, (run.run_id[:_SHORT_ID], run.job, run.partition)))
+        route = f"route {run.route}" if named else ""
+        yield " ".join(filter(None, (run.run_id[:_SHORT_ID], run.job, run.partition, route)))
         where = _where(run, found)
         placed = f", {where}" if where else ""
         waits = f": {run.waits_for}" if run.waits_for else ""
@@ -138,6 +150,8 @@ def _where(run: "ListedRun", found: "RunList") -> str:
     if run.worker is not None:
         return run.worker if run.worker_state == "alive" else f"{run.worker} ({run.worker_state})"
     if run.position is not None:
+        if _uses_routes(found):
+            return f"queue of {run.route}, {run.position}"
         return f"queue, {run.position} of {found.in_queue}"
     return f"SQS {run.queue}" if run.queue is not None else ""
 

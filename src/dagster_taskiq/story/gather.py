@@ -15,6 +15,7 @@ from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.code_locations import why_it_waits
 from dagster_taskiq.storage.queue_ttl import ttl_of
+from dagster_taskiq.storage.routing import route_of_run
 from dagster_taskiq.storage.step_claims import StepClaims
 from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, TASK_ID_TAG, own_tags
 from dagster_taskiq.storage.time_limits import limit_of_run
@@ -81,6 +82,7 @@ def _facts(instance: DagsterInstance, record: RunRecord) -> RunFacts:
         started=record.start_time,
         ended=record.end_time,
         task_id=tags.get(TASK_ID_TAG),
+        route=route_of_run(run),
         reason=tags.get(CANCEL_REASON_TAG),
         cancelled_by=tags.get(CANCELLED_BY_TAG),
         begins_until=created + ttl_s if ttl_s is not None else None,
@@ -95,6 +97,7 @@ def _surroundings(
     ask_queue: Callable[[Settings], Messages] | None,
 ) -> Surroundings:
     run = record.dagster_run
+    route = route_of_run(run)
     if run.status in FINISHED_STATUSES:
         return Surroundings(time.time())
     around = look_around(instance, settings)
@@ -102,13 +105,15 @@ def _surroundings(
     is_queued = run.status is DagsterRunStatus.QUEUED
     pools = waits_for_pools(instance, [run.run_id]) if run.status is DagsterRunStatus.STARTED else {}
     return replace(
-        around.common,
+        around.common.of_route(route),
         owner=owner,
         steps=_steps(instance, run.run_id, around),
         pools=pools.get(run.run_id, ()),
-        queue=places_in_queue(instance, settings, [run])[run.run_id] if is_queued else None,
+        queue=places_in_queue(instance, [run])[run.run_id] if is_queued else None,
         code=why_it_waits(instance, settings, run) if owner is None and not is_queued else None,
-        messages=ask_queue(settings) if owner is None and not is_queued and ask_queue is not None else None,
+        messages=ask_queue(settings.of_route(route_of_run(run)))
+        if owner is None and not is_queued and ask_queue is not None
+        else None,
     )
 
 

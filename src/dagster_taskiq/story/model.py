@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
+from dagster_taskiq.queue_names import DEFAULT_ROUTE
 from dagster_taskiq.story.text import duration
 
 FORMAT_VERSION: Final = 1
@@ -114,6 +115,7 @@ class Story:
     started: float | None = None
     ended: float | None = None
     task_id: str | None = None
+    route: str = DEFAULT_ROUTE
     worker: str | None = None
     """The last one that has, or had, the run."""
     summary: tuple[str, ...] = ()

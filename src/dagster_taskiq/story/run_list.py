@@ -12,10 +12,11 @@ from dagster import DagsterInstance, DagsterRunStatus, RunRecord, RunsFilter
 
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
 from dagster_taskiq.dagster_compat.run_queue import queue_order
-from dagster_taskiq.queue_names import queue_name
+from dagster_taskiq.queue_names import DEFAULT_ROUTE, queue_name
 from dagster_taskiq.run_query import PAGE, RunQuery, find_runs, partition_of
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.claims import Claims
+from dagster_taskiq.storage.routing import route_of_run
 from dagster_taskiq.storage.tags import TASK_ID_TAG, own_tags
 from dagster_taskiq.storage.workers import ALIVE, describe_assets
 from dagster_taskiq.story.around import look_around, places_in_queue, waits_for_pools
@@ -56,11 +57,12 @@ class ListedRun:
     queue: str | None = None
     """The SQS queue with the message of a run that was handed over and that no worker has."""
     position: int | None = None
-    """In Dagster's queue: 1 is taken next."""
+    """In Dagster's queue, among the runs of its route: 1 is taken next."""
     waits_for: str = ""
     """In a few words; empty when it works, or is over."""
     why: str = ""
     """The same as a sentence."""
+    route: str = DEFAULT_ROUTE
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +154,9 @@ class _Rows:
     ) -> None:
         runs = [record.dagster_run for record in records.values()]
         self.around = look_around(instance, settings)
-        self._queue = queue_name(settings.queue_url)
+        self._settings = settings
         queued = [run for run in runs if run.status is Status.QUEUED]
-        self._places = places_in_queue(instance, settings, queued, order)
+        self._places = places_in_queue(instance, queued, order)
         self._in_order = set(order)
         self._pools = waits_for_pools(instance, [run.run_id for run in runs if run.status is Status.STARTED])
         handed_over = [
@@ -171,7 +173,10 @@ class _Rows:
         run = record.dagster_run
         owner = self.around.owner(self._claims.get(run.run_id))
         place = self._places.get(run.run_id)
-        around = replace(self.around.common, owner=owner, queue=place, pools=self._pools.get(run.run_id, ()))
+        route = route_of_run(run)
+        around = replace(
+            self.around.common.of_route(route), owner=owner, queue=place, pools=self._pools.get(run.run_id, ())
+        )
         wait = next(_waits(record, around), None)
         was_sent = run.status is not Status.QUEUED and TASK_ID_TAG in own_tags(run)
         return ListedRun(
@@ -183,11 +188,15 @@ class _Rows:
             created=record.create_timestamp.timestamp(),
             worker=owner.worker_id if owner is not None else None,
             worker_state=owner.state if owner is not None else None,
-            queue=self._queue if was_sent and owner is None and run.status not in FINISHED_STATUSES else None,
+            queue=self._queue(route) if was_sent and owner is None and run.status not in FINISHED_STATUSES else None,
+            route=route,
             position=place.ahead + 1 if place is not None and run.run_id in self._in_order else None,
             waits_for=wait.cause if wait is not None else "",
             why=wait.what if wait is not None else "",
         )
+
+    def _queue(self, route: str) -> str:
+        return queue_name(self._settings.of_route(route).queue_url)
 
 
 def _since(record: RunRecord) -> float:

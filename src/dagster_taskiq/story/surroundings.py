@@ -1,8 +1,10 @@
 """What is known of a run besides its log: its worker, the other workers, the queues. Plain values."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Final
+
+from dagster_taskiq.queue_names import DEFAULT_ROUTE
 
 ALIVE: Final = "alive"
 SILENT: Final = "silent"
@@ -51,6 +53,8 @@ class QueuePlace:
     limit: int | None = None
     """How many runs may be in progress; None: as many as want to."""
     limit_is_configured: bool = False
+    limit_of_route: bool = False
+    """`in_progress` and `limit` are of the run's route."""
     blocking: tuple[str, ...] = ()
     """Limits of tags and pools that hold it back, in words."""
     daemon_heard: float | None = None
@@ -67,6 +71,18 @@ class Messages:
 
 
 @dataclass(frozen=True, slots=True)
+class RouteFacts:
+    """The living workers of a route. `free_slots` and `free_step_slots` are those that no route has taken."""
+
+    workers_alive: int = 0
+    """That take runs."""
+    slots: int = 0
+    free_slots: int = 0
+    step_slots: int = 0
+    free_step_slots: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Surroundings:
     """All of it. Empty for a run that is over."""
 
@@ -76,8 +92,12 @@ class Surroundings:
     hold: str | None = None
     """The fleet is held, by whom and why: no run is begun."""
     owner: OwnerFacts | None = None
+    route: str = DEFAULT_ROUTE
+    """The run's."""
+    routes: Mapping[str, RouteFacts] = field(default_factory=dict)
+    """Of all routes that somebody serves."""
     workers_alive: int = 0
-    """That serve this queue and take runs."""
+    """That serve this route and take runs."""
     slots: int = 0
     free_slots: int = 0
     step_slots: int = 0
@@ -93,3 +113,7 @@ class Surroundings:
     status_poll_s: float = 5.0
     reconcile_every_s: float = 60.0
     start_timeout_s: float | None = None
+
+    def of_route(self, route: str) -> "Surroundings":
+        """For a run of that route: its workers, and their slots."""
+        return replace(self, route=route, **asdict(self.routes.get(route, RouteFacts())))

@@ -7,6 +7,7 @@ from typing import Final
 from dagster import DagsterEventType as Kind
 
 from dagster_taskiq.cancellation.words import UNKNOWN_AUTHOR
+from dagster_taskiq.queue_names import DEFAULT_ROUTE
 from dagster_taskiq.storage.engine_events import Stage
 from dagster_taskiq.storage.time_limits import TIMED_OUT
 from dagster_taskiq.story.log import Log, Logged
@@ -46,6 +47,7 @@ class RunFacts:
     started: float | None = None
     ended: float | None = None
     task_id: str | None = None
+    route: str = DEFAULT_ROUTE
     reason: str | None = None
     """Why it was cancelled, by its tag."""
     cancelled_by: str | None = None
@@ -78,6 +80,7 @@ def tell(run: RunFacts, log: Log, around: Surroundings) -> Story:
         started=run.started,
         ended=over_at or run.ended,
         task_id=run.task_id,
+        route=run.route,
         worker=phases.worker,
         summary=tuple(_summary(run, phases, bars, around.now)),
         waits=tuple(waits),

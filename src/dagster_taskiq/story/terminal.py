@@ -6,6 +6,7 @@ from typing import Final
 from rich.console import Console
 from rich.text import Text
 
+from dagster_taskiq.queue_names import DEFAULT_ROUTE
 from dagster_taskiq.story.model import Bar, BarKind, Outcome, Story, bar_label, described_hidden, fewer_moments, said_of
 from dagster_taskiq.story.scale import Scale
 from dagster_taskiq.story.text import clock, date_and_clock, duration
@@ -64,7 +65,8 @@ class _Printer:
         line = Text(f"run {story.run_id}", style="bold")
         self._print(line)
         status = Text(story.status, style=_STATUS_STYLES.get(story.status, "cyan"))
-        self._print(Text.assemble(status, f"  {story.job}, created {date_and_clock(story.created)}, {took}"))
+        route = f", route {story.route}" if story.route != DEFAULT_ROUTE else ""
+        self._print(Text.assemble(status, f"  {story.job}{route}, created {date_and_clock(story.created)}, {took}"))
         for sentence in story.summary:
             self._print(Text(sentence))
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
+from dagster_taskiq.queue_names import DEFAULT_ROUTE
 from dagster_taskiq.storage.fleet import RELEASE
 from dagster_taskiq.story.log import Log
 from dagster_taskiq.story.model import Bar, Outcome, Wait
@@ -76,13 +77,17 @@ def _queued(phases: Phases, around: Surroundings) -> Iterator[Wait]:
 
 
 def _no_room(place: QueuePlace, since: float | None, around: Surroundings) -> Wait:
+    if place.limit_is_configured and place.limit_of_route:
+        what = f"max_concurrent_runs_by_route of {around.route} is {place.limit}, and {place.in_progress} of its runs"
+        advice = ("raise it in the config of run_coordinator in dagster.yaml", _WHICH_WORK)
+        return Wait(f"{what} are in progress", since, None, advice, cause=f"the limit {place.limit} of {around.route}")
     if place.limit_is_configured:
         what = f"max_concurrent_runs is {place.limit}, and {place.in_progress} runs are in progress"
         advice = ("raise it in the config of run_coordinator in dagster.yaml", _WHICH_WORK)
         return Wait(what, since, None, advice, cause=f"max_concurrent_runs {place.limit}")
     ahead = f"; {place.ahead} runs are taken before it" if place.ahead else ""
     if not around.workers_alive:
-        return Wait(f"no worker that takes runs is alive{ahead}", since, None, (_START_A_WORKER,), cause=_NO_WORKER)
+        return Wait(f"{_nobody(around)}{ahead}", since, None, (_start_a_worker(around),), cause=_no_worker(around))
     taken = around.slots - around.free_slots
     what = f"no free slot: {taken} of {around.slots} are taken (workers: {around.workers_alive}){ahead}"
     return Wait(what, since, None, _MORE_SLOTS, cause=_NO_SLOT)
@@ -117,9 +122,25 @@ def _starting(phases: Phases, around: Surroundings) -> Iterator[Wait]:
         yield Wait(what, since, None, tuple(do), cause="its message is gone")
 
 
+def _nobody(around: Surroundings) -> str:
+    of_route = f"of route {around.route} " if around.route != DEFAULT_ROUTE else ""
+    return f"no worker {of_route}that takes runs is alive"
+
+
+def _no_worker(around: Surroundings) -> str:
+    """The same in a few words."""
+    return _NO_WORKER if around.route == DEFAULT_ROUTE else f"{_NO_WORKER} of {around.route}"
+
+
+def _start_a_worker(around: Surroundings) -> str:
+    if around.route == DEFAULT_ROUTE:
+        return _START_A_WORKER
+    return _START_A_WORKER.replace("worker start", f"worker start -q {around.route}")
+
+
 def _for_a_worker(since: float | None, around: Surroundings) -> Wait:
     if not around.workers_alive:
-        return Wait("no worker that takes runs is alive", since, None, (_START_A_WORKER,), cause=_NO_WORKER)
+        return Wait(_nobody(around), since, None, (_start_a_worker(around),), cause=_no_worker(around))
     if around.free_slots <= 0:
         what = f"no free slot: {around.slots} of {around.slots} are taken (workers: {around.workers_alive})"
         return Wait(what, since, None, _MORE_SLOTS, cause=_NO_SLOT)
@@ -166,7 +187,7 @@ def _dead_owner(around: Surroundings) -> Wait:
         f" {duration(around.reconcile_every_s)}) does it"
     ]
     if not around.workers_alive:
-        advice.insert(0, f"no worker is alive to do it; {_START_A_WORKER}")
+        advice.insert(0, f"no worker is alive to do it; {_start_a_worker(around)}")
     until = by_message if by_message > around.now else None
     return Wait(what, owner.heard, until, tuple(advice), cause=f"its worker {state}")
 
@@ -180,7 +201,7 @@ def _canceling(phases: Phases, around: Surroundings) -> Iterator[Wait]:
     if owner is None:
         what = "a worker to finish its cancellation: nobody has the run"
         advice = f"one does it when its message comes again, or within {duration(around.reconcile_every_s)} or two"
-        alive = () if around.workers_alive else (f"no worker is alive; {_START_A_WORKER}",)
+        alive = () if around.workers_alive else (f"no worker is alive; {_start_a_worker(around)}",)
         yield Wait(
             what, since, None, (*alive, advice), cause="a worker to finish it" if around.workers_alive else _NO_WORKER
         )
@@ -293,7 +314,7 @@ def _steps_without_worker(waiting: Sequence[Bar], around: Surroundings) -> Itera
     which = f"{len(waiting)} steps that were sent ({named}{', …' if len(waiting) > _NAMED else ''})"
     if not around.step_slots:
         what = f"{which}: no worker that takes steps is alive"
-        yield Wait(what, since, None, (_START_A_WORKER,), cause="no worker for its steps")
+        yield Wait(what, since, None, (_start_a_worker(around),), cause="no worker for its steps")
     elif around.free_step_slots <= 0:
         advice = (_WHICH_WORK, "start more workers, or give them more slots: --max-steps")
         what = f"{which}: no free slot, {around.step_slots} of {around.step_slots} are taken"

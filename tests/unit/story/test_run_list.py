@@ -27,7 +27,7 @@ from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.fleet import hold_fleet
 from dagster_taskiq.storage.heartbeats import Heartbeats
-from dagster_taskiq.storage.tags import TASK_ID_TAG
+from dagster_taskiq.storage.tags import ROUTE_TAG, TASK_ID_TAG
 from dagster_taskiq.storage.waiting import waiting_runs
 from dagster_taskiq.story.run_list import ListedRun, list_runs
 
@@ -261,3 +261,23 @@ def test_what_is_left_out_of_a_pipe_is_said(world: World) -> None:
     ended = world.ask("--limit", "2")
     assert ended.stdout.count("STARTED") == 2
     assert ended.stderr == "1 more run; --limit shows more\n"
+
+
+def test_each_run_has_its_place_and_its_slots_by_its_route(world: World) -> None:
+    """The one worker serves the unnamed route; nobody serves gpu."""
+    first, gpu = world.queued(), world.queued(**{ROUTE_TAG: "gpu"})
+    busy = world.run(DagsterRunStatus.STARTED)
+    sent = world.run(DagsterRunStatus.STARTING, **{TASK_ID_TAG: "a task", ROUTE_TAG: "gpu"})
+    world.beat("w", busy)
+    rows = by_id(world.listed())
+    assert (rows[first.run_id].route, rows[first.run_id].position, rows[first.run_id].waits_for) == (
+        "default",
+        1,
+        "its turn",
+    ), "slots and one more"
+    assert (rows[gpu.run_id].route, rows[gpu.run_id].position) == ("gpu", 1), "of those of gpu"
+    assert (rows[sent.run_id].waits_for, rows[sent.run_id].queue) == ("no worker of gpu", "tasks-gpu")
+    assert rows[gpu.run_id].why == "no worker of route gpu that takes runs is alive"
+    shown = world.ask().stdout
+    assert "route" in shown
+    assert "queue of gpu, 1" in " ".join(shown.split())
