@@ -21,8 +21,25 @@ import click
     type=click.Path(path_type=Path, file_okay=False),
     help="Keep runs and storage in this folder. Default: $DAGSTER_HOME, or a temporary one, removed at the end.",
 )
+@click.option(
+    "-q",
+    "--queue",
+    "routes",
+    metavar="ROUTE",
+    multiple=True,
+    help="A route with queues here, which the worker serves, too; several, also with commas. Those that the rules in"
+    " your dagster.yaml name are here anyway.",
+)
 @click.option("--no-worker", is_flag=True, help="Start no worker: runs wait in the queue.")
-def dev(file: Path | None, module: str | None, port: int | None, home: Path | None, *, no_worker: bool) -> None:
+def dev(
+    file: Path | None,
+    module: str | None,
+    port: int | None,
+    home: Path | None,
+    routes: tuple[str, ...],
+    *,
+    no_worker: bool,
+) -> None:
     """Run Dagster's UI, its daemon, a worker and an embedded SQS on this machine; one Ctrl-C stops them all.
 
     Without -f and -m: the project of this folder, if it has workspace.yaml or a pyproject.toml with [tool.dagster];
@@ -34,13 +51,16 @@ def dev(file: Path | None, module: str | None, port: int | None, home: Path | No
     Example:
       dagster-taskiq dev
       dagster-taskiq dev -f my_definitions.py --port 3000
+      dagster-taskiq dev -q gpu
     """
     if file is not None and module is not None:
         raise click.UsageError("give -f or -m, not both")
+    from dagster_taskiq._route_rules import routes_of
     from dagster_taskiq.local.dev import serve
 
     code = ["-f", str(file)] if file else ["-m", module] if module else None
-    serve(code, home=home, port=port, with_worker=not no_worker, print_line=print_line)
+    named = routes_of("-q", ",".join(routes)) if routes else ()
+    serve(code, home=home, port=port, with_worker=not no_worker, routes=named, print_line=print_line)
 
 
 _COLOURS = {"dev": "green", "worker": "cyan", "dagster": "blue", "aws": "yellow"}

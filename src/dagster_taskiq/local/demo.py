@@ -209,7 +209,8 @@ def complaints(
 def run_demo(print_line: Callable[[str], None], show: Callable[[Outcome], None], *, within_s: float = 120) -> bool:
     """Run all scenes; True if all was as promised. Raises `DagsterTaskiqError`, or `StopRequested`."""
     # Fast. The grace period is that of the scene.
-    config = {"wait_time_seconds": 2, "visibility_timeout_seconds": 10, "status_poll_seconds": 2, "drain_seconds": 0}
+    config: dict[str, Any] = {"wait_time_seconds": 2, "visibility_timeout_seconds": 10, "status_poll_seconds": 2}
+    config["drain_seconds"] = 0
     began = time.monotonic()
     with (
         stop_requests() as request,

@@ -19,6 +19,7 @@ from typing import Any, Final
 import yaml
 from dagster import DagsterInstance
 
+from dagster_taskiq._route_rules import rules_of
 from dagster_taskiq.dagster_compat.instance import read_env_file
 from dagster_taskiq.local.instance_config import FILE, InstanceConfig
 from dagster_taskiq.local.process_manager import (
@@ -32,6 +33,7 @@ from dagster_taskiq.local.process_manager import (
     free_port,
     stop_requests,
 )
+from dagster_taskiq.queue_names import DEFAULT_ROUTE
 from dagster_taskiq.settings import TOP_LEVEL_KEYS
 
 REGION: Final = "us-east-1"
@@ -52,9 +54,13 @@ class Playground:
         environ: Mapping[str, str],
         *,
         quiet: bool = False,
+        routes: Sequence[str] = (),
         **config_source: Any,
     ) -> None:
-        """`environ`: what the children's environment begins with."""
+        """`environ`: what the children's environment begins with.
+
+        `routes`: those that the worker serves beside the unnamed one, and those that the rules name.
+        """
         self.home = config.folder
         self.changes: list[str] = []
         """What the user has to know of `dagster.yaml`, in words, if it is his own."""
@@ -62,6 +68,7 @@ class Playground:
         self._manager = manager
         self._environ = environ
         self._quiet = quiet
+        self._asked_routes = routes
         self._config_source = config_source
         self._endpoint = ""
 
@@ -74,6 +81,19 @@ class Playground:
     def endpoint_url(self) -> str:
         """URL of the emulator, with credentials that are valid only there."""
         return f"http://emulator:emulator@{self._endpoint}"
+
+    @property
+    def routes(self) -> list[str]:
+        """The routes with queues and a worker here; the unnamed one alone, if nobody names others."""
+        source = self._launcher().get("config_source") or {}
+        ruled = [rule.route for rule in rules_of("routes", source.get("routes") or ())]
+        return list(dict.fromkeys([DEFAULT_ROUTE, *ruled, *self._asked_routes]))
+
+    def _launcher(self) -> Mapping[str, Any]:
+        """Its configuration, as `dagster.yaml` has it."""
+        document = yaml.safe_load((self.home / FILE).read_text("utf-8"))
+        config: Mapping[str, Any] = document["run_launcher"]["config"]
+        return config
 
     @property
     def environment(self) -> dict[str, str]:
@@ -102,10 +122,10 @@ class Playground:
 
     def _create_queues(self) -> None:
         # What `dagster.yaml` says, without it: a command that opens no instance is there a second earlier.
-        launcher = yaml.safe_load((self.home / FILE).read_text("utf-8"))["run_launcher"]["config"]
+        queue = {key: value for key, value in self._launcher().items() if key in TOP_LEVEL_KEYS}
         done = subprocess.run(  # noqa: S603 - our own interpreter and our own arguments
-            [*COMMAND_LINE, "queue", "create", "-y", "/dev/stdin"],
-            input=yaml.safe_dump({key: value for key, value in launcher.items() if key in TOP_LEVEL_KEYS}),
+            [*COMMAND_LINE, "queue", "create", "-y", "/dev/stdin", "--route", ",".join(self.routes)],
+            input=yaml.safe_dump(queue),
             env=self.environment,
             capture_output=True,
             text=True,
@@ -126,6 +146,7 @@ class Playground:
     def start_worker(self) -> ManagedProcess:
         """Start a worker, without waiting until it is ready."""
         command = [*COMMAND_LINE, "worker", "start", "--log-level", "WARNING" if self._quiet else "INFO"]
+        command += ["-q", ",".join(self.routes)]
         return self._manager.start("worker", command, self.environment, patience_s=15, quiet=self._quiet)
 
     def wait_for_worker(self, worker: ManagedProcess) -> None:
@@ -173,15 +194,17 @@ def playground(
     print_line: Callable[[str, str], None],
     *,
     quiet: bool = False,
+    routes: Sequence[str] = (),
     **config: Any,
 ) -> Iterator[tuple[Playground, ProcessManager]]:
     """A playground. All its processes end with the block.
 
-    `find`: its configuration, given a temporary folder, which is removed at the end. Raises `StartFailed`.
+    `find`: its configuration, given a temporary folder, which is removed at the end. `routes`: as in `Playground`.
+    Raises `StartFailed`.
     """
     with tempfile.TemporaryDirectory(prefix="dagster-taskiq-", ignore_cleanup_errors=True) as temporary:
         manager = ProcessManager(request, print_line)
-        ground = Playground(find(Path(temporary)), manager, environ, quiet=quiet, **config)
+        ground = Playground(find(Path(temporary)), manager, environ, quiet=quiet, routes=routes, **config)
         try:
             yield ground, manager
         finally:
@@ -221,11 +244,13 @@ def serve(
     home: Path | None,
     port: int | None,
     with_worker: bool,
+    routes: Sequence[str] = (),
     print_line: Callable[[str, str], None],
 ) -> None:
     """`dagster-taskiq dev`: run everything until a signal comes. Raises `StartFailed` when a process ends before.
 
     `code`: arguments of `dagster dev` that say what is served; None: what `code_of` says of the current folder.
+    `routes`: as in `Playground`.
     The environment of this process, `.env` in the current folder and the user's own `dagster.yaml` are everybody's.
     """
     _take_env_file()
@@ -250,6 +275,7 @@ def serve(
             request,
             os.environ,
             print_line,
+            routes=routes,
             **config,
         ) as (ground, manager),
     ):

@@ -101,6 +101,13 @@ def tells_job():
 defs = dg.Definitions(jobs=[tells_job])
 """
 
+RULE = """
+run_launcher:
+  module: dagster_taskiq.launcher
+  class: TaskiqRunLauncher
+  config: {config_source: {wait_time_seconds: 2, routes: [{route: gpu, job: 'tells_*'}]}}
+"""
+
 
 @pytest.mark.long
 def test_runs_have_the_users_own_environment_and_storage(tmp_path: Path) -> None:
@@ -109,10 +116,16 @@ def test_runs_have_the_users_own_environment_and_storage(tmp_path: Path) -> None
     home.mkdir()
     (here / "mine.py").write_text(MINE)
     (here / ".env").write_text("IN_THE_FILE=yes\nAWS_REGION=eu-north-1\n")
-    own = f"storage: {{sqlite: {{base_dir: {tmp_path / 'my-database'}}}}}\nrun_retries: {{enabled: true}}\n"
+    own = f"storage: {{sqlite: {{base_dir: {tmp_path / 'my-database'}}}}}\nrun_retries: {{enabled: true}}\n" + RULE
     (home / "dagster.yaml").write_text(own)
     environ = {"AWS_ACCESS_KEY_ID": "my-own", "DAGSTER_MINE": "1", "DAGSTER_HOME": str(home), "AWS_REGION": "us-west-2"}
-    with dev(tmp_path, "-f", "mine.py", here=here, **environ) as running:
+    with dev(tmp_path, "-f", "mine.py", "-q", "large", here=here, **environ) as running:
+        queues = running.told(r"is ready: it listens to (.*)")
+        assert [name.split()[0] for name in queues.split(", then ")] == [
+            "dagster-tasks",
+            "dagster-tasks-gpu",
+            "dagster-tasks-large",
+        ]
         dagster = Dagster(running.told(r"Dagster's UI: (\S+)"))
         run_id = dagster.launch("mine.py", "tells_job")
         dagster.wait_for_status(run_id, "SUCCESS")
@@ -124,6 +137,7 @@ def test_runs_have_the_users_own_environment_and_storage(tmp_path: Path) -> None
             "DAGSTER_MINE is 1",
             "IN_THE_FILE is yes",
         ]
+        assert any("Submitted to queue dagster-tasks-gpu " in event.message for event in dagster.events(run_id))
         running.process.send_signal(signal.SIGINT)
         assert running.process.wait(50) == 0, running.say()
     assert (home / "dagster.yaml").read_text() == own
