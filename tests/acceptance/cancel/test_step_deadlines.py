@@ -17,19 +17,8 @@ from tests.support.shown import show_at_the_end
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
 
-BESIDES = {
-    "multiprocess": (
-        "sync",
-        "asynchronous",
-        "new_session",
-        "to_thread",
-        "c_call",
-        "retried",
-        "retried_c_call",
-        "tagged",
-    ),
-    "taskiq": ("sync", "asynchronous", "new_session", "to_thread", "c_call", "retried", "retried_c_call", "tagged"),
-}
+BESIDES = ("sync", "asynchronous", "new_session", "to_thread", "c_call", "retried", "retried_c_call", "tagged")
+"""What differs where a step has a process of its own."""
 CASES = (
     *(Case(kind, "in-process") for kind in (*GRAPHS, *ASSETS) if kind != "retried_c_call"),
     *(Case(kind, executor) for executor in ("multiprocess", "taskiq") for kind in BESIDES),
