@@ -16,7 +16,7 @@ The parts are in `steps`: submission, tracking, stopping. Knows Dagster's plan; 
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from dagster import DagsterEvent
@@ -39,6 +39,7 @@ from dagster_taskiq.steps.routes import route_of_step, route_steps
 from dagster_taskiq.steps.stopping import Stopping
 from dagster_taskiq.steps.submission import Submission
 from dagster_taskiq.steps.tracking import Tracking
+from dagster_taskiq.steps.unserved import Unserved
 from dagster_taskiq.storage import step_events
 from dagster_taskiq.storage.celery_tags import warning_of_steps
 from dagster_taskiq.storage.engine_events import goes_on_elsewhere
@@ -162,11 +163,14 @@ class _Loop:
         self._tracking = Tracking(plan)
         self._submission = Submission(plan)
         self._stopping = Stopping(plan, self._tracking)
+        self._unserved = Unserved(plan)
 
     def run(self) -> Iterator[DagsterEvent]:
         plan, tracking = self._plan, self._tracking
         if plan.context.resume_from_failure:
-            yield from tracking.resume()
+            for event in tracking.resume():
+                self._unserved.remember(event)
+                yield event
             # A message may or may not have been sent: a second one is harmless, because an attempt is claimed once.
             self._submission.add(tracking.unsent)
         try:
@@ -181,6 +185,7 @@ class _Loop:
                 tracking.look_after_workers()
                 list(plan.active.concurrency_event_iterator(plan.context))
                 self._submission.send_what_is_due()
+                self._unserved.note(self._waiting)
                 plan.rest()
             yield from self._see_off()
             if self._stopping.run_is_being_stopped():
@@ -191,6 +196,12 @@ class _Loop:
                 plan.engine_event("Unexpected exception while steps were at work; stopping them", error=repr(error))
                 yield from self._stopping.cancel_steps()
             raise
+
+    def _waiting(self) -> Mapping[str, str]:
+        """By task id, the steps that were sent and that no worker has, as far as the log was read."""
+        sent = {self._plan.task_id(key): key for key in self._plan.running if key not in self._submission.unsent}
+        workers = self._tracking.open.workers
+        return {task_id: key for task_id, key in sent.items() if task_id not in workers}
 
     def _see_off(self) -> Iterator[DagsterEvent]:
         """Wait for the processes of the last steps: hooks, and resources that are given back, come after their end."""

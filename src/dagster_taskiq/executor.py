@@ -60,6 +60,8 @@ from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.routing import Routing, route_of_run
 from dagster_taskiq.storage.step_claims import StepClaims
 from dagster_taskiq.storage.tags import ROUTE_TAG, TASK_ID_TAG, grace_of, own_tags
+from dagster_taskiq.storage.waiting import serving_steps
+from dagster_taskiq.storage.workers import list_workers
 from dagster_taskiq.tasks.producer import Producer, result_of, work_message
 
 if TYPE_CHECKING:
@@ -189,7 +191,7 @@ class SQSStepHandler(TaskiqStepHandler):
             route = route_of_step(context.step_tags[message.step_key])
             by_route.setdefault(route, []).append(message)
             queue = queue_name(self._settings.of_route(route).steps_queue_url)
-            event = step_events.step_submitted(message.task_id, queue)
+            event = step_events.step_submitted(message.task_id, queue, route)
             DagsterEvent.step_worker_starting(context.get_step_context(message.step_key), event.message, event.facts)
         instance, job_name = contexts[0].instance, contexts[0].dagster_run.job_name
         return [key for route, some in by_route.items() for key in self._launch(instance, some, job_name, route)]
@@ -343,6 +345,11 @@ class SQSStepHandler(TaskiqStepHandler):
         and whoever gets them reports its steps lost much sooner.
         """
         return self._judging(instance).alive(worker_ids)
+
+    def unserved(self, instance: DagsterInstance, routes: set[str]) -> set[str]:
+        """Those of which no living worker takes steps, by the heartbeats of now."""
+        workers = list_workers(instance, self._settings)
+        return {route for route in routes if not serving_steps(workers, self._settings, route)}
 
     def _judging(self, instance: DagsterInstance) -> Heartbeats:
         """One object for all looks: it remembers whom it has seen late."""

@@ -215,7 +215,7 @@ def _look_at_runs(settings: "Settings", routes: "Sequence[str]", visible: int | 
     from dagster_taskiq.queue_names import queue_name
     from dagster_taskiq.storage.fleet import read_hold
     from dagster_taskiq.storage.heartbeats import Heartbeats
-    from dagster_taskiq.storage.waiting import cancelled_runs, serving, waiting_by_route, why_runs_wait
+    from dagster_taskiq.storage.waiting import cancelled_runs, serving_steps, waiting_by_route, why_runs_wait
     from dagster_taskiq.storage.workers import list_workers
 
     with open_instance() as instance:
@@ -227,7 +227,7 @@ def _look_at_runs(settings: "Settings", routes: "Sequence[str]", visible: int | 
         return RunsSeen(
             {route: waiting[route] for route in routes if route in waiting},
             {route: held or why_runs_wait(workers, settings, route) for route in routes},
-            [route for route in routes if not any(one.steps for one in serving(workers, settings, route))],
+            [route for route in routes if not serving_steps(workers, settings, route)],
             cancelled_runs(instance, workers, visible),
             _unusable(living, queue_name(settings.queue_url)),
             hold,

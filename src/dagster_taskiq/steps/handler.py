@@ -48,6 +48,10 @@ class TaskiqStepHandler(StepHandler):
     def workers_alive(self, instance: DagsterInstance, worker_ids: set[str]) -> set[str]:
         """Those that live, or may have living children."""
 
+    @abstractmethod
+    def unserved(self, instance: DagsterInstance, routes: set[str]) -> set[str]:
+        """Those of the routes of which no worker that takes steps is alive."""
+
     @property
     @abstractmethod
     def interrupted_steps(self) -> InterruptedSteps:

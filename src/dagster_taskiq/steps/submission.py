@@ -1,7 +1,7 @@
 """Send the steps of a run that are due, many at a time, and again what could not be sent. Knows a step handler."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 
 from dagster_taskiq.dagster_compat.execution import ExecutionStep, StepHandlerContext
@@ -20,6 +20,11 @@ class Submission:
         self._unsent: dict[str, ExecutionStep] = {}
         self._tries = 0
         self._send_at = 0.0
+
+    @property
+    def unsent(self) -> Collection[str]:
+        """The keys of the steps that are still to be sent."""
+        return self._unsent.keys()
 
     def add(self, steps: Sequence[ExecutionStep]) -> None:
         """They are to be sent."""

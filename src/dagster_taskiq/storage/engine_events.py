@@ -19,6 +19,7 @@ from dagster_taskiq.cancellation.words import asked, by_whom, what_stops
 
 STAGE_KEY: Final = "dagster-taskiq/stage"
 WORKER_KEY: Final = "dagster-taskiq/worker"
+ROUTE_KEY: Final = "route"
 TASK_ID_KEY: Final = "dagster-taskiq/task_id"
 PATIENCE_KEY: Final = "waits at most (s)"
 WHY_KEY: Final = "why"

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from dagster_taskiq._text import duration
+from dagster_taskiq.queue_names import DEFAULT_ROUTE
 from dagster_taskiq.storage.engine_events import (
     ATTEMPT_KEY,
     INTERRUPTED_KEY,
@@ -10,6 +11,7 @@ from dagster_taskiq.storage.engine_events import (
     MOST_INTERRUPTIONS_KEY,
     PATIENCE_KEY,
     RETRY_KEY,
+    ROUTE_KEY,
     TASK_ID_KEY,
     WHY_KEY,
     WORKER_KEY,
@@ -20,11 +22,22 @@ from dagster_taskiq.storage.engine_events import (
 )
 
 
-def step_submitted(task_id: str, queue: str) -> EngineEvent:
+def step_submitted(task_id: str, queue: str, route: str) -> EngineEvent:
     """The executor has sent a step to its queue."""
-    return EngineEvent(
-        Stage.SUBMITTED, f"Submitted to queue {queue} as task {task_id}", {TASK_ID_KEY: task_id, "queue": queue}
-    )
+    facts = {TASK_ID_KEY: task_id, "queue": queue, ROUTE_KEY: route}
+    return EngineEvent(Stage.SUBMITTED, f"Submitted to queue {queue} as task {task_id}", facts)
+
+
+def steps_without_worker(route: str, steps: Sequence[str]) -> EngineEvent:
+    """Steps were sent a minute ago or more, and nobody serves their route. Once for each route."""
+    if route == DEFAULT_ROUTE:
+        message = "steps wait, and no worker that takes steps is alive; start one with `dagster-taskiq worker start`"
+    else:
+        message = (
+            f"steps wait for route {route}, of which no worker that takes steps is alive; start one with"
+            f" `dagster-taskiq worker start -q {route}`"
+        )
+    return EngineEvent(Stage.WAITING, message, {ROUTE_KEY: route, "steps": listed(steps)}, warns=True)
 
 
 def forwarding(steps: Sequence[str], patience_s: float) -> EngineEvent:

@@ -239,6 +239,11 @@ def serving_runs(workers: Iterable[WorkerInfo], settings: Settings, route: str) 
     return [one for one in serving(workers, settings, route) if one.runs]
 
 
+def serving_steps(workers: Iterable[WorkerInfo], settings: Settings, route: str) -> list[WorkerInfo]:
+    """Those of them that take steps."""
+    return [one for one in serving(workers, settings, route) if one.steps]
+
+
 def no_worker(route: str, what: str) -> str:
     """Nobody serves a route. `what`: "runs" or "steps"."""
     if route == DEFAULT_ROUTE:
