@@ -18,22 +18,23 @@ if TYPE_CHECKING:
 
 
 def values_and_runs(
-    instance: DagsterInstance, prefix: str, status: DagsterRunStatus
-) -> tuple[dict[str, str], set[str]]:
+    instance: DagsterInstance, prefix: str, status: DagsterRunStatus, others: Iterable[DagsterRunStatus]
+) -> tuple[dict[str, str], set[str], bool]:
     """All keys that begin so, without that beginning, and their values; and the ids of all runs of that status.
 
-    In one query.
+    And whether there is a run of one of the other statuses. In one query.
     """
     from dagster._core.storage.runs.schema import KeyValueStoreTable, RunsTable
-    from sqlalchemy import null, select, union_all
+    from sqlalchemy import literal, null, select, union_all
 
     table, runs = KeyValueStoreTable.c, RunsTable.c
     values = select(table.key, table.value).where(table.key.startswith(prefix, autoescape=True))
     ids = select(runs.run_id, null()).where(runs.status == status.value)
+    other = select(runs.run_id).where(runs.status.in_([one.value for one in others])).limit(1).subquery()
     with _sql_storage(instance).connect() as connection:
-        rows = connection.execute(union_all(values, ids)).fetchall()
-    stored = {row[0].removeprefix(prefix): row[1] for row in rows if row[1] is not None}
-    return stored, {row[0] for row in rows if row[1] is None}
+        rows = connection.execute(union_all(values, ids, select(literal(""), other.c.run_id))).fetchall()
+    stored = {row[0].removeprefix(prefix): row[1] for row in rows if row[0] and row[1] is not None}
+    return stored, {row[0] for row in rows if row[1] is None}, any(not row[0] for row in rows)
 
 
 def read_values(instance: DagsterInstance, keys: Iterable[str]) -> dict[str, str]:

@@ -32,6 +32,7 @@ from dagster_taskiq.storage.tags import TASK_ID_TAG, own_tags, was_stopped
 
 logger = logging.getLogger(__name__)
 
+_WAITING: Final = (DagsterRunStatus.NOT_STARTED, DagsterRunStatus.QUEUED, DagsterRunStatus.STARTING)
 _PREFIX: Final = "dagster-taskiq/claim/"
 """With a run's id, a UUID, it is shorter than the 64 characters that MySQL's unique index has of a key."""
 _BATCH: Final = 500
@@ -141,10 +142,10 @@ class Claims:
         """Who holds the claim on a run; None: nobody. `without_message`: see `owners`."""
         return self.owners([run_id], without_message=without_message).get(run_id)
 
-    def unfinished(self) -> tuple[dict[str, Claim], set[str]]:
-        """All claims by run, and the runs that are CANCELING, in one query."""
-        values, canceling = values_and_runs(self.instance, _PREFIX, DagsterRunStatus.CANCELING)
-        return {run_id: _parsed(value, run_id) for run_id, value in values.items()}, canceling
+    def unfinished(self) -> tuple[dict[str, Claim], set[str], bool]:
+        """All claims by run, the runs that are CANCELING, and whether any run waits for its start, in one query."""
+        values, canceling, waits = values_and_runs(self.instance, _PREFIX, DagsterRunStatus.CANCELING, _WAITING)
+        return {run_id: _parsed(value, run_id) for run_id, value in values.items()}, canceling, waits
 
     # Changing
 

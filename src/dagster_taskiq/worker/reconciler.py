@@ -76,6 +76,8 @@ class LostRuns:
         self._in_doubt = False
         self._may_live: set[str] = set()
         """Workers that may only lack the database: what they have goes on there."""
+        self.any_waits = False
+        """Whether, at the last look, a run waited for its start."""
         self._led: Collection[str] = ()
         self._served: set[str] | None = None
         """The routes of which workers live that take runs, once that was asked in this look."""
@@ -87,7 +89,7 @@ class LostRuns:
         """
         self._led, self._served = led, None
         claims = self._context.claims
-        rows, canceling = claims.unfinished()
+        rows, canceling, self.any_waits = claims.unfinished()
         me = self._context.worker_id
         held = {claim.worker_id for claim in rows.values() if claim.state is ClaimState.HELD}
         alive, in_doubt = claims.heartbeats.look(held - {me})
@@ -223,9 +225,10 @@ class Reconciler:
                 pause_s = self._every_s
                 try:
                     if led := await self._lane.call(self._lead):
-                        await self._lane.call(self._queue_ttl.look)
                         for lost in await self._lane.call(self._lost.look, led):
                             self._begin(lost, finishing)
+                        if self._lost.any_waits:
+                            await self._lane.call(self._queue_ttl.look)
                         pause_s = self._lost.next_look_in(self._every_s)
                 except Exception as error:  # noqa: BLE001 - the database, above all; the next look is soon
                     logger.warning("cannot look for lost runs: %s", error)

@@ -85,7 +85,7 @@ def test_they_come_to_their_end(endpoint: str, led_by_the_dead: bool) -> None:
                     platform.assert_nothing_left(run_id)
         assert cleans.mark_counts(stopped)["undo"] == 1, cleans.marks(stopped)
         claims = Claims(platform.instance, Heartbeats.of_runs(platform.instance, platform.launcher.settings))
-        assert claims.unfinished() == ({}, set()), "nothing is left of them"
+        assert claims.unfinished() == ({}, set(), False), "nothing is left of them"
         for one, run_id in begun:
             named = any("worker dies-" in line and "is gone" in line for line in platform.story(run_id))
             assert named or one is not plain, platform.story(run_id)

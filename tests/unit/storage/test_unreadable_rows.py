@@ -95,7 +95,7 @@ def test_a_damaged_claim_is_taken_over_and_hides_no_other_one(instance: DagsterI
     claims, run, other = Claims.of(instance, SETTINGS), run_of(instance), run_of(instance)
     assert claims.take(other, "well", "task", "here", None)
     put_value(instance, f"dagster-taskiq/claim/{run.run_id}", damaged)
-    rows, _ = claims.unfinished()
+    rows, *_ = claims.unfinished()
     assert rows.keys() == {run.run_id, other.run_id}
     owner = claims.owner(run.run_id)
     assert owner is not None
