@@ -14,6 +14,7 @@ from dagster_taskiq.launcher import TaskiqRunLauncher
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.code_locations import why_it_waits
+from dagster_taskiq.storage.event_log import run_will_resume
 from dagster_taskiq.storage.queue_ttl import ttl_of
 from dagster_taskiq.storage.routing import route_of_run
 from dagster_taskiq.storage.step_claims import StepClaims
@@ -103,10 +104,12 @@ def _surroundings(
     around = look_around(instance, settings)
     owner = around.owner(Claims.of(instance, settings).read([run.run_id]).get(run.run_id))
     is_queued = run.status is DagsterRunStatus.QUEUED
-    pools = waits_for_pools(instance, [run.run_id]) if run.status is DagsterRunStatus.STARTED else {}
+    is_started = run.status is DagsterRunStatus.STARTED
+    pools = waits_for_pools(instance, [run.run_id]) if is_started else {}
     return replace(
         around.common.of_route(route),
         owner=owner,
+        can_resume=is_started and owner is not None and run_will_resume(instance, run.run_id),
         steps=_steps(instance, run.run_id, around),
         pools=pools.get(run.run_id, ()),
         queue=places_in_queue(instance, [run])[run.run_id] if is_queued else None,

@@ -50,7 +50,7 @@ OF_THE_RUN: Final = frozenset(
         Kind.ENGINE_EVENT,
     }
 )
-_DETAILS: Final = frozenset({Kind.ENGINE_EVENT, Kind.STEP_FAILURE, Kind.STEP_UP_FOR_RETRY})
+_DETAILS: Final = frozenset({Kind.ENGINE_EVENT, Kind.STEP_WORKER_STARTING, Kind.STEP_FAILURE, Kind.STEP_UP_FOR_RETRY})
 _MOST_ROWS: Final = 200_000
 _MOST_DETAILS: Final = 4_000
 _FIRST: Final = 500
@@ -127,8 +127,8 @@ def _logged(row: EventRow) -> Logged:
 
 
 def _facts(event: DagsterEvent) -> dict[str, Any]:
-    """Of Dagster's own engine events: a process id, a pool."""
-    if not event.is_engine_event:
+    """Of Dagster's own engine events: a process id, a pool; the route that a step was sent to."""
+    if not event.is_engine_event and event.event_type is not Kind.STEP_WORKER_STARTING:
         return {}
     return {key: getattr(value, "value", None) for key, value in event.engine_event_data.metadata.items()}
 

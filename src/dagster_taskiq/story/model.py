@@ -60,6 +60,8 @@ class Bar:
     worker: str | None = None
     attempt: int = 1
     note: str = ""
+    route: str | None = None
+    """Of a step of `taskiq_executor`: where it was sent. None: not known."""
 
     @property
     def first(self) -> float:

@@ -6,7 +6,7 @@ from typing import Final
 
 from dagster import DagsterEventType as Kind
 
-from dagster_taskiq.storage.engine_events import WHY_KEY, WORKER_KEY, Stage
+from dagster_taskiq.storage.engine_events import ROUTE_KEY, WHY_KEY, WORKER_KEY, Stage
 from dagster_taskiq.story.log import Logged
 from dagster_taskiq.story.model import Bar, BarKind, Outcome, importance
 
@@ -30,6 +30,7 @@ class _Attempt:
     ended: float | None = None
     outcome: Outcome = Outcome.GOING_ON
     worker: str | None = None
+    route: str | None = None
     killed: bool = False
     note: str = ""
 
@@ -53,6 +54,7 @@ class StepBars:
         elif event.kind == Kind.STEP_WORKER_STARTING.value:
             attempt = self._open(event.step_key, new=lambda last: last.ended is not None)
             attempt.sent_at = attempt.sent_at or event.at
+            attempt.route = str(event.facts[ROUTE_KEY]) if ROUTE_KEY in event.facts else None
         elif event.kind in _BEGINS:
             attempt = self._open(event.step_key, new=lambda last: last.began is not None)
             attempt.began = event.at
@@ -118,6 +120,7 @@ class StepBars:
             outcome=attempt.outcome,
             waited_since=attempt.sent_at,
             worker=attempt.worker,
+            route=attempt.route,
             attempt=attempt.number,
             note=attempt.note,
         )

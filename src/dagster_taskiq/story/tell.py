@@ -15,7 +15,7 @@ from dagster_taskiq.story.model import Bar, BarKind, Moment, Outcome, Story, wit
 from dagster_taskiq.story.phases import FINAL, FOR_WORKER, IN_QUEUE, Phases
 from dagster_taskiq.story.steps import StepBars
 from dagster_taskiq.story.surroundings import Surroundings
-from dagster_taskiq.story.text import clock, duration
+from dagster_taskiq.story.text import RESUMES, clock, duration
 from dagster_taskiq.story.waits import what_it_waits_for
 
 MOST_STEPS: Final = 200
@@ -196,12 +196,9 @@ _HINTS: Final[Mapping[str, tuple[str, ...]]] = {
     "was killed by SIG": ("Somebody or something on the worker's machine has sent the signal: look at its log.",),
     ", is gone": (
         "Look why the worker ended: its log, and the stopped reason of its container.",
-        "To have such runs resumed: run_monitoring: {enabled: true, max_resume_run_attempts: 3} in dagster.yaml.",
+        f"To have such runs resumed: {RESUMES}.",
     ),
-    "shut down": (
-        "The worker was stopped (deploy, scale-in, spot). To have such runs resumed: run_monitoring:"
-        " {enabled: true, max_resume_run_attempts: 3} in dagster.yaml.",
-    ),
+    "shut down": (f"The worker was stopped (deploy, scale-in, spot). To have such runs resumed: {RESUMES}.",),
     "run timed out: ": (
         "Look what took so long. It may take longer with a larger limit: the tag dagster-taskiq/timeout_seconds, or"
         " Dagster's own that is named above.",

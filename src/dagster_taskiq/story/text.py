@@ -1,10 +1,17 @@
 """Durations and times in words."""
 
 from datetime import UTC, datetime
+from typing import Final
 
 from dagster_taskiq._text import duration, one_line
 
-__all__ = ["clock", "date_and_clock", "duration", "one_line"]
+__all__ = ["RESUMES", "clock", "date_and_clock", "duration", "one_line"]
+
+RESUMES: Final = (
+    "run_monitoring: {enabled: true, max_resume_run_attempts: 3} in dagster.yaml, or, for runs of taskiq_executor,"
+    " interrupted_steps: retry in config_source"
+)
+"""What has runs go on whose worker was stopped, or has died."""
 
 
 def clock(at: float) -> str:

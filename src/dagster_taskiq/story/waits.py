@@ -11,7 +11,7 @@ from dagster_taskiq.story.model import Bar, Outcome, Wait
 from dagster_taskiq.story.phases import Phases
 from dagster_taskiq.story.steps import WAITS
 from dagster_taskiq.story.surroundings import ALIVE, SILENT, PoolWait, QueuePlace, StepOwner, Surroundings
-from dagster_taskiq.story.text import clock, duration
+from dagster_taskiq.story.text import RESUMES, clock, duration
 
 QUIET_AFTER_S: Final = 60.0
 """A step that has written nothing for so long may hang."""
@@ -261,9 +261,9 @@ def _started(phases: Phases, steps: Sequence[Bar], log: Log, around: Surrounding
         return
     if around.owner.state != ALIVE:
         wait = _dead_owner(around)
-        then = (
-            "then it is resumed" if around.can_resume else "then it becomes FAILURE: run monitoring does not resume it"
-        )
+        then = "then it is resumed"
+        if not around.can_resume:
+            then = f"then it becomes FAILURE; what would have resumed it: {RESUMES}"
         yield replace(wait, advice=(*wait.advice, then))
         return
     if phases.lingers is not None:
@@ -274,7 +274,7 @@ def _started(phases: Phases, steps: Sequence[Bar], log: Log, around: Surrounding
     yield from map(_pool, around.pools)
     waiting = [bar for bar in steps if bar.outcome is Outcome.GOING_ON and bar.note == WAITS]
     if waiting and not around.pools:
-        yield from _steps_without_worker(waiting, around)
+        yield from _steps_by_route(waiting, around)
     working = [bar for bar in steps if bar.outcome is Outcome.GOING_ON and bar.note != WAITS]
     for bar in working[:_NAMED]:
         last = max(log.latest.get(bar.label, bar.began), bar.began)
@@ -306,21 +306,32 @@ def _look_inside(pid: int | None, where: str) -> str:
     return f"look what it does: py-spy dump --pid {pid if pid is not None else 'PID'} on {on}; and its compute logs"
 
 
+def _steps_by_route(waiting: Sequence[Bar], around: Surroundings) -> Iterator[Wait]:
+    """Of very many steps, only those that were read in full have a route: those are the ones to judge by."""
+    by_route: dict[str, list[Bar]] = {}
+    for bar in [bar for bar in waiting if bar.route is not None] or waiting:
+        by_route.setdefault(bar.route or around.route, []).append(bar)
+    for route, bars in by_route.items():
+        yield from _steps_without_worker(bars, around if route == around.route else around.of_route(route))
+
+
 def _steps_without_worker(waiting: Sequence[Bar], around: Surroundings) -> Iterator[Wait]:
+    """`around`: of the route of these steps."""
     since = min(bar.first for bar in waiting)
     if around.now - since < 2:
         return
     named = ", ".join(bar.label for bar in waiting[:_NAMED])
     which = f"{len(waiting)} steps that were sent ({named}{', …' if len(waiting) > _NAMED else ''})"
+    of_route = f" of route {around.route}" if around.route != DEFAULT_ROUTE else ""
     if not around.step_slots:
-        what = f"{which}: no worker that takes steps is alive"
-        yield Wait(what, since, None, (_start_a_worker(around),), cause="no worker for its steps")
+        what = f"{which}: no worker{of_route} that takes steps is alive"
+        yield Wait(what, since, None, (_start_a_worker(around),), cause=f"{_no_worker(around)} for its steps")
     elif around.free_step_slots <= 0:
         advice = (_WHICH_WORK, "start more workers, or give them more slots: --max-steps")
-        what = f"{which}: no free slot, {around.step_slots} of {around.step_slots} are taken"
+        what = f"{which}: no free slot{of_route}, {around.step_slots} of {around.step_slots} are taken"
         yield Wait(what, since, None, advice, cause="no free slot for its steps")
     else:
-        what = f"{which}: their processes are starting, or a worker is about to receive them"
+        what = f"{which}: their processes are starting, or a worker{of_route} is about to receive them"
         yield Wait(what, since, cause="its steps to begin")
 
 

@@ -7,10 +7,11 @@ from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRunS
 from dagster._core.storage.event_log import SqlEventLogStorageTable
 from dagster._core.test_utils import create_run_for_test
 
-from dagster_taskiq.dagster_compat.api import serialize_value
+from dagster_taskiq.dagster_compat.api import EngineEventData, serialize_value
+from dagster_taskiq.storage.step_events import step_submitted
 from dagster_taskiq.story.log import read_log
-from dagster_taskiq.story.model import BarKind
-from dagster_taskiq.story.steps import most_important
+from dagster_taskiq.story.model import BarKind, Outcome
+from dagster_taskiq.story.steps import StepBars, most_important
 from dagster_taskiq.story.surroundings import Surroundings
 from dagster_taskiq.story.tell import RunFacts, tell
 
@@ -54,3 +55,22 @@ def test_of_fifty_thousand_events_few_are_read_in_full() -> None:
     assert len(steps) == 200
     assert (steps["step_5555"], steps["step_7777"]) == ("failed", "going on")
     assert story.hidden_steps == {"succeeded": STEPS - 200}
+
+
+def test_where_a_step_was_sent_is_read() -> None:
+    event = step_submitted("task", "tasks-gpu-steps", "gpu")
+    with DagsterInstance.ephemeral() as instance:
+        run = create_run_for_test(instance, status=DagsterRunStatus.STARTED)
+        sent = DagsterEvent(
+            Kind.STEP_WORKER_STARTING.value,
+            run.job_name,
+            step_key="train",
+            event_specific_data=EngineEventData(metadata=dict(event.facts)),
+            message=event.message,
+        )
+        instance.report_dagster_event(sent, run.run_id)
+        log = read_log(instance, run.run_id, lambda events: most_important(events, 2))
+    steps = StepBars()
+    for logged in log.events:
+        steps.take(logged)
+    assert [(bar.label, bar.route) for bar in steps.bars(0.0, None, Outcome.LOST)] == [("train", "gpu")]

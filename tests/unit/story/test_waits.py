@@ -15,7 +15,15 @@ from dagster_taskiq.storage.engine_events import (
 from dagster_taskiq.storage.step_events import waiting_for_steps
 from dagster_taskiq.story.log import Log
 from dagster_taskiq.story.model import Story, Wait
-from dagster_taskiq.story.surroundings import Messages, OwnerFacts, PoolWait, QueuePlace, StepOwner, Surroundings
+from dagster_taskiq.story.surroundings import (
+    Messages,
+    OwnerFacts,
+    PoolWait,
+    QueuePlace,
+    RouteFacts,
+    StepOwner,
+    Surroundings,
+)
 from dagster_taskiq.story.tell import STATUSES, tell
 
 ROOM = {"workers_alive": 1, "slots": 4, "free_slots": 2, "step_slots": 4, "free_step_slots": 4}
@@ -56,7 +64,7 @@ STARTING, STARTED, CANCELING = "Submitted to queue", "PIPELINE_START", "PIPELINE
         (STARTING, {**ROOM, "messages": Messages(trouble="refused")}, ["the queue did not answer: refused"]),
         (STARTING, {**ROOM, "owner": ALIVE}, ["worker w-1 starts it"]),
         ("PIPELINE_STARTING", ROOM, ["it was not sent to a queue yet"]),
-        (STARTED, {**ROOM, "owner": DEAD}, ["its worker w-1 is dead", "then it becomes FAILURE"]),
+        (STARTED, {**ROOM, "owner": DEAD}, ["worker w-1 is dead", "then it becomes FAILURE; ", "interrupted_steps: "]),
         (STARTED, {**ROOM, "owner": DEAD, "can_resume": True}, ["then it is resumed"]),
         (STARTED, {"owner": DEAD}, ["no worker is alive to do it"]),
         (STARTED, {**ROOM, "owner": replace(DEAD, state="silent")}, ["is silent", "if it is dead, another one"]),
@@ -158,6 +166,31 @@ def test_steps_that_were_sent_and_that_no_worker_takes() -> None:
     assert "2 steps that were sent (step_0, step_1): no worker that takes steps is alive" in told(
         tell(facts, log, Surroundings(now, owner=ALIVE)).waits
     )
+
+
+@pytest.mark.parametrize(
+    ("routes", "says"),
+    [
+        (("gpu", "gpu"), ["2 steps that were sent (step_0, step_1): no worker of route gpu that takes steps is alive",
+                          "start one: dagster-taskiq worker start -q gpu;"]),
+        (("big", "big"), ["no free slot of route big, 3 of 3 are taken", "--max-steps"]),
+        (("gpu", "default"), ["1 steps that were sent (step_0): no worker of route gpu", "(step_1): their"]),
+        (("gpu", None), ["1 steps that were sent (step_0): no worker of route gpu"]),
+        ((None, None), ["2 steps that were sent (step_0, step_1): their processes are starting, or a worker is about"]),
+    ],
+)  # fmt: skip
+def test_a_step_waits_for_a_worker_of_its_own_route(routes: tuple[str | None, ...], says: list[str]) -> None:
+    facts, log = replayed("steps_cancelled")
+    sent = [number for number, event in enumerate(log.events) if event.kind == "STEP_WORKER_STARTING"]
+    events = list(log.events[: sent[-1] + 1])
+    for number, route in zip(sent, routes, strict=True):
+        events[number] = replace(events[number], facts={"route": route} if route else {})
+    served = {"default": RouteFacts(1, 4, 4, 4, 4), "big": RouteFacts(1, 3, 3, 3, 0)}
+    around = Surroundings(events[-1].at + 30, owner=ALIVE, routes=served).of_route("default")
+    waits = tell(replace(facts, status="STARTED", ended=None), replace(log, events=tuple(events)), around).waits
+    assert len(waits) == len(says) if routes[0] != routes[1] and None not in routes else len(waits) == 1, told(waits)
+    for words in says:
+        assert words in told(waits), told(waits)
 
 
 @pytest.mark.parametrize("written", [waiting_for_threads(7, ["upload"], 60, 0), waiting_for_steps(["load"])])
