@@ -4,11 +4,11 @@ Knows how a queue of this package has to be configured; asks AWS with `sqs.probe
 """
 
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Final
 
 from dagster_taskiq.doctor.finding import Finding, line, ok, unknown
-from dagster_taskiq.doctor.permission_checks import look_at_permissions, routes_in
+from dagster_taskiq.doctor.permission_checks import look_at_permissions
 from dagster_taskiq.errors import AccessDenied, DagsterTaskiqError, QueueUnreachable
 from dagster_taskiq.queue_names import DEFAULT_ROUTE, is_fifo, queue_name
 from dagster_taskiq.settings import Settings
@@ -28,8 +28,13 @@ _LONG_HIDDEN_S: Final = 30
 _LONG_KEPT_S: Final = 3_600
 
 
-async def look_at_aws(settings: Settings, queues: dict[str, QueueFacts]) -> AsyncIterator[Finding]:
-    """Credentials, queues, clock, permissions, bucket. Adds the facts about each queue to `queues`, by role."""
+async def look_at_aws(
+    settings: Settings, routes: Sequence[str], queues: dict[tuple[str, str], QueueFacts]
+) -> AsyncIterator[Finding]:
+    """Credentials, queues, clock, permissions, bucket. Adds the facts about each queue to `queues`, by route and role.
+
+    `routes`: whose queues are looked at. Permissions are those for the routes that the settings name.
+    """
     credentials, caller = await _credentials(settings)
     yield credentials
     if credentials.verdict == "error":
@@ -38,13 +43,10 @@ async def look_at_aws(settings: Settings, queues: dict[str, QueueFacts]) -> Asyn
     connection = Connection(settings.region_name, settings.endpoint_url)
     try:
         client = await connection.client()
-        for role, url in queue_urls(settings.queue_url).items():
-            queues[role] = await look_at_queue(client, url)
-            for finding in _queue(role, url, queues[role], settings):
-                yield finding
-        for route in routes_in(settings)[1:]:
+        for route in routes:
             for role, url in queue_urls(settings.of_route(route).queue_url).items():
-                for finding in _queue(role, url, await look_at_queue(client, url), settings, route):
+                facts = queues[route, role] = await look_at_queue(client, url)
+                for finding in _queue(role, url, facts, settings, route):
                     yield finding
         yield _clock(queues)
         for finding in await look_at_permissions(client, settings, caller, bucket):
@@ -158,7 +160,7 @@ def _of_cancels(check: str, url: str, has: Mapping[str, str], _: Settings) -> It
         yield Finding(check, "warning", reason, "dagster-taskiq worker list, and start a worker if none is alive")
 
 
-def _clock(queues: Mapping[str, QueueFacts]) -> Finding:
+def _clock(queues: Mapping[tuple[str, str], QueueFacts]) -> Finding:
     ahead = [facts.clock_ahead_s for facts in queues.values() if facts.clock_ahead_s is not None]
     if not ahead:
         return unknown("clock", "no answer of AWS had its time", "correct what is wrong with the queues first")

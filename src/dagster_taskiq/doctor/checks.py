@@ -8,7 +8,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -24,6 +24,8 @@ from dagster_taskiq.dagster_compat.storage import outages, with_causes
 from dagster_taskiq.doctor.aws_checks import look_at_aws
 from dagster_taskiq.doctor.database_checks import connection_bounds
 from dagster_taskiq.doctor.finding import Finding, line, ok
+from dagster_taskiq.doctor.permission_checks import routes_in
+from dagster_taskiq.doctor.route_checks import known_routes, look_at_workers
 from dagster_taskiq.errors import DriverMissing, SettingsError
 from dagster_taskiq.launcher import TaskiqRunLauncher
 from dagster_taskiq.queue_names import queue_name
@@ -59,11 +61,14 @@ async def examine(settings: Settings | None = None) -> AsyncIterator[Finding]:
             return
         for finding in _of_settings(settings):
             yield finding
-        queues: dict[str, QueueFacts] = {}
-        async for finding in look_at_aws(settings, queues):
+        queues: dict[tuple[str, str], QueueFacts] = {}
+        database, routes = Lane("the database"), routes_in(settings)
+        if instance is not None:
+            routes = await database.call(lambda: known_routes(instance, settings))
+        async for finding in look_at_aws(settings, routes, queues):
             yield finding
         if instance is not None:
-            for finding in await Lane("the database").call(lambda: list(_dagster(instance, settings, queues))):
+            for finding in await database.call(lambda: list(_dagster(instance, settings, routes, queues))):
                 yield finding
     finally:
         if instance is not None:
@@ -192,7 +197,12 @@ def _of_settings(settings: Settings) -> Iterator[Finding]:
 # What is in Dagster's database
 
 
-def _dagster(instance: DagsterInstance, settings: Settings, queues: Mapping[str, QueueFacts]) -> Iterator[Finding]:
+def _dagster(
+    instance: DagsterInstance,
+    settings: Settings,
+    routes: Sequence[str],
+    queues: Mapping[tuple[str, str], QueueFacts],
+) -> Iterator[Finding]:
     yield _run_queue(instance)
     hold = read_hold(instance)
     if hold is not None:
@@ -201,7 +211,8 @@ def _dagster(instance: DagsterInstance, settings: Settings, queues: Mapping[str,
         yield bounds
     yield from _monitoring(instance, settings)
     workers = list_workers(instance, settings, everybody=True)
-    yield from _workers(workers, queues)
+    yield from look_at_workers(instance, settings, routes, workers, queues)
+    yield from _lost(workers)
     yield from _code(instance, settings, workers)
     if hold is None:
         yield from _without_message(instance, settings, workers)
@@ -246,23 +257,7 @@ def _monitoring(instance: DagsterInstance, settings: Settings) -> Iterator[Findi
         yield ok(check, f"on; {instance.run_monitoring_max_resume_run_attempts} attempts to resume")
 
 
-def _workers(workers: Sequence[WorkerInfo], queues: Mapping[str, QueueFacts]) -> Iterator[Finding]:
-    alive = [worker for worker in workers if worker.state == ALIVE]
-    serve: dict[str, Callable[[WorkerInfo], object]] = {
-        "work": lambda worker: worker.runs is None or worker.runs,
-        "steps": lambda worker: worker.steps is None or worker.steps,
-    }
-    start = "dagster-taskiq worker start"
-    if not alive:
-        yield Finding("workers", "error", "none is alive: runs wait", start)
-    else:
-        yield ok("workers", f"{len(alive)} alive")
-        for role, serves in serve.items():
-            waiting = int(queues[role].attributes.get("ApproximateNumberOfMessages", 0)) if role in queues else 0
-            if waiting and not any(serves(worker) for worker in alive):
-                what = "runs" if role == "work" else "steps"
-                repair = f"{start} --{what}-only, or workers without an -only flag"
-                yield Finding("workers", "error", f"{waiting} {what} wait, and no worker takes any", repair)
+def _lost(workers: Sequence[WorkerInfo]) -> Iterator[Finding]:
     lost = [worker for worker in workers if worker.state == DEAD and worker.work]
     if lost:
         names = ", ".join(worker.worker_id for worker in lost)
@@ -271,6 +266,7 @@ def _workers(workers: Sequence[WorkerInfo], queues: Mapping[str, QueueFacts]) ->
         if unfinished:
             repair = "dagster-taskiq worker list --all; start a worker if none is alive"
             yield Finding("lost work", "warning", reason, repair)
+    alive = [worker for worker in workers if worker.state == ALIVE]
     ahead = [worker.worker_id for worker in alive if worker.heard - time.time() > _SKEW_S]
     if ahead:
         reason = f"the clocks of these workers are ahead of this one: {', '.join(ahead)}"
