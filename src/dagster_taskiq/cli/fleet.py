@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dagster import DagsterInstance
 
     from dagster_taskiq.settings import Settings
-    from dagster_taskiq.storage.fleet_state import FleetState
+    from dagster_taskiq.storage.fleet_state import FleetState, RouteState
 
 _LOOK_EVERY_S: Final = 0.5
 _TIMED_OUT: Final = 4
@@ -133,6 +133,9 @@ def release(*, as_json: bool) -> None:
 def status(config_file: Path | None, *, as_json: bool) -> None:
     """Whether the fleet is held, by whom and why, which workers have heard of it, and what still runs.
 
+    Where routes with names are in use, also the workers of each, and the runs that wait for it. A worker of several
+    routes is counted for each, with all that it has at work.
+
     \b
     Example:
       dagster-taskiq fleet status
@@ -169,6 +172,7 @@ def _lines(state: "FleetState") -> "Iterator[str]":
     if state.not_heard:
         yield f"not heard yet, and may begin runs: {', '.join(state.not_heard)}; see: dagster-taskiq worker list"
     yield f"{_at_work(state)}; runs that wait: {state.runs_waiting}"
+    yield from _of_routes(state)
     if state.hold is not None and state.handed_over and state.start_timeout_s is not None:
         yield (
             f"{state.handed_over} of them had been handed over to the workers: Dagster's run monitoring fails a run"
@@ -176,7 +180,16 @@ def _lines(state: "FleetState") -> "Iterator[str]":
         )
 
 
-def _at_work(state: "FleetState") -> str:
+def _of_routes(state: "FleetState") -> "Iterator[str]":
+    """Where routes with names are in use."""
+    if len(state.routes) == 1:
+        return
+    for route, one in state.routes.items():
+        workers = f"{_many(len(one.workers), 'worker')}, {_at_work(one)}" if one.workers else "no worker"
+        yield f"route {route}: {workers}; runs that wait: {one.runs_waiting}"
+
+
+def _at_work(state: "FleetState | RouteState") -> str:
     return f"at work: {_many(state.runs, 'run')}, {_many(state.steps, 'step')}"
 
 

@@ -10,6 +10,7 @@ from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
 from dagster._core.test_utils import create_run_for_test
 from tests.unit.storage.test_waiting import SETTINGS
 
+from dagster_taskiq.cli.fleet import _of_routes
 from dagster_taskiq.dagster_compat.storage import put_value, values_under
 from dagster_taskiq.errors import DagsterTaskiqError
 from dagster_taskiq.storage.fleet import (
@@ -28,6 +29,7 @@ from dagster_taskiq.storage.fleet_state import look_at_fleet
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.hold_notes import HoldNotes
 from dagster_taskiq.storage.stop_workers import find_worker, look_at_stops
+from dagster_taskiq.storage.tags import ROUTE_TAG
 from dagster_taskiq.storage.waiting import describe_wait, describe_waiting
 from dagster_taskiq.storage.workers import list_workers
 
@@ -36,8 +38,9 @@ from dagster_taskiq.storage.workers import list_workers
 class World:
     instance: DagsterInstance
 
-    def run(self, status: DagsterRunStatus = DagsterRunStatus.STARTING) -> DagsterRun:
-        run: DagsterRun = create_run_for_test(self.instance, status=status)
+    def run(self, status: DagsterRunStatus = DagsterRunStatus.STARTING, route: str | None = None) -> DagsterRun:
+        tags = {ROUTE_TAG: route} if route is not None else {}
+        run: DagsterRun = create_run_for_test(self.instance, status=status, tags=tags)
         return run
 
     def beat(self, worker: str, *, ago: float = 0.0, **facts: Any) -> None:
@@ -149,6 +152,34 @@ def test_the_state_names_those_that_do_not_know(world: World) -> None:
     world.beat("knows", held=hold.since)
     world.beat("knows of an older one", held=hold.since)
     assert look_at_fleet(world.instance, SETTINGS).is_idle
+
+
+def test_the_state_of_each_route(world: World) -> None:
+    begun, working = world.run(route="gpu"), world.run(DagsterRunStatus.STARTED)
+    for route in ("gpu", "gpu", "big", None):
+        world.run(route=route)
+    world.beat("both", routes=["gpu", "default"], work=[[begun.run_id, None, time.time()]])
+    world.beat("small", work=[[working.run_id, None, time.time()], [working.run_id, "a_step", time.time()]])
+    state = look_at_fleet(world.instance, SETTINGS)
+    assert (state.runs, state.steps, state.runs_waiting) == (2, 1, 4)
+    assert list(_of_routes(state)) == [
+        "route default: 2 workers, at work: 2 runs, 1 step; runs that wait: 1",
+        "route big: no worker; runs that wait: 1",
+        "route gpu: 1 worker, at work: 1 run, 0 steps; runs that wait: 2",
+    ]
+    assert state.to_json()["routes"]["gpu"] == {
+        "workers": ["both"],
+        "at_work": {"runs": 1, "steps": 0},
+        "runs_waiting": 2,
+    }
+
+
+def test_without_named_routes_none_is_spoken_of(world: World) -> None:
+    world.run()
+    world.beat("w")
+    state = look_at_fleet(world.instance, SETTINGS)
+    assert list(_of_routes(state)) == []
+    assert list(state.to_json()["routes"]) == ["default"]
 
 
 def test_a_worker_is_found_by_its_id_or_by_the_name_of_one_that_is_alive(world: World) -> None:
