@@ -24,6 +24,7 @@ from dagster_taskiq.cli import main
 from dagster_taskiq.queue_names import sibling_queue
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.heartbeats import Heartbeats
+from dagster_taskiq.storage.tags import ROUTE_TAG
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -175,6 +176,12 @@ def a_route_of_a_rule_has_no_steps_queue(at: Clinic) -> None:
     at.source["routes"] = [{"route": "gpu", "job": "train_*"}]
 
 
+def a_run_waits_for_a_route_without_queues_and_workers(at: Clinic) -> None:
+    at.write()
+    with at.instance() as instance:
+        instance.create_run_for_job(a_job, status=DagsterRunStatus.STARTING, tags={ROUTE_TAG: "gpu"})
+
+
 def a_queue_is_missing(suffix: str) -> Callable[[Clinic], None]:
     def plant(at: Clinic) -> None:
         sqs_client(at.desk.endpoint_url).delete_queue(QueueUrl=at.queue(suffix))
@@ -261,6 +268,18 @@ MISTAKES: dict[str, tuple[Callable[[Clinic], None], str, str, str]] = {
         "queue steps of route gpu",
         "error",
         "dagster-taskiq queue create --route gpu",
+    ),
+    "no queues of a route that only a run names": (
+        a_run_waits_for_a_route_without_queues_and_workers,
+        "queue work of route gpu",
+        "error",
+        "dagster-taskiq queue create --route gpu",
+    ),
+    "no worker of a route": (
+        a_run_waits_for_a_route_without_queues_and_workers,
+        "workers of route gpu",
+        "warning",
+        "dagster-taskiq worker start -q gpu",
     ),
     "redrive of cancels": (lambda at: at.redrive("-cancels", 10), "queue cancels", "error", "'RedrivePolicy='"),
     "hidden cancels": (
