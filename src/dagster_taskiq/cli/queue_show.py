@@ -158,7 +158,8 @@ def _said_of_routes(runs: RunsSeen, queues: "Sequence[QueueStatus]") -> "Iterato
             yield f"route {route}: {line}" if named else line
     for queue in queues:
         if queue.role == "steps" and queue.visible and queue.route in runs.without_steps:
-            yield f"{queue.visible} steps wait in {queue.name}: {no_worker(queue.route, 'steps')}"
+            steps = "1 step waits" if queue.visible == 1 else f"{queue.visible} steps wait"
+            yield f"{steps} in {queue.name}: {no_worker(queue.route, 'steps')}"
 
 
 def _duration(seconds: int) -> str:

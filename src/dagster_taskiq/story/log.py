@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from dagster import DagsterEvent, DagsterEventType, DagsterInstance
 
+from dagster_taskiq import errors
 from dagster_taskiq.dagster_compat.event_rows import (
     EventRow,
     count_events,
@@ -51,6 +52,7 @@ OF_THE_RUN: Final = frozenset(
     }
 )
 _DETAILS: Final = frozenset({Kind.ENGINE_EVENT, Kind.STEP_WORKER_STARTING, Kind.STEP_FAILURE, Kind.STEP_UP_FOR_RETRY})
+_OUR_ERRORS: Final = f"{errors.__name__}."
 _MOST_ROWS: Final = 200_000
 _MOST_DETAILS: Final = 4_000
 _FIRST: Final = 500
@@ -134,8 +136,16 @@ def _facts(event: DagsterEvent) -> dict[str, Any]:
 
 
 def _error(event: DagsterEvent) -> str | None:
-    """The first line of the innermost error: what went wrong, not where Dagster has noticed it."""
+    """The first line of the innermost error: what went wrong, not where Dagster has noticed it.
+
+    An error of ours counts before what has caused it: it says what to do.
+    """
     error = getattr(event.event_specific_data, "error", None)
-    while error is not None and getattr(error, "cause", None) is not None:
+    while error is not None:
+        name, _, text = error.message.partition(": ")
+        if name.startswith(_OUR_ERRORS) and text:
+            return one_line(text)
+        if getattr(error, "cause", None) is None:
+            return one_line(error.message)
         error = error.cause
-    return one_line(error.message) if error is not None else None
+    return None

@@ -26,6 +26,7 @@ from dagster_taskiq.storage.time_limits import TIMED_OUT
 from dagster_taskiq.story.log import Logged
 from dagster_taskiq.story.model import Bar, BarKind, Mark, Outcome
 
+_WITHOUT_REASON: Final = "This run has been marked as failed from outside"  # what Dagster writes of a failed launch
 IN_QUEUE: Final = "in Dagster's queue"
 FOR_WORKER: Final = "for a worker"
 FINAL: Final = {
@@ -81,6 +82,7 @@ class Phases:
     final_at: float | None = None
     final: Outcome | None = None
     final_text: str = ""
+    last_error: str = ""  # of an event that is not the end: why the run was not launched
     not_requested: str = ""
     lingers: tuple[str, float] | None = None
     """What a run waits for whose work is over, in words, and since when."""
@@ -105,7 +107,13 @@ class Phases:
             self._close(event.at, Outcome.DONE, BarKind.WAIT)
         elif event.kind == Kind.RUN_CANCELING.value:
             self._canceling(event)
-        elif event.kind == Kind.ENGINE_EVENT.value and str(event.facts.get("pid", "")).isdigit():
+        elif event.kind == Kind.ENGINE_EVENT.value:
+            self._engine_event(event)
+
+    def _engine_event(self, event: Logged) -> None:
+        """One of Dagster's own."""
+        self.last_error = event.error or self.last_error
+        if str(event.facts.get("pid", "")).isdigit():
             self.process_pid = int(str(event.facts["pid"]))
 
     # Phases
@@ -221,7 +229,8 @@ class Phases:
 
     def _end(self, event: Logged) -> None:
         self.final, self.final_at = FINAL[event.kind], event.at
-        self.final_text = event.error or event.text
+        without_reason = event.text.startswith(_WITHOUT_REASON)
+        self.final_text = event.error or (self.last_error if without_reason else "") or event.text
         self.cleaning = None
         self._close(event.at, Outcome.DONE, BarKind.WAIT)
         self._close(event.at, Outcome.KILLED if self.cancel.killed_at else Outcome.DONE, BarKind.STOP)

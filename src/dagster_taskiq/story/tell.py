@@ -115,7 +115,8 @@ def _moments(events: Sequence[Logged]) -> Iterator[Moment]:
         elif event.kind == Kind.STEP_FAILURE.value and event.interrupted is False:
             yield Moment(event.at, "step", f"failed: {event.error or event.text}", event.step_key, bad=True)
         elif event.kind == Kind.ENGINE_EVENT.value and event.step_key is None and event.error:
-            yield Moment(event.at, "engine", f"{event.text}: {event.error}", bad=True)
+            text = event.text if event.error in event.text else f"{event.text}: {event.error}"
+            yield Moment(event.at, "engine", text, bad=True)
 
 
 # What happened, in sentences

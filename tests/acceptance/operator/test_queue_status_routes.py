@@ -46,7 +46,7 @@ def test_all_routes_in_use_are_shown_and_what_waits_for_nobody_is_said(endpoint:
         assert "route ruled: 2 runs wait, the oldest for " in said
         assert f"no worker of route ruled that takes runs {start} ruled`" in said
         assert (
-            f"1 steps wait in {name}-listed-steps: no worker of route listed that takes steps {start} listed`" in said
+            f"1 step waits in {name}-listed-steps: no worker of route listed that takes steps {start} listed`" in said
         )
         assert routes_of(platform, "--route", "served") == ["served"]
         listed = platform.command("worker", "list")

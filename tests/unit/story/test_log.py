@@ -1,13 +1,17 @@
-"""Reading a log of any size has a bound."""
+"""Reading a log of any size has a bound, and finds why a run has failed."""
 
 from datetime import UTC, datetime
 from typing import Any
 
+import pytest
 from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRunStatus, EventLogEntry
+from dagster._core.events import EngineEventData, JobFailureData
 from dagster._core.storage.event_log import SqlEventLogStorageTable
 from dagster._core.test_utils import create_run_for_test
+from dagster._utils.error import SerializableErrorInfo
 
-from dagster_taskiq.dagster_compat.api import EngineEventData, serialize_value
+from dagster_taskiq.dagster_compat.api import serialize_value
+from dagster_taskiq.errors import UnknownRoute
 from dagster_taskiq.storage.step_events import step_submitted
 from dagster_taskiq.story.log import read_log
 from dagster_taskiq.story.model import BarKind, Outcome
@@ -74,3 +78,29 @@ def test_where_a_step_was_sent_is_read() -> None:
     for logged in log.events:
         steps.take(logged)
     assert [(bar.label, bar.route) for bar in steps.bars(0.0, None, Outcome.LOST)] == [("train", "gpu")]
+
+
+@pytest.mark.parametrize(
+    ("launched", "said"),
+    [(False, "route 'gup' does not exist"), (True, "ValueError: as it should")],
+    ids=["not_launched", "launched"],
+)
+def test_the_reason_of_a_failure_is_ours_where_we_said_one(launched: bool, said: str) -> None:
+    """Not the error of SQS below it, nor Dagster's word that somebody has marked the run."""
+    below = SerializableErrorInfo("botocore.QueueDoesNotExist: no such queue\n", [], "QueueDoesNotExist")
+    ours = f"{UnknownRoute.__module__}.UnknownRoute: route 'gup' does not exist\n"
+    refused = SerializableErrorInfo(ours, [], "UnknownRoute", below)
+    failed = SerializableErrorInfo("ValueError: as it should\n", [], "ValueError")
+    with DagsterInstance.ephemeral() as instance:
+        run = create_run_for_test(instance, status=DagsterRunStatus.STARTED)
+        instance.report_engine_event("It cannot be launched", run, EngineEventData.engine_error(refused))
+        if launched:
+            data = JobFailureData(failed, None, None)
+            kind = Kind.RUN_FAILURE.value
+            ended = DagsterEvent(kind, run.job_name, message="failed", event_specific_data=data)
+            instance.report_dagster_event(ended, run.run_id)
+        else:
+            instance.report_run_failed(run)
+        log = read_log(instance, run.run_id, lambda events: most_important(events, 2))
+    story = tell(RunFacts(run.run_id, "job", "FAILURE", log.events[0].at), log, Surroundings(log.events[-1].at))
+    assert story.summary[-1] == f"Failed: {said}"
