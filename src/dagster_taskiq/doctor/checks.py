@@ -15,7 +15,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 import yaml
-from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
+from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
 
 from dagster_taskiq._lane import Lane
 from dagster_taskiq.coordinator import TaskiqRunCoordinator
@@ -33,6 +33,8 @@ from dagster_taskiq.settings import ENABLE_CANCELLATION_VARIABLE, Settings
 from dagster_taskiq.sqs.probe import QueueFacts
 from dagster_taskiq.storage.code_locations import NEXT_STEP, who_has_it, without_a_worker
 from dagster_taskiq.storage.fleet import RELEASE, read_hold
+from dagster_taskiq.storage.routing import route_of_run
+from dagster_taskiq.storage.waiting import serving_runs
 from dagster_taskiq.storage.workers import ALIVE, DEAD, WorkerInfo, list_workers
 
 _SKEW_S: Final = 5.0
@@ -285,22 +287,26 @@ def _code(instance: DagsterInstance, settings: Settings, workers: Sequence[Worke
 
 def _without_message(instance: DagsterInstance, settings: Settings, workers: Sequence[WorkerInfo]) -> Iterator[Finding]:
     """Runs that were handed over and that nobody takes, although somebody could: they count as in progress for ever."""
-    alive = [worker for worker in workers if worker.state == ALIVE]
-    busy = sum(work.step_key is None for worker in alive for work in worker.work)
     patience_s = 2 * settings.visibility_timeout_seconds + settings.wait_time_seconds
-    found = _longer_than(instance, DagsterRunStatus.STARTING, patience_s)
-    if found and sum(worker.runs or 0 for worker in alive) > busy:
+    late = _longer_than(instance, DagsterRunStatus.STARTING, patience_s)
+    found = [run.run_id for run in late if _has_a_slot(serving_runs(workers, settings, route_of_run(run)))]
+    if found:
         reason = f"STARTING for more than {patience_s:.0f} s, and a worker has a free slot: {_some(found)}"
         reason += "; if the queue is empty, their messages are gone (purged, expired?)"
         repair = "terminate them; with 'run_monitoring: {enabled: true}' Dagster fails them after start_timeout_seconds"
         yield Finding("waiting runs", "warning", reason, repair)
 
 
-def _longer_than(instance: DagsterInstance, status: DagsterRunStatus, patience_s: float) -> list[str]:
+def _has_a_slot(workers: Sequence[WorkerInfo]) -> bool:
+    busy = sum(work.step_key is None for worker in workers for work in worker.work)
+    return sum(worker.runs or 0 for worker in workers) > busy
+
+
+def _longer_than(instance: DagsterInstance, status: DagsterRunStatus, patience_s: float) -> list[DagsterRun]:
     """Runs that have had that status for so long, a hundred at most."""
     records = instance.get_run_records(RunsFilter(statuses=[status]), limit=100)
     now = time.time()
-    return [one.dagster_run.run_id for one in records if now - one.update_timestamp.timestamp() > patience_s]
+    return [one.dagster_run for one in records if now - one.update_timestamp.timestamp() > patience_s]
 
 
 def _some(run_ids: Sequence[str]) -> str:
@@ -309,7 +315,7 @@ def _some(run_ids: Sequence[str]) -> str:
 
 def _stuck(instance: DagsterInstance, settings: Settings) -> Finding:
     patience_s = settings.grace_seconds + settings.status_poll_seconds + 2 * settings.visibility_timeout_seconds
-    stuck = _longer_than(instance, DagsterRunStatus.CANCELING, patience_s)
+    stuck = [run.run_id for run in _longer_than(instance, DagsterRunStatus.CANCELING, patience_s)]
     if not stuck:
         return ok("cancellations", "none takes too long")
     reason = f"CANCELING for more than {patience_s:.0f} s: {_some(stuck)}"

@@ -64,8 +64,9 @@ def _messages(queue: QueueFacts | None) -> int:
 
 
 def _nobody(route: str, what: str, wait: int) -> Finding:
+    waiting = f"{wait} {what} wait" if wait != 1 else f"1 {what.removesuffix('s')} waits"
     if route == DEFAULT_ROUTE:
         repair = f"{_START} --{what}-only, or workers without an -only flag"
-        return Finding("workers", "error", f"{wait} {what} wait, and no worker takes any", repair)
-    reason = f"{wait} {what} wait for route {route}, and no living worker of it takes any"
+        return Finding("workers", "error", f"{waiting}, and no worker takes any", repair)
+    reason = f"{waiting} for route {route}, and no living worker of it takes any"
     return Finding(f"workers of route {route}", "warning", reason, f"{_START} -q {route}")

@@ -111,7 +111,7 @@ def test_workers_of_other_routes_do_not_serve_the_unnamed_one(instance: DagsterI
     assert (wrong.check, wrong.verdict, wrong.reason) == (
         "workers",
         "error",
-        "1 runs wait, and no worker takes any",
+        "1 run waits, and no worker takes any",
     )
 
 

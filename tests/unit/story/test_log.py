@@ -8,7 +8,7 @@ from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRunS
 from dagster._core.events import EngineEventData, JobFailureData
 from dagster._core.storage.event_log import SqlEventLogStorageTable
 from dagster._core.test_utils import create_run_for_test
-from dagster._utils.error import SerializableErrorInfo
+from dagster_shared.error import SerializableErrorInfo
 
 from dagster_taskiq.dagster_compat.api import serialize_value
 from dagster_taskiq.errors import UnknownRoute
