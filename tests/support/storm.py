@@ -6,7 +6,7 @@ The same seed makes the same plan; what comes of it depends on the machine's tim
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from dagster import DagsterEventType, DagsterRunStatus
 
 from dagster_taskiq.storage.engine_events import Stage
+from dagster_taskiq.storage.step_claims import StepClaims
 from tests.support.platform import FINISHED, STORM_JOBS, Platform, WorkerProcess
 from tests.support.waiting import wait_until
 
@@ -56,17 +57,23 @@ class _Fleet:
     def __init__(self, platform: Platform, stack: ExitStack) -> None:
         self._platform = platform
         self._stack = stack
-        self._alive: list[WorkerProcess] = []
+        self._alive: dict[str, WorkerProcess] = {}
         self._started = 0
 
     def add(self) -> None:
         self._started += 1
-        worker = self._platform.worker("-n", f"spot{self._started}", ready=False)
-        self._alive.append(self._stack.enter_context(worker))
+        name = f"spot{self._started}"
+        self._alive[name] = self._stack.enter_context(self._platform.worker("-n", name, ready=False))
 
-    def end_one(self, dice: random.Random, figures: Figures) -> None:
-        """The oldest ones are often the last to go: which one, the dice say."""
-        worker = self._alive.pop(dice.randrange(len(self._alive)))
+    def at_work(self, run_ids: Iterable[str]) -> list[str]:
+        """The names of those that have a step of these runs."""
+        claims = StepClaims(self._platform.instance)
+        busy = {claim.worker_id.rpartition("-")[0] for one in run_ids for claim in claims.running(one).values()}
+        return [name for name in self._alive if name in busy]
+
+    def end_one(self, dice: random.Random, figures: Figures, run_ids: Iterable[str]) -> None:
+        """One of those that are at work, if any is: which one, the dice say."""
+        worker = self._alive.pop(dice.choice(self.at_work(run_ids) or [*self._alive]))
         if dice.random() < 0.5:
             worker.process.kill()
             figures.kills += 1
@@ -88,7 +95,10 @@ def storm(open_platform: Callable[..., Any], endpoint: str, seed: int, seconds: 
         until = time.monotonic() + seconds
         while time.monotonic() < until and not _all_over(platform, launched):
             time.sleep(dice.uniform(2, 6))  # the weather
-            fleet.end_one(dice, figures)
+            wait_until(
+                lambda: fleet.at_work(launched) or _all_over(platform, launched), "somebody is at work", within=90
+            )
+            fleet.end_one(dice, figures, launched)
             fleet.add()
             if dice.random() < 0.3 and len(launched) < 3 * runs:
                 launched[platform.launch("many", count=4, seconds=dice.uniform(2, 6))] = time.time()

@@ -322,7 +322,7 @@ def _cancellation(received: Received) -> Cancellation:
         # No other kind can be asked for: a worker knows by itself that it stops, or has lost a lease.
         kind=CancelKind.DEADLINE if timed_out else CancelKind.REQUESTED,
         reason=request.reason,
-        requested_by=request.requested_by,
+        requested_by=request.requested_by if not timed_out else None,  # nobody has asked: its time is over
         requested_at=request.requested_at,
         channel=CancelChannel.CANCEL_QUEUE,
         attempt=received.receive_count,
