@@ -49,7 +49,8 @@ class RoomWatch:
         self._counted_at = float("-inf")
         self._runs: Mapping[str, RunsOfRoute] = {}
         self._untagged = RunsOfRoute()
-        self._unroutable: set[str] = set()
+        self._unroutable = 0
+        """How many of the runs that wait cannot be given a route, by the last look at them."""
 
     def look(self, bounds: Mapping[str, int]) -> Room:
         """Limits by route, and for all together. `bounds`: configured limits, by route. Never raises.
@@ -78,22 +79,25 @@ class RoomWatch:
 
     def tag_what_waits(self, routing: Routing) -> None:
         """Tag the runs that have come into the queue before routes were in use; a hundred at a time. Never raises."""
-        if self._untagged.queued <= len(self._unroutable):
+        if not self._untagged.queued:
+            self._unroutable = 0
+        if self._untagged.queued == self._unroutable:
             return
         try:
             found = without_tag(self._instance, ROUTE_TAG, DagsterRunStatus.QUEUED, _TAGGED_AT_ONCE)
-            for run in self._instance.get_runs(RunsFilter(run_ids=found)) if found else ():
-                self._tag(run, routing)
+            runs = self._instance.get_runs(RunsFilter(run_ids=found)) if found else ()
+            self._unroutable = sum(not self._tag(run, routing) for run in runs)
         except Exception:
             logger.exception("runs that wait could not be given their route")
 
-    def _tag(self, run: DagsterRun, routing: Routing) -> None:
+    def _tag(self, run: DagsterRun, routing: Routing) -> bool:
+        """Whether it has a route."""
         try:
             route = routing.route_for(run)
         except SettingsError:  # it fails when it is launched, with this reason
-            self._unroutable.add(run.run_id)
-        else:
-            add_own_tags(self._instance, run, {ROUTE_TAG: route})
+            return False
+        add_own_tags(self._instance, run, {ROUTE_TAG: route})
+        return True
 
     def _named_runs(self) -> set[str]:
         return {route for route in self._runs if route != DEFAULT_ROUTE}
