@@ -86,13 +86,16 @@ def _why_no_module(name: str, working_directory: str | None) -> str:
 def _look_for_module(name: str, working_directory: str | None) -> str:
     top, *inner = name.split(".")
     spec, found = _find_top(top, working_directory), top
+    packages: list[ModuleSpec] = []
     for part in inner:
         if spec is None:
             break
-        places, package = spec.submodule_search_locations, spec
+        packages.append(spec)
+        places = spec.submodule_search_locations
         found = f"{found}.{part}"
         spec = PathFinder.find_spec(found, list(places)) if places is not None else None
-        if spec is None and _may_have_more(package):
+        # All of these are imported before it.
+        if spec is None and any(map(_may_have_more, packages)):
             return _CAN_LOAD
     return _CAN_LOAD if spec is not None else f"no module named {found!r}"
 

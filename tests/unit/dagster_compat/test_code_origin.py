@@ -135,6 +135,7 @@ def test_an_editable_installation(folder: Path, monkeypatch: pytest.MonkeyPatch)
 def test_what_only_an_import_would_tell_counts_as_here(folder: Path, source: str) -> None:
     (folder / "shop" / "__init__.py").write_text(source + EXPLODES)
     assert why_not_here(ModuleCodePointer("shop.made", "defs", str(folder))) == ""
+    assert why_not_here(ModuleCodePointer("shop.deep.made", "defs", str(folder))) == "", "nor what one above may make"
 
 
 def test_a_finder_that_fails_does_not_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
