@@ -32,6 +32,7 @@ class _Attempt:
     worker: str | None = None
     route: str | None = None
     killed: bool = False
+    timed_out: bool = False
     note: str = ""
 
 
@@ -71,7 +72,7 @@ class StepBars:
             attempt.killed = True
             attempt.outcome = Outcome.KILLED if attempt.ended is not None else attempt.outcome
         elif event.stage is Stage.TIMED_OUT:
-            attempt.note = str(event.facts.get(WHY_KEY, ""))
+            attempt.note, attempt.timed_out = str(event.facts.get(WHY_KEY, "")), True
         elif event.stage is Stage.STEP_LOST:
             attempt.note = str(event.facts.get(WHY_KEY, ""))
             if attempt.ended is None:
@@ -96,8 +97,10 @@ class StepBars:
             interrupted = self._asked if event.interrupted is None else event.interrupted
             if attempt.killed:
                 attempt.outcome = Outcome.KILLED
-            elif interrupted:
-                attempt.outcome = Outcome.CANCELLED if self._asked else Outcome.INTERRUPTED
+            elif interrupted and self._asked:
+                attempt.outcome = Outcome.CANCELLED
+            elif interrupted and not attempt.timed_out:
+                attempt.outcome = Outcome.INTERRUPTED
         if event.error and attempt.outcome in (Outcome.FAILED, Outcome.RETRIED):
             attempt.note = event.error
 

@@ -200,6 +200,9 @@ _HINTS: Final[Mapping[str, tuple[str, ...]]] = {
         f"To have such runs resumed: {RESUMES}.",
     ),
     "shut down": (f"The worker was stopped (deploy, scale-in, spot). To have such runs resumed: {RESUMES}.",),
+    "step timed out: ": (
+        "Look what took so long, or give the op or asset a larger limit: its tag dagster-taskiq/timeout_seconds.",
+    ),
     "run timed out: ": (
         "Look what took so long. It may take longer with a larger limit: the tag dagster-taskiq/timeout_seconds, or"
         " Dagster's own that is named above.",

@@ -12,8 +12,9 @@ from dagster_shared.error import SerializableErrorInfo
 
 from dagster_taskiq.dagster_compat.api import serialize_value
 from dagster_taskiq.errors import UnknownRoute
+from dagster_taskiq.storage.engine_events import Stage
 from dagster_taskiq.storage.step_events import step_submitted
-from dagster_taskiq.story.log import read_log
+from dagster_taskiq.story.log import Logged, read_log
 from dagster_taskiq.story.model import BarKind, Outcome
 from dagster_taskiq.story.steps import StepBars, most_important
 from dagster_taskiq.story.surroundings import Surroundings
@@ -104,3 +105,15 @@ def test_the_reason_of_a_failure_is_ours_where_we_said_one(launched: bool, said:
         log = read_log(instance, run.run_id, lambda events: most_important(events, 2))
     story = tell(RunFacts(run.run_id, "job", "FAILURE", log.events[0].at), log, Surroundings(log.events[-1].at))
     assert story.summary[-1] == f"Failed: {said}"
+
+
+@pytest.mark.parametrize(("stage", "ends"), [(Stage.TIMED_OUT, "failed"), (None, "interrupted")], ids=["late", "not"])
+def test_a_step_that_took_too_long_has_failed_and_was_not_interrupted_by_its_worker(
+    stage: Stage | None, ends: str
+) -> None:
+    steps = StepBars()
+    steps.take(Logged(1, BEGAN, Kind.STEP_START.value, "load"))
+    if stage is not None:
+        steps.take(Logged(2, BEGAN + 3, Kind.ENGINE_EVENT.value, "load", stage=stage))
+    steps.take(Logged(3, BEGAN + 4, Kind.STEP_FAILURE.value, "load", error="stopped", interrupted=True))
+    assert [bar.outcome.value for bar in steps.bars(BEGAN + 5, None, Outcome.LOST)] == [ends]
