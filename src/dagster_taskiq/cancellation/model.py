@@ -20,6 +20,14 @@ class CancelKind(enum.IntEnum):
     LEASE_LOST = 4
     """The message is no longer ours: somebody else may be at work; nothing is ours to decide."""
 
+    def __str__(self) -> str:
+        """Its name, as people log it: `DEADLINE`."""
+        return self.name
+
+    def __format__(self, spec: str) -> str:
+        """As `str`."""
+        return format(self.name, spec)
+
     @property
     def ends_the_work(self) -> bool:
         """Whether nobody goes on with the work afterwards: its cleanup handlers are due."""

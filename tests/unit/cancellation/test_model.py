@@ -46,3 +46,7 @@ def test_a_reason_is_never_a_text_of_ours() -> None:
 
 def test_every_kind_has_its_settlement() -> None:
     assert set(AFTER_CANCEL) == set(CancelKind)
+
+
+def test_a_kind_is_logged_by_its_name() -> None:
+    assert f"{CancelKind.DEADLINE} {CancelKind.REQUESTED!s} %s" % CancelKind.SHUTDOWN == "DEADLINE REQUESTED SHUTDOWN"
