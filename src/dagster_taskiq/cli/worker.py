@@ -89,7 +89,9 @@ def start(
     max_runs, max_steps = (0 if steps_only else max_runs), (0 if runs_only else max_steps)
     overrides: dict[str, Any] = {"max_concurrent_runs": max_runs, "max_concurrent_steps": max_steps}
     if routes:
-        overrides["serves"] = ",".join(routes)
+        from dagster_taskiq._route_rules import routes_of
+
+        overrides["serves"] = routes_of("-q", ",".join(routes))
     raise SystemExit(run(config_file, name=name, log_level=log_level, log_format=log_format, overrides=overrides))
 
 

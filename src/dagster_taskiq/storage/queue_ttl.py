@@ -116,10 +116,15 @@ class QueueTTL:
 
     def _end(self, expired: Mapping[str, tuple[DagsterRunStatus, str]]) -> None:
         for run_id, (status, why) in expired.items():
-            end = end_of_waiting(self._settings, why)
-            if status is not DagsterRunStatus.QUEUED:
-                done = end_handed_over(self._claims, run_id, end)
-            else:
-                done = can_move_runs(self._instance) and bool(end_queued(self._instance, [run_id], end))
-            if done:
+            try:
+                ended = self._end_one(run_id, status, end_of_waiting(self._settings, why))
+            except Exception:  # what goes wrong with one of them does not concern the others
+                logger.exception("a run that has waited too long could not be ended", extra={"run_id": run_id})
+                continue
+            if ended:
                 logger.info("run %s ended: %s", run_id[:8], why, extra={"run_id": run_id})
+
+    def _end_one(self, run_id: str, status: DagsterRunStatus, end: Unstarted) -> bool:
+        if status is not DagsterRunStatus.QUEUED:
+            return end_handed_over(self._claims, run_id, end)
+        return can_move_runs(self._instance) and bool(end_queued(self._instance, [run_id], end))

@@ -16,13 +16,14 @@ from dagster_taskiq._retry import DATABASE_RETRY_S, retry_async
 from dagster_taskiq.cancellation.signal import CancelSignal
 from dagster_taskiq.child.main import STEP_TARGET
 from dagster_taskiq.errors import MessageUnreadable, PayloadUnavailable
-from dagster_taskiq.messages import EXECUTE_STEP, StepMessage
+from dagster_taskiq.messages import EXECUTE_STEP, StepMessage, step_task_id
 from dagster_taskiq.process.supervise import ChildEnd
 from dagster_taskiq.queue_names import DEFAULT_ROUTE
 from dagster_taskiq.sqs.s3_payloads import PayloadBucket
 from dagster_taskiq.sqs.settlement import Settled, Settlement
 from dagster_taskiq.storage import step_events
-from dagster_taskiq.storage.event_log import StepRef, append_event
+from dagster_taskiq.storage.engine_events import Stage
+from dagster_taskiq.storage.event_log import StepRef, append_event, read_engine_events
 from dagster_taskiq.tasks.running_task import RunningTask, current_task
 from dagster_taskiq.worker.admission import Action, Candidate, Decision, admit_step, admit_step_again
 from dagster_taskiq.worker.cleanup_task import LateSteps
@@ -110,6 +111,8 @@ class StepWork:
             )
             if had_before is not None and had_before.action is Action.LOOK_AGAIN:
                 return had_before
+            if had_before is None and not self._is_to_begin_again(message):
+                return Decision(Action.DROP, f"the run has not asked for try {message.interruption} of that attempt")
             # From here on a claim of ours may be this one: a database that fails in between must not make us drop it.
             looked = True
             return had_before or admit_step(context.instance, context.step_claims, step, candidate, context.find_code)
@@ -131,6 +134,18 @@ class StepWork:
             if task.signal.is_shutdown:
                 return Decision(Action.HAND_BACK, "the worker shuts down")
             await asyncio.sleep(context.heartbeats_of_steps.confirm_s)
+
+    def _is_to_begin_again(self, message: StepMessage) -> bool:
+        """Whether an attempt that was interrupted may begin again: the run's log says so, before its message is sent.
+
+        Or else whoever writes to the queue could have a step work twice at the same time.
+        """
+        if not message.interruption:
+            return True
+        run_id, step_key = message.run_id, message.step_key
+        before = StepRef(step_key, step_task_id(run_id, step_key, message.attempt, message.interruption - 1))
+        notes = read_engine_events(self._context.instance, run_id, before)
+        return any(stage is Stage.STEP_INTERRUPTED for stage, _ in notes)
 
     def _ref(self, message: StepMessage, task: RunningTask) -> StepRef:
         return StepRef(message.step_key, message.task_id, self._route_of(task.queue_url))

@@ -19,6 +19,7 @@ from dagster_taskiq.dagster_compat.execution import KnownExecutionState, describ
 from dagster_taskiq.messages import StepMessage, step_task_id
 from dagster_taskiq.process.supervise import ChildEnd
 from dagster_taskiq.settings import Settings
+from dagster_taskiq.sqs.settlement import Settled, Settlement
 from dagster_taskiq.storage import step_claims
 from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.engine_events import EngineEvent, Stage, picked_up, released, tree_gone
@@ -26,7 +27,7 @@ from dagster_taskiq.storage.event_log import RunLog, StepRef, append_event, read
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.running_steps import RunningSteps
 from dagster_taskiq.storage.step_claims import StepClaim, StepClaims, StepState, forget_old_step_claims
-from dagster_taskiq.storage.step_events import step_lost
+from dagster_taskiq.storage.step_events import step_interrupted, step_lost
 from dagster_taskiq.tasks.running_task import RunningTask
 from dagster_taskiq.worker import step_task
 from dagster_taskiq.worker.admission import Action, Candidate, Decision, admit_step, admit_step_again
@@ -337,6 +338,37 @@ def test_what_the_executor_waits_for_is_written_at_the_next_try(world: World) ->
     assert world.at_work() == world.claimed() == {}
 
 
+def context_of(world: World) -> Any:
+    return WorkerContext(
+        instance=world.instance,
+        settings=Settings(queue_url="http://127.0.0.1/1/q", region_name="us-east-1"),
+        claims=Claims(world.instance, world.heartbeats),
+        step_claims=world.claims,
+        heartbeats_of_steps=world.heartbeats,
+        processes=cast("Any", None),
+        worker_id=ME,
+        where="here",
+        cancel_tasks=cast("Any", None),
+    )
+
+
+@pytest.mark.anyio
+async def test_a_try_that_the_run_has_not_asked_for_is_dropped(world: World) -> None:
+    """Whoever writes to the queue could have a step work twice at the same time."""
+    message = StepMessage(world.run.run_id, STEP, 1, "deferred", reexecution=False, state="", interruption=1)
+    task = RunningTask(message.task_id, settle=cast("Any", None), awaits_signal=True)
+    work = StepWork(context_of(world), None)
+    with task.entered():
+        assert await work.carry_out(message.to_kwargs()) == Settled(Settlement.DELETE)
+        assert world.stages() == []
+        other = step_interrupted(STEP, f"{world.task()}.1", "it stops", attempt=1, number=2, most=9)
+        append_event(world.instance, world.run, other, STEP)
+        assert (await work._admit(message, task)).action is Action.DROP
+        asked = step_interrupted(STEP, world.task(), "it stops", attempt=1, number=1, most=9)
+        append_event(world.instance, world.run, asked, STEP)
+        assert (await work._admit(message, task)).action is Action.START
+
+
 @pytest.mark.anyio
 async def test_a_step_that_could_not_be_looked_up_is_not_kept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its claim was written; the worker, which lives on, would keep everybody from ever beginning it."""
@@ -353,17 +385,7 @@ async def test_a_step_that_could_not_be_looked_up_is_not_kept(world: World, monk
     monkeypatch.setattr(world.instance, "get_run_by_id", look)
     monkeypatch.setattr(step_task, "DATABASE_RETRY_S", 0.0)
     message = StepMessage(world.run.run_id, STEP, 1, "deferred", reexecution=False, state="")
-    context: Any = WorkerContext(
-        instance=world.instance,
-        settings=Settings(queue_url="http://127.0.0.1/1/q", region_name="us-east-1"),
-        claims=Claims(world.instance, world.heartbeats),
-        step_claims=world.claims,
-        heartbeats_of_steps=world.heartbeats,
-        processes=cast("Any", None),
-        worker_id=ME,
-        where="here",
-        cancel_tasks=cast("Any", None),
-    )
+    context = context_of(world)
 
     task = RunningTask(message.task_id, settle=cast("Any", None), awaits_signal=True)
     with task.entered():
