@@ -15,6 +15,7 @@ from dagster_taskiq._retry import retry_async
 from dagster_taskiq._shield import shielded
 from dagster_taskiq._ttl_cache import TTLCache
 from dagster_taskiq.cancellation.model import CancelChannel, CancelKind, Cancellation
+from dagster_taskiq.cancellation.words import THE_RUN
 from dagster_taskiq.errors import QueueError
 from dagster_taskiq.messages import CancelRequest
 from dagster_taskiq.sqs.lease import Lease
@@ -322,7 +323,8 @@ def _cancellation(received: Received) -> Cancellation:
         # No other kind can be asked for: a worker knows by itself that it stops, or has lost a lease.
         kind=CancelKind.DEADLINE if timed_out else CancelKind.REQUESTED,
         reason=request.reason,
-        requested_by=request.requested_by if not timed_out else None,  # nobody has asked: its time is over
+        # Of a step whose run's time is over: nobody has asked.
+        requested_by=None if timed_out and request.requested_by == THE_RUN else request.requested_by,
         requested_at=request.requested_at,
         channel=CancelChannel.CANCEL_QUEUE,
         attempt=received.receive_count,

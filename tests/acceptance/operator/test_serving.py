@@ -18,7 +18,7 @@ from dagster_taskiq.storage.fleet import hold_fleet, release_fleet
 from dagster_taskiq.storage.tags import QUEUE_TAG
 from dagster_taskiq.storage.workers import WorkerInfo, list_workers
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
