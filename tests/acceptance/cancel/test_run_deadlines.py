@@ -189,6 +189,6 @@ def test_at_whatever_moment_its_time_is_over_it_has_one_end(working: Platform, j
         assert not events[DagsterEventType.RUN_CANCELED], story
         working.assert_nothing_left(run_id)
         if status is DagsterRunStatus.FAILURE:
-            (end,) = [line for line in story if line.startswith("RUN_FAILURE")]
+            (end,) = [line for line in story if line.startswith(DagsterEventType.RUN_FAILURE.value)]
             assert "run timed out: longer than its limit of" in end, story
     print(ends)
