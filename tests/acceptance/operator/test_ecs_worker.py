@@ -14,6 +14,7 @@ import pytest
 from dagster import DagsterRunStatus
 from tests.acceptance.conftest import open_platform
 from tests.support.ecs_agent import FakeAgent, ecs_agent
+from tests.support.freezing import frozen
 from tests.support.platform import CLEANUP_JOBS, ENTRYPOINT, Platform, WorkerProcess
 from tests.support.waiting import wait_until
 
@@ -216,16 +217,12 @@ def _state(pid: int) -> str:
 
 
 def test_a_worker_that_hangs_is_not_healthy(endpoint: str) -> None:
-    with open_platform(endpoint) as platform, platform.worker("-n", "w") as worker:
-        os.kill(worker.pid, signal.SIGSTOP)
-        try:
-            began = time.monotonic()
-            answer = platform.command("worker", "health", "--pid", str(worker.pid))
-            assert answer.returncode == 1, answer
-            assert f"pid {worker.pid} does not answer; it hangs" in answer.stderr
-            assert time.monotonic() - began < 20
-        finally:
-            os.kill(worker.pid, signal.SIGCONT)
+    with open_platform(endpoint) as platform, platform.worker("-n", "w") as worker, frozen(worker.pid):
+        began = time.monotonic()
+        answer = platform.command("worker", "health", "--pid", str(worker.pid))
+        assert answer.returncode == 1, answer
+        assert f"pid {worker.pid} does not answer; it hangs" in answer.stderr
+        assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize(

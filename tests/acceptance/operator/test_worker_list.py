@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 from dagster import DagsterRunStatus
 from tests.acceptance.conftest import steps_platform
+from tests.support.freezing import frozen
 from tests.support.platform import Platform
 from tests.support.terminal import CLI, on_terminal
 from tests.support.waiting import wait_until
@@ -103,10 +103,7 @@ def wait_for_state(platform: Platform, state: str) -> None:
 
 def test_a_worker_that_hangs_is_silent_then_dead_then_alive_again(endpoint: str) -> None:
     with steps_platform(endpoint) as platform, platform.worker("-n", "w") as worker:
-        os.kill(worker.pid, signal.SIGSTOP)
-        try:
+        with frozen(worker.pid):
             for state in ("silent", "dead"):
                 wait_for_state(platform, state)
-        finally:
-            os.kill(worker.pid, signal.SIGCONT)
         wait_for_state(platform, "alive")

@@ -1,10 +1,6 @@
 """A worker that hangs (swapping, a debugger, a paused container) and comes to, after others took it for dead."""
 
-import os
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +8,8 @@ import psutil
 import pytest
 from dagster import DagsterRunStatus
 from tests.acceptance.conftest import SNAPPY, open_platform, steps_platform
-from tests.support.platform import Platform, WorkerProcess
+from tests.support.freezing import frozen
+from tests.support.platform import Platform
 from tests.support.waiting import wait_until
 
 from dagster_taskiq.storage.engine_events import Stage
@@ -20,15 +17,6 @@ from dagster_taskiq.storage.engine_events import Stage
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
 
 MONITORING: dict[str, Any] = {"run_monitoring": {"enabled": True, "max_resume_run_attempts": 1}}
-
-
-@contextmanager
-def hanging(worker: WorkerProcess) -> Iterator[None]:
-    os.kill(worker.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(worker.pid, signal.SIGCONT)
 
 
 def wait_gone(processes: list[int]) -> None:
@@ -47,7 +35,7 @@ def test_its_run_stops_before_another_worker_takes_over(endpoint: str, monitorin
     with open_platform(endpoint, extra=extra) as platform, platform.worker("-n", "hangs") as hangs:
         run_id = platform.launch("sleepy_job", seconds=6)
         platform.marked(run_id, "started")
-        with hanging(hangs):
+        with frozen(hangs.pid):
             wait_gone(platform.processes(run_id))
             assert platform.marks(run_id).count("cleanup-end") == 1
             with platform.worker("-n", "heir"):
@@ -68,7 +56,7 @@ def test_nobody_took_over(endpoint: str, monitoring: bool) -> None:
     with open_platform(endpoint, extra=extra) as platform, platform.worker("-n", "hangs") as hangs:
         run_id = platform.launch("sleepy_job", seconds=6)
         platform.marked(run_id, "started")
-        with hanging(hangs):
+        with frozen(hangs.pid):
             wait_gone(platform.processes(run_id))
         expected = DagsterRunStatus.SUCCESS if monitoring else DagsterRunStatus.FAILURE
         assert platform.finished(run_id, within=90) is expected, platform.story(run_id)
@@ -79,7 +67,7 @@ def test_it_is_terminated_meanwhile(endpoint: str) -> None:
     with open_platform(endpoint) as platform, platform.worker("-n", "hangs") as hangs:
         run_id = platform.launch("sleepy_job")
         platform.marked(run_id, "started")
-        with hanging(hangs):
+        with frozen(hangs.pid):
             assert platform.launcher.terminate(run_id)
             wait_gone(platform.processes(run_id))
             with platform.worker("-n", "heir"):
@@ -103,7 +91,7 @@ def test_its_step_stops_before_it_is_tried_again(endpoint: str) -> None:
     ):
         run_id = platform.launch("tried_again_steps")
         platform.wait_started(run_id, 1)
-        with hanging(hangs):
+        with frozen(hangs.pid):
             wait_gone(steps_of(platform, run_id))
             with platform.worker("-n", "other", "--steps-only"):
                 assert platform.finished(run_id, within=90) is DagsterRunStatus.SUCCESS, platform.story(run_id)

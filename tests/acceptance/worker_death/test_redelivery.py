@@ -1,6 +1,5 @@
 """A message that is received again: what becomes of it, row by row, and Dagster's own monitoring beside it."""
 
-import os
 import signal
 from typing import Any
 
@@ -8,6 +7,7 @@ import psutil
 import pytest
 from dagster import DagsterEventType, DagsterRunStatus
 from tests.acceptance.conftest import open_platform
+from tests.support.freezing import frozen
 from tests.support.monitoring import monitoring_daemon
 from tests.support.moto import sqs_client
 from tests.support.platform import Platform, WorkerProcess
@@ -85,10 +85,10 @@ def test_canceling_when_its_worker_died_is_finished_by_who_receives_it(endpoint:
             runs = polite, stubborn = platform.launch("sleepy_job"), platform.launch("carries_on_job", grace=3)
             for run_id in runs:
                 platform.marked(run_id, "started")
-            os.kill(dies.pid, signal.SIGSTOP)  # so that it hears of nothing
-            for run_id in runs:
-                assert platform.launcher.terminate(run_id)
-            kill(dies)
+            with frozen(dies.pid):  # so that it hears of nothing
+                for run_id in runs:
+                    assert platform.launcher.terminate(run_id)
+                kill(dies)
         # No child outlives its worker: interrupted, and killed when it does not obey.
         wait_until(lambda: not platform.processes(polite) + platform.processes(stubborn), "the children are gone")
         for run_id in runs:
