@@ -30,36 +30,26 @@ ENDS_WITH_US = "import ctypes\nctypes.CDLL(None).prctl(1, 9)\n"
 """The beginning of a program that ends when the thread that has started it does (PR_SET_PDEATHSIG)."""
 
 
+LOOPBACK = "127.0.0.1"
+START_WITHIN_S = 100
+"""Against a hang only: on a machine that does much else, all imports of a server have taken more than 30 s."""
+PORTS = 3
+"""While a server imports, somebody else's connection may be given the port that was free."""
+
+
 def free_port() -> int:
     """A port on loopback that nobody uses just now."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
 
 
 @contextmanager
-def moto_server(start_within_s: float = 30) -> Iterator[str]:
+def moto_server() -> Iterator[str]:
     """Start a server and give its URL; it is gone afterwards."""
-    port = free_port()
-    environ = {**os.environ, **CREDENTIALS}
-    server = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            ENDS_WITH_US + "from moto.server import main\nmain()",
-            "-H",
-            "127.0.0.1",
-            "-p",
-            str(port),
-        ],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environ,
-    )
+    server, url = _start()
     try:
-        _wait_until_it_answers(server, port, start_within_s)
-        yield f"http://127.0.0.1:{port}"
+        yield url
     finally:
         server.terminate()
         try:
@@ -69,19 +59,45 @@ def moto_server(start_within_s: float = 30) -> Iterator[str]:
             server.wait()
 
 
-def _wait_until_it_answers(server: "subprocess.Popen[bytes]", port: int, within_s: float) -> None:
-    deadline = time.monotonic() + within_s
+def _start() -> "tuple[subprocess.Popen[bytes], str]":
+    for _ in range(PORTS):
+        port = free_port()
+        server = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                ENDS_WITH_US + "from moto.server import main\nmain()",
+                "-H",
+                LOOPBACK,
+                "-p",
+                str(port),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **CREDENTIALS},
+        )
+        if answers(server, port, "/moto-api/data.json"):
+            return server, f"http://{LOOPBACK}:{port}"
+        server.kill()
+        server.wait()
+    raise RuntimeError(f"moto started on none of {PORTS} ports (last exit code: {server.returncode})")
+
+
+def answers(server: "subprocess.Popen[bytes]", port: int, path: str) -> bool:
+    """Wait until the server says that it is well; False: it has ended, or does not within `START_WITHIN_S`."""
+    deadline = time.monotonic() + START_WITHIN_S
     while time.monotonic() < deadline and server.poll() is None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+        connection = http.client.HTTPConnection(LOOPBACK, port, timeout=5)
         try:
-            connection.request("GET", "/moto-api/data.json")
-            if connection.getresponse().status == 200:
-                return
-        except OSError:
+            connection.request("GET", path)
+            if connection.getresponse().status == 200 and server.poll() is None:
+                return True
+        except (OSError, http.client.HTTPException):
             time.sleep(0.05)
         finally:
             connection.close()
-    raise RuntimeError(f"moto did not start within {within_s} s (exit code {server.poll()})")
+    return False
 
 
 def sqs_client(endpoint: str, region: str = REGION) -> Any:
