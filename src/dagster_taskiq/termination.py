@@ -142,8 +142,12 @@ class Termination:
             self._instance.report_run_canceling(run, asked(engine_events.TERMINATING, requested_by, reason))
             # It may have ended in between: the transition is unguarded, and nobody else would ever finish it.
             if (over := repair_late_canceling(self._instance, run.run_id)) is not None:
-                # Our own message can have been that quick.
-                return CancelOutcome.ASKED if over is DagsterRunStatus.CANCELED else CancelOutcome.NOTHING
+                if over is not DagsterRunStatus.CANCELED:
+                    return CancelOutcome.NOTHING
+                if request is not None and _is_sent(request):
+                    # Our own message can have been that quick.
+                    self._note_request(run, task_id, reason, requested_by)
+                return CancelOutcome.ASKED
         if waiting and self._is_unclaimed(run.run_id):
             # Status written, then the claims read: a worker that claims from now on reads CANCELING.
             if reason or requested_by != UNKNOWN_AUTHOR:
@@ -160,11 +164,15 @@ class Termination:
             self._append(
                 run, engine_events.request_failed(str(error) or repr(error), self._settings.status_poll_seconds)
             )
+            self._metrics.count(REQUESTED)
         else:
-            self._append(run, engine_events.requested(task_id, reason, requested_by))
+            self._note_request(run, task_id, reason, requested_by)
         self._note_dead_worker(run)
-        self._metrics.count(REQUESTED)
         return outcome
+
+    def _note_request(self, run: DagsterRun, task_id: str, reason: str | None, requested_by: str) -> None:
+        self._append(run, engine_events.requested(task_id, reason, requested_by))
+        self._metrics.count(REQUESTED)
 
     def _note_dead_worker(self, run: DagsterRun) -> None:
         """Say in the run's log what its cancellation waits for, if its worker does not live."""
@@ -226,6 +234,10 @@ class Termination:
             append_event(self._instance, run, event)
         except Exception:
             logger.exception("engine event could not be written", extra={"run_id": run.run_id})
+
+
+def _is_sent(request: "Future[None]") -> bool:
+    return request.done() and not request.cancelled() and request.exception() is None
 
 
 async def _cancel_tasks(

@@ -212,11 +212,6 @@ def _kill_stragglers(leader: int, mark: str) -> tuple[str, ...]:
     killed: dict[int, str] = {}
     give_up_at = time.monotonic() + _KILLED_WITHIN_S
     while left := find_processes(mark, session=leader):
-        if time.monotonic() > give_up_at:
-            # It has its SIGKILL: should the kernel let go of it, it ends before it does anything else.
-            text = "processes of a child hang in the kernel, or are another user's; going on without them: %s"
-            logger.error(text, ", ".join(f"{procfs.program_of(pid)}[{pid}]" for pid in left), extra={"pid": leader})
-            break
         for pid in left:
             name = procfs.program_of(pid)
             counts = not procfs.ends_with_its_parent(pid)
@@ -224,6 +219,11 @@ def _kill_stragglers(leader: int, mark: str) -> tuple[str, ...]:
                 os.kill(pid, signal.SIGKILL)
                 if counts:
                     killed.setdefault(pid, f"{name}[{pid}]")
+        if time.monotonic() > give_up_at:
+            # It has its SIGKILL: should the kernel let go of it, it ends before it does anything else.
+            text = "processes of a child hang in the kernel, or are another user's; going on without them: %s"
+            logger.error(text, ", ".join(f"{procfs.program_of(pid)}[{pid}]" for pid in left), extra={"pid": leader})
+            break
         time.sleep(_POLL_WHILE_KILLING_S)
     return tuple(killed.values())
 

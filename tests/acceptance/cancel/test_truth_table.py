@@ -18,6 +18,7 @@ from dagster_taskiq.dagster_compat.storage import put_value
 from dagster_taskiq.launcher import TaskiqRunLauncher
 from dagster_taskiq.storage import engine_events
 from dagster_taskiq.storage.claims import Claims
+from dagster_taskiq.storage.engine_events import Stage
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.tags import TASK_ID_TAG, TIMED_OUT_TAG
 
@@ -253,6 +254,7 @@ def test_a_worker_that_has_written_canceled_but_not_yet_its_status(
     assert platform.status(run_id) is STATUS.CANCELED
     kinds = Counter(platform.events(run_id))
     assert kinds[DagsterEventType.RUN_CANCELED] == 1, platform.story(run_id)
+    assert platform.stages(run_id).count(Stage.REQUESTED) == 1, platform.story(run_id)
 
 
 def test_launching_tags_the_run_and_needs_nothing_but_its_record(platform: Platform) -> None:
