@@ -133,8 +133,8 @@ def release(*, as_json: bool) -> None:
 def status(config_file: Path | None, *, as_json: bool) -> None:
     """Whether the fleet is held, by whom and why, which workers have heard of it, and what still runs.
 
-    Where routes with names are in use, also the workers of each, and the runs that wait for it. A worker of several
-    routes is counted for each, with all that it has at work.
+    Where routes with names are in use, also the workers of each, what is at work of it, and the runs that wait for
+    it. A worker of several routes is counted for each; what is at work is counted once, for the route it has come on.
 
     \b
     Example:
@@ -185,8 +185,10 @@ def _of_routes(state: "FleetState") -> "Iterator[str]":
     if len(state.routes) == 1:
         return
     for route, one in state.routes.items():
-        workers = f"{_many(len(one.workers), 'worker')}, {_at_work(one)}" if one.workers else "no worker"
-        yield f"route {route}: {workers}; runs that wait: {one.runs_waiting}"
+        told = [_many(len(one.workers), "worker") if one.workers else "no worker"]
+        if one.workers or one.work:
+            told.append(_at_work(one))
+        yield f"route {route}: {', '.join(told)}; runs that wait: {one.runs_waiting}"
 
 
 def _at_work(state: "FleetState | RouteState") -> str:

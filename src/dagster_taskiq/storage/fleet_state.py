@@ -4,7 +4,7 @@ All calls block on the database; nothing is changed.
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 from dagster_taskiq.queue_names import DEFAULT_ROUTE
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.fleet import Hold, read_hold
-from dagster_taskiq.storage.routing import route_of_run, sorted_routes
+from dagster_taskiq.storage.routing import sorted_routes
 from dagster_taskiq.storage.waiting import waiting_by_route
 from dagster_taskiq.storage.workers import WorkerInfo, WorkInfo, list_workers
 
@@ -22,20 +22,21 @@ _STARTING = DagsterRunStatus.STARTING
 
 @dataclass(frozen=True, slots=True)
 class RouteState:
-    """The same of one route. A worker of several routes is counted for each of them, with all that it has at work."""
+    """The same of one route. A worker of several routes is named for each of them; what is at work has one route."""
 
     workers: Sequence[WorkerInfo]
+    work: Sequence[WorkInfo]
     runs_waiting: int
 
     @property
     def runs(self) -> int:
-        """How many runs its workers have at work."""
-        return sum(work.step_key is None for work in _work_of(self.workers))
+        """How many runs of it are at work."""
+        return sum(work.step_key is None for work in self.work)
 
     @property
     def steps(self) -> int:
-        """How many steps of `taskiq_executor` they have at work."""
-        return len(_work_of(self.workers)) - self.runs
+        """How many steps of `taskiq_executor` that have come on it are at work."""
+        return len(self.work) - self.runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class FleetState:
     start_timeout_s: float | None
     """After which Dagster's run monitoring fails those; None: never."""
     routes: Mapping[str, RouteState]
-    """The unnamed one, those of rules and workers, and those that runs wait for."""
+    """The unnamed one, those of rules and workers, those that runs wait for, and those of what is at work."""
 
     @property
     def not_heard(self) -> list[str]:
@@ -76,7 +77,7 @@ class FleetState:
 
     @property
     def _work(self) -> list[WorkInfo]:
-        return _work_of(self.workers)
+        return [work for worker in self.workers for work in worker.work]
 
     def to_json(self) -> dict[str, Any]:
         """For programs."""
@@ -98,20 +99,18 @@ class FleetState:
         }
 
 
-def _work_of(workers: Sequence[WorkerInfo]) -> list[WorkInfo]:
-    return [work for worker in workers for work in worker.work]
-
-
 def look_at_fleet(instance: DagsterInstance, settings: Settings) -> FleetState:
     """How it is now."""
     workers = list_workers(instance, settings)
-    begun = {work.run_id for worker in workers for work in worker.work if work.status == _STARTING.value}
+    at_work = [work for worker in workers for work in worker.work]
+    begun = {work.run_id: work.route for work in at_work if work.step_key is None and work.status == _STARTING.value}
     starting = instance.get_runs_count(RunsFilter(statuses=[_STARTING]))
     monitored = instance.run_monitoring_enabled
     timeout_s = float(instance.run_monitoring_start_timeout_seconds) if monitored else 0.0
     waiting = Counter({route: runs.count for route, runs in waiting_by_route(instance).items()})
-    waiting.subtract(_routes_of(instance, begun))
-    named = {DEFAULT_ROUTE, *waiting, *(rule.route for rule in settings.routes)}
+    waiting.subtract(begun.values())
+    waiting = +waiting  # one that has just begun may not be among them
+    named = {DEFAULT_ROUTE, *waiting, *(rule.route for rule in settings.routes), *(work.route for work in at_work)}
     routes = sorted_routes(named.union(*(worker.routes for worker in workers)))
     return FleetState(
         hold=read_hold(instance),
@@ -120,12 +119,11 @@ def look_at_fleet(instance: DagsterInstance, settings: Settings) -> FleetState:
         handed_over=max(0, starting - len(begun)),
         start_timeout_s=timeout_s or None,
         routes={
-            route: RouteState([worker for worker in workers if route in worker.routes], max(0, waiting[route]))
+            route: RouteState(
+                workers=[worker for worker in workers if route in worker.routes],
+                work=[work for work in at_work if work.route == route],
+                runs_waiting=waiting[route],
+            )
             for route in routes
         },
     )
-
-
-def _routes_of(instance: DagsterInstance, run_ids: Collection[str]) -> list[str]:
-    runs = instance.get_runs(RunsFilter(run_ids=sorted(run_ids))) if run_ids else ()
-    return [route_of_run(run) for run in runs]

@@ -254,6 +254,7 @@ _FITTING: Final[Mapping[str, Callable[[Any], bool]]] = {
     "routes": lambda fact: isinstance(fact, list),
     "slots": lambda fact: isinstance(fact, list) and len(fact) == len(("runs", "steps")) and all(map(is_number, fact)),
     "work": lambda fact: isinstance(fact, list) and all(map(_is_work, fact)),
+    "work_routes": lambda fact: isinstance(fact, list) and all(isinstance(route, str | None) for route in fact),
     "held": is_number,
     "stopping": _is_stopping,
     "code": lambda fact: isinstance(fact, list) and all(map(_is_code, fact)),

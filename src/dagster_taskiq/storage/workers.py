@@ -6,6 +6,7 @@ Knows heartbeats, claims and Dagster's runs; not SQS, not processes. All calls b
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Final, TypeAlias
 
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunRecord, RunsFilter
@@ -17,7 +18,7 @@ from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.claims import Claim, held_claims
 from dagster_taskiq.storage.code_locations import by_location, heard
 from dagster_taskiq.storage.heartbeats import Heartbeat, Heartbeats
-from dagster_taskiq.storage.routing import served_routes
+from dagster_taskiq.storage.routing import route_of_run, served_routes
 
 ALIVE: Final = "alive"
 SILENT: Final = "silent"
@@ -26,8 +27,8 @@ GONE: Final = "gone"
 DRAINING: Final = "draining"
 _IMPLICIT_JOB: Final = "__ASSET_JOB"
 _NAMED_ASSETS: Final = 2
-_Entry: TypeAlias = tuple[str, str | None, float]
-"""Run, step, since when."""
+_Entry: TypeAlias = tuple[str, str | None, float, str | None]
+"""Run, step, since when; and the route of a step, where the worker says it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,8 @@ class WorkInfo:
     since: float
     assets: str = ""
     """What a run of selected assets materializes, in words; its job has no name of its own."""
+    route: str = DEFAULT_ROUTE
+    """Where it has waited."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,7 @@ def list_workers(instance: DagsterInstance, settings: Settings, *, everybody: bo
         if everybody or state in (ALIVE, SILENT):
             found.append((last, state))
     work = _work(instance, [last for last, _ in found])
-    run_ids = {run_id for entries in work.values() for run_id, _, _ in entries}
+    run_ids = {run_id for entries in work.values() for run_id, *_ in entries}
     records = instance.get_run_records(RunsFilter(run_ids=sorted(run_ids))) if run_ids else ()
     runs = {record.dagster_run.run_id: record for record in records}
     return [_worker_info(last, state, work[last.worker_id], runs) for last, state in found]
@@ -137,11 +140,14 @@ def _work(instance: DagsterInstance, beats: Sequence[Heartbeat]) -> dict[str, li
         claims.setdefault(claim.worker_id, []).append(claim)
     found: dict[str, list[_Entry]] = {}
     for last in beats:
-        entries: list[_Entry] = [(run_id, step_key, since) for run_id, step_key, since in last.facts.get("work", ())]
-        known = {run_id for run_id, step_key, _ in entries if step_key is None}
+        routes = last.facts.get("work_routes", ())
+        entries: list[_Entry] = [
+            (*entry, route) for entry, route in zip_longest(last.facts.get("work", ()), routes) if entry is not None
+        ]
+        known = {run_id for run_id, step_key, *_ in entries if step_key is None}
         # Both times are by the clock of that worker.
         newer = [one for one in claims.get(last.worker_id, ()) if one.since > last.at and one.run_id not in known]
-        entries += [(claim.run_id, None, claim.since) for claim in newer]
+        entries += [(claim.run_id, None, claim.since, None) for claim in newer]
         found[last.worker_id] = entries
     return found
 
@@ -149,14 +155,17 @@ def _work(instance: DagsterInstance, beats: Sequence[Heartbeat]) -> dict[str, li
 def _worker_info(last: Heartbeat, state: str, entries: Sequence[_Entry], runs: Mapping[str, RunRecord]) -> WorkerInfo:
     facts: dict[str, Any] = dict(last.facts)
     slots = facts.get("slots", (None, None))
-    work = []
-    for run_id, step_key, since in entries:
+    served, work = served_routes(facts), []
+    for run_id, step_key, since, told in entries:
         record = runs.get(run_id)
+        of_step = (told or _only(served)) if step_key is not None else None
         if record is None:
-            work.append(WorkInfo(run_id, None, None, step_key, since))
+            route = of_step or _only(served) or DEFAULT_ROUTE
+            work.append(WorkInfo(run_id, None, None, step_key, since, route=route))
         elif not _has_ended_since(record, last):
             run = record.dagster_run
-            work.append(WorkInfo(run_id, run.job_name, run.status.value, step_key, since, describe_assets(run)))
+            route = of_step or route_of_run(run)
+            work.append(WorkInfo(run_id, run.job_name, run.status.value, step_key, since, describe_assets(run), route))
     return WorkerInfo(
         worker_id=last.worker_id,
         state=state,
@@ -167,11 +176,16 @@ def _worker_info(last: Heartbeat, state: str, entries: Sequence[_Entry], runs: M
         steps=slots[1],
         work=tuple(work),
         queue=facts.get("queue"),
-        routes=served_routes(facts),
+        routes=served,
         stopping=_stopping(facts.get("stopping")),
         held=facts.get("held"),
         code=by_location(heard(facts)),
     )
+
+
+def _only(served: Sequence[str]) -> str | None:
+    """The route of all work of a worker that serves one."""
+    return served[0] if len(served) == 1 else None
 
 
 def _stopping(facts: Mapping[str, Any] | None) -> StopInfo | None:

@@ -56,6 +56,8 @@ class ActiveTask:
     run_id: str
     step_key: str | None = None
     since: float = field(default_factory=time)
+    route: str | None = None
+    """Of a step the one that it has come on; that of a run is among its tags."""
     lost: CancelSignal = field(default_factory=CancelSignal, compare=False)
     """Set when another worker has taken it over, or soon may."""
 
@@ -103,9 +105,10 @@ class WorkerContext:
     """Whether that is so long ago that others may soon take over what runs here."""
 
     @contextmanager
-    def working_on(self, task_id: str, run_id: str, step_key: str | None = None) -> Iterator[ActiveTask]:
+    def working_on(self, task_id: str, run_id: str, step: StepRef | None = None) -> Iterator[ActiveTask]:
         """As long as this lasts, the heartbeat names that work, and the status poller looks at its run."""
-        active = self.active[task_id] = ActiveTask(run_id, step_key)
+        of_step = (step.step_key, step.route) if step is not None else (None, None)
+        active = self.active[task_id] = ActiveTask(run_id, of_step[0], route=of_step[1])
         try:
             yield active
         finally:

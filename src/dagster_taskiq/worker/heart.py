@@ -45,7 +45,8 @@ class Heart:
     async def beat(self) -> None:
         """Beat once. Raises what the database raises, and `TimeoutError`."""
         context = self._context
-        work = [[task.run_id, task.step_key, round(task.since, 3)] for task in context.active.values()]
+        active = [*context.active.values()]
+        work = [[task.run_id, task.step_key, round(task.since, 3)] for task in active]
         facts: dict[str, Any] = {
             "since": self._started_at,
             "where": context.where,
@@ -55,6 +56,8 @@ class Heart:
             "work": work,
             **self._orders.facts(),
         }
+        if len(context.settings.serves) > 1:  # or else it is clear
+            facts["work_routes"] = [task.route for task in active]
         if code := context.told_code():
             facts[FACT] = code
         if unusable := context.unusable():

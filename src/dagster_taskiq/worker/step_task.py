@@ -170,7 +170,7 @@ class StepWork:
         log = WorkLog(run, context.worker_id, step_key=message.step_key)
         end, why = None, "its worker hung after it had claimed it"
         if not decision.is_stale(context.settings.dead_after_s):
-            with context.working_on(message.task_id, message.run_id, message.step_key):
+            with context.working_on(message.task_id, message.run_id, step):
                 end, why = await self._run_child(message, run, task, writer)
         if isinstance(end, NotStarted) or (end is None and signal.is_shutdown):
             why, delay_s = (end.why, end.delay_s) if end is not None else ("the worker shuts down", 0)

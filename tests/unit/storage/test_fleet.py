@@ -158,20 +158,33 @@ def test_the_state_of_each_route(world: World) -> None:
     begun, working = world.run(route="gpu"), world.run(DagsterRunStatus.STARTED)
     for route in ("gpu", "gpu", "big", None):
         world.run(route=route)
-    world.beat("both", routes=["gpu", "default"], work=[[begun.run_id, None, time.time()]])
+    work = [[begun.run_id, None, time.time()], [working.run_id, "on_gpu", time.time()]]
+    world.beat("both", routes=["gpu", "default"], work=work, work_routes=[None, "gpu"])
     world.beat("small", work=[[working.run_id, None, time.time()], [working.run_id, "a_step", time.time()]])
     state = look_at_fleet(world.instance, SETTINGS)
-    assert (state.runs, state.steps, state.runs_waiting) == (2, 1, 4)
+    assert (state.runs, state.steps, state.runs_waiting) == (2, 2, 4)
     assert list(_of_routes(state)) == [
-        "route default: 2 workers, at work: 2 runs, 1 step; runs that wait: 1",
+        "route default: 2 workers, at work: 1 run, 1 step; runs that wait: 1",
         "route big: no worker; runs that wait: 1",
-        "route gpu: 1 worker, at work: 1 run, 0 steps; runs that wait: 2",
+        "route gpu: 1 worker, at work: 1 run, 1 step; runs that wait: 2",
     ]
     assert state.to_json()["routes"]["gpu"] == {
         "workers": ["both"],
-        "at_work": {"runs": 1, "steps": 0},
+        "at_work": {"runs": 1, "steps": 1},
         "runs_waiting": 2,
     }
+
+
+def test_what_is_at_work_is_counted_once(world: World) -> None:
+    """Of a worker that does not say on which route a step has come, it is counted for that of its run."""
+    run = world.run(DagsterRunStatus.STARTED, "gpu")
+    work = [[run.run_id, None, time.time()], [run.run_id, "a_step", time.time()]]
+    world.beat("older", routes=["default", "gpu", "big"], work=work)
+    world.beat("one", routes=["big"], work=[[run.run_id, "another", time.time()], ["deleted", "x", time.time()]])
+    state = look_at_fleet(world.instance, SETTINGS)
+    assert (state.runs, state.steps) == (1, 3)
+    counted = {route: (one.runs, one.steps) for route, one in state.routes.items()}
+    assert counted == {"default": (0, 0), "big": (0, 2), "gpu": (1, 1)}
 
 
 def test_without_named_routes_none_is_spoken_of(world: World) -> None:

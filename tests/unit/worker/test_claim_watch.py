@@ -14,6 +14,7 @@ from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.metrics import Metrics
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.claims import Claims
+from dagster_taskiq.storage.event_log import StepRef
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.step_claims import StepClaims
 from dagster_taskiq.tasks.running_task import RunningTask
@@ -69,7 +70,7 @@ def world() -> Iterator[World]:
         )
         run = instance.create_run_for_job(nothing)
         assert context.claims.take(run, "me", RUN, "here", None)
-        with context.working_on(RUN, run.run_id), context.working_on(STEP, run.run_id, "step"):
+        with context.working_on(RUN, run.run_id), context.working_on(STEP, run.run_id, StepRef("step", STEP)):
             yield World(instance, run, context)
 
 
