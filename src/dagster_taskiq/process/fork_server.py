@@ -135,16 +135,16 @@ class ForkServer:
             async with asyncio.timeout(_START_TIMEOUT_S):
                 reply = json.loads(await asyncio.get_running_loop().sock_recv(self._socket, 65536) or b"{}")
         except (TimeoutError, OSError) as error:
-            self._kill()
+            await self._kill()
             raise ChildStartFailed(f"the fork server did not come up within {_START_TIMEOUT_S} s") from error
         if "ready" not in reply:
-            self.discard()
+            await self._end()
             raise ChildStartFailed(
                 f"the fork server could not be warmed up ({reply.get('error', 'it ended')});"
                 " correct preload_modules, or set start_method: spawn"
             )
         if not self._fresh and reply["threads"] > 1:
-            self.discard()
+            await self._end()
             raise ChildStartFailed(
                 f"importing preload_modules started {reply['threads'] - 1} threads, which do not survive a fork;"
                 " take that module off the list, or set start_method: spawn"
@@ -167,7 +167,7 @@ class ForkServer:
                 cause = error
                 if server is self._socket:
                     logger.warning("%s; starting another", error, extra={"attempt": attempt})
-                    self._kill()
+                    await self._kill()
         raise ChildStartFailed(f"no child could be forked: {cause!r}") from cause
 
     async def _fork(self, spec: ChildSpec) -> Child:
@@ -226,29 +226,44 @@ class ForkServer:
             await asyncio.wait({answer}, timeout=ANSWER_S / _LOOKS)
             looks, answers = (looks + 1, answers) if answers == self._answers else (0, self._answers)
 
-    def _kill(self) -> None:
+    async def _kill(self) -> None:
         """End a server that hangs or is gone, at once; whoever else waits for it notices."""
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
-        self.discard()
+        await self._end()
+
+    async def _end(self) -> None:
+        """From now on there is no server. Its process may take seconds to end, in which others have their turn."""
+        await asyncio.to_thread(_until_over, self._forget())
 
     def discard(self) -> None:
         """End the server, as `stop`, from outside an event loop. Takes half a second at most, unless it hangs."""
+        _until_over(self._forget())
+
+    def _forget(self) -> subprocess.Popen[bytes] | Forked | None:
+        """Have no server any more, and return its process: without its connection it ends."""
         if self._socket is not None:
             self._socket.close()
-        if self._process is not None:
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(0.5)
-            if self._process.poll() is None:
-                self._process.kill()
-                with suppress(subprocess.TimeoutExpired):  # it hangs in the kernel, where nothing reaches it
-                    self._process.wait(STOP_TIMEOUT_S)
+        process = self._process
         self._process, self._socket = None, None
         self._is_set_up = self._is_warm = False
+        return process
 
     async def stop(self) -> None:
         """End the server. Children in their shims' care are not touched."""
         if self._starting is not None:
             self._starting.cancel()
             await asyncio.gather(self._starting, return_exceptions=True)
-        await asyncio.to_thread(self.discard)
+        await self._end()
+
+
+def _until_over(process: subprocess.Popen[bytes] | Forked | None) -> None:
+    """Blocks until the process has ended, half a second at most before it is killed."""
+    if process is None:
+        return
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    if process.poll() is None:
+        process.kill()
+        with suppress(subprocess.TimeoutExpired):  # it hangs in the kernel, where nothing reaches it
+            process.wait(STOP_TIMEOUT_S)

@@ -402,6 +402,35 @@ def test_a_fork_server_that_hangs_can_be_stopped() -> None:
     run(test)
 
 
+def test_nobody_waits_for_a_fork_server_that_takes_long_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is of no use, because what it has imported has started a thread."""
+    (tmp_path / "takes_long.py").write_text(
+        "import os, threading, time\n"
+        "os._exit = lambda code: time.sleep(60)\n"
+        "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    async def test(_: ForkServer) -> None:
+        useless = ForkServer(preload=["takes_long"])
+        starting = asyncio.create_task(useless.start())
+        await asyncio.sleep(0.05)  # it imports
+        assert useless.pid is not None
+        process = psutil.Process(useless.pid)
+        seen = 0
+        while not starting.done():
+            await asyncio.sleep(0.01)
+            seen += useless.pid is None and process.is_running()
+        with pytest.raises(ChildStartFailed, match="started 1 threads"):
+            starting.result()
+        assert seen, "others have had their turn while it ended"
+        assert not process.is_running()
+
+    run(test)
+
+
 def test_many_children_at_once() -> None:
     async def test(server: ForkServer) -> None:
         works = [Work(server, "ends", argument={"code": code}).start() for code in range(40)]
