@@ -49,6 +49,10 @@ def cancel_behind_fence(
     ended there, twice a second. It is taken down at the end, also when `stop` is set or something goes wrong; if this
     process is killed, it ends by itself.
 
+    A run of which the query's expression cannot be evaluated is launched, and is among those that failed, with the
+    reason, unless it has ended before anybody has looked; its log says so, too. What is there before the fence is as
+    for `cancel_runs`: `QueryError`, and nothing is cancelled.
+
     The query names no status and no age. `watch` is called twice a second. `options`: as for `cancel_runs`. Raises
     `QueryError`, and `DagsterTaskiqError` with a storage that is not SQL.
     """
@@ -56,13 +60,14 @@ def cancel_behind_fence(
     by = clean_text(requested_by or this_user())
     fence = Fence(query, time.time() + hold_s, clean_text(reason) if reason else None, by)
     asked: dict[str, Any] = {"reason": reason, "requested_by": by, "stop": stop, **options}
+    unclear: dict[str, str] = {}
     put_up(instance, fence)
     try:
         report = cancel_runs(instance, select_runs(instance, query), **asked)
         seen, caught = report.run_ids, 0
         while not stop.is_set():
             left_s = began + hold_s - time.monotonic()
-            now = select_runs(instance, query)
+            now = select_runs(instance, query, unclear=lambda run_id, why: unclear.update({run_id: str(why)}))
             new = now.new_to(seen)
             if new:
                 report += cancel_runs(instance, new, **{**asked, "tell": lambda _: None})
@@ -73,6 +78,7 @@ def cancel_behind_fence(
             stop.wait(min(_LOOK_EVERY_S, left_s))
     finally:
         take_down(instance, fence)
+    report = replace(report, failed={**unclear, **report.failed})
     return _with_those_at_the_fence(instance, fence, report)
 
 

@@ -155,9 +155,12 @@ def _refuse_a_second(instance: DagsterInstance, parent: DagsterRun, mine: Dagste
     going_on = RunsFilter(job_name=parent.job_name, tags={PARENT_RUN_ID_TAG: parent.run_id}, statuses=_UNFINISHED)
     for first in instance.get_runs(going_on, limit=1, ascending=True):
         if mine is None or first.run_id != mine.run_id:
+            how_it_is = f"it is {first.status.value}; wait for its end, or cancel it"
+            if first.status is DagsterRunStatus.NOT_STARTED:  # whoever has created it may have been killed since
+                how_it_is = "and was never submitted; if it is not within a minute, cancel it"
             raise DagsterTaskiqError(
-                f"run {first.run_id} goes on from run {parent.run_id} already, it is {first.status.value}; wait for its"
-                f" end, or cancel it: dagster-taskiq run cancel {first.run_id}"
+                f"run {first.run_id} goes on from run {parent.run_id} already, {how_it_is}:"
+                f" dagster-taskiq run cancel {first.run_id}"
             )
 
 

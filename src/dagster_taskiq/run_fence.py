@@ -17,6 +17,8 @@ from dagster import DagsterInstance, DagsterRun
 from dagster_taskiq.dagster_compat.key_values import insert_value, read_values, replace_value
 from dagster_taskiq.errors import QueryError
 from dagster_taskiq.run_query import RunQuery
+from dagster_taskiq.storage.engine_events import unclear_at_fence
+from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.stored import Unreadable, is_number, stored_list, tell_unreadable
 
 logger = logging.getLogger(__name__)
@@ -59,7 +61,7 @@ def fence_for(instance: DagsterInstance, run: DagsterRun) -> Fence | None:
     """The fence that keeps this run from being launched, if there is one. One query as long as there is no fence.
 
     A fence that cannot be read, and one whose expression cannot be evaluated of this run, keeps nothing from being
-    launched; the log says so.
+    launched; the log says so, and in the second case the run's.
     """
     record = None
     for fence in filter(None, map(_from_json, _read(instance)[1])):
@@ -71,6 +73,7 @@ def fence_for(instance: DagsterInstance, run: DagsterRun) -> Fence | None:
                 return fence
         except QueryError as error:
             logger.warning("a fence cannot tell whether it means a run: %s", error, extra={"run_id": run.run_id})
+            append_event(instance, record.dagster_run, unclear_at_fence(run.run_id, str(error)))
     return None
 
 

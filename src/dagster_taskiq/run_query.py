@@ -6,10 +6,10 @@ asked of every run that is read, page by page.
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunRecord, RunsFilter
 
@@ -30,6 +30,8 @@ from dagster_taskiq.storage.routing import code_location_of
 UNFINISHED: Final = tuple(status for status in DagsterRunStatus if status not in FINISHED_STATUSES)
 PAGE: Final = 500
 """Runs that are read at a time."""
+Unclear: TypeAlias = Callable[[str, QueryError], object]
+"""Is told of a run, by its id, that it cannot be told whether it is meant, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,18 +137,31 @@ class RunQuery:
 
 
 def find_runs(
-    instance: DagsterInstance, query: RunQuery, *, newest_first: bool = False, limit: int | None = None
+    instance: DagsterInstance,
+    query: RunQuery,
+    *,
+    newest_first: bool = False,
+    limit: int | None = None,
+    unclear: Unclear | None = None,
 ) -> Iterator[RunRecord]:
     """The records of the runs that are meant, in the order in which they were created. Blocks on the database.
 
-    Reads 500 at a time, and no more pages than are needed for `limit` of them.
+    Reads 500 at a time, and no more pages than are needed for `limit` of them. Raises `QueryError` for a run of which
+    the expression cannot be evaluated; with `unclear` that is told of it, and the run is left out.
     """
     now, found = time.time(), 0
     cursor: str | None = None
     while limit is None or found < limit:
         page = instance.get_run_records(query.as_filter(now), limit=PAGE, ascending=not newest_first, cursor=cursor)
         for record in page:
-            if query.matches(record.dagster_run, record.create_timestamp.timestamp(), now):
+            try:
+                is_meant = query.matches(record.dagster_run, record.create_timestamp.timestamp(), now)
+            except QueryError as error:
+                if unclear is None:
+                    raise
+                unclear(record.dagster_run.run_id, error)
+                continue
+            if is_meant:
                 yield record
                 found += 1
                 if found == limit:

@@ -13,7 +13,7 @@ from dagster_shared.record import replace as with_fields
 
 from dagster_taskiq._text import clean_text
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES, PRIORITY_TAG
-from dagster_taskiq.run_query import PAGE, UNFINISHED, RunQuery, find_runs
+from dagster_taskiq.run_query import PAGE, UNFINISHED, RunQuery, Unclear, find_runs
 from dagster_taskiq.termination import BEFORE_START
 
 WhichRuns: TypeAlias = RunsFilter | RunQuery | Iterable[str] | Callable[[DagsterRun], bool]
@@ -46,14 +46,14 @@ class RunSelection:
         return self.among({*self.waiting, *self.handed_over, *self.at_work} - seen)
 
 
-def select_runs(instance: DagsterInstance, which: WhichRuns) -> RunSelection:
+def select_runs(instance: DagsterInstance, which: WhichRuns, *, unclear: Unclear | None = None) -> RunSelection:
     """The runs that `cancel_runs` would stop, for who wants to see or to count them first. Changes nothing.
 
     A filter or a query that names no statuses means runs that are not finished; one that does, also those that are.
-    Ids are whole ids. Reads 500 runs at a time and keeps their ids.
+    Ids are whole ids. Reads 500 runs at a time and keeps their ids. `unclear`: as for `find_runs`.
     """
     if callable(which) or isinstance(which, RunsFilter | RunQuery):
-        return selection_of(_read(instance, which))
+        return selection_of(_read(instance, which, unclear))
     run_ids = list(dict.fromkeys(map(clean_text, which)))
     found = selection_of(_read(instance, run_ids))
     known = {*found.waiting, *found.handed_over, *found.at_work, *found.already_finished}
@@ -81,10 +81,10 @@ def selection_of(runs: Iterable[DagsterRun]) -> RunSelection:
     return RunSelection(tuple(run_id for _, run_id in waiting), **found)
 
 
-def _read(instance: DagsterInstance, which: WhichRuns) -> Iterator[DagsterRun]:
+def _read(instance: DagsterInstance, which: WhichRuns, unclear: Unclear | None = None) -> Iterator[DagsterRun]:
     if isinstance(which, RunQuery):
         query = which if which.statuses else replace(which, statuses=UNFINISHED)
-        yield from (record.dagster_run for record in find_runs(instance, query))
+        yield from (record.dagster_run for record in find_runs(instance, query, unclear=unclear))
     elif isinstance(which, RunsFilter):
         yield from _pages(instance, which if which.statuses else with_fields(which, statuses=list(UNFINISHED)))
     elif callable(which):

@@ -248,6 +248,15 @@ def cancellation_disabled() -> EngineEvent:
     )
 
 
+def unclear_at_fence(run_id: str, why: str) -> EngineEvent:
+    """The run is launched, because a fence cannot tell whether it means it."""
+    message = (
+        f"launched, although a fence is up (run cancel --until): it cannot be told whether it is meant: {why}; to stop"
+        f" it: dagster-taskiq run cancel {run_id}"
+    )
+    return EngineEvent(Stage.NOT_REQUESTED, message, warns=True)
+
+
 def reached(worker_id: str, cancellation: Cancellation) -> EngineEvent:
     """The cancellation has reached the worker that has the run."""
     after = ""

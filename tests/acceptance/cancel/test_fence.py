@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from threading import Event
 
 import pytest
 from dagster import DagsterEventType, DagsterRunStatus
@@ -12,6 +13,8 @@ from tests.support.platform import Platform
 from tests.support.waiting import wait_until
 from tests.support.warm import Lines, start_command
 
+from dagster_taskiq.cancel_fence import FenceProgress, cancel_behind_fence
+from dagster_taskiq.errors import QueryError
 from dagster_taskiq.run_fence import Fence, fence_for, put_up
 from dagster_taskiq.run_query import RunQuery
 from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG
@@ -33,6 +36,34 @@ def test_a_launch_that_races_with_it_sends_nothing(platform: Platform) -> None:
     assert platform.events(caught).count(DagsterEventType.RUN_CANCELED) == 1
     said = "Canceled before it was launched, at a fence. By ada: wrong file"
     assert any(said in line for line in platform.story(caught)), platform.story(caught)
+
+
+def test_a_run_of_which_it_cannot_be_told_whether_it_is_meant(platform: Platform) -> None:
+    """It is launched, which its log and whoever has put up the fence are told; the fence stands for the others."""
+    query, stop, launched = RunQuery(where="number(tags['rows']) > 9"), Event(), dict[str, str]()
+
+    def watch(_: FenceProgress) -> None:
+        if launched:
+            stop.set()
+        else:
+            launched.update({rows: platform.launch("quick_job", tags={"rows": rows}) for rows in ("many", "1", "10")})
+
+    report = cancel_behind_fence(platform.instance, query, hold_s=60, watch=watch, stop=stop)
+    unclear, other, meant = launched["many"], launched["1"], launched["10"]
+    statuses = [platform.status(run_id) for run_id in (unclear, other, meant)]
+    assert statuses == [STATUS.STARTING, STATUS.STARTING, STATUS.CANCELED]
+    why = "--where, character 1 (\"number(tags['rows'])\"): could not convert string to float: 'many'"
+    why += f"; of run {unclear}"
+    assert (report.failed, report.cancelled) == ({unclear: why}, (meant,))
+    notes = [
+        [entry.message for entry in platform.instance.all_logs(run_id) if "a fence" in entry.message]
+        for run_id in (unclear, other)
+    ]
+    assert [len(said) for said in notes] == [1, 0]
+    assert notes[0][0].endswith(f": {why}; to stop it: dagster-taskiq run cancel {unclear}")
+    with pytest.raises(QueryError, match="could not convert"):
+        cancel_behind_fence(platform.instance, query, hold_s=60)
+    assert fence_for(platform.instance, platform.run(other)) is None, "it was taken down"
 
 
 @pytest.mark.long

@@ -402,9 +402,7 @@ def test_a_fork_server_that_hangs_can_be_stopped() -> None:
     run(test)
 
 
-def test_nobody_waits_for_a_fork_server_that_takes_long_to_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nobody_waits_for_a_fork_server_that_takes_long_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is of no use, because what it has imported has started a thread."""
     (tmp_path / "takes_long.py").write_text(
         "import os, threading, time\n"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from dagster import DagsterRun, DagsterRunStatus, RunsFilter
 from dagster._core.definitions.reconstruct import ReconstructableJob
+from dagster._core.storage.tags import ROOT_RUN_ID_TAG
 from tests.support import unfinished_jobs
 from tests.support.platform import Platform
 from tests.support.waiting import wait_until
@@ -98,6 +100,32 @@ def test_a_terminated_run_goes_on(working_steps: Platform, tmp_path: Path) -> No
     first, second = everything.stdout.splitlines()
     assert re.fullmatch(rf"{run.run_id}: goes on as run [0-9a-f-]{{36}}, it is QUEUED", first)
     assert second == "  all steps run"
+
+
+def test_one_that_was_killed_before_it_had_submitted_its_run_bars_no_later_one(working_steps: Platform) -> None:
+    platform = replace(working_steps, jobs=JOBS)
+    recon = ReconstructableJob.for_file(str(JOBS), "straight")
+    definition, origin = recon.get_definition(), recon.get_python_origin()
+    parent = platform.instance.create_run_for_job(definition, job_code_origin=origin)
+    platform.instance.report_run_canceled(parent)
+    left = platform.instance.create_run_for_job(
+        definition,
+        job_code_origin=origin,
+        parent_run_id=parent.run_id,
+        root_run_id=parent.run_id,
+        tags={PARENT_RUN_ID_TAG: parent.run_id, ROOT_RUN_ID_TAG: parent.run_id},
+    )
+    again = ("run", "reexecute", parent.run_id, "--all-steps", "-f", str(JOBS))
+    refused = platform.command(*again)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert f"run {left.run_id} goes on from run {parent.run_id} already, and was never submitted; if" in refused.stderr
+    command = refused.stderr.strip().rpartition(": dagster-taskiq ")[2]
+    ended = platform.command(*shlex.split(command))
+    assert ended.returncode == 0, ended
+    assert platform.status(left.run_id) is STATUS.CANCELED
+    done = platform.command(*again)
+    assert done.returncode == 0, done
+    assert ", it is QUEUED\n" in done.stdout
 
 
 @pytest.mark.long
