@@ -15,7 +15,7 @@ from dagster_taskiq._text import clean_text
 from dagster_taskiq.cancellation.model import CancelOutcome
 from dagster_taskiq.cancellation.words import UNKNOWN_AUTHOR, asked
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
-from dagster_taskiq.dagster_compat.run_monitoring import exceeded_runtime
+from dagster_taskiq.dagster_compat.run_monitoring import limit_of_monitoring
 from dagster_taskiq.dagster_compat.storage import remove_run_tags
 from dagster_taskiq.errors import QueueUnreachable
 from dagster_taskiq.metrics import REQUESTED, Metrics
@@ -97,14 +97,11 @@ class Termination:
         self._instance.report_run_canceled(run, asked("Canceled before it was launched, at a fence.", *asked_by))
 
     def _limit_of_monitoring(self, run: DagsterRun) -> str | None:
-        """In words which limit the run has exceeded, if Dagster's run monitoring has marked it as CANCELING for that.
-
-        Not when a worker of ours has done so: then it is a person who wants it to end as well.
-        """
-        if run.status is not DagsterRunStatus.CANCELING or TIMED_OUT_TAG in own_tags(run):
+        """In words which limit the run has exceeded, if run monitoring has marked it as CANCELING for that."""
+        if run.status is not DagsterRunStatus.CANCELING:
             return None
         try:
-            limit = exceeded_runtime(self._instance, run)
+            limit = limit_of_monitoring(self._instance, run)
         except Exception:  # whatever it is: the run is to be stopped, with or without a reason
             logger.exception("cannot look how long the run may take", extra={"run_id": run.run_id})
             return None
@@ -112,10 +109,12 @@ class Termination:
 
     def _keep_why(self, run: DagsterRun, reason: str | None, requested_by: str) -> None:
         """In the run's tags, for workers that do not get the message, and for people."""
-        author = requested_by if requested_by != UNKNOWN_AUTHOR else None
-        given, known = {CANCEL_REASON_TAG: reason, CANCELLED_BY_TAG: author}, own_tags(run)
+        known = own_tags(run)
+        # Also where it is not known who it was: by that tag the run is CANCELED, whatever else stops it meanwhile.
+        author = known.get(CANCELLED_BY_TAG) or requested_by if requested_by == UNKNOWN_AUTHOR else requested_by
+        given = {CANCEL_REASON_TAG: reason, CANCELLED_BY_TAG: author}
         if requested_by == _MONITORING:
-            given = {TIMED_OUT_TAG: reason}
+            given = {TIMED_OUT_TAG: known.get(TIMED_OUT_TAG) or reason}
         new = {tag: value for tag, value in given.items() if value and known.get(tag) != value}
         try:
             if requested_by != _MONITORING and TIMED_OUT_TAG in known:

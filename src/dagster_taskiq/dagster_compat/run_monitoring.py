@@ -1,14 +1,15 @@
 """What Dagster's run monitoring says of a run. It terminates one that is too slow as a person would, without a name."""
 
-import time
 from typing import Final
 
-from dagster import DagsterInstance, DagsterRun
+from dagster import DagsterEventType, DagsterInstance, DagsterRun
 from dagster._core.storage.tags import MAX_RUNTIME_SECONDS_TAG
 
-__all__ = ["exceeded_runtime", "max_runtime"]
+__all__ = ["limit_of_monitoring", "max_runtime"]
 
 _TAGS = (MAX_RUNTIME_SECONDS_TAG, "dagster/max_runtime_seconds")
+_MARKS: Final = "Canceling due to exceeding maximum runtime"
+"""So begins what its event CANCELING says."""
 _SETTING: Final = "max_runtime_seconds of run_monitoring"
 
 
@@ -28,10 +29,12 @@ def max_runtime(instance: DagsterInstance, run: DagsterRun) -> tuple[float, str]
     return (limit_s, where) if 0 < limit_s < float("inf") else None
 
 
-def exceeded_runtime(instance: DagsterInstance, run: DagsterRun) -> tuple[float, str] | None:
-    """That limit, if monitoring looks at it and the run has taken longer. One query, where there is such a limit."""
+def limit_of_monitoring(instance: DagsterInstance, run: DagsterRun) -> tuple[float, str] | None:
+    """That limit, if it was monitoring that has marked the run as CANCELING last. One query, where there is a limit."""
     limit = max_runtime(instance, run) if instance.run_monitoring_enabled else None
-    record = instance.get_run_record_by_id(run.run_id) if limit is not None else None
-    if limit is None or record is None or record.start_time is None:
+    if limit is None:
         return None
-    return limit if time.time() - record.start_time > limit[0] else None
+    last = instance.event_log_storage.get_logs_for_run(
+        run.run_id, of_type=DagsterEventType.RUN_CANCELING, limit=1, ascending=False
+    )
+    return limit if any(entry.message.startswith(_MARKS) for entry in last) else None

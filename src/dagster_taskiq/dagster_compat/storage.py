@@ -13,6 +13,7 @@ from dagster import (
     DagsterEvent,
     DagsterEventType,
     DagsterInstance,
+    DagsterRun,
 )
 from dagster._core.events.log import EventLogEntry
 
@@ -35,6 +36,7 @@ __all__ = [
     "remove_run_tags",
     "run_ids_beginning_with",
     "values_under",
+    "with_stored_tags",
 ]
 
 
@@ -149,6 +151,25 @@ def run_ids_beginning_with(instance: DagsterInstance, beginning: str, at_most: i
     query = db_select([runs.run_id]).where(runs.run_id.startswith(beginning, autoescape=True))
     with storage.connect() as connection:
         return [row[0] for row in connection.execute(query.order_by(runs.id.desc()).limit(at_most)).fetchall()]
+
+
+def with_stored_tags(instance: DagsterInstance, run: DagsterRun) -> DagsterRun:
+    """The run with all tags that it was given, in one query.
+
+    Dagster keeps them twice: in the body of the run, which whoever writes its status, or another tag, at the same
+    moment writes back as he has read it; and in rows of their own, which nobody overwrites.
+    """
+    from dagster._core.storage.runs import SqlRunStorage
+    from dagster._core.storage.runs.schema import RunTagsTable
+    from dagster._core.storage.sqlalchemy_compat import db_select
+
+    storage, tags = instance.run_storage, RunTagsTable.c
+    if not isinstance(storage, SqlRunStorage):
+        return run
+    query = db_select([tags.key, tags.value]).where(tags.run_id == run.run_id)
+    with storage.connect() as connection:
+        rows = {row[0]: row[1] for row in connection.execute(query).fetchall()}
+    return run.with_tags({**rows, **run.tags})
 
 
 def remove_run_tags(instance: DagsterInstance, run_id: str, names: Iterable[str]) -> None:

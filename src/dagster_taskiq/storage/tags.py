@@ -52,7 +52,7 @@ CANCEL_REASON_TAG: Final = "dagster-taskiq/cancel_reason"
 """Set when somebody cancels a run with a reason."""
 
 CANCELLED_BY_TAG: Final = "dagster-taskiq/cancelled_by"
-"""Set when somebody cancels a run with an author."""
+"""Set when somebody cancels a run: who, or by which way. It makes the run CANCELED whatever else stops it."""
 
 CANCEL_FENCE_TAG: Final = "dagster-taskiq/cancel_fence"
 """Set when a run was not launched because of a fence (`run cancel --until`): which fence."""

@@ -50,7 +50,8 @@ class Canceller:
         """Ask whichever worker runs the task to cancel it. Raises a `DagsterTaskiqError` when that cannot be sent.
 
         `status_follows`: the caller also marks the task's run as CANCELING, so its worker may wait for that.
-        `timed_out`: it is to end because it took too long: its token says DEADLINE, and a run is a FAILURE.
+        `timed_out`: it is to end because it took too long: its token says DEADLINE, and a run whose tags say the same
+        is a FAILURE.
         """
         self._require_cancellation()
         # Notified as it is sent: a worker may be quick, and nobody should learn of the delivery first.

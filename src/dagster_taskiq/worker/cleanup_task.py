@@ -15,7 +15,7 @@ from dagster_taskiq.cancellation.signal import CancelSignal
 from dagster_taskiq.child.main import CLEANUP_TARGET
 from dagster_taskiq.cleanup.runner import write_attempt
 from dagster_taskiq.errors import ChildStartFailed
-from dagster_taskiq.metrics import CLEANUP_ATTEMPTS, TIMED_OUT
+from dagster_taskiq.metrics import CLEANUP_ATTEMPTS, FORCED_KILLS, TIMED_OUT
 from dagster_taskiq.process.step_timers import LateStep
 from dagster_taskiq.process.supervise import ChildEnd
 from dagster_taskiq.storage import cleanup_events
@@ -71,6 +71,7 @@ class LateSteps:
 
     def step_killing(self, step: LateStep, waited_s: float, shield: str | None) -> None:
         """See `step_timers.StepObserver`."""
+        self._context.metrics.count(FORCED_KILLS)
         self._writer.step_killing(step, waited_s, shield)
 
     async def clean_up(self, step: LateStep) -> None:

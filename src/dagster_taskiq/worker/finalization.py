@@ -7,13 +7,13 @@ wins, also when he comes too late. All calls block on the database.
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from dagster import DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus
 
 from dagster_taskiq._time_limit import check_time
-from dagster_taskiq.cancellation.model import CancelKind, Cancellation
+from dagster_taskiq.cancellation.model import CancelChannel, CancelKind, Cancellation
 from dagster_taskiq.cancellation.words import asked
 from dagster_taskiq.cleanup.record import NO_CLEANUP, CleanupRecord, cleanup_record
 from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES, MAX_RETRIES_TAG
@@ -28,6 +28,7 @@ from dagster_taskiq.storage.event_log import append_event, run_will_resume
 from dagster_taskiq.storage.status_repair import restore, terminal_events, true_status
 from dagster_taskiq.storage.step_claims import StepClaims
 from dagster_taskiq.storage.step_state import forget_states
+from dagster_taskiq.storage.stops import stored_stop
 from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, TIMED_OUT_TAG, own_tags
 from dagster_taskiq.worker.claim_watch import CUT_OFF
 
@@ -111,6 +112,8 @@ class Conclusion:
     entry: str
     """The event log entry that the child held back."""
     failure: str
+    cancellation: Cancellation | None = None
+    """What stopped the run, by the database and by what its worker was told."""
     held: DagsterEventType | None = None
     """The kind of that event."""
     has_steps: bool = False
@@ -133,8 +136,9 @@ class Conclusion:
             return self.action.name
         return (true_status(self.history) if self.history else self.run.status).value
 
-    def reason(self, end: ChildEnd | None, cancellation: Cancellation | None) -> str | None:
+    def reason(self, end: ChildEnd | None) -> str | None:
         """Why the run has ended so; None: it is a success, or nobody has given a reason."""
+        cancellation = self.cancellation
         if self.cleanup.failures and self.action is not FinalAction.FAILURE:
             return cleanup_failed(self.cleanup.failures)
         if cancellation is not None and cancellation.kind is CancelKind.LEASE_LOST:
@@ -148,12 +152,16 @@ class Conclusion:
 
 
 def examine(
-    instance: DagsterInstance, run_id: str, end: ChildEnd | None, cancellation: Cancellation | None, worker_id: str
+    instance: DagsterInstance, run_id: str, end: ChildEnd | None, told: Cancellation | None, worker_id: str
 ) -> Conclusion:
-    """Look at the run, now that its tree is gone, and decide. `end` is None when no child was started."""
+    """Look at the run, now that its tree is gone, and decide.
+
+    `end` is None when no child was started. `told`: of which cancellation its worker has learnt.
+    """
     history = terminal_events(instance, run_id)
     run = instance.get_run_by_id(run_id)  # after the events: what goes with one of them was written before it
-    kind = _what_stopped_it(run, cancellation)
+    cancellation = _what_stopped_it(instance, run, told)
+    kind = cancellation.kind if cancellation is not None else None
     held = _last(end, "verdict")
     action = decide(
         RunOutcome(
@@ -172,8 +180,8 @@ def examine(
     is_stopped = _is_stopped(action, kind, run, history)
     cleanup = cleanup_record(instance, run_id) if is_stopped else CleanupRecord()
     failure = _failure_message(end, cancellation, worker_id)
-    if kind is CancelKind.DEADLINE and run is not None:
-        failure = timed_out(run, cancellation)
+    if cancellation is not None and kind is CancelKind.DEADLINE:
+        failure = cancellation.reason or "run timed out"
         failure += f"; {cleanup_failed(cleanup.failures)}" if cleanup.failures else ""
     settlement = Settlement.LEAVE if kind is CancelKind.LEASE_LOST else Settlement.DELETE
     return Conclusion(
@@ -183,6 +191,7 @@ def examine(
         history=history,
         entry=str(held.get("entry", "")),
         failure=failure,
+        cancellation=cancellation,
         held=DagsterEventType(held["verdict"]) if held else None,
         has_steps=action in _AFTER_ITS_STEPS and bool(StepClaims(instance).running(run_id)),
         is_stopped=is_stopped,
@@ -190,11 +199,26 @@ def examine(
     )
 
 
-def _what_stopped_it(run: DagsterRun | None, cancellation: Cancellation | None) -> CancelKind | None:
-    """Also of a run that has lost its process, or its worker, while it was being stopped for its time limit."""
-    kind = cancellation.kind if cancellation is not None else None
-    is_late = run is not None and run.status is DagsterRunStatus.CANCELING and TIMED_OUT_TAG in own_tags(run)
-    return CancelKind.DEADLINE if is_late and (kind is None or kind < CancelKind.DEADLINE) else kind
+def _what_stopped_it(
+    instance: DagsterInstance, run: DagsterRun | None, told: Cancellation | None
+) -> Cancellation | None:
+    """What the database says, unless the worker knows of something stronger.
+
+    A message that claims a time limit which has not struck makes no FAILURE, after which the run would be tried again.
+    """
+    kind = told.kind if told is not None else None
+    is_late = kind is CancelKind.DEADLINE
+    if run is None or (kind is not None and kind > CancelKind.DEADLINE):
+        return told
+    if not is_late and run.status is not DagsterRunStatus.CANCELING:
+        return told
+    stored = stored_stop(instance, run)
+    if told is None or not is_late:
+        return stored
+    if stored is None and told.channel is CancelChannel.CANCEL_QUEUE:
+        return replace(told, kind=CancelKind.REQUESTED)
+    # A worker keeps the time of its run also when the database is away, and it cannot write that it is over.
+    return replace(stored, received_at=told.received_at) if stored is not None else told
 
 
 def _is_stopped(
@@ -227,9 +251,7 @@ def fail(instance: DagsterInstance, claims: Claims, run_id: str, why: str) -> bo
     return True
 
 
-def conclude(
-    instance: DagsterInstance, conclusion: Conclusion, end: ChildEnd | None, cancellation: Cancellation | None
-) -> None:
+def conclude(instance: DagsterInstance, conclusion: Conclusion, end: ChildEnd | None) -> None:
     """Give back what the run held, and write its final state: who sees that state can rely on the former."""
     run, action = conclusion.run, conclusion.action
     if run is None:
@@ -244,7 +266,7 @@ def conclude(
         instance.report_run_failed(run, cleanup_failed(failures), failure_of_a_handler())
     elif action is FinalAction.CANCELED:
         text = f'Execution of run for "{run.job_name}" canceled.'
-        instance.report_run_canceled(run, asked(text, *_who_and_why(run, cancellation)))
+        instance.report_run_canceled(run, asked(text, *_who_and_why(run, conclusion.cancellation)))
     elif action is FinalAction.FAILURE:
         instance.report_run_failed(run, conclusion.failure, unexpected_termination())
     elif action is FinalAction.RESTORE:
@@ -256,12 +278,6 @@ def conclude(
         instance.handle_new_event(deserialize_entry(conclusion.entry))
         if conclusion.held is DagsterEventType.RUN_SUCCESS and _last(end, "state"):
             forget_states(instance, run.run_id)
-
-
-def timed_out(run: DagsterRun, cancellation: Cancellation | None) -> str:
-    """Which limit the run has exceeded, as the worker was told, or as it is in the run's tags."""
-    told = cancellation.reason if cancellation is not None and cancellation.kind is CancelKind.DEADLINE else None
-    return told or own_tags(run).get(TIMED_OUT_TAG) or "run timed out"
 
 
 def _who_and_why(run: DagsterRun, cancellation: Cancellation | None) -> tuple[str | None, str | None]:

@@ -81,7 +81,7 @@ class _Finalization:
             await stop_steps(self._context, self._run, patient=not shutting_down)
             conclusion = await self._examine()
         if conclusion.is_stopped and conclusion.run is not None:
-            if not await cancel_children(self._context, conclusion.run, self._cancellation):
+            if not await cancel_children(self._context, conclusion.run, conclusion.cancellation):
                 return await self._give_up("interrupted; the runs that it launched are cancelled elsewhere")
             conclusion = await self._examine()
         if conclusion.cleanup.due and conclusion.run is not None:
@@ -94,7 +94,7 @@ class _Finalization:
         if conclusion.action is FinalAction.RESUMABLE:
             return await self._give_up("interrupted; the run will be resumed")
         self._measure(conclusion)
-        self._tell(conclusion.outcome, conclusion.reason(self._end, self._cancellation))
+        self._tell(conclusion.outcome, conclusion.reason(self._end))
         if conclusion.settlement is Settlement.LEAVE:
             await self._blocking(self._release_lost, "release a claim")
         else:
@@ -161,7 +161,7 @@ class _Finalization:
         def write() -> Conclusion:
             nonlocal current
             wanted, current = current or self._look(), None
-            conclude(self._context.instance, wanted, self._end, self._cancellation)
+            conclude(self._context.instance, wanted, self._end)
             return wanted
 
         return await self._blocking(write, "write the final state of a run")
@@ -175,10 +175,11 @@ class _Finalization:
         return await self._context.give_up(self._run, why, delay_s=0)
 
     def _measure(self, conclusion: Conclusion) -> None:
-        if self._cancellation is not None and self._cancellation.kind is CancelKind.REQUESTED:
+        cancellation = conclusion.cancellation
+        if cancellation is not None and cancellation.kind is CancelKind.REQUESTED:
             outcome = "cleanup failed" if conclusion.cleanup.failures else conclusion.action.name.lower()
             self._context.metrics.count(FINISHED, Outcome=outcome)
-            self._context.metrics.put({TO_FINAL: max(0.0, time() - self._cancellation.received_at)})
+            self._context.metrics.put({TO_FINAL: max(0.0, time() - cancellation.received_at)})
 
 
 async def stop_steps(context: WorkerContext, run: DagsterRun, *, patient: bool = True) -> None:

@@ -32,10 +32,11 @@ _NOT_BEGUN_S: Final = 1.0
 async def within_its_time(
     context: WorkerContext, run: DagsterRun, task: RunningTask, *, is_new: bool
 ) -> AsyncIterator[None]:
-    """As long as this lasts, the task is cancelled when the run has taken longer than it may. Never raises by itself.
+    """As long as this lasts, the task is cancelled when the run has taken longer than it may.
 
     `is_new`: the run has not begun before. Of one that has, the clock goes on; when its time is over, the task is
-    cancelled before the body begins. When it leaves, what it has to write is written, or was given up.
+    cancelled before the body begins. When it leaves, what it has to write is written, or was given up. It raises what
+    the body raises, and nothing for a database that is away: that is waited for, until the worker shuts down.
     """
     limit, ignored = limit_of_run(context.instance, run)
     if ignored is not None and is_new:
@@ -84,19 +85,25 @@ class _Clock:
             await asyncio.sleep(self._limit.seconds)  # it cannot have begun before this
             await self.look()
         while self._until is None:
+            if self._task.signal.is_shutdown:
+                return  # it is being interrupted without that
             await asyncio.sleep(_NOT_BEGUN_S)
             await self.look()
         await asyncio.sleep(max(0.0, self._until - monotonic()))
         await self.strike()
 
     async def look(self) -> None:
-        """Read when the run began, if it has begun."""
+        """Read when the run began, if it has begun, and that can be read."""
         context = self._context
-        record = await retry_async(
-            lambda: context.lane.call(context.instance.get_run_record_by_id, self._run.run_id),
-            doing="read when a run began",
-            until=lambda: self._task.signal.is_shutdown,
-        )
+        try:
+            record = await retry_async(
+                lambda: context.lane.call(context.instance.get_run_record_by_id, self._run.run_id),
+                doing="read when a run began",
+                until=lambda: self._task.signal.is_shutdown,
+            )
+        except Exception:  # whatever it is: the worker shuts down, and the run ends, or goes on elsewhere
+            logger.exception("it could not be read when a run began", extra={"run_id": self._run.run_id})
+            return
         self._began = record.start_time if record is not None else None
         if self._began is not None:
             left_s = self._began + self._limit.seconds - time()

@@ -8,9 +8,10 @@ import asyncio
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-from dagster import DagsterRun, DagsterRunStatus
+from dagster import DagsterRun
 from taskiq import AsyncBroker
 
 from dagster_taskiq._retry import DATABASE_RETRY_S, retry_async
@@ -24,7 +25,8 @@ from dagster_taskiq.storage.claims import ClaimState
 from dagster_taskiq.storage.engine_events import run_interrupted
 from dagster_taskiq.storage.event_log import append_event, interruptions_of_run
 from dagster_taskiq.storage.queue_ttl import end_of_waiting
-from dagster_taskiq.storage.tags import TASK_ID_TAG, TIMED_OUT_TAG, own_tags
+from dagster_taskiq.storage.stops import stored_stop
+from dagster_taskiq.storage.tags import TASK_ID_TAG, own_tags
 from dagster_taskiq.storage.unstarted import end_unstarted
 from dagster_taskiq.tasks.running_task import RunningTask, current_task
 from dagster_taskiq.worker.admission import Action, Candidate, Decision, WorkKind, admit_run
@@ -172,15 +174,19 @@ class RunWork:
                 forget = context.forget_claims
                 await context.through_outages(lambda: forget(run.run_id), "delete the claims on a run that is final")
                 return Settled(Settlement.DELETE)
-            return await finalize_run(
-                context, run, task.task_id, None, Cancellation(CancelKind.REQUESTED, cause="terminated meanwhile")
-            )
+            return await finalize_run(context, run, task.task_id, None, None)  # it was stopped meanwhile, or is over
         if decision.action is Action.FINISH_CANCELLATION:
-            return await finalize_run(context, run, task.task_id, None, _end_of(run, decision.why))
+            return await self._finish(run, task, decision.why)
         kind: WorkKind = "resume_run" if decision.action is Action.RESUME else "execute_run"
         if kind == "resume_run" and candidate.kind == "execute_run":
             await context.lane.call(self._announce_interruption, run, decision.why)
         return await self._execute(run, kind, task, decision)
+
+    async def _finish(self, run: DagsterRun, task: RunningTask, why: str) -> Settled:
+        """Nobody works on it any more: it was stopped, because somebody has asked for it, or for its time limit."""
+        stop = await self._context.lane.call(stored_stop, self._context.instance, run)
+        stop = replace(stop or Cancellation(CancelKind.REQUESTED), cause=why)
+        return await finalize_run(self._context, run, task.task_id, None, stop)
 
     def _announce_interruption(self, run: DagsterRun, why: str) -> None:
         instance, most = self._context.instance, self._context.settings.max_interruptions
@@ -244,14 +250,6 @@ class RunWork:
         if not ours:
             return Cancellation(CancelKind.LEASE_LOST, cause=TAKEN_OVER)
         return cancellation or Cancellation(CancelKind.SHUTDOWN, cause="the worker hung")
-
-
-def _end_of(run: DagsterRun, why: str) -> Cancellation:
-    """What ends a run that nobody works on any more: somebody has asked for it, or it had exceeded its time limit."""
-    reason = own_tags(run).get(TIMED_OUT_TAG)
-    if reason is not None and run.status is not DagsterRunStatus.CANCELED:
-        return Cancellation(CancelKind.DEADLINE, reason)
-    return Cancellation(CancelKind.REQUESTED, cause=why)
 
 
 def _about(candidate: Candidate, decision: Decision) -> dict[str, str]:

@@ -6,17 +6,15 @@ the launcher, it only marks the run. Knows Dagster's run status and one callable
 
 import asyncio
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Final, NoReturn
 
-from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
+from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
 from dagster_taskiq._lane import Lane
 from dagster_taskiq._retry import retry_async
 from dagster_taskiq.cancellation.model import CancelChannel, CancelKind, Cancellation
-from dagster_taskiq.cancellation.words import UNKNOWN_AUTHOR
-from dagster_taskiq.dagster_compat.run_monitoring import exceeded_runtime
-from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, TIMED_OUT_TAG, own_tags
-from dagster_taskiq.storage.time_limits import TimeLimit
+from dagster_taskiq.storage.stops import stored_stop
 
 _SHORTEST_BOUND_S: Final = 2.0
 _WHY: Final[Mapping[DagsterRunStatus, str]] = {
@@ -24,10 +22,6 @@ _WHY: Final[Mapping[DagsterRunStatus, str]] = {
     DagsterRunStatus.CANCELED: "the run was marked CANCELED",
     DagsterRunStatus.FAILURE: "the run was marked FAILURE",
 }
-
-_SAID: Final = (CANCEL_REASON_TAG, CANCELLED_BY_TAG)
-_BY_DAGSTER: Final = {DagsterRunStatus.CANCELING, DagsterRunStatus.CANCELED}
-"""Whoever asks by way of this package has left a name in the tags before."""
 
 
 class StatusPoller:
@@ -71,22 +65,6 @@ class StatusPoller:
             run = found.get(run_id)
             why = _WHY.get(run.status) if run is not None else "the run was deleted"
             if why is not None:
-                tags = own_tags(run) if run is not None else {}
-                reason, by = tags.get(CANCEL_REASON_TAG), tags.get(CANCELLED_BY_TAG)
-                if run is not None and run.status in _BY_DAGSTER:
-                    by = by or UNKNOWN_AUTHOR
-                kind, late = CancelKind.REQUESTED, await self._limit_exceeded(run)
-                if late is not None:
-                    kind, reason, by = CancelKind.DEADLINE, late, None
-                self._cancel(task_id, Cancellation(kind, reason, by, channel=CancelChannel.STATUS_WATCH, cause=why))
-
-    async def _limit_exceeded(self, run: DagsterRun | None) -> str | None:
-        """In words, the time limit because of which the run is to be stopped; None: it is not that."""
-        if run is None or run.status is DagsterRunStatus.CANCELED:
-            return None
-        tags = own_tags(run)
-        if run.status is not DagsterRunStatus.CANCELING or tags.keys() & {*_SAID, TIMED_OUT_TAG}:
-            return tags.get(TIMED_OUT_TAG)
-        # Dagster's run monitoring marks it first, and our launcher, which it asks then, says why a moment later.
-        limit = await self._lane.call(exceeded_runtime, self._instance, run)
-        return TimeLimit(*limit).exceeded("run") if limit is not None else None
+                stop = await self._lane.call(stored_stop, self._instance, run) if run is not None else None
+                stop = stop or Cancellation(CancelKind.REQUESTED, channel=CancelChannel.STATUS_WATCH)
+                self._cancel(task_id, replace(stop, cause=why))

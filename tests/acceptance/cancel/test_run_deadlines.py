@@ -13,6 +13,7 @@ from tests.acceptance.conftest import open_platform
 from tests.support.platform import CLEANUP_JOBS, Platform
 from tests.support.waiting import wait_until
 
+from dagster_taskiq.cancellation.words import UNKNOWN_AUTHOR
 from dagster_taskiq.storage.engine_events import Stage
 from dagster_taskiq.storage.tags import TIMED_OUT_TAG, TIMEOUT_TAG
 from dagster_taskiq.story.gather import story_of
@@ -89,6 +90,32 @@ def test_what_a_person_wants_is_stronger(working: Platform) -> None:
     assert working.launcher.terminate(run_id)
     assert working.finished(run_id) is DagsterRunStatus.CANCELED, working.story(run_id)
     assert TIMED_OUT_TAG not in working.run(run_id).tags
+    working.assert_nothing_left(run_id)
+
+
+def test_so_it_is_in_the_moment_in_which_its_time_is_over_and_when_its_worker_dies_then(endpoint: str) -> None:
+    with open_platform(endpoint) as platform:
+        with platform.worker("-n", "dies") as dies:
+            run_id = platform.launch("carries_on_job", grace=20, tags={TIMEOUT_TAG: "5"})
+            platform.marked(run_id, "started")
+            before = platform.run(run_id)
+            is_being_stopped(platform, run_id)
+            dies.process.kill()
+            dies.process.wait(10)
+        # As Dagster's page does it, which has read the run a moment before.
+        assert before.status is DagsterRunStatus.STARTED
+        platform.launcher._termination().cancel(before, None, UNKNOWN_AUTHOR)
+        with platform.worker("-n", "heir"):
+            assert platform.finished(run_id, within=90) is DagsterRunStatus.CANCELED, platform.story(run_id)
+            platform.assert_nothing_left(run_id)
+
+
+def test_a_message_alone_makes_no_run_time_out(working: Platform) -> None:
+    """Anybody may have written it, and Dagster tries again what has failed."""
+    run_id = working.launch("sleepy_job")
+    working.marked(run_id, "started")
+    working.cancel_by_message(working.task_id(run_id), timed_out=True, reason="run timed out: so it says")
+    assert working.finished(run_id) is DagsterRunStatus.CANCELED, working.story(run_id)
     working.assert_nothing_left(run_id)
 
 

@@ -36,6 +36,7 @@ from dagster_taskiq.dagster_compat.api import RESUME_RUN_LOG_MESSAGE, serialize_
 from dagster_taskiq.dagster_compat.cancelable import let_starting_runs_be_terminated
 from dagster_taskiq.dagster_compat.definitions import let_copies_keep
 from dagster_taskiq.dagster_compat.execution import ActiveExecution, KnownExecutionState, StepDelegatingExecutor
+from dagster_taskiq.dagster_compat.run_monitoring import _MARKS
 from dagster_taskiq.dagster_compat.run_queue import DAEMON_OF_THE_QUEUE
 from dagster_taskiq.dagster_compat.storage import deserialize_entry, read_migration_scripts_once
 
@@ -190,6 +191,10 @@ def test_an_event_log_entry_survives_its_way_through_the_channel() -> None:
 def test_dagster_still_counts_resumes_by_the_message_that_we_write() -> None:
     assert RESUME_RUN_LOG_MESSAGE == run_monitoring.RESUME_RUN_LOG_MESSAGE
     assert "RESUME_RUN_LOG_MESSAGE" in inspect.getsource(run_monitoring.count_resume_run_attempts)
+
+
+def test_run_monitoring_still_says_so_when_it_stops_a_run_that_is_too_slow() -> None:
+    assert f'message=f"{_MARKS}' in inspect.getsource(run_monitoring.check_run_timeout)
 
 
 def test_dagster_itself_still_decides_by_the_status_when_a_run_worker_starts() -> None:

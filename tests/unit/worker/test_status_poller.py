@@ -75,12 +75,13 @@ async def test_a_run_that_took_too_long_is_told_so(world: World) -> None:
 async def test_so_is_one_that_dagsters_run_monitoring_has_marked_for_that(
     world: World, monkeypatch: pytest.MonkeyPatch, by: str | None
 ) -> None:
-    """Before our launcher has said why: without an author, and when the run has exceeded its maximum runtime."""
+    """Before our launcher has said why: without an author, and by the text of its event."""
     monkeypatch.setattr(type(world.instance), "run_monitoring_enabled", True)
     tags = {"dagster/max_runtime": "0.001"} | ({CANCELLED_BY_TAG: by, RUN_ID_TAG: world.run_id} if by else {})
     world.instance.add_run_tags(world.run_id, tags)
     world.report(EVENTS.RUN_START)
-    world.report(EVENTS.RUN_CANCELING)
+    (run,) = world.instance.get_runs()
+    world.instance.report_run_canceling(run, "Canceling due to exceeding maximum runtime of 0 seconds.")
     await world.poller.look()
     assert world.kinds == [CancelKind.REQUESTED if by else CancelKind.DEADLINE]
 
