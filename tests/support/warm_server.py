@@ -56,7 +56,10 @@ def serve(server: socket.socket) -> list[str]:
             os.read(wake_read, 4096)
             _reap(reporting)
         if server.fileno() in ready:
-            data, fds, _, _ = socket.recv_fds(server, LARGEST_REQUEST, FDS)
+            try:
+                data, fds, _, _ = socket.recv_fds(server, LARGEST_REQUEST, FDS)
+            except ConnectionResetError:  # its client has ended and never used it
+                data = b""
             if not data:
                 _end(reporting)
             request = json.loads(data)

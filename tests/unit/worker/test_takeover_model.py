@@ -239,5 +239,6 @@ def test_after_the_death_of_a_worker_in_the_order(how: str, order: tuple[str, ..
         one.teardown()
 
 
+@pytest.mark.timeout(600)  # it computes for a quarter of a minute, on a machine that may do ten other things
 def test_in_any_order() -> None:
     run_state_machine_as_test(OneRun, settings=settings(max_examples=30, stateful_step_count=20, deadline=None))
