@@ -6,9 +6,8 @@ Usable as it is: `taskiq worker module:broker --receiver dagster_taskiq.cancella
 
 import asyncio
 import functools
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass
 from logging import getLogger
 from typing import Any
 
@@ -29,6 +28,7 @@ from dagster_taskiq.tasks.cancel_listener import CancelListener, Cancels
 from dagster_taskiq.tasks.held_cancels import HeldCancels
 from dagster_taskiq.tasks.middleware import CancellationEvent, Stage, notify_all
 from dagster_taskiq.tasks.predicates import TaskView
+from dagster_taskiq.tasks.receiver_hooks import ReceiverHooks as ReceiverHooks
 from dagster_taskiq.tasks.running_task import CURRENT_TASK, CancelledIsNoError, RunningTask, cancelled_result
 from dagster_taskiq.tasks.running_tasks import RunningTasks
 from dagster_taskiq.tasks.slots import Slots
@@ -42,24 +42,6 @@ _LOOK_UP_S = 0.5
 _LATER_THAN_VISIBLE = 4 / 3
 """The share of the visibility timeout after which the work of a dead worker has come again."""
 getLogger("taskiq.receiver.receiver").addFilter(CancelledIsNoError())
-
-
-@dataclass(frozen=True, slots=True)
-class ReceiverHooks:
-    """What whoever embeds a receiver adds to it. The defaults are right for a plain taskiq worker."""
-
-    tasks_await_signal: bool = False
-    """Whether the task functions look at `current_task().signal` by themselves, instead of being interrupted."""
-    cancel_ttl_s: float = 120
-    """A cancel message that is older, and still nobody's, is deleted."""
-    is_over: Callable[[str], Awaitable[bool]] | None = None
-    """Tells of a task id whether its work is known to be finished; lets cancels for nobody end early."""
-    still_ours: Callable[[str], Awaitable[bool]] | None = None
-    """Asked when a lease is lost: is the work nevertheless ours, so that it should go on?"""
-    on_delivered: Callable[[Cancellation], None] | None = None
-    """Called when a task that runs here is cancelled, by whatever channel; once."""
-    describe: Callable[[TaskiqMessage], Mapping[str, str]] | None = None
-    """What lines of the log about a task have in `extra`, beside its id."""
 
 
 class CancellableReceiver(Receiver):
@@ -118,9 +100,8 @@ class CancellableReceiver(Receiver):
             await self.broker.startup()
             self.run_startup = False  # the base must not do it again
             await self._check_queues()
-        self._finish = finish_event
+        self._finish, broker = finish_event, self.broker
         helpers: set[asyncio.Task[None]] = set()
-        broker = self.broker
         if self._shared_listener is None and isinstance(broker, CancellableSQSBroker) and broker.enable_cancellation:
             self._listener = CancelListener(
                 broker,
@@ -188,8 +169,14 @@ class CancellableReceiver(Receiver):
     def _start_callback(self, message: _PrefetchedMessage, *, owns_execution_slot: bool) -> _StartedCallback:
         started = super()._start_callback(message, owns_execution_slot=owns_execution_slot)
         self._callbacks.add(started.task)
-        started.task.add_done_callback(self._callbacks.discard)
+        started.task.add_done_callback(self._callback_ended)
         return started
+
+    def _callback_ended(self, callback: "asyncio.Task[Any]") -> None:
+        self._callbacks.discard(callback)
+        if not callback.cancelled() and (error := callback.exception()) is not None:
+            # Nobody else looks at it. The worker goes on: its other work is not to suffer.
+            logger.error("a message could not be seen through", exc_info=error)
 
     # One message
 
@@ -278,16 +265,17 @@ class CancellableReceiver(Receiver):
             await shielded(self._conclude(task, leased), name=f"conclude {task_id}")
 
     async def _conclude(self, task: RunningTask, leased: LeasedMessage | None) -> None:
-        lease = leased.lease if leased is not None else None
         try:
             await task.settle()
         finally:
-            gone = lease.deleted if lease is not None else task.verdict().settlement is Settlement.DELETE
+            gone = leased.lease.deleted if leased is not None else task.verdict().settlement is Settlement.DELETE
             over = self.tasks.remove(task, comes_again=not gone)
             self._mine.discard(task)
-            if self._listener is not None:
-                await self._listener.settled(task.task_id, over=over)
-            task.settled.set()
+            try:
+                if self._listener is not None:
+                    await self._listener.settled(task.task_id, over=over)
+            finally:
+                task.settled.set()  # whatever has failed: the next try waits for it, and whoever stops the worker
 
     async def _cancel_ahead(self, task: RunningTask) -> None:
         """If its cancel has come before it, it is not to begin."""

@@ -27,6 +27,7 @@ from dagster_taskiq.cancellable_broker import CancellableSQSBroker
 from dagster_taskiq.cancellable_receiver import CancellableReceiver, ReceiverHooks
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
 from dagster_taskiq.errors import QueueMissing, QueueUnreachable, TaskCancelled
+from dagster_taskiq.sqs.lease import Lease
 from dagster_taskiq.sqs.settlement import Settled, Settlement
 from dagster_taskiq.tasks.running_task import current_task
 
@@ -640,6 +641,37 @@ async def test_a_listener_that_breaks_stops_the_worker_after_its_work(standard_u
     assert diary.cleaned_up == [task.task_id]
     assert Outside(standard_url, endpoint).work() == (1, 0)
     await broker.shutdown()
+
+
+class Unforeseen:
+    """A lease's calls, that fail as nobody has expected."""
+
+    async def renew(self, timeout_s: int) -> None:
+        raise ZeroDivisionError
+
+    async def delete(self) -> None:
+        raise ZeroDivisionError
+
+    async def hand_back(self, delay_s: int) -> None:
+        raise ZeroDivisionError
+
+
+async def test_an_error_that_nobody_expects_is_logged_and_hangs_no_worker(
+    standard_url: str, endpoint: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = broker_for(standard_url, endpoint)
+    broker.lease_of_cancel = lambda _: Lease(Unforeseen(), visibility_timeout_s=30)  # type: ignore[method-assign]
+    diary = Diary()
+    wait = diary.register(broker)
+    async with working(broker) as receiver:
+        task = await wait.kiq(0.5)
+        await eventually(lambda: diary.started, "the task starts")
+        await broker.cancel_task(task.task_id)
+        await eventually(lambda: diary.cancelled, "the task is cancelled")
+        async with asyncio.timeout(20):
+            await receiver.stop_running(SHUTDOWN)
+    assert diary.cleaned_up == [task.task_id]
+    assert "a message could not be seen through" in caplog.messages
 
 
 @pytest.mark.usefixtures("polite")

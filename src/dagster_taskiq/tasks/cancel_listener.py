@@ -158,9 +158,10 @@ class CancelListener:
             return
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._look(), name="look for cancels")
-        await asyncio.wait({self._looking})
-        if not self._looking.cancelled():
-            self._looking.result()
+        looking = self._looking  # by the time it has ended, somebody else may have begun another one
+        await asyncio.wait({looking})
+        if not looking.cancelled():
+            looking.result()
 
     async def _look(self) -> None:
         known: set[str] = set()

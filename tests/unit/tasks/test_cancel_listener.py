@@ -247,6 +247,17 @@ async def test_a_look_ends_when_it_brings_nothing_new() -> None:
     assert looking.done()  # without a queue that alone knows of cancellations there is nothing to look for
 
 
+async def test_whoever_looks_while_others_come_and_go_is_answered() -> None:
+    queue = Queue()
+    queue.receives = [[]] * 100
+    listening = CancelListener(queue, Here(), cancel_ttl_s=120, held=HeldCancels(lambda _: pytest.fail("not ours")))
+    looks = []
+    for _ in range(50):  # one begins at each turn of the loop, so some of them just after the end of another one
+        looks.append(asyncio.create_task(listening.look()))
+        await asyncio.sleep(0)
+    assert await asyncio.gather(*looks, return_exceptions=True) == [None] * len(looks)
+
+
 def standing_of(group: str, *, age_s: float, receive_count: int) -> ReceivedStanding:
     request = StandingCancel("group", group, reason="why", requested_by="who")
     return ReceivedStanding(request, f"m-{group}", f"r-{group}", receive_count, NOW - age_s)
