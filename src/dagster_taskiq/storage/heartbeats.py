@@ -147,11 +147,16 @@ class Heartbeats:
 
     def _read(self, read: Callable[[], Mapping[str, str]]) -> Mapping[str, str]:
         try:
-            return read()
+            found = read()
         except Exception:
             with self._lock:
                 self._suspects.clear()
             raise
+        with self._lock:
+            # As long as its heartbeat is stored at most: a fleet on spot instances has new names every day.
+            oldest = self._monotonic() - _FORGOTTEN_AFTER_S
+            self._suspects = {name: seen for name, seen in self._suspects.items() if seen[1] > oldest}
+        return found
 
     def _judge(self, worker_id: str, value: str | None) -> str:
         last = _heartbeat(_key(worker_id), value) if value is not None else None

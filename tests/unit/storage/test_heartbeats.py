@@ -158,6 +158,18 @@ def test_all_of_them_are_listed_until_they_are_forgotten(world: World) -> None:
     assert (left.worker_id, left.at, left.facts) == ("w", world.workers_clock, {"work": []})
 
 
+def test_workers_that_are_dead_for_long_take_no_memory(world: World) -> None:
+    for number in range(3):
+        world.there.beat(f"w-{number}")
+    world.wait(DEAD_AFTER)
+    assert world.here.living() == []
+    assert len(world.here._suspects) == 3
+    world.wait(8 * 24 * 3_600)
+    world.here.forget_the_long_dead()
+    assert world.here.living() == []
+    assert world.here._suspects == {}
+
+
 def test_long_names_are_told_apart_by_what_mysql_has_of_a_key(world: World) -> None:
     """Its unique index has 64 characters: of two lives of a worker on a host with a long name the key was the same."""
     first, second = (f"ip-10-0-112-123.eu-central-1.compute.internal-{life}" for life in ("1a2b3c4d", "5e6f7a8b"))
