@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from dagster import DagsterInstance
+from dagster import DagsterInstance, RunsFilter
 
 from dagster_taskiq.cancellation.state import State
 from dagster_taskiq.dagster_compat.retry import retry_storage
@@ -14,6 +14,7 @@ from dagster_taskiq.dagster_compat.storage import delete_values, put_value, valu
 _PREFIX: Final = "dagster-taskiq/state/"
 _KEPT_AFTER_THE_END_S: Final = 7 * 86_400
 """For this time a cleanup can be run again by hand, and the state of an op that has failed is kept."""
+_BATCH: Final = 500
 
 
 def state_of(
@@ -48,11 +49,13 @@ def forget_old_states(instance: DagsterInstance, now: Callable[[], float] = time
     keys: dict[str, list[str]] = {}
     for key in values_under(instance, _PREFIX):
         keys.setdefault(key.removeprefix(_PREFIX).partition("/")[0], []).append(key)
-    for run_id, its_keys in keys.items():
-        record = instance.get_run_record_by_id(run_id)
-        ended = record.end_time if record is not None else 0
-        if ended is not None and now() - ended > _KEPT_AFTER_THE_END_S:
-            delete_values(instance, its_keys)
+    run_ids = [*keys]
+    for start in range(0, len(run_ids), _BATCH):
+        some = run_ids[start : start + _BATCH]
+        records = {one.dagster_run.run_id: one for one in instance.get_run_records(RunsFilter(run_ids=some))}
+        ends = {run_id: records[run_id].end_time if run_id in records else 0.0 for run_id in some}
+        over = [run_id for run_id, end in ends.items() if end is not None and now() - end > _KEPT_AFTER_THE_END_S]
+        delete_values(instance, [key for run_id in over for key in keys[run_id]])
 
 
 def _of_run(run_id: str) -> str:

@@ -8,7 +8,6 @@ cancel intent.
 import asyncio
 import logging
 import os
-import random
 import secrets
 import signal
 import socket
@@ -36,12 +35,11 @@ from dagster_taskiq.metrics import Metrics, on_ecs
 from dagster_taskiq.process.fork_server import ForkServer
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.sqs.s3_payloads import PayloadBucket
-from dagster_taskiq.storage.claims import Claims, forget_old_claims
+from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.engine_events import no_log
-from dagster_taskiq.storage.fleet import StopRequest, forget_old_stops
+from dagster_taskiq.storage.fleet import StopRequest
 from dagster_taskiq.storage.heartbeats import Heartbeats
-from dagster_taskiq.storage.step_claims import StepClaims, forget_old_step_claims
-from dagster_taskiq.storage.step_state import forget_old_states
+from dagster_taskiq.storage.step_claims import StepClaims
 from dagster_taskiq.storage.tags import TASK_ID_TAG
 from dagster_taskiq.tasks.cancel_listener import Cancels
 from dagster_taskiq.tasks.running_tasks import RunningTasks
@@ -53,6 +51,7 @@ from dagster_taskiq.worker.ecs import Agent, Protection, Task, until_outdated, u
 from dagster_taskiq.worker.forking import fork_server, forked_server
 from dagster_taskiq.worker.health import answering
 from dagster_taskiq.worker.heart import Heart
+from dagster_taskiq.worker.housekeeping import keep_house
 from dagster_taskiq.worker.orders import Orders
 from dagster_taskiq.worker.reconciler import Reconciler
 from dagster_taskiq.worker.routes import Served
@@ -64,8 +63,6 @@ logger = logging.getLogger(__name__)
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _LONGEST_FACT: Final = 256
-_HOUSEKEEPING_EVERY_S: Final = 6 * 3_600
-"""And at the start of each worker."""
 _IS_OVER_S: Final = 5.0
 """Whether a run is over, for messages that may as well be handed on."""
 
@@ -346,18 +343,7 @@ class Worker:
         logger.debug("worker is ready")
         if on_ready is not None:
             on_ready(self.worker_id)
-        while True:
-            await self._keep_house()
-            await asyncio.sleep(_HOUSEKEEPING_EVERY_S * random.uniform(0.5, 1.5))  # noqa: S311 - not all at once
-
-    async def _keep_house(self) -> None:
-        """Delete what nobody came to delete."""
-        with suppress(Exception):  # the next worker does it as well
-            await self._lane.call(self._heartbeats.forget_the_long_dead)
-            await self._lane.call(forget_old_states, self._instance)
-            await self._lane.call(forget_old_stops, self._instance)
-            await self._lane.call(forget_old_claims, self._instance, self._heartbeats)
-            await self._lane.call(forget_old_step_claims, self._instance, self._heartbeats)
+        await keep_house(self._instance, self._heartbeats)
 
     async def _stop_what_does_not_finish(
         self, receivers: Sequence[CancellableReceiver], reconciler: Reconciler | None, context: WorkerContext

@@ -19,6 +19,7 @@ from dagster_taskiq.storage.engine_events import picked_up
 from dagster_taskiq.storage.event_log import StepRef, append_event, run_will_resume
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.step_claims import StepClaims
+from dagster_taskiq.storage.step_state import forget_old_states, state_of
 from dagster_taskiq.storage.tags import TASK_ID_TAG
 from dagster_taskiq.worker.admission import Candidate, admit_run
 from dagster_taskiq.worker.finalization import examine
@@ -119,3 +120,16 @@ def test_it_costs_the_same_with_a_long_log(question: str, monkeypatch: pytest.Mo
             costs.append(dict(counted))
     assert costs[0] == costs[1]
     assert costs[1]["rows"] < LONG / 10, costs
+
+
+def test_to_forget_the_states_of_many_runs_costs_as_much_as_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    with DagsterInstance.ephemeral() as instance:
+        costs = []
+        for number in (3, 60):
+            for _ in range(number):
+                run = instance.create_run_for_job(nothing, status=DagsterRunStatus.STARTED)
+                state_of(instance, run.run_id, "one")["key"] = 1
+            with counting(monkeypatch) as counted:
+                forget_old_states(instance)
+            costs.append(counted["fetches"])
+    assert costs[0] == costs[1]
