@@ -71,7 +71,6 @@ __all__ = [
 ]
 
 
-_RunBody = Callable[[str, DagsterInstance], int]
 _IGNORE: Final[Callable[[DagsterEvent], Any]] = lambda _: None  # noqa: E731
 
 

@@ -27,6 +27,8 @@ _STATUS_EVENTS: Final = {
     DagsterEventType.RUN_SUCCESS: "SUCCESS",
 }
 _TICK_S: Final = 0.02
+_WITHIN_S: Final = 120.0
+"""For all scenes, which take 20 s."""
 
 
 class DemoFailed(DagsterTaskiqError):
@@ -206,7 +208,7 @@ def complaints(
     return found
 
 
-def run_demo(print_line: Callable[[str], None], show: Callable[[Outcome], None], *, within_s: float = 120) -> bool:
+def run_demo(print_line: Callable[[str], None], show: Callable[[Outcome], None]) -> bool:
     """Run all scenes; True if all was as promised. Raises `DagsterTaskiqError`, or `StopRequested`."""
     # Fast. The grace period is that of the scene.
     config: dict[str, Any] = {"wait_time_seconds": 2, "visibility_timeout_seconds": 10, "status_poll_seconds": 2}
@@ -232,7 +234,7 @@ def run_demo(print_line: Callable[[str], None], show: Callable[[Outcome], None],
 
             def wait(seconds: float) -> None:
                 manager.check()
-                _stay_within(request, seconds, began + within_s)
+                _stay_within(request, seconds, began + _WITHIN_S)
 
             for scene in SCENES:
                 print_line(scene.title)

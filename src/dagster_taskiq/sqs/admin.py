@@ -70,14 +70,10 @@ def queue_urls(queue_url: str) -> Mapping[str, str]:
     return {"work": queue_url, "steps": steps_queue_url(queue_url), "cancels": cancel_queue_url(queue_url)}
 
 
-async def create_queues(
-    client: "SQSClient", queue_url: str, *, visibility_timeout_s: int = 30, steps: bool = True
-) -> tuple[str, ...]:
+async def create_queues(client: "SQSClient", queue_url: str, *, visibility_timeout_s: int = 30) -> tuple[str, ...]:
     """Create the queues that do not exist; existing ones are not changed. Returns the names of the new ones."""
     created = []
     for role, url in queue_urls(queue_url).items():
-        if role == "steps" and not steps:
-            continue
         check_endpoint(client, url)
         with translated(url, client.meta.region_name):
             try:

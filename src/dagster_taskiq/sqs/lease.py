@@ -58,7 +58,6 @@ class Lease:
         renew_every_s: float | None = None,
         in_step_with: float | None = None,
         name: str = "message",
-        on_lost: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`in_step_with`: a moment of `clock`. Leases with the same one are renewed at the same moments."""
@@ -68,7 +67,7 @@ class Lease:
         self._name = name
         self.about: Mapping[str, str | None] = {}
         """Facts for log lines about it, when it is known what the message is."""
-        self._on_lost = on_lost
+        self._on_lost: Callable[[], None] | None = None
         self._clock = clock
         self._received_at = clock()
         self._in_step_with = self._received_at if in_step_with is None else in_step_with

@@ -7,7 +7,7 @@ database.
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
@@ -33,19 +33,11 @@ _STATUSES: Final = (DagsterRunStatus.QUEUED, DagsterRunStatus.STARTING, *_AT_WOR
 class RoomWatch:
     """Keep the object: it remembers what it has seen."""
 
-    def __init__(
-        self,
-        instance: DagsterInstance,
-        settings: Settings,
-        look_ahead: int,
-        *,
-        monotonic: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, instance: DagsterInstance, settings: Settings, look_ahead: int) -> None:
         self._instance = instance
         self._settings = settings
         self._look_ahead = look_ahead
         self._slots = RunSlots(instance, settings)
-        self._monotonic = monotonic
         self._counted_at = float("-inf")
         self._runs: Mapping[str, RunsOfRoute] = {}
         self._untagged = RunsOfRoute()
@@ -61,7 +53,7 @@ class RoomWatch:
         workers = self._slots.of_workers()
         named = {*bounds, *(rule.route for rule in self._settings.routes)}
         named |= {route for worker in workers for route in worker.routes if route != DEFAULT_ROUTE}
-        if named or self._named_runs() or self._monotonic() - self._counted_at > _UNUSED_FOR_S:
+        if named or self._named_runs() or time.monotonic() - self._counted_at > _UNUSED_FOR_S:
             self._count()
         named |= self._named_runs()
         return room_of(named, workers, self._runs if named else {}, self._look_ahead, bounds)
@@ -108,13 +100,8 @@ class RoomWatch:
         except Exception as error:  # noqa: BLE001 - whatever the storage raises
             logger.warning("the runs of each route cannot be counted: %r", error)
             return
-        self._counted_at = self._monotonic()
+        self._counted_at = time.monotonic()
         self._runs, self._untagged = _by_route(counts), _together(one for one in counts if one.value is None)
-
-
-def read_runs_by_route(instance: DagsterInstance) -> Mapping[str, RunsOfRoute]:
-    """The runs that are not over, by route. One query."""
-    return _by_route(count_by_tag(instance, ROUTE_TAG, _STATUSES))
 
 
 def _by_route(counts: Iterable[TaggedCount]) -> Mapping[str, RunsOfRoute]:

@@ -1,7 +1,7 @@
 """Which steps of a run are being worked on, and by which worker, as the run's executor reads it in the event log."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from dagster import DagsterEvent
@@ -73,13 +73,12 @@ class RunningSteps:
 class StopOfSteps:
     """Steps that are being stopped: which still need a cancel, and whether it takes too long. Sends nothing itself."""
 
-    def __init__(self, patience_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, patience_s: float) -> None:
         """`patience_s`: seconds that the steps may take, from now."""
         self.patience_s = patience_s
         self.cancelled: set[str] = set()
         """Task ids of the steps that were cancelled."""
-        self._clock = clock
-        self._began = clock()
+        self._began = time.monotonic()
 
     def not_yet_cancelled(self, task_ids: Iterable[str]) -> list[str]:
         """Those that have to be cancelled now, also a step that was claimed after the others were cancelled."""
@@ -90,7 +89,7 @@ class StopOfSteps:
     @property
     def waited_s(self) -> float:
         """Seconds since the stop began."""
-        return self._clock() - self._began
+        return time.monotonic() - self._began
 
     @property
     def is_too_long(self) -> bool:

@@ -29,9 +29,6 @@ class Outcome(enum.StrEnum):
     SKIPPED = "skipped"
 
 
-WENT_WELL: Final = frozenset({Outcome.SUCCEEDED, Outcome.SKIPPED, Outcome.DONE})
-
-
 class BarKind(enum.StrEnum):
     """What a bar is about."""
 

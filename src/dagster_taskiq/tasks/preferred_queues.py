@@ -35,7 +35,6 @@ class PreferredQueues(Generic[_T]):
         *,
         free: Callable[[], int],
         may_receive: Callable[[], Awaitable[Any]] | None = None,
-        head_start_s: float = HEAD_START_S,
     ) -> None:
         """`queues`: in order of preference. `free`: the slots that are free while a message is asked for, the one for
         which it is asked included; when none is asked for, one more than are free.
@@ -46,7 +45,6 @@ class PreferredQueues(Generic[_T]):
         self._hand_back = hand_back
         self._free = free
         self._may_receive = may_receive
-        self._head_start_s = head_start_s
         self._quiet = [asyncio.Event() for _ in queues]
         """Set while nothing is known to wait in that queue: it was asked, and has had its moment."""
         self._empty_at = [float("-inf") for _ in queues]
@@ -94,7 +92,7 @@ class PreferredQueues(Generic[_T]):
             await self._turn(number)
             loop, quiet = asyncio.get_running_loop(), self._quiet[number]
             # What was empty just now needs no moment once more: an idle receiver asks all of them without a gap.
-            moment_s = 0 if loop.time() - self._empty_at[number] < _JUST_NOW_S else self._head_start_s
+            moment_s = 0 if loop.time() - self._empty_at[number] < _JUST_NOW_S else HEAD_START_S
             timer = loop.call_later(moment_s, quiet.set)
             try:
                 received = await self._queues[number](self._room)

@@ -54,7 +54,6 @@ class Task:
     arn: str
     cluster: str
     family: str
-    availability_zone: str
     revision: str
     service: str
     """Its name; empty when the agent does not tell, or when the task belongs to none."""
@@ -124,7 +123,6 @@ class Agent:
                 arn=str(found["TaskARN"]),
                 cluster=str(found.get("Cluster", "")),
                 family=str(found.get("Family", "task")),
-                availability_zone=str(found.get("AvailabilityZone", "")),
                 revision=str(found.get("Revision", "")),
                 service=str(found.get("ServiceName", "")),
             )
@@ -151,9 +149,9 @@ class Agent:
             return None
         return log_stream(container, task.partition, task.region)
 
-    async def protect(self, minutes: int = PROTECTED_FOR_MIN) -> None:
-        """Keep ECS from scaling this task in, for so many minutes. Raises `AgentRefused`."""
-        await self._set({"ProtectionEnabled": True, "ExpiresInMinutes": minutes})
+    async def protect(self) -> None:
+        """Keep ECS from scaling this task in, for an hour. Raises `AgentRefused`."""
+        await self._set({"ProtectionEnabled": True, "ExpiresInMinutes": PROTECTED_FOR_MIN})
 
     async def unprotect(self) -> None:
         """Let ECS scale this task in. Raises `AgentRefused`."""
