@@ -657,10 +657,10 @@ class Unforeseen:
 
 
 async def test_an_error_that_nobody_expects_is_logged_and_hangs_no_worker(
-    standard_url: str, endpoint: str, caplog: pytest.LogCaptureFixture
+    standard_url: str, endpoint: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broker = broker_for(standard_url, endpoint)
-    broker.lease_of_cancel = lambda _: Lease(Unforeseen(), visibility_timeout_s=30)  # type: ignore[method-assign]
+    monkeypatch.setattr(broker, "lease_of_cancel", lambda _: Lease(Unforeseen(), visibility_timeout_s=30))
     diary = Diary()
     wait = diary.register(broker)
     async with working(broker) as receiver:

@@ -26,6 +26,13 @@ def ends(argument: dict[str, Any], channel: socket.socket) -> int:
     return int(argument.get("code", 0))
 
 
+def leaves_one_behind(argument: dict[str, Any], channel: socket.socket) -> int:
+    """Ends by itself; what it has started goes on."""
+    left = subprocess.Popen(["sleep", "600"])
+    say(channel, left=left.pid)
+    return 0
+
+
 def polite(argument: dict[str, Any], channel: socket.socket) -> int:
     def handle(*_: object) -> None:
         say(channel, interrupted=True, heard=channel.recv(4096, socket.MSG_DONTWAIT).decode())

@@ -24,7 +24,7 @@ STOP_TIMEOUT_S: Final = 5
 _OF_STEPS: Final = {"step_limit", "step_stopped", "step_over", "step_finished", "step_gone"}
 _NEVER_S: Final = 3600.0
 _POLL_WHILE_KILLING_S: Final = 0.02
-_KILLED_WITHIN_S: Final = 30.0
+KILLED_WITHIN_S: Final = 30.0
 """The kernel kills within milliseconds, unless a process waits in it for a device or a file system that hangs."""
 
 
@@ -210,7 +210,7 @@ async def _read_shim(child: Child, messages: AsyncIterator[Any], read_child: asy
 
 def _kill_stragglers(leader: int, mark: str) -> tuple[str, ...]:
     killed: dict[int, str] = {}
-    give_up_at = time.monotonic() + _KILLED_WITHIN_S
+    give_up_at = time.monotonic() + KILLED_WITHIN_S
     while left := find_processes(mark, session=leader):
         for pid in left:
             name = procfs.program_of(pid)

@@ -303,10 +303,11 @@ class _Shim:
             pid = step.pid if step.pid is not None and procfs.is_below(step.pid, os.getpid()) else None
             left = [one for one in procfs.processes() if self._is_of_step(one, pid, step.mark)]
             if pid is not None and procfs.is_alive(pid):
-                # It starts nothing any more, and what is below it stays there until the last of that is gone.
-                os.kill(pid, signal.SIGKILL if not left else signal.SIGSTOP)
                 if not left:
                     step.note(pid)
+                # It starts nothing any more, and what is below it stays there until the last of that is gone.
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL if not left else signal.SIGSTOP)
             elif not left:
                 self._send(step_ended=name, killed=list(step.names.values())[:_NAMES_KEPT])
                 del self._ending[name]

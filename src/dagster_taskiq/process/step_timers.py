@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from time import monotonic, time
 from typing import Any, Protocol
 
-from dagster_taskiq.process.child_handle import Child
+from dagster_taskiq.process.child_handle import KILLED_WITHIN_S, Child
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +175,12 @@ class StepTimers:
     async def _end_and_clean_up(self, timed: _Timed, pid: int | None) -> None:
         step = timed.step
         self._child.end_step(step.name, step.mark, pid)
-        await timed.ended.wait()
+        try:
+            async with asyncio.timeout(KILLED_WITHIN_S):
+                await timed.ended.wait()
+        except TimeoutError:  # as of a whole tree: what the kernel does not let go of does nothing any more
+            extra = {"pid": step.pid, "step_key": step.step_key}
+            logger.error("processes of a late step cannot be killed; going on without them", extra=extra)  # noqa: TRY400
         if step.has_handlers and not self._stopped:
             await self._observer.clean_up(step)
         self._child.send({"step_cleaned": step.name})

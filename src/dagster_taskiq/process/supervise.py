@@ -27,7 +27,7 @@ _STEP_IS_LATE: Final = Cancellation(CancelKind.DEADLINE, cause="a step has timed
 _SAYS_AFTER_S: Final = 3.0
 """Whoever ends within this time is not worth an event."""
 SHIM_ANSWERS_S: Final = 30.0
-"""A shim that was told to kill its tree and has not said by then that it is gone hangs. It takes milliseconds."""
+"""It takes milliseconds to kill a tree. A shim that has not said by then that it is gone hangs, or may not kill it."""
 
 
 class Processes(Protocol):
@@ -153,7 +153,9 @@ class _Ladder:
             for helper in (cancelled, outstayed, late):
                 helper.cancel()
             await asyncio.wait({cancelled, outstayed, late})
-        await asyncio.wait({self._child.gone}, timeout=SHIM_ANSWERS_S if self._kill_at is not None else None)
+        # What is left behind when the leader ended by itself lingers first; then the shim kills that, too.
+        lingers_s = self._child.spec.linger_s if self._kill_at is None else 0.0
+        await asyncio.wait({self._child.gone}, timeout=lingers_s + SHIM_ANSWERS_S)
         if not self._child.gone.done():
             logger.warning("the shim of a child does not answer; killing it", extra={"pid": self._child.pid})
             self._child.kill_shim()

@@ -38,6 +38,7 @@ class Work:
     exit_patience_s: float = 60
     cancelled_exit_patience_s: float = 60
     hung_after_s: float = 0
+    linger_s: float = 0.2
     argument: dict[str, Any] = field(default_factory=dict)
     child: Child | None = None
     killings: int = 0
@@ -69,7 +70,7 @@ class Work:
     def start(self) -> "Work":
         target, patience_s = f"tests.support.targets:{self.target}", self.exit_patience_s
         spec = ChildSpec(target, self.argument, self.mark, self.grace_s, patience_s, self.cancelled_exit_patience_s)
-        spec = replace(spec, hung_after_s=self.hung_after_s, linger_s=0.2)
+        spec = replace(spec, hung_after_s=self.hung_after_s, linger_s=self.linger_s)
         body = supervise(self, spec, self.signal, self, lambda _: self.grace_s)
         self.task = asyncio.create_task(see_through(body, self.signal, name="work"))
         return self
@@ -325,6 +326,25 @@ def test_a_keeper_that_hangs_is_killed_and_its_tree_with_it(monkeypatch: pytest.
         end = await work.end()
         assert (end.exit_code, work.killings) == (-signal.SIGKILL, 1)
         assert not [pid for pid in pids if alive(pid)]
+
+    run(test)
+
+
+def test_a_keeper_that_cannot_end_what_the_work_has_left_behind_keeps_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As one does that may not kill what the work has left behind: it belongs to another user, or hangs itself."""
+    monkeypatch.setattr(supervise_module, "SHIM_ANSWERS_S", 0.5)
+
+    async def test(server: ForkServer) -> None:
+        work = Work(server, "leaves_one_behind", linger_s=3).start()
+        pid = await work.said("left")
+        assert work.child is not None
+        shim = psutil.Process(psutil.Process(work.child.pid).ppid())
+        work.child.exited.add_done_callback(lambda _: shim.suspend())
+        end = await work.end()
+        assert (end.exit_code, work.killings) == (0, 0)
+        assert not alive(pid)
 
     run(test)
 

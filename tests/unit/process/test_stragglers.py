@@ -30,7 +30,7 @@ def test_a_process_that_hangs_in_the_kernel_is_named_and_left(
     sent: list[tuple[int, int]] = []
     with monkeypatch.context() as kernel:
         kernel.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))  # which does not let go of it
-        kernel.setattr(child_handle, "_KILLED_WITHIN_S", 0)  # on a busy machine one look takes longer than all of it
+        kernel.setattr(child_handle, "KILLED_WITHIN_S", 0)  # on a busy machine one look takes longer than all of it
         child_handle._kill_stragglers(straggler.pid, straggler.mark)  # type: ignore[attr-defined]
     assert (straggler.pid, signal.SIGKILL) in sent
     assert straggler.poll() is None
