@@ -222,7 +222,7 @@ def test_two_fleets_stand_beside_each_other(account: Account, fleets: dict[str, 
     watch = client("cloudwatch", account.endpoint)
     for fleet, queue in ((fleets["default"], account.name), (fleets["gpu"], f"{account.name}-gpu")):
         body = watch.get_dashboard(DashboardName=fleet.stack)["DashboardBody"]
-        assert set(re.findall(r'"Queue(?:Name)?", "([^"]*)"', body)) == {queue}
+        assert set(re.findall(r'"Queue(?:Name)?", "([^"]*)"', body)) == {queue, f"{queue}-steps"}
 
 
 @pytest.mark.parametrize(
@@ -238,21 +238,21 @@ def test_two_fleets_stand_beside_each_other(account: Account, fleets: dict[str, 
 def test_a_fleet_is_scaled_and_watched_by_the_queues_of_its_route(
     queue: str, route: str, work: str, steps: str, serve: str
 ) -> None:
-    filled = Filled(INFRA / "workers.yaml", QueueName=queue, Route=route, Serve=serve).resources()
+    resources = filled(serve, QueueName=queue, Route=route)
     of_runs, of_steps = {("Queue", work), ("QueueName", work)}, {("QueueName", steps)}
     wanted = {"both": of_runs | of_steps, "runs": of_runs, "steps": of_steps}[serve]
     for scales in ("BacklogPolicy", "WorkWaitsForTheFirstTask"):
-        assert queues_in(filled[scales]) == wanted
-    assert filled.keys() >= {"both": {"OldestRunAlarm", "OldestStepAlarm"}}.get(serve, set())
+        assert queues_in(resources[scales]) == wanted
+    assert resources.keys() >= {"both": {"OldestRunAlarm", "OldestStepAlarm"}}.get(serve, set())
     for alarm, named in (
         ("OldestRunAlarm", of_runs),
         ("OldestStepAlarm", {("Queue", work), ("QueueName", steps)}),
         ("SlowCancellationAlarm", {("Queue", work)}),
         ("CleanupFailedAlarm", {("Queue", work)}),
     ):
-        assert alarm not in filled or queues_in(filled[alarm]) == named
-    body = filled["Dashboard"]["Properties"]["DashboardBody"]
-    assert set(re.findall(r'"Queue(?:Name)?", "([^"]*)"', body)) == {work}
+        assert alarm not in resources or queues_in(resources[alarm]) == named
+    body = resources["Dashboard"]["Properties"]["DashboardBody"]
+    assert set(re.findall(r'"Queue(?:Name)?", "([^"]*)"', body)) == {work, steps}
     assert json.loads(body)["widgets"]
 
 
@@ -352,56 +352,68 @@ def test_the_metrics_of_alarms_and_dashboard_are_those_that_workers_write() -> N
     assert NAMESPACE == "dagster-taskiq"
 
 
-TRUE_FOR = {"ServesRuns": {"both", "runs"}, "ServesSteps": {"both", "steps"}, "ServesBoth": {"both"}}
+def filled(serve: str = "both", **parameters: str) -> Any:
+    """The resources for a fleet that takes this."""
+    return Filled(INFRA / "workers.yaml", Serve=serve, **parameters).resources()
 
 
-def chosen(value: Any, serve: str) -> Any:
-    """What is left of an `!If` for a fleet that takes this; None: nothing."""
-    if isinstance(value, list):
-        condition, yes, no = value
-        return chosen(yes if serve in TRUE_FOR[condition] else no, serve)
-    return None if value == "AWS::NoValue" else value
-
-
-def value_of(resource: Any, ident: str, *, serve: str = "both", **metrics: float | None) -> float:
+def value_of(listed: Any, ident: str, **metrics: float | None) -> float:
     """What an expression of the template gives for these values; None, or left out: there is no data."""
-    listed = [one for one in (chosen(one, serve) for one in resource) if one is not None]
-    expressions = {one["Id"]: chosen(one["Expression"], serve) for one in listed if "Expression" in one}
     known: dict[str, Any] = dict.fromkeys(one["Id"] for one in listed)
     assert metrics.keys() <= known.keys()
     known |= metrics
     known |= {"IF": lambda yes, one, other: one if yes else other, "FILL": lambda one, no: no if one is None else one}
-    for name, text in expressions.items():  # in their order: each uses those before it
-        known[name] = eval(text.replace(" AND ", " and "), {"__builtins__": {}}, known)  # noqa: S307 - our own template
+    for one in listed:  # in their order: each uses those before it
+        if "Expression" in one:
+            text = one["Expression"].replace(" AND ", " and ")
+            known[one["Id"]] = eval(text, {"__builtins__": {}}, known)  # noqa: S307 - our own template
     return float(known[ident])
 
 
-def test_a_fleet_scales_on_what_waits_in_dagster_and_wakes_up_for_it() -> None:
-    resources = template("workers.yaml")["Resources"]
-    policy = resources["BacklogPolicy"]["Properties"]["TargetTrackingScalingPolicyConfiguration"]
-    backlog = policy["CustomizedMetricSpecification"]["Metrics"]
+def fullness(serve: str, *, fleet: dict[str, str] | None = None, **metrics: float) -> float:
+    """What the service is scaled on: 1 is when its tasks are full."""
+    policy = filled(serve, **fleet or {})["BacklogPolicy"]["Properties"]["TargetTrackingScalingPolicyConfiguration"]
+    assert policy["TargetValue"] == 1
+    return value_of(policy["CustomizedMetricSpecification"]["Metrics"], "backlog", **metrics)
+
+
+def test_a_fleet_scales_on_what_waits_in_dagster() -> None:
     for serve in ("both", "runs"):
-        assert value_of(backlog, "backlog", serve=serve, queued=40, waiting=1, working=8, tasks=2) == 24
-        assert value_of(backlog, "backlog", serve=serve, queued=40, waiting=1) == 40, "no task yet"
-        in_sqs = value_of(backlog, "backlog", serve=serve, waiting=12, working=8, tasks=2)
-        assert in_sqs == 10, "another coordinator: they are in SQS"
+        assert fullness(serve, queued=40, waiting=1, working=8, tasks=2) == 24 / 4
+        assert fullness(serve, queued=40, waiting=1) == 40 / 4, "no task yet"
+        in_sqs = fullness(serve, waiting=12, working=8, tasks=2)
+        assert in_sqs == 10 / 4, "another coordinator: they are in SQS"
     for serve in ("both", "steps"):
-        assert value_of(backlog, "backlog", serve=serve, steps_waiting=12, steps_working=8, tasks=2) == 10
-    most_steps = value_of(backlog, "backlog", queued=2, working=2, steps_waiting=90, steps_working=10, tasks=4)
-    assert most_steps == 25, "the greater backlog: runs that wait for a hundred steps are few"
-    wake_up = resources["WorkWaitsForTheFirstTask"]["Properties"]["Metrics"]
+        assert fullness(serve, steps_waiting=12, steps_working=8, tasks=2) == 10 / 4
+    most_steps = fullness("both", queued=2, working=2, steps_waiting=90, steps_working=10, tasks=4)
+    assert most_steps == 25 / 4, "the greater backlog: runs that wait for a hundred steps are few"
+
+
+def test_a_fleet_with_one_slot_for_each_task_has_a_task_for_each_piece_of_work() -> None:
+    large = {"MaxRuns": "1", "MaxSteps": "1", "Route": "large"}
+    assert fullness("both", fleet=large, steps_waiting=3, steps_working=1, tasks=1) == 4
+    assert fullness("steps", fleet=large, steps_working=4, tasks=4) == 1
+    uneven = {"MaxRuns": "1", "MaxSteps": "10"}
+    assert fullness("both", fleet=uneven, working=1, steps_working=10, tasks=1) == 1, "full with either"
+    assert fullness("both", fleet=uneven, queued=1, working=1, tasks=1) == 2, "one more run needs one more task"
+    assert fullness("steps", fleet={"BacklogPerTask": "8"}, steps_waiting=12, steps_working=4, tasks=2) == 1
+
+
+def test_a_fleet_wakes_up_for_what_waits() -> None:
     for serve in ("both", "runs"):
-        assert value_of(wake_up, "asleep", serve=serve, queued=1) == 1, "SQS tells nothing when it was idle for hours"
-        assert value_of(wake_up, "asleep", serve=serve, waiting=1, tasks=0) == 1
-        assert value_of(wake_up, "asleep", serve=serve, queued=1, tasks=1) == 0
-        assert value_of(wake_up, "asleep", serve=serve, queued=0, waiting=0) == 0
+        wake_up = filled(serve)["WorkWaitsForTheFirstTask"]["Properties"]["Metrics"]
+        assert value_of(wake_up, "asleep", queued=1) == 1, "SQS tells nothing when it was idle for hours"
+        assert value_of(wake_up, "asleep", waiting=1, tasks=0) == 1
+        assert value_of(wake_up, "asleep", queued=1, tasks=1) == 0
+        assert value_of(wake_up, "asleep", queued=0, waiting=0) == 0
     for serve in ("both", "steps"):
-        assert value_of(wake_up, "asleep", serve=serve, steps_waiting=1) == 1
-        assert value_of(wake_up, "asleep", serve=serve, steps_waiting=1, tasks=1) == 0
+        wake_up = filled(serve)["WorkWaitsForTheFirstTask"]["Properties"]["Metrics"]
+        assert value_of(wake_up, "asleep", steps_waiting=1) == 1
+        assert value_of(wake_up, "asleep", steps_waiting=1, tasks=1) == 0
 
 
 def test_the_alarms_are_for_what_waits_and_not_for_what_takes_long() -> None:
-    resources = template("workers.yaml")["Resources"]
+    resources = filled()
     runs = resources["OldestRunAlarm"]["Properties"]["Metrics"]
     assert value_of(runs, "waited", oldest=1_000, waiting=1, age=5) == 1_000
     assert value_of(runs, "waited", oldest=0, waiting=0, working=1, age=5_000) == 0, "a run at work"
