@@ -23,7 +23,7 @@ from dagster_taskiq.steps.handler import TaskiqStepHandler
 from dagster_taskiq.steps.interruptions import begins_again
 from dagster_taskiq.storage.engine_events import EngineEvent
 from dagster_taskiq.storage.event_log import append_event
-from dagster_taskiq.storage.step_events import step_interrupted
+from dagster_taskiq.storage.step_events import interrupted_too_often, step_interrupted
 
 SHORTEST_REST_S: Final = 0.02
 _LONGEST_REST_S: Final = 1.0
@@ -101,7 +101,7 @@ class Plan:
         elif not begins_again(step.tags):
             self.lose(step, why, retry=True)
         elif number > most:
-            self.lose(step, f"{why}; that was interruption {number}, at most {most} (max_interruptions)", retry=True)
+            self.lose(step, f"{why}; {interrupted_too_often(number, most)}", retry=True)
         else:
             attempt, task_id = self._attempt(step.key), self.task_id(step.key)
             event = step_interrupted(step.key, task_id, why, attempt=attempt, number=number, most=most)

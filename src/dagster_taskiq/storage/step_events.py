@@ -102,6 +102,14 @@ def step_interrupted(step_key: str, task_id: str, why: str, *, attempt: int, num
     return EngineEvent(Stage.STEP_INTERRUPTED, message, facts)
 
 
+def interrupted_too_often(number: int, most: int) -> str:
+    """Why a step does not begin again, with the next step."""
+    return (
+        f"it was interrupted {counted(number, 'time')}, and max_interruptions is {most}: raise it, or have workers live"
+        " for longer than the step takes"
+    )
+
+
 def cancelling_children(run_ids: Sequence[str]) -> EngineEvent:
     """The run is being stopped, and takes the runs with it that it launched."""
     message = f"cancelling {counted(len(run_ids), 'run')} that this run launched: {listed(run_ids)}"

@@ -6,7 +6,7 @@ from typing import Final
 
 from dagster import DagsterEventType as Kind
 
-from dagster_taskiq.storage.engine_events import ROUTE_KEY, WHY_KEY, WORKER_KEY, Stage
+from dagster_taskiq.storage.engine_events import INTERRUPTED_KEY, ROUTE_KEY, WHY_KEY, WORKER_KEY, Stage
 from dagster_taskiq.story.log import Logged
 from dagster_taskiq.story.model import Bar, BarKind, Outcome, importance
 
@@ -33,6 +33,8 @@ class _Attempt:
     route: str | None = None
     killed: bool = False
     timed_out: bool = False
+    lost: bool = False
+    """Its worker has said that it is; what its run makes of it follows."""
     note: str = ""
 
 
@@ -60,7 +62,11 @@ class StepBars:
             attempt = self._open(event.step_key, new=lambda last: last.began is not None)
             attempt.began = event.at
         elif event.kind in _ENDS:
-            self._end(self._open(event.step_key, new=lambda last: last.ended is not None), event)
+            attempt = self._open(event.step_key, new=lambda last: last.ended is not None and not last.lost)
+            if attempt.lost:
+                self._end_lost(attempt, event)
+            else:
+                self._end(attempt, event)
 
     def _take_stage(self, event: Logged, step_key: str) -> None:
         if step_key not in self._attempts:
@@ -76,7 +82,9 @@ class StepBars:
         elif event.stage is Stage.STEP_LOST:
             attempt.note = str(event.facts.get(WHY_KEY, ""))
             if attempt.ended is None:
-                attempt.ended, attempt.outcome = event.at, Outcome.KILLED if attempt.killed else Outcome.LOST
+                otherwise = Outcome.INTERRUPTED if event.facts.get(INTERRUPTED_KEY) else Outcome.LOST
+                attempt.ended, attempt.outcome = event.at, Outcome.KILLED if attempt.killed else otherwise
+                attempt.lost = True
         elif event.stage is Stage.STEP_INTERRUPTED:
             attempt.note, attempt.outcome = str(event.facts.get(WHY_KEY, "")), Outcome.INTERRUPTED
             attempt.ended = attempt.ended or event.at
@@ -103,6 +111,14 @@ class StepBars:
                 attempt.outcome = Outcome.INTERRUPTED
         if event.error and attempt.outcome in (Outcome.FAILED, Outcome.RETRIED):
             attempt.note = event.error
+
+    @staticmethod
+    def _end_lost(attempt: _Attempt, event: Logged) -> None:
+        """What its run says of it, once: that it has failed because of that, or is tried again."""
+        attempt.lost = False
+        attempt.note = event.error or attempt.note
+        if _ENDS[event.kind] is Outcome.RETRIED:
+            attempt.outcome = Outcome.RETRIED
 
     def bars(self, now: float, over_at: float | None, how: Outcome) -> list[Bar]:
         """One for each attempt. `over_at`: the end of the run, if it has ended; `how` what was open then ended."""

@@ -15,7 +15,7 @@ from dagster_taskiq.story.model import Bar, BarKind, Moment, Outcome, Story, wit
 from dagster_taskiq.story.phases import FINAL, FOR_WORKER, IN_QUEUE, Phases
 from dagster_taskiq.story.steps import StepBars
 from dagster_taskiq.story.surroundings import Surroundings
-from dagster_taskiq.story.text import RESUMES, clock, duration
+from dagster_taskiq.story.text import BEGINS_AGAIN, RESUMES, clock, duration
 from dagster_taskiq.story.waits import what_it_waits_for
 
 MOST_STEPS: Final = 200
@@ -195,11 +195,22 @@ _HINTS: Final[Mapping[str, tuple[str, ...]]] = {
         "Give it more memory, or let it work on fewer runs at a time: --max-runs, --max-steps.",
     ),
     "was killed by SIG": ("Somebody or something on the worker's machine has sent the signal: look at its log.",),
+    "max_interruptions": (
+        "Look why workers end so often (Spot, scale-in, deployments), or raise max_interruptions in config_source.",
+    ),
+    ", which had step ": (
+        "Look why the worker ended: its log, and the stopped reason of its container.",
+        f"To have such steps begin again elsewhere: {BEGINS_AGAIN}.",
+    ),
     ", is gone": (
         "Look why the worker ended: its log, and the stopped reason of its container.",
         f"To have such runs resumed: {RESUMES}.",
     ),
     "shut down": (f"The worker was stopped (deploy, scale-in, spot). To have such runs resumed: {RESUMES}.",),
+    "the worker stops": (
+        "The worker of the step was stopped (deploy, scale-in, spot).",
+        f"To have such steps begin again elsewhere: {BEGINS_AGAIN}.",
+    ),
     "step timed out: ": (
         "Look what took so long, or give the op or asset a larger limit: its tag dagster-taskiq/timeout_seconds.",
     ),

@@ -321,7 +321,8 @@ def _steps_without_worker(waiting: Sequence[Bar], around: Surroundings) -> Itera
     if around.now - since < 2:
         return
     named = ", ".join(bar.label for bar in waiting[:_NAMED])
-    which = f"{len(waiting)} steps that were sent ({named}{', …' if len(waiting) > _NAMED else ''})"
+    were_sent = "step that was sent" if len(waiting) == 1 else "steps that were sent"
+    which = f"{len(waiting)} {were_sent} ({named}{', …' if len(waiting) > _NAMED else ''})"
     of_route = f" of route {around.route}" if around.route != DEFAULT_ROUTE else ""
     if not around.step_slots:
         what = f"{which}: no worker{of_route} that takes steps is alive"

@@ -81,7 +81,7 @@ def test_too_many_interruptions_are_a_failure_of_which_the_policy_decides(endpoi
             platform.wait_started(retried, 2)
             assert second.stop() == 0
         assert platform.finished(failing) is DagsterRunStatus.FAILURE, platform.story(failing)
-        assert "interruption 2, at most 1 (max_interruptions)" in platform.failure(failing, "parts")
+        assert "interrupted 2 times, and max_interruptions is 1: raise it" in platform.failure(failing, "parts")
         with platform.worker("-n", "third", "--steps-only"):
             platform.wait_started(retried, 3)
             assert begun(platform, retried)[-1] == "began-1-0", "its own policy has it tried again"

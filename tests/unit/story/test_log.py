@@ -12,7 +12,7 @@ from dagster_shared.error import SerializableErrorInfo
 
 from dagster_taskiq.dagster_compat.api import serialize_value
 from dagster_taskiq.errors import UnknownRoute
-from dagster_taskiq.storage.engine_events import Stage
+from dagster_taskiq.storage.engine_events import INTERRUPTED_KEY, WHY_KEY, Stage
 from dagster_taskiq.storage.step_events import step_submitted
 from dagster_taskiq.story.log import Logged, read_log
 from dagster_taskiq.story.model import BarKind, Outcome
@@ -117,3 +117,40 @@ def test_a_step_that_took_too_long_has_failed_and_was_not_interrupted_by_its_wor
         steps.take(Logged(2, BEGAN + 3, Kind.ENGINE_EVENT.value, "load", stage=stage))
     steps.take(Logged(3, BEGAN + 4, Kind.STEP_FAILURE.value, "load", error="stopped", interrupted=True))
     assert [bar.outcome.value for bar in steps.bars(BEGAN + 5, None, Outcome.LOST)] == [ends]
+
+
+@pytest.mark.parametrize(
+    ("kind", "ends"),
+    [(Kind.STEP_FAILURE, "interrupted"), (Kind.STEP_UP_FOR_RETRY, "tried again"), (None, "interrupted")],
+)
+def test_what_its_run_says_of_a_lost_step_is_about_the_same_attempt(kind: Kind | None, ends: str) -> None:
+    """Its worker says that it is lost; its run, that it has failed because of that, or is tried again."""
+    steps = StepBars()
+    steps.take(Logged(1, BEGAN, Kind.STEP_START.value, "load"))
+    facts = {INTERRUPTED_KEY: True, WHY_KEY: "the worker stops"}
+    steps.take(Logged(2, BEGAN + 3, Kind.ENGINE_EVENT.value, "load", stage=Stage.STEP_LOST, facts=facts))
+    if kind is not None:
+        steps.take(Logged(3, BEGAN + 4, kind.value, "load", error="it was interrupted 3 times", interrupted=False))
+    steps.take(Logged(4, BEGAN + 5, Kind.STEP_WORKER_STARTING.value, "load"))
+    steps.take(Logged(5, BEGAN + 6, Kind.STEP_RESTARTED.value, "load"))
+    told = [(bar.attempt, bar.began, bar.ended, bar.outcome.value) for bar in steps.bars(BEGAN + 7, None, Outcome.LOST)]
+    assert told == [(1, BEGAN, BEGAN + 3, ends), (2, BEGAN + 6, None, "going on")]
+
+
+@pytest.mark.parametrize(
+    ("why", "advice"),
+    [
+        ("stopped: the worker stops, asked by root@vm: a deployment", "interrupted_steps: retry"),
+        ("worker small-1, which had step load, is gone", "interrupted_steps: retry"),
+        ("the worker stops; it was interrupted 3 times, and max_interruptions is 2", "max_interruptions"),
+    ],
+)
+def test_who_lost_a_step_to_the_end_of_a_worker_is_told_how_it_would_begin_again(why: str, advice: str) -> None:
+    with DagsterInstance.ephemeral() as instance:
+        run = create_run_for_test(instance, status=DagsterRunStatus.STARTED)
+        failed = JobFailureData(SerializableErrorInfo(f"{why}\n", [], "Failure"), None, None)
+        ended = DagsterEvent(Kind.RUN_FAILURE.value, run.job_name, message="failed", event_specific_data=failed)
+        instance.report_dagster_event(ended, run.run_id)
+        log = read_log(instance, run.run_id, lambda events: most_important(events, 2))
+    story = tell(RunFacts(run.run_id, "job", "FAILURE", log.events[0].at), log, Surroundings(log.events[-1].at))
+    assert any(advice in one for one in story.advice), story.advice

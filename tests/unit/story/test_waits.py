@@ -174,8 +174,8 @@ def test_steps_that_were_sent_and_that_no_worker_takes() -> None:
         (("gpu", "gpu"), ["2 steps that were sent (step_0, step_1): no worker of route gpu that takes steps is alive",
                           "start one: dagster-taskiq worker start -q gpu;"]),
         (("big", "big"), ["no free slot of route big, 3 of 3 are taken", "--max-steps"]),
-        (("gpu", "default"), ["1 steps that were sent (step_0): no worker of route gpu", "(step_1): their"]),
-        (("gpu", None), ["1 steps that were sent (step_0): no worker of route gpu"]),
+        (("gpu", "default"), ["1 step that was sent (step_0): no worker of route gpu", "(step_1): their"]),
+        (("gpu", None), ["1 step that was sent (step_0): no worker of route gpu"]),
         ((None, None), ["2 steps that were sent (step_0, step_1): their processes are starting, or a worker is about"]),
     ],
 )  # fmt: skip
