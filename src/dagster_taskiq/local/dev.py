@@ -41,6 +41,8 @@ QUEUE: Final = "dagster-tasks"
 ACCOUNT: Final = "123456789012"
 EXAMPLES: Final = "dagster_taskiq.examples.bakery.definitions"
 COMMAND_LINE: Final = (sys.executable, "-m", "dagster_taskiq.cli")
+_SUPERSEDED: Final = "Function `dev_command` is superseded"
+"""Dagster's warning that there is `dg dev` as well. That needs a package more, and a project that `dg` has made."""
 _LOCAL_EXTRA: Final = "install it with: pip install 'dagster-taskiq[local]'"
 
 
@@ -162,7 +164,8 @@ class Playground:
         if find_spec("dagster_webserver") is None:
             raise StartFailed(f"dagster-webserver is missing; {_LOCAL_EXTRA}")
         port = port or free_port()
-        command = [sys.executable, "-m", "dagster", "dev", "-h", LOOPBACK, "-p", str(port), *code]
+        dagster = [sys.executable, "-W", f"ignore:{_SUPERSEDED}", "-m", "dagster"]
+        command = [*dagster, "dev", "-h", LOOPBACK, "-p", str(port), *code]
         # SIGINT: on a SIGTERM `dagster dev` ends at once and does not stop its webserver and daemon.
         self._manager.start("dagster", command, self.environment, stop_signal=signal.SIGINT, patience_s=20)
         self._manager.wait_until(lambda: answers(port, "/server_info"), within_s=120, what="Dagster's webserver")

@@ -149,6 +149,7 @@ def test_when_one_part_dies_it_says_which_and_stops_the_rest(tmp_path: Path) -> 
     home = tmp_path / "home"
     with dev(tmp_path, "--dagster-home", str(home)) as running:
         running.told(r"(Dagster's UI)")
+        assert not [line for line in running.lines if "Warning: " in line], "all is as it should be"
         (worker,) = [pid for pid, command in processes_of(tmp_path).items() if "worker start" in command]
         os.kill(worker, signal.SIGKILL)
         assert running.process.wait(60) == 1, running.say()
