@@ -100,7 +100,9 @@ def create_missing(settings: "Settings") -> tuple[str, ...]:
 @click.option("--json", "as_json", is_flag=True, help="For programs: one JSON array.")
 @soon_over
 def status(config_file: Path | None, routes: tuple[str, ...], *, every_s: float | None, as_json: bool) -> None:
-    """Show how many messages wait in each queue, and what is wrong with it. Exit code 1 when a queue is missing.
+    """Show how many messages wait in each queue, and what is wrong with it.
+
+    Exit code 1: a queue is missing; or Dagster's database does not answer, then the queues are shown all the same.
 
     Of every route that is in use: one that a rule names, that a living worker serves, that a run waits for, or whose
     queues SQS lists (sqs:ListQueues).
@@ -131,6 +133,8 @@ def status(config_file: Path | None, routes: tuple[str, ...], *, every_s: float 
     if seen.trouble is not None:
         click.echo(seen.trouble, err=True)
     _refuse_missing(seen)
+    if seen.trouble is not None:
+        raise SystemExit(1)
 
 
 def _refuse_missing(seen: "Seen") -> None:

@@ -3,10 +3,12 @@
 import json
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,8 +209,22 @@ def test_status_of_the_queues_comes_without_the_database(desk: Desk, monkeypatch
         desk.write("dagster.yaml", configured | {"storage": {"postgres": {"postgres_url": url}}})
         ended = desk.ask("queue", "status", "--json")
         work = json.loads(ended.out)[0]
-        assert (ended.code, work["exists"], work["runs_waiting"], work["unusable"]) == (0, True, None, None)
+        assert (ended.code, work["exists"], work["runs_waiting"], work["unusable"]) == (1, True, None, None)
         assert "runs that wait: " in ended.err
+
+
+def test_a_database_that_somebody_keeps_locked_is_said_in_one_line(desk: Desk) -> None:
+    desk.launcher()
+    with DagsterInstance.from_config(str(desk.home)) as instance:
+        create_run_for_test(instance)
+    with closing(sqlite3.connect(next(desk.home.rglob("runs.db")))) as keeps:
+        keeps.execute("PRAGMA locking_mode = EXCLUSIVE")
+        keeps.execute("BEGIN EXCLUSIVE")
+        said = "Dagster's database does not answer, see storage in $DAGSTER_HOME/dagster.yaml: database is locked"
+        assert_one_line(desk.ask("worker", "list"), said)
+        status = desk.ask("queue", "status")
+        assert (status.code, status.err.splitlines()[-1]) == (1, f"runs that wait: {said}")
+        assert "-cancels" in status.out, "the queues are shown all the same"
 
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["executor's run configuration", "bare keys"])
