@@ -160,7 +160,12 @@ def _until_over(look: "Callable[[], list[Stop]]", within_s: float | None) -> "li
         left = [stop for stop in stops if not stop.is_over]
         if monotonic() >= until or not left:
             return stops
-        line = f"workers that have not ended: {len(left)}, at work: {sum(len(stop.worker.work) for stop in left)}"
+        heard = [stop for stop in left if stop.at_work is not None]
+        line = f"workers that have not ended: {len(left)}"
+        if len(heard) < len(left):
+            line += f", not heard yet: {len(left) - len(heard)}"
+        if heard:
+            line += f", at work: {sum(stop.at_work or 0 for stop in heard)}"
         if line != said:
             said = line
             click.echo(line, err=True)
@@ -180,7 +185,7 @@ def _show(stops: "Sequence[Stop]", *, as_json: bool) -> None:
 def _described(stop: "Stop") -> str:
     import time
 
-    at_work = len(stop.worker.work)
+    at_work = stop.at_work
     if stop.outcome == "draining" and stop.worker.stopping is not None and stop.worker.stopping.until is not None:
         left_s = max(0.0, stop.worker.stopping.until - time.time())
         return f"drains; at work: {at_work}" + (f", interrupted in {left_s:.0f} s" if at_work else "")

@@ -62,6 +62,11 @@ class Stop:
         """Whether the worker is no more."""
         return self.outcome in ("ended", "dead")
 
+    @property
+    def at_work(self) -> int | None:
+        """How many runs and steps it works on; None: it has not heard the request yet, and may begin more."""
+        return len(self.worker.work) if self.outcome != "asked" else None
+
     def to_json(self) -> dict[str, Any]:
         """For programs."""
         stopping = self.worker.stopping
@@ -70,7 +75,7 @@ class Stop:
             "where": self.worker.where,
             "outcome": self.outcome,
             "interrupts_at": stopping.until if stopping is not None else None,
-            "at_work": len(self.worker.work),
+            "at_work": self.at_work,
         }
 
 

@@ -162,7 +162,7 @@ def _worker_info(last: Heartbeat, state: str, entries: Sequence[_Entry], runs: M
         if record is None:
             route = of_step or _only(served) or DEFAULT_ROUTE
             work.append(WorkInfo(run_id, None, None, step_key, since, route=route))
-        elif not _has_ended_since(record, last):
+        elif not _has_ended_since(record, last, is_alive=state == ALIVE):
             run = record.dagster_run
             route = of_step or route_of_run(run)
             work.append(WorkInfo(run_id, run.job_name, run.status.value, step_key, since, describe_assets(run), route))
@@ -194,8 +194,13 @@ def _stopping(facts: Mapping[str, Any] | None) -> StopInfo | None:
     return StopInfo(facts["at"], str(facts.get("by") or ""), facts.get("reason"), facts.get("until"))
 
 
-def _has_ended_since(record: RunRecord, last: Heartbeat) -> bool:
-    """Whether the run has ended after this heartbeat named it. One that was cancelled by force may still be at work."""
+def _has_ended_since(record: RunRecord, last: Heartbeat, *, is_alive: bool) -> bool:
+    """Whether the run has ended after this heartbeat named it. One that was cancelled by force may still be at work.
+
+    A worker that stops says at once when something is at work no more, so it is believed.
+    """
+    if is_alive and last.facts.get("stopping") is not None:
+        return False
     status = record.dagster_run.status
     ended_at = record.end_time or 0.0
     return status is DagsterRunStatus.SUCCESS or (status in FINISHED_STATUSES and ended_at > last.at)

@@ -19,6 +19,7 @@ from dagster_taskiq.worker.context import WorkerContext
 from dagster_taskiq.worker.orders import Orders
 
 _MEASURE_EVERY_S: Final = 60
+_LOOK_EVERY_S: Final = 0.5
 
 
 class Heart:
@@ -32,6 +33,8 @@ class Heart:
         self._orders = orders
         self._started_at = time.time()
         self._measured_at = 0.0
+        self._told: set[str] = set()
+        """Task ids of the work that the last heartbeat has named."""
         # A beat that has not arrived when the next one is due may as well be given up.
         self._lane = Lane("the database, for the heartbeat", context.settings.heartbeat_every_s)
 
@@ -45,7 +48,7 @@ class Heart:
     async def beat(self) -> None:
         """Beat once. Raises what the database raises, and `TimeoutError`."""
         context = self._context
-        active = [*context.active.values()]
+        self._told, active = set(context.active), [*context.active.values()]
         work = [[task.run_id, task.step_key, round(task.since, 3)] for task in active]
         facts: dict[str, Any] = {
             "since": self._started_at,
@@ -72,11 +75,19 @@ class Heart:
         context.hear_code(asked)
 
     async def _pause(self, every_s: float) -> None:
-        """Until the next beat is due; it is when there are news: a worker that stops is handed nothing more over."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(every_s):
-                await self._orders.news.wait()
+        """Until the next beat is due; it is when there are news: a worker that stops is handed nothing more over.
+
+        Of a worker that stops people ask whether it still works on something: so that is news, too.
+        """
+        due = time.monotonic() + every_s
+        while (left_s := due - time.monotonic()) > 0 and not self._orders.news.is_set() and not self._has_changed():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(left_s, _LOOK_EVERY_S)):
+                    await self._orders.news.wait()
         self._orders.news.clear()
+
+    def _has_changed(self) -> bool:
+        return self._stopping.is_set() and self._told != self._context.active.keys()
 
     def _slots(self) -> list[int]:
         """Slots for runs and for steps; a worker that stops has none that is free."""

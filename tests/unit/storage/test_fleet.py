@@ -221,5 +221,12 @@ def test_what_has_become_of_a_request(world: World) -> None:
     def outcomes(*, finish: bool) -> list[str]:
         return [stop.outcome for stop in look_at_stops(world.instance, SETTINGS, "abcde", finish=finish)]
 
+    run = world.run(DagsterRunStatus.STARTED)
+    work = [[run.run_id, None, time.time()]]
+    world.beat("a", stopping=stopping, work=work)
+    world.beat("c", work=work)
+    world.instance.report_run_canceled(run)  # by force: its process goes on
+    found = look_at_stops(world.instance, SETTINGS, "abcde", finish=True)
+    assert [stop.at_work for stop in found] == [1, 0, None, 0, 0], "c may have begun something else"
     assert outcomes(finish=True) == ["draining", "finishing", "asked", "dead", "ended"]
     assert outcomes(finish=False) == ["draining", "asked", "asked", "dead", "ended"], "b has heard that it may finish"
