@@ -33,7 +33,7 @@ async def look_at_aws(
 ) -> AsyncIterator[Finding]:
     """Credentials, queues, clock, permissions, bucket. Adds the facts about each queue to `queues`, by route and role.
 
-    `routes`: whose queues are looked at. Permissions are those for the routes that the settings name.
+    `routes`: whose queues, and permissions on them, are looked at.
     """
     credentials, caller = await _credentials(settings)
     yield credentials
@@ -49,7 +49,7 @@ async def look_at_aws(
                 for finding in _queue(role, url, facts, settings, route):
                     yield finding
         yield _clock(queues)
-        for finding in await look_at_permissions(client, settings, caller, bucket):
+        for finding in await look_at_permissions(client, settings, routes, caller, bucket):
             yield finding
     finally:
         await connection.close()

@@ -41,32 +41,39 @@ class _Need:
 
 
 async def look_at_permissions(
-    client: Any, settings: Settings, caller: str | None, bucket: BucketTried | None
-) -> Iterator[Finding]:
-    """One finding for the launcher, and one for the worker.
+    client: Any, settings: Settings, routes: Sequence[str], caller: str | None, bucket: BucketTried | None
+) -> list[Finding]:
+    """For the unnamed route one finding for the launcher, and one for the worker; for each other route one for both.
 
     `caller`: the ARN of these credentials; None: unknown, or an emulator's. `bucket`: what came of trying it.
     """
-    needs = {who: list(_needs(who, settings, caller)) for who in NEEDS}
+    routes = tuple(dict.fromkeys((DEFAULT_ROUTE, *routes)))
+    needs = {(route, who): list(_needs(who, settings, route, caller)) for route in routes for who in NEEDS}
     said = await _simulated(settings, caller, [need for of_one in needs.values() for need in of_one])
-    answers: dict[str, list[_Answer]] = {}
-    for who, of_one in needs.items():
-        answers[who] = await (_tried(client, of_one) if said is None else _confirmed(client, of_one, said, bucket))
-    has_routes = len(routes_in(settings)) > 1
-    return (_finding(who, answers, said, has_routes=has_routes) for who in NEEDS)
+    answers: dict[str, dict[str, list[_Answer]]] = {route: {} for route in routes}
+    for (route, who), of_one in needs.items():
+        answers[route][who] = await (
+            _tried(client, of_one) if said is None else _confirmed(client, of_one, said, bucket)
+        )
+    unnamed = answers.pop(DEFAULT_ROUTE)
+    has_routes = bool(answers)
+    found = [_finding(f"permissions of a {who}", unnamed, [who], said, has_routes=has_routes) for who in NEEDS]
+    for route, of_route in answers.items():
+        found.append(_finding(f"permissions for route {route}", of_route, [*NEEDS], said, has_routes=True))
+    return found
 
 
-def _needs(who: str, settings: Settings, caller: str | None) -> Iterator[_Need]:
-    """Of the queues of all routes that the settings name. A worker receives only from those of the routes it serves."""
+def _needs(who: str, settings: Settings, route: str, caller: str | None) -> Iterator[_Need]:
+    """Of the queues of one route. A worker receives only from those of the routes it serves."""
     partition = caller.split(":")[1] if caller is not None else None
-    for route in routes_in(settings):
-        foreign = who == "worker" and route not in settings.serves
-        for role, url in queue_urls(settings.of_route(route).queue_url).items():
-            arn = queue_arn(url, partition, settings.region_name) if partition is not None else None
-            actions = [one for one in NEEDS[who].get(role, ()) if not foreign or one == SEND]
-            if actions:
-                yield _Need(actions, url, arn)
-    if settings.payload_bucket is not None and partition is not None and "payloads" in NEEDS[who]:
+    foreign = who == "worker" and route not in settings.serves
+    for role, url in queue_urls(settings.of_route(route).queue_url).items():
+        arn = queue_arn(url, partition, settings.region_name) if partition is not None else None
+        actions = [one for one in NEEDS[who].get(role, ()) if not foreign or one == SEND]
+        if actions:
+            yield _Need(actions, url, arn)
+    is_first = route == DEFAULT_ROUTE
+    if is_first and settings.payload_bucket is not None and partition is not None and "payloads" in NEEDS[who]:
         yield _Need(NEEDS[who]["payloads"], None, payloads_arn(settings.payload_bucket, partition))
 
 
@@ -110,33 +117,45 @@ async def _confirmed(client: Any, needs: Sequence[_Need], said: Simulated, bucke
     return found
 
 
-def _finding(who: str, answers: Mapping[str, list[_Answer]], said: Simulated | None, *, has_routes: bool) -> Finding:
-    check = f"permissions of a {who}"
-    missing = [one for one in answers[who] if one.allowed is False]
-    unsure = dict.fromkeys(one.resource for one in answers[who] if one.allowed is None)
+def _finding(
+    check: str,
+    answers: Mapping[str, list[_Answer]],
+    asked: Sequence[str],
+    said: Simulated | None,
+    *,
+    has_routes: bool,
+) -> Finding:
+    """`answers` of one route, for launcher and worker; `asked`: whose are looked at here."""
+    own = [one for who in asked for one in answers[who]]
+    missing = list(dict.fromkeys(one for one in own if one.allowed is False))
+    unsure = dict.fromkeys(one.resource for one in own if one.allowed is None)
     if missing:
+        lacking = [who for who in asked if any(one.allowed is False for one in answers[who])]
         lacks = ", ".join(
             f"{one.action} on {one.resource}{f' ({one.decision})' if one.decision else ''}" for one in missing
         )
+        whose = f"a {lacking[0]} needs" if len(lacking) == 1 else "launcher and worker need"
+        whose = f", which {whose}" if len(asked) > 1 else ""
         if said is not None:
-            reason = f"{said.source} lacks {lacks}, says iam:SimulatePrincipalPolicy"
+            reason = f"{said.source} lacks {lacks}{whose}, says iam:SimulatePrincipalPolicy"
         else:
-            reason = f"these credentials lack {lacks}; each request was tried"
+            reason = f"these credentials lack {lacks}{whose}; each request was tried"
         # Nobody has said whose role this is. One that fits neither cannot be right.
-        others = [found for other, found in answers.items() if other != who]
-        fits = any(all(one.allowed is not False for one in found) for found in others)
-        return Finding(check, "warning" if fits else "error", reason, _repair(who, missing, has_routes=has_routes))
+        fits = any(all(one.allowed is not False for one in found) for found in answers.values())
+        return Finding(check, "warning" if fits else "error", reason, _repair(lacking, missing, has_routes=has_routes))
     if unsure:
         return unknown(
             check, f"could not be tried on {', '.join(unsure)}", "correct what is wrong with the queues first"
         )
     if said is not None:
         return ok(check, f"{said.source} has them all, says iam:SimulatePrincipalPolicy")
-    return ok(check, "each request that it makes was tried, and none is refused")
+    its = "it makes" if len(asked) == 1 else "launcher and worker make"
+    return ok(check, f"each request that {its} was tried, and none is refused")
 
 
-def _repair(who: str, missing: list[_Answer], *, has_routes: bool) -> str:
-    own = [_POLICIES[who]] if any(one.action.startswith("sqs:") for one in missing) else []
+def _repair(lacking: Sequence[str], missing: list[_Answer], *, has_routes: bool) -> str:
+    policies, who = (" or ".join(words) for words in ([_POLICIES[who] for who in lacking], lacking))
+    own = [policies] if any(one.action.startswith("sqs:") for one in missing) else []
     payloads = ["PayloadPolicy"] if any(one.action.startswith("s3:") for one in missing) else []
     repair = f"attach {' and '.join(own + payloads)} of infra/queues.yaml, if this is the role of a {who}"
     if own and any(one.action == SEND for one in missing) and has_routes:

@@ -6,6 +6,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from dagster import DagsterInstance
 from tests.acceptance.operator.test_cli import Desk
 from tests.acceptance.operator.test_doctor import Clinic
 from tests.support.iam import FakeIam, iam_server
@@ -13,6 +14,7 @@ from tests.support.moto import create_queues
 from tests.support.proxy import sqs_proxy
 
 from dagster_taskiq.queue_names import queue_name
+from dagster_taskiq.storage.heartbeats import Heartbeats
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -43,11 +45,15 @@ class Ward:
 
     def permissions(self) -> list[tuple[str, str, str]]:
         """Verdict, reason and repair: of a launcher, and of a worker."""
+        found = self.checked()
+        return [found[f"permissions of a {who}"] for who in WHO]
+
+    def checked(self) -> dict[str, tuple[str, str, str]]:
+        """Verdict, reason and repair of each check."""
         self.clinic.write()
         ended, findings = self.clinic.examined()
         assert ended.code == int(any(one["verdict"] == "error" for one in findings)), findings
-        by_check = {one["check"]: (one["verdict"], one["reason"], one["repair"]) for one in findings}
-        return [by_check[f"permissions of a {who}"] for who in WHO]
+        return {one["check"]: (one["verdict"], one["reason"], one["repair"]) for one in findings}
 
 
 @pytest.fixture
@@ -97,10 +103,32 @@ def test_a_worker_receives_only_from_the_queues_of_its_route_and_sends_to_those_
     assert ward.iam.simulated == asked
 
     ward.forbid("SendMessage", "-ml-steps")
-    launcher, (verdict, reason, repair) = ward.permissions()
-    assert (launcher[0], verdict) == ("ok", "warning")
-    assert f"sqs:SendMessage on {arn}-ml-steps" in reason
+    found = {check: said for check, said in ward.checked().items() if check.startswith("permissions ")}
+    (verdict, reason, repair) = found.pop("permissions for route ml")
+    assert verdict == "warning", "a launcher sends no steps"
+    assert f"lacks sqs:SendMessage on {arn}-ml-steps (implicitDeny), which a worker needs, " in reason
+    assert "attach WorkerPolicy " in repair
     assert "SendToRoutes=true" in repair
+    assert [verdict for verdict, *_ in found.values()] == ["ok", "ok", "ok"], found
+    assert "permissions for route gpu" in found
+
+    ward.forbid("SendMessage", "-ml-cancels")
+    (verdict, reason, repair) = ward.checked()["permissions for route ml"]
+    assert verdict == "error"
+    assert ", which launcher and worker need, " in reason
+    assert "attach LauncherPolicy or WorkerPolicy " in repair
+
+
+def test_a_route_that_only_a_living_worker_names_is_looked_at(ward: Ward) -> None:
+    create_queues(ward.clinic.desk.endpoint_url, f"{ward.name}-gpu")
+    ward.clinic.write()
+    with DagsterInstance.from_config(str(ward.clinic.desk.home)) as instance:
+        facts = {"slots": [1, 4], "queue": ward.name, "routes": ["gpu"]}
+        Heartbeats(instance, 30, 10).beat("loader", facts)
+    assert ward.checked()["permissions for route gpu"][0] == "ok"
+    ward.forbid("SendMessage", "-gpu")
+    verdict, reason, _ = ward.checked()["permissions for route gpu"]
+    assert (verdict, f"{ward.name}-gpu (implicitDeny), which a launcher needs, " in reason) == ("warning", True)
 
 
 def test_what_is_denied_is_named_with_what_to_add(ward: Ward) -> None:
