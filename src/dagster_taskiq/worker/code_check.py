@@ -122,7 +122,8 @@ class CodeCheck:
         """What is stored at `ASK_KEY`: somebody asks who has the code of a run."""
         asked = asked_for(values.get(ASK_KEY))
         if asked is not None and asked != self._heard and asked[1] in self._settings.serves:
-            self._heard, self._question = asked, asked[0]
+            with self._lock:
+                self._heard, self._question = asked, asked[0]
             self._is_asked.set()
 
     def known(self) -> Mapping[Code, str]:
@@ -169,8 +170,9 @@ class CodeCheck:
             run = self._instance.get_run_by_id(run_id)
             if run is not None:
                 self._look_for(run)
-            self._question = None
         with self._lock:
+            if self._question == run_id:  # or else another one has come meanwhile
+                self._question = None
             absent = [(code, pointer) for code, (pointer, why) in self._known.items() if why]
         for code, pointer in absent:
             self._look(code, pointer)

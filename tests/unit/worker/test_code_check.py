@@ -117,6 +117,31 @@ def test_who_has_not_said_it_yet_is_asked_and_says_it(world: World) -> None:
     asyncio.run(answer())
 
 
+def test_a_question_that_comes_while_another_one_is_looked_at_is_looked_at_as_well(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = world.run("nowhere"), world.run("nowhere_either")
+    other, get_run = CodeCheck(world.instance, SETTINGS, "new-1", lambda: None), world.instance.get_run_by_id
+
+    def get_run_and_be_asked(run_id: str) -> DagsterRun | None:
+        if run_id == first.run_id:
+            other.hear({ASK_KEY: f'{{"run_id": "{second.run_id}", "route": "default"}}'})
+        return get_run(run_id)
+
+    monkeypatch.setattr(world.instance, "get_run_by_id", get_run_and_be_asked)
+    monkeypatch.setattr(other, "_look_at_recent_runs", lambda: None)
+
+    async def answer() -> None:
+        looking = asyncio.create_task(other.run())
+        other.hear({ASK_KEY: f'{{"run_id": "{first.run_id}", "route": "default"}}'})
+        await eventually(lambda: len(other.known()) == 2, "it has looked at both", within=5)
+        looking.cancel()
+        with suppress(asyncio.CancelledError):
+            await looking
+
+    asyncio.run(answer())
+
+
 @pytest.mark.parametrize("text", ["x", "[]", "{}", '{"run_id": 5, "route": "gpu"}', '{"run_id": "x y", "route": "-"}'])
 def test_a_question_that_cannot_be_read_is_none(world: World, text: str) -> None:
     world.check.hear({ASK_KEY: text})
