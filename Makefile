@@ -76,7 +76,7 @@ $(FLOOR)/.installed: pyproject.toml constraints-floor.txt
 newest: ## Run the same with the newest release of Dagster
 	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python $(PIP_INSTALL) --editable '.[local,test]' --constraint constraints.txt
-	$(NEWEST)/bin/python $(PIP_INSTALL) --upgrade --no-deps 'dagster<1.14' 'dagster-graphql<1.14' 'dagster-pipes<1.14' 'dagster-postgres<0.30' 'dagster-shared<1.14' 'dagster-webserver<1.14'
+	$(NEWEST)/bin/python $(PIP_INSTALL) --upgrade --no-deps 'dagster<1.14' 'dagster-graphql<1.14' 'dagster-mysql<0.30' 'dagster-pipes<1.14' 'dagster-postgres<0.30' 'dagster-shared<1.14' 'dagster-webserver<1.14'
 	$(NEWEST)/bin/python -c 'import dagster; print("Dagster", dagster.__version__)'
 	$(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -W 'ignore:Found version mismatch:UserWarning' $(MOST) $(PYTEST_ARGS)
 

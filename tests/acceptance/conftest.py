@@ -21,8 +21,10 @@ from tests.support.warm import Warm, warm_processes
 
 from dagster_taskiq.dagster_compat.storage import read_migration_scripts_once
 
+MYSQL_VARIABLE = "DAGSTER_TASKIQ_TEST_MYSQL_URL"
 POSTGRES_VARIABLE = "DAGSTER_TASKIQ_TEST_POSTGRES_URL"
 REQUIRE_ALL_VARIABLE = "DAGSTER_TASKIQ_TEST_REQUIRE_ALL"
+DEFAULT_MYSQL = "mysql+mysqlconnector://root@127.0.0.1:3306"
 DEFAULT_POSTGRES = "postgresql://postgres@127.0.0.1:5432/postgres"
 
 SNAPPY: Mapping[str, Any] = {
@@ -180,3 +182,23 @@ def new_database() -> Iterator[str]:
     yield urllib.parse.urlsplit(base)._replace(scheme="postgresql+psycopg2", path=f"/{name}").geturl()
     cursor.execute(f"DROP DATABASE {name} WITH (FORCE)")
     connection.close()
+
+
+@contextmanager
+def new_mysql_database() -> Iterator[str]:
+    """The same on MySQL or MariaDB. Skips without a server, also where everything is required."""
+    sqlalchemy = pytest.importorskip("sqlalchemy")
+    pytest.importorskip("dagster_mysql")
+    base = os.environ.get(MYSQL_VARIABLE, DEFAULT_MYSQL)
+    name = f"dagster_taskiq_test_{uuid.uuid4().hex[:12]}"
+    engine = sqlalchemy.create_engine(f"{base}/?connect_timeout=3", isolation_level="AUTOCOMMIT")
+    try:
+        connection = engine.connect()
+    except sqlalchemy.exc.DBAPIError as error:
+        pytest.skip(f"no MySQL or MariaDB server at {base} ({error.orig}); set {MYSQL_VARIABLE}")
+    with connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name}")
+    yield f"{base}/{name}"
+    with engine.connect() as connection:  # the first one may have been idle for too long
+        connection.exec_driver_sql(f"DROP DATABASE {name}")
+    engine.dispose()

@@ -12,6 +12,7 @@ from dagster_taskiq._retry import DATABASE_RETRY_S, retry_blocking
 from dagster_taskiq._time_limit import limited_until, time_limit
 from dagster_taskiq.dagster_compat.api import ConfigurableClassData, InstanceRef
 from dagster_taskiq.dagster_compat.connections import READ_S, bound_connections, is_bounded
+from dagster_taskiq.dagster_compat.mysql_connections import bounded_while_opening
 from dagster_taskiq.dagster_compat.storage import outages
 
 __all__ = ["open_in_child"]
@@ -25,7 +26,12 @@ def open_in_child(reference: InstanceRef) -> Iterator[DagsterInstance]:
 
     What Dagster and ops read from a server, they read again while it is away: Dagster would have the run fail.
     """
-    with DagsterInstance.from_ref(_without_looking_for_tables(reference)) as instance:
+    without = _without_looking_for_tables(reference)
+    with bounded_while_opening(READ_S):  # on MySQL Dagster asks the server all the same
+        opened = retry_blocking(
+            lambda: DagsterInstance.from_ref(without), doing="open the instance", on=outages(), for_s=DATABASE_RETRY_S
+        )
+    with opened as instance:
         bound_connections(instance, ours=True)
         for storage in (instance.run_storage, instance.event_log_storage):
             if is_bounded(storage):

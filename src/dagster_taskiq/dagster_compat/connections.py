@@ -9,7 +9,8 @@ Dagster opens a connection for every call, and waits for ever. Here, for the eng
 * in our own processes a connection is used again, and closed when nobody has used it for some seconds: many idle
   children must not use up the server's connections, and what was idle may be dead without anybody having been told.
 
-Other databases are left as they are. SQLAlchemy is imported where it is used, as in `storage`.
+`mysql_connections` sees to those to MySQL. Other databases are left as they are. SQLAlchemy is imported where it is
+used, as in `storage`.
 """
 
 import math
@@ -26,6 +27,7 @@ from weakref import WeakSet, ref
 from dagster import DagsterInstance
 
 from dagster_taskiq._time_limit import limited_until, time_limit
+from dagster_taskiq.dagster_compat.mysql_connections import bound_mysql, is_bounded_mysql, is_mysql
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -65,7 +67,7 @@ _DRIVERS: Final = {"psycopg2", "psycopg"}
 
 
 def bound_connections(instance: DagsterInstance, *, ours: bool) -> None:
-    """Give all connections of that instance to PostgreSQL a bound, from now on. Does nothing the second time.
+    """Give all connections of that instance to PostgreSQL or MySQL a bound. Does nothing the second time.
 
     `ours`: this is a process of ours, a worker or a child. Then connections are shared, the server gets a
     `statement_timeout`, and a statement without a `time_limit` is bounded as well. Elsewhere they are Dagster's.
@@ -74,6 +76,10 @@ def bound_connections(instance: DagsterInstance, *, ours: bool) -> None:
     shared: dict[Any, Engine] = {}
     for storage in storages:
         engine = getattr(storage, "_engine", None)
+        if is_mysql(engine):
+            if storage is instance.run_storage and not is_bounded(storage):
+                _look_once_for_columns(storage)
+            bound_mysql(engine, READ_S)
         if engine is None or engine.dialect.name != "postgresql" or engine.driver not in _DRIVERS:
             continue
         if ours and engine not in _bounded:
@@ -119,7 +125,8 @@ def configured_connection(instance: DagsterInstance) -> ConfiguredConnection | N
 
 def is_bounded(storage: object) -> bool:
     """Whether that storage is on a server whose connections have been bounded."""
-    return getattr(storage, "_engine", None) in _bounded
+    engine = getattr(storage, "_engine", None)
+    return engine in _bounded or is_bounded_mysql(engine)
 
 
 def _look_once_for_columns(run_storage: Any) -> None:

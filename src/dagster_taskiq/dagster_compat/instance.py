@@ -10,6 +10,7 @@ import yaml
 from dagster import DagsterInstance
 
 from dagster_taskiq.dagster_compat.api import ConfigurableClassData, InstanceRef
+from dagster_taskiq.dagster_compat.mysql_connections import bounded_while_opening
 from dagster_taskiq.errors import DriverMissing
 
 __all__ = ["default_parts", "import_what_opening_takes", "open_instance", "read_env_file", "read_instance_ref"]
@@ -71,12 +72,14 @@ def open_instance() -> DagsterInstance:
 
     Raises `DriverMissing` when the database's URL asks for psycopg 3, and that is not there.
 
-    Our own bounds hold once the instance is open. Until then libpq has one, and users' code does not see it later.
+    Our own bounds hold once the instance is open. Until then libpq and MySQL's driver have one, and users' code does
+    not see it later.
     """
     bounded = "PGCONNECT_TIMEOUT" in os.environ
     os.environ.setdefault("PGCONNECT_TIMEOUT", _CONNECT_S)
     try:
-        return DagsterInstance.get()
+        with bounded_while_opening(float(_CONNECT_S)):
+            return DagsterInstance.get()
     except Exception as error:
         if _lacks_psycopg(error):
             raise DriverMissing(_NO_DRIVER) from error

@@ -1,7 +1,8 @@
 """Single keys of Dagster's key-value storage: read, compared and swapped, found by their order.
 
 Every call that decides something is one statement, so it is decided by the database: by SQLite, PostgreSQL and MySQL
-alike.
+alike. By default MySQL takes upper and lower case, and accents, for the same, in keys and in values: those that are to
+be told apart must differ in more.
 """
 
 from collections.abc import Iterable, Sequence
@@ -85,8 +86,8 @@ def insert_value(instance: DagsterInstance, key: str, value: str) -> bool:
 def replace_value(instance: DagsterInstance, key: str, old: str, new: str) -> bool:
     """Set a key of Dagster's key-value storage that has the value `old`. False: it has another one, or is not there.
 
-    One statement decides that. `new` must differ from `old`: MySQL counts only rows that have changed. Raises
-    `TimeoutError` when the thread's `time_limit` is over.
+    One statement decides that. `new` must differ from `old`, or else two would have it. Raises `TimeoutError` when the
+    thread's `time_limit` is over.
     """
     from dagster._core.storage.runs.schema import KeyValueStoreTable
 

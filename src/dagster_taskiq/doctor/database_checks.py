@@ -1,4 +1,4 @@
-"""Does every connection to PostgreSQL have a bound? Knows libpq's parameters; asks nobody."""
+"""Does every connection to PostgreSQL or MySQL have a bound? Knows their parameters; asks nobody."""
 
 import json
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from dagster_taskiq.dagster_compat.connections import (
     STATEMENT_TIMEOUT_S,
     configured_connection,
 )
+from dagster_taskiq.dagster_compat.mysql_connections import CONNECT_TIMEOUTS, is_mysql, mysql_can_be_bounded
 from dagster_taskiq.doctor.finding import Finding, ok
 
 _CHECK: Final = "database timeouts"
@@ -23,7 +24,7 @@ def connection_bounds(instance: DagsterInstance) -> Finding | None:
     """Of Dagster's webserver and daemon, which take what `dagster.yaml` says. None for another database."""
     configured = configured_connection(instance)
     if configured is None:
-        return None
+        return _mysql_bounds(instance)
     missing: dict[str, object] = {
         name: value
         for name, value in CONNECT_PARAMETERS.items()
@@ -43,3 +44,21 @@ def _repair(missing: Mapping[str, object], *, as_url: bool) -> str:
     if as_url:
         return f"add to postgres_url: ?{urlencode(missing, quote_via=quote)}"
     return f"add to postgres_db: params: {json.dumps(missing)}"
+
+
+def _mysql_bounds(instance: DagsterInstance) -> Finding | None:
+    """dagster-mysql takes no limits of statements from `dagster.yaml`, so only those of connecting are asked for."""
+    engine = getattr(instance.run_storage, "_engine", None)
+    if not is_mysql(engine):
+        return None
+    if not mysql_can_be_bounded(engine):
+        reason = (
+            "workers may wait for ever for a MySQL that does not answer: its driver cannot be told how long to wait"
+        )
+        return Finding(_CHECK, "warning", reason, "pip install 'mysql-connector-python>=9.2'")
+    if any(name in engine.url.query for name in CONNECT_TIMEOUTS):
+        return ok(_CHECK, "connections of all processes have a bound, and the calls of workers")
+    reason = f"webserver and daemon may wait for ever to connect to a MySQL that does not answer: {CONNECT_TIMEOUTS[0]}"
+    return Finding(
+        _CHECK, "warning", reason, f"write mysql_url, not mysql_db, and add to it: ?{CONNECT_TIMEOUTS[0]}=10"
+    )

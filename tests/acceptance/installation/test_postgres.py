@@ -19,7 +19,8 @@ PASSWORD = "DB_PASSWORD"
 def shown() -> dict[str, dict[str, Any]]:
     """What the page has under `storage: postgres:`, by the form of it."""
     blocks = [yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)]
-    return {next(iter(block["storage"]["postgres"])): block["storage"]["postgres"] for block in blocks}
+    forms = [block["storage"]["postgres"] for block in blocks if "postgres" in block["storage"]]
+    return {next(iter(form)): form for form in forms}
 
 
 def here(form: dict[str, Any], url: urllib.parse.SplitResult) -> dict[str, Any]:

@@ -1,70 +1,16 @@
 """Several receivers of one message, on PostgreSQL and with real concurrency: exactly one starts it."""
 
-import threading
-from collections import Counter
-from collections.abc import Callable
-
 import pytest
-from dagster import DagsterEventType, DagsterInstance
 from tests.acceptance.conftest import open_platform
-from tests.support.platform import Platform
-
-from dagster_taskiq.storage.claims import Claims
-from dagster_taskiq.storage.event_log import StepRef
-from dagster_taskiq.storage.heartbeats import Heartbeats
-from dagster_taskiq.storage.step_claims import StepClaims
-from dagster_taskiq.worker.admission import Action, Candidate, Decision, admit_run, admit_step
+from tests.support.receivers import count_starts
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.postgres, pytest.mark.timeout(180)]
 
-RECEIVERS, ROUNDS = 3, 25
-GIVES_WAY = {Action.DROP, Action.HAND_BACK}
-
-
-def at_once(home: str, decide: Callable[[DagsterInstance, Claims, str], Decision]) -> list[Action]:
-    """What receivers decide that begin at the same moment, each with its own connections."""
-    barrier = threading.Barrier(RECEIVERS)
-    actions: list[Action] = []
-
-    def receive(name: str) -> None:
-        with DagsterInstance.from_config(home) as instance:
-            claims = Claims(instance, Heartbeats(instance, 60, 10))
-            claims.heartbeats.beat(name)
-            barrier.wait(30)
-            actions.append(decide(instance, claims, name).action)
-
-    threads = [threading.Thread(target=receive, args=(f"w{number}",)) for number in range(RECEIVERS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(actions) == RECEIVERS
-    return actions
-
-
-def count(platform: Platform, what: str) -> Counter[int]:
-    """How many receivers started it, by how often that was so."""
-    started: Counter[int] = Counter()
-    for _ in range(ROUNDS):
-        run = platform.create("quick_job")
-        platform.report(run, DagsterEventType.RUN_STARTING)
-        if what == "step":
-            platform.report(run, DagsterEventType.RUN_START)
-
-        def decide(instance: DagsterInstance, claims: Claims, name: str, run_id: str = run.run_id) -> Decision:
-            candidate = Candidate("execute_run" if what == "run" else "execute_step", run_id, "task", name, "here")
-            if what == "run":
-                return admit_run(instance, claims, candidate)
-            return admit_step(instance, StepClaims(instance), StepRef("quick", "task"), candidate)
-
-        actions = at_once(str(platform.home), decide)
-        assert set(actions) <= {Action.START, *GIVES_WAY}, actions
-        started[actions.count(Action.START)] += 1
-    return started
+ROUNDS = 25
 
 
 @pytest.mark.parametrize("what", ["run", "step"])
 def test_exactly_one_receiver_starts_it(endpoint: str, postgres: str, what: str) -> None:
     with open_platform(endpoint, extra={"storage": {"postgres": {"postgres_url": postgres}}}) as platform:
-        started = count(platform, what)
+        started = count_starts(platform, what, ROUNDS)
         assert set(started) == {1}, started
