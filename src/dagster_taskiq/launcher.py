@@ -39,6 +39,7 @@ from dagster_taskiq.storage.hold_notes import held_note
 from dagster_taskiq.storage.queue_ttl import ended_before_launch
 from dagster_taskiq.storage.routing import Routing, route_of_run
 from dagster_taskiq.storage.tags import TASK_ID_TAG, own_tags, tag_launched_run
+from dagster_taskiq.storage.unstarted import end_withdrawn
 from dagster_taskiq.storage.waiting import describe_wait
 from dagster_taskiq.superseding import Superseding
 from dagster_taskiq.tasks.producer import REQUEST_TIMEOUT_S, Producer, result_of, work_message
@@ -155,14 +156,20 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
 
     @_in_time
     def _ended_by_its_tags(self, run: DagsterRun) -> bool:
-        """Because a newer run has superseded it, or because it has waited too long."""
-        return self.superseding().look(run) or ended_before_launch(self._claims(), self.settings, run)
+        """Because it was withdrawn, a newer run has superseded it, or it has waited too long."""
+        claims = self._claims()
+        return (
+            end_withdrawn(claims, run)
+            or self.superseding().look(run)
+            or ended_before_launch(claims, self.settings, run)
+        )
 
     def superseding(self) -> Superseding:
         """What ends older runs with the same key."""
 
-        def cancel(run_id: str, reason: str, by: str) -> None:
-            self.request_cancel(run_id, reason=reason, requested_by=by)
+        def cancel(run: DagsterRun, reason: str, by: str) -> None:
+            with bounded_calls(self._instance, _DATABASE_S):
+                self._termination().cancel(run, reason, by)
 
         return Superseding(self._instance, self.settings, self._claims(), cancel)
 

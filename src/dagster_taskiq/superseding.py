@@ -5,18 +5,19 @@ moment at least one sees the other, and whoever looks ends the older one: itself
 """
 
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunRecord, RunsFilter
 
 from dagster_taskiq.cancellation.words import OURSELVES
-from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
-from dagster_taskiq.dagster_compat.many_runs import can_move_runs
+from dagster_taskiq.dagster_compat.api import AUTO_RETRY_RUN_ID_TAG, FINISHED_STATUSES, RETRY_NUMBER_TAG
+from dagster_taskiq.dagster_compat.many_runs import can_move_runs, move_runs
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.claims import Claims
-from dagster_taskiq.storage.tags import SUPERSEDE_TAG
+from dagster_taskiq.storage.tags import SUPERSEDE_TAG, add_own_tags
 from dagster_taskiq.storage.unstarted import Unstarted, end_handed_over, end_queued
 
 logger = logging.getLogger(__name__)
@@ -26,10 +27,15 @@ _AT_WORK: Final = (DagsterRunStatus.STARTED,)
 _NEWER: Final = (*_WAITING, *_AT_WORK, DagsterRunStatus.SUCCESS)
 """One that is CANCELED or has failed, or was only created, is no reason to end an older one."""
 _AT_ONCE: Final = 100
+_FEW: Final = 10
+"""The newest run of a key is the one that looks, as a rule."""
 _LONGEST_KEY: Final = 100
+_ENDED_WITHIN_S: Final = 2.0
+_LOOK_EVERY_S: Final = 0.05
 
-Cancel = Callable[[str, str, str], object]
-"""Stop a run that may be at work: its id, the reason, the author."""
+Cancel = Callable[[DagsterRun, str, str], object]
+"""Stop a run that may be at work, as it was read: the run, the reason, the author."""
+_Rank = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,47 +65,106 @@ class Superseding:
         key, mine = run.tags[SUPERSEDE_TAG], self.instance.get_run_record_by_id(run.run_id)
         if mine is None:
             return False
-        newest = self._newest(key)
-        if newest is not None and newest.storage_id > mine.storage_id:
-            end = _end(newest.dagster_run.run_id, key)
-            return self._end(mine.dagster_run, end)
+        rank = self._rank(mine)
+        newer = self._newer(key, rank)
+        if newer is not None:
+            return self._end_itself(mine.dagster_run, _end(newer.dagster_run.run_id, key))
         statuses = _WAITING if self.settings.superseded_runs == "waiting" else (*_WAITING, *_AT_WORK)
-        end = _end(run.run_id, key)
-        for older in self._runs(key, statuses):
-            if older.storage_id < mine.storage_id:
-                self._end_safely(older.dagster_run, end)
+        older = [one.dagster_run for one in self._records(key, statuses, _AT_ONCE) if self._rank(one) < rank]
+        self._end_all(older, _end(run.run_id, key))
         return False
 
-    def _newest(self, key: str) -> RunRecord | None:
-        records = self.instance.get_run_records(RunsFilter(tags={SUPERSEDE_TAG: key}, statuses=list(_NEWER)), limit=1)
-        return records[0] if records else None
+    def _rank(self, record: RunRecord) -> _Rank:
+        """Higher is newer. An automatic retry has the place of the run that it goes on from, and so on to the first."""
+        first = record
+        while (retried := self._retried(first.dagster_run)) is not None and retried.storage_id < first.storage_id:
+            first = retried
+        return first.storage_id, record.storage_id
 
-    def _runs(self, key: str, statuses: tuple[DagsterRunStatus, ...]) -> list[RunRecord]:
-        filters = RunsFilter(tags={SUPERSEDE_TAG: key}, statuses=list(statuses))
-        return [*self.instance.get_run_records(filters, limit=_AT_ONCE)]
+    def _retried(self, run: DagsterRun) -> RunRecord | None:
+        """Which run Dagster's daemon tries again with this one; None: with this one none.
 
-    def _end_safely(self, run: DagsterRun, end: Unstarted) -> None:
+        It gives the retry a number before it exists, and the failed run the id of its retry before that is submitted. A
+        number alone may be a copy, in a run that a person wants now.
+        """
+        if RETRY_NUMBER_TAG not in run.tags or run.parent_run_id is None:
+            return None
+        parent = self.instance.get_run_record_by_id(run.parent_run_id)
+        is_named = parent is not None and parent.dagster_run.tags.get(AUTO_RETRY_RUN_ID_TAG) == run.run_id
+        return parent if is_named else None
+
+    def _newer(self, key: str, rank: _Rank) -> RunRecord | None:
+        for record in self._records(key, _NEWER, _FEW):
+            if record.storage_id <= rank[0]:
+                return None  # nor is any of those that follow
+            if self._rank(record) > rank:
+                return record
+        return None
+
+    def _records(self, key: str, statuses: Sequence[DagsterRunStatus], at_once: int) -> Iterator[RunRecord]:
+        """The last one that was created first."""
+        filters, cursor = RunsFilter(tags={SUPERSEDE_TAG: key}, statuses=list(statuses)), None
+        while True:
+            records = self.instance.get_run_records(filters, limit=at_once, cursor=cursor)
+            yield from records
+            if len(records) < at_once:
+                return
+            cursor = records[-1].dagster_run.run_id
+
+    def _end_itself(self, run: DagsterRun, end: Unstarted) -> bool:
+        """Whether it was ended, here or by a newer one that looks at the same moment."""
+        if run.status is DagsterRunStatus.QUEUED:
+            return bool(self._withdraw([run], end))
+        if end_handed_over(self.claims, run.run_id, end):
+            return True
+        until = time.monotonic() + _ENDED_WITHIN_S
+        while (is_left := self.claims.is_withheld(run.run_id)) and time.monotonic() < until:
+            time.sleep(_LOOK_EVERY_S)
+        now = self.instance.get_run_by_id(run.run_id)
+        return not is_left and now is not None and now.status in FINISHED_STATUSES
+
+    def _end_all(self, runs: Sequence[DagsterRun], end: Unstarted) -> None:
         """What goes wrong with one of them does not concern the others."""
-        try:
-            self._end(run, end)
-        except Exception:
-            logger.exception("a run could not be superseded", extra={"run_id": run.run_id})
+        queued = [run for run in runs if run.status is DagsterRunStatus.QUEUED]
+        others = [run for run in runs if run.status is not DagsterRunStatus.QUEUED]
+        for start in range(0, len(queued), _AT_ONCE):
+            some = queued[start : start + _AT_ONCE]
+            try:
+                ended = self._withdraw(some, end)
+                # Dagster's daemon may have taken some of them at this moment.
+                left = [run.run_id for run in some if run.run_id not in ended]
+                others += self.instance.get_runs(RunsFilter(run_ids=left)) if left else ()
+            except Exception:
+                logger.exception("waiting runs could not be superseded")
+        for run in others:
+            try:
+                self._end_begun(run, end)
+            except Exception:
+                logger.exception("a run could not be superseded", extra={"run_id": run.run_id})
 
-    def _end(self, run: DagsterRun, end: Unstarted) -> bool:
-        """End a run that waits, or if it is meant as well, one at work. Whether it was ended, or told to end."""
-        if run.status is DagsterRunStatus.QUEUED and can_move_runs(self.instance):
-            end_queued(self.instance, [run.run_id], end)
-            now = self.instance.get_run_by_id(run.run_id)  # Dagster's daemon may have taken it at this moment
-            if now is None or now.status in FINISHED_STATUSES:
-                return now is not None
-            run = now
-        if self.settings.superseded_runs == "waiting" or run.status not in _AT_WORK:
-            if end_handed_over(self.claims, run.run_id, end):
-                return True
-            if self.settings.superseded_runs == "waiting":
-                return False
-        self.cancel(run.run_id, end.reason or "", end.by)
-        return True
+    def _withdraw(self, runs: Sequence[DagsterRun], end: Unstarted) -> set[str]:
+        run_ids = [run.run_id for run in runs]
+        return end_queued(self.instance, run_ids, end) if can_move_runs(self.instance) else set()
+
+    def _end_begun(self, run: DagsterRun, end: Unstarted) -> None:
+        """End a run that has left the queue, or, where those are meant as well, one at work."""
+        if run.status is DagsterRunStatus.STARTING and end_handed_over(self.claims, run.run_id, end):
+            return
+        if self.settings.superseded_runs == "waiting" or self.claims.is_withheld(run.run_id):
+            return
+        now: DagsterRun | None = run
+        while now is not None and now.status in (DagsterRunStatus.STARTING, DagsterRunStatus.STARTED):
+            if self._is_first_to_stop(now, end):
+                self.cancel(now, end.reason or "", end.by)
+                return
+            now = self.instance.get_run_by_id(run.run_id)
+
+    def _is_first_to_stop(self, run: DagsterRun, end: Unstarted) -> bool:
+        """Of all that look at this moment the one that writes the status asks its worker. The others read CANCELING."""
+        if not self.settings.enable_cancellation:
+            return True
+        add_own_tags(self.instance, run, end.tags)  # before the status: who reads that reads them with it
+        return bool(move_runs(self.instance, [run], run.status, DagsterRunStatus.CANCELING))
 
 
 def _end(by_run: str, key: str) -> Unstarted:

@@ -18,6 +18,7 @@ from dagster._core.storage.dagster_run import FINISHED_STATUSES
 from dagster._core.storage.tags import (
     ASSET_PARTITION_RANGE_END_TAG,
     ASSET_PARTITION_RANGE_START_TAG,
+    AUTO_RETRY_RUN_ID_TAG,
     BACKFILL_ID_TAG,
     HIDDEN_TAG_PREFIX,
     MAX_RETRIES_TAG,
@@ -26,6 +27,7 @@ from dagster._core.storage.tags import (
     PARTITION_NAME_TAG,
     PRIORITY_TAG,
     REPOSITORY_LABEL_TAG,
+    RETRY_NUMBER_TAG,
     SCHEDULE_NAME_TAG,
     SENSOR_NAME_TAG,
 )
@@ -38,6 +40,7 @@ bring the daemon with it. A test says when Dagster's own is another one."""
 __all__ = [
     "ASSET_PARTITION_RANGE_END_TAG",
     "ASSET_PARTITION_RANGE_START_TAG",
+    "AUTO_RETRY_RUN_ID_TAG",
     "BACKFILL_ID_TAG",
     "FINISHED_STATUSES",
     "HIDDEN_TAG_PREFIX",
@@ -48,6 +51,7 @@ __all__ = [
     "PRIORITY_TAG",
     "REPOSITORY_LABEL_TAG",
     "RESUME_RUN_LOG_MESSAGE",
+    "RETRY_NUMBER_TAG",
     "SCHEDULE_NAME_TAG",
     "SENSOR_NAME_TAG",
     "CheckRunHealthResult",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
 _TRIES: Final = 20
+_ENDS_BADLY: Final = frozenset({DagsterEventType.RUN_CANCELED, DagsterEventType.RUN_FAILURE})
 _AT_ONCE: Final = 8
 """Threads that write events: each waits for the disk, or for the server, most of the time."""
 
@@ -141,7 +142,7 @@ def _entry(run_id: str, event: DagsterEvent, now: float) -> EventLogEntry:
         error_info=None,
         user_message="",
         # As Dagster writes it.
-        level=logging.ERROR if event.event_type is DagsterEventType.RUN_CANCELED else logging.INFO,
+        level=logging.ERROR if event.event_type in _ENDS_BADLY else logging.INFO,
         run_id=run_id,
         timestamp=now,
         job_name=event.job_name,

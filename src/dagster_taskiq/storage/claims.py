@@ -51,6 +51,8 @@ class ClaimState(StrEnum):
     """Run monitoring was told that the worker is dead, and is about to resume the run or to fail it."""
 
 
+GIVEN_UP_LASTS_S: Final = 30.0
+"""For so long nobody follows the run's message: run monitoring resumes the run, under another task id, or fails it."""
 _STATES: Final = frozenset(state.value for state in ClaimState)
 
 
@@ -194,10 +196,15 @@ class Claims:
         meanwhile. Without an event in the run's log. It lasts until `let_go`.
         """
         seen = self.read([run.run_id]).get(run.run_id)
-        if seen is not None and seen.state is not ClaimState.RELEASED:
+        if seen is not None and (seen.state is ClaimState.HELD or is_given_up(seen)):
             return None
         task_id = own_tags(run).get(TASK_ID_TAG, who)
         return self._swap(run.run_id, seen, who, task_id, ClaimState.GIVEN_UP)
+
+    def is_withheld(self, run_id: str) -> bool:
+        """Whether somebody is ending the run at this moment, or run monitoring has it."""
+        seen = self.read([run_id]).get(run_id)
+        return seen is not None and is_given_up(seen)
 
     def let_go(self, withheld: Claim) -> None:
         """The opposite of `withhold`."""
@@ -264,6 +271,11 @@ class Claims:
             append_event(self.instance, run, event)
         except Exception:  # the row decides
             logger.exception("engine event could not be written", extra={"run_id": run.run_id})
+
+
+def is_given_up(claim: Claim) -> bool:
+    """Whether workers leave the run alone. When who has given it up dies over it, they do so for half a minute."""
+    return claim.state is ClaimState.GIVEN_UP and abs(time.time() - claim.since) < GIVEN_UP_LASTS_S
 
 
 def held_claims(instance: DagsterInstance) -> list[Claim]:

@@ -139,6 +139,12 @@ def read_engine_events(
             yield parsed
 
 
+def was_launched(instance: DagsterInstance, run_id: str) -> bool:
+    """Whether anybody has given the run to a launcher, whichever that was, or has executed it without; one query."""
+    begun = [DagsterEventType.RUN_STARTING, DagsterEventType.RUN_START]
+    return bool(events_of_step(instance, run_id, None, begun))
+
+
 def run_will_resume(instance: DagsterInstance, run_id: str) -> bool:
     """Whether the run goes on when its worker stops or dies; one query.
 

@@ -58,7 +58,7 @@ CANCEL_FENCE_TAG: Final = "dagster-taskiq/cancel_fence"
 """Set when a run was not launched because of a fence (`run cancel --until`): which fence."""
 
 TIMED_OUT_TAG: Final = "dagster-taskiq/timed_out"
-"""Set when a run has taken longer than it may, and is being stopped: which limit it was."""
+"""Set when a run has taken, or waited, longer than it may, and is being ended as a FAILURE: which limit it was."""
 
 RUN_ID_TAG: Final = f"{HIDDEN_TAG_PREFIX}taskiq_run_id"
 """Set with the first of the tags above: the run that they are about. Dagster's UI does not show it."""

@@ -11,8 +11,8 @@ from typing import Final
 
 from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
 
-from dagster_taskiq.cancellation.words import asked
-from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES
+from dagster_taskiq.cancellation.words import OURSELVES, asked
+from dagster_taskiq.dagster_compat.api import FINISHED_STATUSES, MAX_RETRIES_TAG
 from dagster_taskiq.dagster_compat.execution import unexpected_termination
 from dagster_taskiq.dagster_compat.many_runs import move_runs, store_events
 from dagster_taskiq.storage import engine_events
@@ -24,6 +24,7 @@ from dagster_taskiq.storage.tags import (
     CANCELLED_BY_TAG,
     RUN_ID_TAG,
     TASK_ID_TAG,
+    TIMED_OUT_TAG,
     add_own_tags,
     own_tags,
 )
@@ -43,36 +44,44 @@ class Unstarted:
 
     @property
     def tags(self) -> dict[str, str]:
-        """What the run's tags are to say of it."""
+        """What the run's tags are to say of it, also for whoever has to finish it, if this process dies over it."""
         if self.fails:
-            return {}
+            # It is not tried again: it would wait once more, for as long, and begin after all.
+            return {TIMED_OUT_TAG: self.reason or "waited too long", MAX_RETRIES_TAG: "0"}
         return {CANCELLED_BY_TAG: self.by} | ({CANCEL_REASON_TAG: self.reason} if self.reason else {})
+
+    @classmethod
+    def of_tags(cls, run: DagsterRun, default_by: str) -> "Unstarted":
+        """As the tags of a run say that is being ended."""
+        tags = own_tags(run)
+        by = tags.get(CANCELLED_BY_TAG) or default_by
+        return cls(tags.get(TIMED_OUT_TAG) or tags.get(CANCEL_REASON_TAG), by, fails=TIMED_OUT_TAG in tags)
 
 
 def end_queued(instance: DagsterInstance, run_ids: Sequence[str], end: Unstarted) -> set[str]:
     """End those of these runs that are in Dagster's queue, as its coordinator does, but many at a time.
 
-    None that has started: each is decided by one statement. If this process dies in between, a run is CANCELING, and
-    nobody starts it. Raises `TypeError` where `can_move_runs` is False.
+    None that has started: each is decided by one statement. If this process dies in between, a run is CANCELING, nobody
+    starts it, and a worker that looks for lost runs ends it. Raises `TypeError` where `can_move_runs` is False.
     """
     queued = RunsFilter(run_ids=list(run_ids), statuses=[DagsterRunStatus.QUEUED])
     runs = {run.run_id: run for run in instance.get_runs(queued)}
     tags = {run_id: {**own_tags(run), **end.tags, RUN_ID_TAG: run_id} for run_id, run in runs.items()}
     ordered = [runs[run_id] for run_id in run_ids if run_id in runs]
     moved = move_runs(instance, ordered, DagsterRunStatus.QUEUED, DagsterRunStatus.CANCELING, tags)
-    if end.fails:
-        for run_id in moved:
-            instance.report_run_failed(runs[run_id], end.reason, unexpected_termination())
-        return moved
     failed = store_events(instance, {run_id: _events(runs[run_id], end) for run_id in moved})
     for run_id, error in failed.items():
         logger.warning("events could not be written: %s", error, extra={"run_id": run_id})
     written = [runs[run_id] for run_id in moved if run_id not in failed]
-    return move_runs(instance, written, DagsterRunStatus.CANCELING, DagsterRunStatus.CANCELED)
+    final = DagsterRunStatus.FAILURE if end.fails else DagsterRunStatus.CANCELED
+    return move_runs(instance, written, DagsterRunStatus.CANCELING, final)
 
 
 def _events(run: DagsterRun, end: Unstarted) -> list[DagsterEvent]:
     canceling, canceled = DagsterEventType.RUN_CANCELING, DagsterEventType.RUN_CANCELED
+    if end.fails:
+        failure, why = DagsterEventType.RUN_FAILURE.value, unexpected_termination()
+        return [DagsterEvent(failure, run.job_name, message=end.reason, event_specific_data=why)]
     asked_by = end.by, end.reason
     return [
         as_dagster_event(run, engine_events.requested("none yet", end.reason, end.by)),
@@ -93,6 +102,22 @@ def end_handed_over(claims: Claims, run_id: str, end: Unstarted) -> bool:
         claims.let_go(withheld)
 
 
+def end_withdrawn(claims: Claims, run: DagsterRun) -> bool:
+    """Where a run would be sent to a worker: end it instead, if it was being withdrawn as Dagster's daemon took it.
+
+    Never raises.
+    """
+    # Only by tags that name this run: in the launchpad, Dagster's UI copies the others.
+    if run.tags.get(RUN_ID_TAG) != run.run_id or not run.tags.keys() & {CANCELLED_BY_TAG, TIMED_OUT_TAG}:
+        return False
+    try:
+        end_handed_over(claims, run.run_id, Unstarted.of_tags(run, OURSELVES))
+    except Exception:
+        logger.exception("a run that was withdrawn could not be ended", extra={"run_id": run.run_id})
+        return False  # its log keeps it from beginning
+    return True
+
+
 def end_unstarted(instance: DagsterInstance, run_id: str, end: Unstarted) -> bool:
     """End a run that nobody else can begin with, because the caller has the claim. False: it has begun, or is over.
 
@@ -105,14 +130,13 @@ def end_unstarted(instance: DagsterInstance, run_id: str, end: Unstarted) -> boo
         restore(instance, run, history)  # Dagster's daemon took it from its queue at the moment in which it was ended
         return True
     if run.status is DagsterRunStatus.CANCELING:
-        tags = own_tags(run)
-        end = Unstarted(tags.get(CANCEL_REASON_TAG), tags.get(CANCELLED_BY_TAG) or end.by)
+        end = Unstarted.of_tags(run, end.by)
     elif run.status not in NOT_BEGUN:
         return False
+    add_own_tags(instance, run, end.tags)
     if end.fails:
         instance.report_run_failed(run, end.reason, unexpected_termination())
         return True
-    add_own_tags(instance, run, end.tags)
     task_id = own_tags(run).get(TASK_ID_TAG, "none yet")
     append_event(instance, run, engine_events.requested(task_id, end.reason, end.by))
     instance.report_run_canceled(run, asked("Canceled before it was started.", end.by, end.reason))

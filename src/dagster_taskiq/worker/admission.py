@@ -9,7 +9,7 @@ import enum
 import logging
 import time
 from dataclasses import dataclass, field, replace
-from typing import Final, Literal
+from typing import Literal
 
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
 
@@ -17,7 +17,7 @@ from dagster_taskiq.cleanup.record import cleanup_record
 from dagster_taskiq.dagster_compat.api import BACKFILL_ID_TAG, FINISHED_STATUSES
 from dagster_taskiq.dagster_compat.run_counts import CANCELLED_BACKFILL
 from dagster_taskiq.dagster_compat.storage import backfill_status
-from dagster_taskiq.storage.claims import Claim, Claims, ClaimState
+from dagster_taskiq.storage.claims import Claim, Claims, ClaimState, is_given_up
 from dagster_taskiq.storage.engine_events import Stage
 from dagster_taskiq.storage.event_log import StepRef, append_event, read_engine_events, run_will_resume
 from dagster_taskiq.storage.heartbeats import Heartbeats
@@ -31,10 +31,6 @@ from dagster_taskiq.worker.code_check import CodeMissing, FindCode, is_here
 logger = logging.getLogger(__name__)
 
 WorkKind = Literal["execute_run", "resume_run", "execute_step"]
-
-_MONITORING_DECIDES_S: Final = 30.0
-"""Run monitoring was told that a worker is dead: for so long the worker's own message is not followed, because
-monitoring resumes the run, under another task id, or fails it."""
 
 
 class Action(enum.Enum):
@@ -161,8 +157,7 @@ def _other_owner(claims: Claims, candidate: Candidate, run: DagsterRun, seen: Cl
     """What to do as long as somebody else has it; None: it can be claimed."""
     if seen is None or seen.state is ClaimState.RELEASED or seen.worker_id == candidate.worker_id:
         return None
-    decides = seen.task_id == candidate.task_id and abs(time.time() - seen.since) < _MONITORING_DECIDES_S
-    if seen.state is ClaimState.GIVEN_UP and decides:
+    if seen.task_id == candidate.task_id and is_given_up(seen):
         return Decision(Action.HAND_BACK, f"run monitoring was told that worker {seen.worker_id} is dead", run)
     # The run's own message comes again when its worker no longer renews its lease: a second sign of its death.
     heartbeats = claims.heartbeats if seen.task_id == candidate.task_id else claims.without_message

@@ -24,7 +24,7 @@ from dagster_taskiq.sqs.settlement import Settlement
 from dagster_taskiq.storage.claims import Claim, ClaimState
 from dagster_taskiq.storage.code_locations import who_serves
 from dagster_taskiq.storage.engine_events import WHY_KEY, Stage, waits_for_route
-from dagster_taskiq.storage.event_log import append_event, read_engine_events
+from dagster_taskiq.storage.event_log import append_event, read_engine_events, was_launched
 from dagster_taskiq.storage.leadership import Leadership
 from dagster_taskiq.storage.queue_ttl import QueueTTL
 from dagster_taskiq.storage.routing import route_of_run, served_routes, sorted_routes
@@ -136,7 +136,7 @@ class LostRuns:
 
     def _lost(self, run: DagsterRun, claim: Claim | None, now: float) -> LostRun | None:
         """None: not ours to finish, or not yet."""
-        task_id, status = own_tags(run).get(TASK_ID_TAG), run.status
+        task_id, status = self._task_of(run), run.status
         mark, since = self._since[run.run_id]
         goes_on = status in _GOES_ON and claim is not None
         if goes_on and claim is not None and claim.state is ClaimState.HELD and claim.worker_id in self._may_live:
@@ -162,6 +162,13 @@ class LostRuns:
                 self._tell_that_it_waits(run, f"{why}, to run its cleanup handlers")
             return None
         return LostRun(run, task_id, kind, mark, elsewhere=why)
+
+    def _task_of(self, run: DagsterRun) -> str | None:
+        """None: it is another launcher's. One that was never launched was withdrawn by somebody who died over it."""
+        task_id = own_tags(run).get(TASK_ID_TAG)
+        if task_id is not None or run.status is not DagsterRunStatus.CANCELING:
+            return task_id
+        return None if was_launched(self._context.instance, run.run_id) else run.run_id
 
     def _ends_runs_of(self, route: str) -> bool:
         """Whether a route that is not led from here has no worker, and this is the one that ends what can be ended."""

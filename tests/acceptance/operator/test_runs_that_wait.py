@@ -1,5 +1,6 @@
 """Runs that end without a start: they have waited too long, or a newer run with the same key has come."""
 
+import json
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -9,16 +10,20 @@ from typing import Any
 import pytest
 from dagster import DagsterEventType, DagsterInstance, DagsterRunStatus
 from dagster._core.run_coordinator import SubmitRunContext
+from dagster._daemon.auto_run_reexecution.auto_run_reexecution import should_retry
 from tests.acceptance.conftest import open_platform
 from tests.acceptance.operator.test_coordinator import COORDINATOR, Daemon, submit
 from tests.support.moto import sqs_client
 from tests.support.platform import Platform
 from tests.support.waiting import wait_until
 
+from dagster_taskiq.dagster_compat.api import LaunchRunContext
+from dagster_taskiq.dagster_compat.key_values import replace_value
+from dagster_taskiq.dagster_compat.many_runs import move_runs
 from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.engine_events import Stage
-from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, QUEUE_TTL_TAG, SUPERSEDE_TAG
-from dagster_taskiq.storage.unstarted import Unstarted, end_handed_over
+from dagster_taskiq.storage.tags import CANCEL_REASON_TAG, CANCELLED_BY_TAG, QUEUE_TTL_TAG, RUN_ID_TAG, SUPERSEDE_TAG
+from dagster_taskiq.storage.unstarted import Unstarted, end_handed_over, end_queued
 from dagster_taskiq.story.gather import story_of
 from dagster_taskiq.worker.admission import Action, Candidate, admit_run
 
@@ -29,12 +34,14 @@ AT_ONCE = {QUEUE_TTL_TAG: "0.001"}
 WHY = "waited longer than its queue_ttl_seconds of 0.001 s"
 KEY = {SUPERSEDE_TAG: "the one"}
 WITH_COORDINATOR = {"run_coordinator": COORDINATOR}
+RETRIES = {"run_retries": {"enabled": True, "max_retries": 2}}
 
 
 def storage(request: pytest.FixtureRequest, kind: str) -> dict[str, Any]:
     return {} if kind == "sqlite" else {"storage": {"postgres": {"postgres_url": request.getfixturevalue("postgres")}}}
 
 
+OUTCOMES = pytest.mark.parametrize("outcome", ["canceled", "failure"])
 STORAGES = pytest.mark.parametrize("kind", ["sqlite", "postgres"])
 
 
@@ -62,7 +69,7 @@ def superseded(platform: Platform, run_id: str, by: str) -> None:
 def test_what_waits_too_long_is_ended_by_the_daemon_of_the_queue(
     endpoint: str, kind: str, outcome: str, request: pytest.FixtureRequest
 ) -> None:
-    extra, source = WITH_COORDINATOR | storage(request, kind), {"queue_ttl_outcome": outcome}
+    extra, source = WITH_COORDINATOR | RETRIES | storage(request, kind), {"queue_ttl_outcome": outcome}
     with open_platform(endpoint, extra=extra, source=source) as platform:
         handed_over = platform.launch("quick_job")
         platform.instance.add_run_tags(handed_over, AT_ONCE)
@@ -71,6 +78,7 @@ def test_what_waits_too_long_is_ended_by_the_daemon_of_the_queue(
         Daemon(platform.instance).take()
         for run_id in (handed_over, short):
             ended(platform, run_id, fails=outcome == "failure")
+            assert not should_retry(platform.run(run_id), platform.instance), "it would begin after all"
         going_on = {platform.status(run_id) for run_id in (long, none, unreadable)}
         assert going_on <= {STATUS.QUEUED, STATUS.STARTING}, going_on
         assert any(line.startswith("If it has not begun by") for line in story_of(platform.instance, long).summary)
@@ -83,7 +91,7 @@ def test_it_is_not_even_sent_when_it_is_launched_too_late(platform: Platform) ->
     assert platform.waiting() == before
 
 
-@pytest.mark.parametrize("outcome", ["canceled", "failure"])
+@OUTCOMES
 def test_a_worker_does_not_begin_with_it(endpoint: str, outcome: str) -> None:
     with open_platform(endpoint, source={"queue_ttl_outcome": outcome}) as platform:
         late, good = platform.launch("quick_job"), platform.launch("quick_job", tags={QUEUE_TTL_TAG: "600"})
@@ -104,6 +112,93 @@ def test_one_whose_message_is_lost_is_ended_by_a_worker_that_looks_for_it(endpoi
             platform.finished(run_id, within=60)
         ended(platform, run_id)
         assert Stage.PICKED_UP not in platform.stages(run_id)
+
+
+def how_it_ends(outcome: str) -> Unstarted:
+    return Unstarted(WHY, "dagster-taskiq", fails=outcome == "failure")
+
+
+def withdrawn_half(platform: Platform, end: Unstarted) -> str:
+    """A run that somebody was taking from Dagster's queue when he died."""
+    run = platform.run(submit(platform, job="quick_job", seconds=0))
+    tags = {run.run_id: {**run.tags, **end.tags, RUN_ID_TAG: run.run_id}}
+    assert move_runs(platform.instance, [run], STATUS.QUEUED, STATUS.CANCELING, tags)
+    return run.run_id
+
+
+@OUTCOMES
+def test_one_is_ended_by_a_worker_when_who_was_ending_it_has_died(endpoint: str, outcome: str) -> None:
+    with open_platform(
+        endpoint, extra=WITH_COORDINATOR | RETRIES, source={"visibility_timeout_seconds": 8}
+    ) as platform:
+        run_id = withdrawn_half(platform, how_it_ends(outcome))
+        with platform.worker():
+            platform.finished(run_id, within=100)
+        ended(platform, run_id, fails=outcome == "failure")
+        assert not should_retry(platform.run(run_id), platform.instance)
+
+
+@OUTCOMES
+def test_one_that_the_daemon_takes_while_it_is_ended_is_not_sent(endpoint: str, outcome: str) -> None:
+    """Who ends it hangs; Dagster's daemon had read QUEUED, and makes it STARTING."""
+    with open_platform(endpoint, extra=WITH_COORDINATOR) as platform:
+        run_id = withdrawn_half(platform, how_it_ends(outcome))
+        platform.report(platform.run(run_id), DagsterEventType.RUN_STARTING)
+        workspace: Any = None
+        platform.launcher.launch_run(LaunchRunContext(platform.run(run_id), workspace))
+        ended(platform, run_id, fails=outcome == "failure")
+        assert platform.waiting() == 0
+
+
+def test_one_with_copied_tags_of_a_cancelled_run_is_sent(platform: Platform) -> None:
+    run_id = platform.launch("quick_job", tags={CANCELLED_BY_TAG: "adele"})
+    assert platform.status(run_id) is STATUS.STARTING, "in the launchpad, Dagster's UI copies them"
+
+
+@OUTCOMES
+@STORAGES
+def test_it_is_never_both_ended_and_taken_from_the_queue(
+    endpoint: str, kind: str, outcome: str, request: pytest.FixtureRequest
+) -> None:
+    """Dagster's daemon launches it at the moment in which somebody on another host, whose clock differs, ends it."""
+    with open_platform(endpoint, extra=WITH_COORDINATOR | storage(request, kind)) as platform, platform.worker():
+        taken = [is_taken_while_it_is_ended(platform, outcome) for _ in range(8)]
+        print(f"taken: {sum(taken)} of {len(taken)}")
+
+
+def is_taken_while_it_is_ended(platform: Platform, outcome: str) -> bool:
+    run_id, together = submit(platform, job="quick_job", seconds=0), threading.Barrier(2)
+
+    def end() -> None:
+        with DagsterInstance.from_config(str(platform.home)) as instance:
+            instance.get_run_by_id(run_id)  # connected
+            together.wait(20)
+            end_queued(instance, [run_id], how_it_ends(outcome))
+
+    daemon = Daemon(platform.instance)
+    with ThreadPoolExecutor(1) as pool:
+        ending = pool.submit(end)
+        together.wait(20)
+        daemon.take()
+        ending.result(30)
+    if platform.finished(run_id) is STATUS.SUCCESS:
+        finals = {DagsterEventType.RUN_FAILURE, DagsterEventType.RUN_CANCELED} & set(platform.events(run_id))
+        assert not finals, platform.story(run_id)
+        return True
+    ended(platform, run_id, fails=outcome == "failure")
+    return False
+
+
+def test_one_can_be_ended_when_who_had_kept_it_from_workers_has_died(platform: Platform) -> None:
+    run_id, end = platform.launch("quick_job"), how_it_ends("canceled")
+    claims = Claims.of(platform.instance, platform.launcher.settings)
+    withheld = claims.withhold(platform.run(run_id), end.by)
+    assert withheld is not None
+    assert not end_handed_over(claims, run_id, end), "he may be doing it"
+    half_a_minute_ago = json.dumps({**json.loads(withheld.stored), "since": withheld.since - 31})
+    assert replace_value(platform.instance, f"dagster-taskiq/claim/{run_id}", withheld.stored, half_a_minute_ago)
+    assert end_handed_over(claims, run_id, end)
+    ended(platform, run_id)
 
 
 @STORAGES

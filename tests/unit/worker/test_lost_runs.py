@@ -97,6 +97,15 @@ def test_a_run_that_is_to_be_stopped_and_that_nobody_has_claimed(world: World) -
     assert world.due(after_s=PATIENCE_S) == [(run.run_id, "execute_run")]
 
 
+@pytest.mark.parametrize("launched", [False, True])
+def test_one_that_was_withdrawn_by_somebody_who_died_over_it_was_never_launched(world: World, launched: bool) -> None:
+    run = world.instance.create_run_for_job(nothing)
+    for event in (DagsterEventType.RUN_STARTING, CANCELING) if launched else (CANCELING,):
+        world.instance.report_dagster_event(DagsterEvent(event.value, "nothing", message=""), run.run_id)
+    world.due()
+    assert world.due(after_s=PATIENCE_S) == ([] if launched else [(run.run_id, "execute_run")]), "another launcher's"
+
+
 def test_what_somebody_has_is_not_lost(world: World) -> None:
     world.claimed(world.run(START, CANCELING), alive=True)
     world.claimed(world.run(START), alive=True)
