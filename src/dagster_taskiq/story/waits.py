@@ -333,7 +333,16 @@ def _steps_without_worker(waiting: Sequence[Bar], around: Surroundings) -> Itera
         yield Wait(what, since, None, advice, cause="no free slot for its steps")
     else:
         what = f"{which}: their processes are starting, or a worker{of_route} is about to receive them"
-        yield Wait(what, since, cause="its steps to begin")
+        yield Wait(what, since, None, _messages_gone(since, around), cause="its steps to begin")
+
+
+def _messages_gone(since: float, around: Surroundings) -> tuple[str, ...]:
+    """Nobody sends them again: a run does not see that they are gone."""
+    if around.now - since <= QUIET_AFTER_S:
+        return ()
+    run_id = around.run_id[:8]
+    why = "if it stays, their messages are gone (a queue that was purged, or deleted)"
+    return (f"{why}: dagster-taskiq run cancel {run_id}, then dagster-taskiq run reexecute {run_id}",)
 
 
 def _pool(wait: PoolWait) -> Wait:

@@ -193,6 +193,19 @@ def test_a_step_waits_for_a_worker_of_its_own_route(routes: tuple[str | None, ..
         assert words in told(waits), told(waits)
 
 
+@pytest.mark.parametrize(("after_s", "told_so"), [(30, False), (90, True)])
+def test_the_messages_of_steps_that_nobody_receives_for_long_are_gone(after_s: float, told_so: bool) -> None:
+    """As when somebody has deleted the queue: the run waits for them for ever."""
+    facts, log = replayed("steps_cancelled")
+    sent = [number for number, event in enumerate(log.events) if event.kind == "STEP_WORKER_STARTING"]
+    log = replace(log, events=log.events[: sent[-1] + 1])
+    served = {"default": RouteFacts(1, 4, 4, 4, 4)}
+    around = Surroundings(log.events[-1].at + after_s, owner=ALIVE, routes=served).of_route("default")
+    waits = tell(replace(facts, status="STARTED", ended=None), log, around).waits
+    advice = f"dagster-taskiq run cancel {facts.run_id[:8]}, then dagster-taskiq run reexecute {facts.run_id[:8]}"
+    assert any(advice in one for wait in waits for one in wait.advice) is told_so, told(waits)
+
+
 @pytest.mark.parametrize("written", [waiting_for_threads(7, ["upload"], 60, 0), waiting_for_steps(["load"])])
 def test_a_run_whose_work_is_over_and_that_is_not(written: EngineEvent) -> None:
     facts, log = replayed("succeeded")
