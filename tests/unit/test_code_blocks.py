@@ -107,6 +107,10 @@ def check_aws(words: list[str]) -> None:
     if (service, operation) == ("cloudformation", "deploy"):
         assert options <= {"stack-name", "template-file", "capabilities", "parameter-overrides"}
         return
+    if operation == "wait":
+        waiters = botocore.session.Session().get_waiter_model(service).waiter_names
+        assert "".join(part.capitalize() for part in rest[0].split("-")) in waiters
+        return
     model = botocore.session.Session().get_service_model(service)
     shape = model.operation_model("".join(part.capitalize() for part in operation.split("-"))).input_shape
     known = {re.sub(r"(?<!^)(?=[A-Z])", "-", member).lower() for member in (shape.members if shape else ())}

@@ -12,6 +12,8 @@ from dagster_taskiq._log_context import AddContext
 from dagster_taskiq.process.output_collector import OutputCollector, timestamp
 
 LogFormat = Literal["auto", "text", "json"]
+LOG_FORMATS: Final[tuple[LogFormat, ...]] = ("auto", "text", "json")
+"""For `worker_entrypoint.py`, which is outside of the package."""
 _STANDARD: Final = logging.makeLogRecord({}).__dict__.keys() | {"message", "asctime", "taskName"}
 _TALKATIVE: Final = ("aioboto3", "alembic", "aiobotocore", "asyncio", "boto3", "botocore", "taskiq", "urllib3")
 _SHORT: Final = {"run_id": "run", "step_key": "step"}
