@@ -37,6 +37,12 @@ def deploy(options: dict[str, list[str]]) -> None:
     print(f"Successfully created/updated stack - {name}")
 
 
+def wait(service: str, waiter: str, option: str, stack: str) -> None:
+    """`aws cloudformation wait stack-delete-complete --stack-name NAME`."""
+    assert option == "--stack-name"
+    client(service).get_waiter(waiter.replace("-", "_")).wait(StackName=stack, WaiterConfig={"Delay": 1})
+
+
 def value_of(texts: list[str], shape: Any) -> Any:
     if shape.type_name == "list":
         return [value_of([text], shape.member) for text in texts]
@@ -49,6 +55,9 @@ def value_of(texts: list[str], shape: Any) -> Any:
 
 def main(arguments: list[str]) -> None:
     service, operation, *rest = arguments
+    if operation == "wait":
+        waiter, option, name = rest
+        return wait(service, waiter, option, name)
     options: dict[str, list[str]] = {}
     for argument in rest:
         if argument.startswith("--"):
