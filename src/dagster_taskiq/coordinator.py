@@ -175,6 +175,7 @@ class TaskiqRunCoordinator(QueuedRunCoordinator[DagsterInstance]):
 
     def _tag(self, launcher: TaskiqRunLauncher, run: DagsterRun, route: str) -> None:
         drop_copied_tags(self._instance, run)
+        launcher.routing.with_tags_of_job(run)
         if route != DEFAULT_ROUTE or self._bounds or launcher.routing.are_in_use():
             add_own_tags(self._instance, run, {ROUTE_TAG: route})
 

@@ -140,8 +140,13 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         terminated meanwhile, or a worker has it all the same: from whatever is raised here Dagster makes a FAILURE. A
         run that a fence means is canceled instead.
         """
-        if not (self._ended_at_a_fence(context.dagster_run) or self._ended_by_its_tags(context.dagster_run)):
-            self._submit(context.dagster_run, EXECUTE_RUN)
+        run = self._with_tags_of_job(context.dagster_run)
+        if not (self._ended_at_a_fence(run) or self._ended_by_its_tags(run)):
+            self._submit(run, EXECUTE_RUN)
+
+    @_in_time
+    def _with_tags_of_job(self, run: DagsterRun) -> DagsterRun:
+        return self.routing.with_tags_of_job(run)
 
     @_in_time
     def _ended_at_a_fence(self, run: DagsterRun) -> bool:

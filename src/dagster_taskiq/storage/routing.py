@@ -18,7 +18,7 @@ from dagster_taskiq.errors import SettingsError
 from dagster_taskiq.queue_names import DEFAULT_ROUTE, ROUTE_RULE, is_route
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.heartbeats import Heartbeats
-from dagster_taskiq.storage.tags import CELERY_QUEUE_TAG, QUEUE_TAG, ROUTE_TAG, own_tags
+from dagster_taskiq.storage.tags import CELERY_QUEUE_TAG, OF_THE_JOB, QUEUE_TAG, ROUTE_TAG, own_tags
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,17 @@ class Routing:
         """The tags that say that the run goes there; none for the unnamed route as long as nobody uses another one."""
         told = route != DEFAULT_ROUTE or ROUTE_TAG in own_tags(run) or self.are_in_use()
         return {ROUTE_TAG: route} if told else {}
+
+    def with_tags_of_job(self, run: DagsterRun) -> DagsterRun:
+        """The run, with those tags of its job that are for its runs; they are written where they are missing.
+
+        Raises what the database raises. Writes nothing for a job without `run_tags`: Dagster has given them to the run.
+        """
+        missing = {tag: value for tag, value in self._tags_of_job(run).items() if tag in OF_THE_JOB - run.tags.keys()}
+        if not missing:
+            return run
+        self._instance.add_run_tags(run.run_id, missing)
+        return run.with_tags({**run.tags, **missing})
 
     def are_in_use(self) -> bool:
         """Whether this deployment has routes with names: a rule, or a living worker, names one.

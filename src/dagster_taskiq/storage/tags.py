@@ -63,6 +63,9 @@ TIMED_OUT_TAG: Final = "dagster-taskiq/timed_out"
 RUN_ID_TAG: Final = f"{HIDDEN_TAG_PREFIX}taskiq_run_id"
 """Set with the first of the tags above: the run that they are about. Dagster's UI does not show it."""
 
+OF_THE_JOB: Final = frozenset({TIMEOUT_TAG, QUEUE_TTL_TAG, SUPERSEDE_TAG, GRACE_SECONDS_TAG, CANCEL_CHILDREN_TAG})
+"""What users set on a job counts for its runs, also where the job has `run_tags` besides."""
+
 _OF_ONE_RUN: Final = frozenset(
     {TASK_ID_TAG, CANCEL_REASON_TAG, CANCELLED_BY_TAG, CANCEL_FENCE_TAG, ROUTE_TAG, TIMED_OUT_TAG, RUN_ID_TAG}
 )

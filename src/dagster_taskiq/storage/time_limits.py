@@ -42,7 +42,9 @@ def seconds_from_tag(value: str) -> float:
         seconds = float(value)
     except ValueError:
         seconds = math.nan
-    if not 0.001 <= seconds <= _LONGEST_S:
+    if seconds > _LONGEST_S:
+        raise SettingsError(f"must be ten years at most ({_LONGEST_S:.0f} seconds), not {value[:50]!r}")
+    if not seconds >= 0.001:
         raise SettingsError(f"must be a number of seconds greater than 0, not {value[:50]!r}")
     return seconds
 
@@ -55,7 +57,7 @@ def limit_of_run(instance: DagsterInstance, run: DagsterRun) -> tuple[TimeLimit 
             limits.append(TimeLimit(seconds_from_tag(run.tags[TIMEOUT_TAG]), TIMEOUT_TAG))
         except SettingsError as error:
             ignored = f"{TIMEOUT_TAG} {error}"
-    if (of_dagster := max_runtime(instance, run)) is not None:
+    if (of_dagster := max_runtime(instance, run)) is not None and of_dagster[0] <= _LONGEST_S:
         limits.append(TimeLimit(*of_dagster))
     return min(limits, key=lambda limit: limit.seconds, default=None), ignored
 

@@ -211,6 +211,10 @@ _HINTS: Final[Mapping[str, tuple[str, ...]]] = {
         "The worker of the step was stopped (deploy, scale-in, spot).",
         f"To have such steps begin again elsewhere: {BEGINS_AGAIN}.",
     ),
+    "and the run's process": (
+        "The op went on after its interrupt, in the process of the whole run: have it look at cancellation_token(), or"
+        " run the job under multiprocess_executor or taskiq_executor, where only the process of the step is killed.",
+    ),
     "step timed out: ": (
         "Look what took so long, or give the op or asset a larger limit: its tag dagster-taskiq/timeout_seconds.",
     ),

@@ -15,7 +15,15 @@ from dagster_taskiq.errors import SettingsError
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.routing import Routing, code_location_of, route_of_run, served_routes
-from dagster_taskiq.storage.tags import CELERY_QUEUE_TAG, QUEUE_TAG, ROUTE_TAG, RUN_ID_TAG, tag_launched_run
+from dagster_taskiq.storage.tags import (
+    CELERY_QUEUE_TAG,
+    GRACE_SECONDS_TAG,
+    QUEUE_TAG,
+    ROUTE_TAG,
+    RUN_ID_TAG,
+    TIMEOUT_TAG,
+    tag_launched_run,
+)
 
 RULES = [
     {"route": "ml", "code_location": "ml*"},
@@ -97,6 +105,19 @@ def test_a_tag_that_names_no_route_says_the_rule(instance: DagsterInstance, tag:
         routing.route_for(run_of(instance, PLAIN, {tag: name}))
     with pytest.raises(SettingsError, match=f"tag {tag} of job wrong: '{name}'"):
         routing.route_for(run_of(instance, job_of("wrong", tags={tag: name}, run_tags={})))
+
+
+LIMITED = job_of("limited", tags={TIMEOUT_TAG: "60", GRACE_SECONDS_TAG: "5", "size": "big"}, run_tags={"team": "a"})
+
+
+def test_what_a_job_says_of_its_runs_is_written_to_them_where_dagster_does_not(instance: DagsterInstance) -> None:
+    """Not what is not ours; and what the run says itself is stronger."""
+    run = run_of(instance, LIMITED, {"team": "a", GRACE_SECONDS_TAG: "9"})
+    wanted = {"team": "a", TIMEOUT_TAG: "60", GRACE_SECONDS_TAG: "9"}
+    assert Routing(instance, settings()).with_tags_of_job(run).tags == wanted
+    (stored,) = instance.get_runs()
+    assert stored.tags == wanted
+    assert Routing(instance, settings()).with_tags_of_job(stored) is stored, "nothing is written twice"
 
 
 def test_the_job_of_many_runs_is_read_once(instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> None:
