@@ -1,6 +1,7 @@
 """Jobs for what may happen around a step's limit. Each op makes marks in the file that the run's tag `marks` names."""
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import dagster as dg
@@ -55,6 +56,24 @@ def tidies_up_job() -> None:
 def with_slow_handler_job() -> None:
     with_slow_handler()
     z_after()
+
+
+@dg.resource
+def opened(context: dg.InitResourceContext) -> Iterator[str]:
+    assert context.run is not None
+    yield "it"
+    say(context.run.tags, "closed")
+
+
+@dg.op(required_resource_keys={"opened"}, retry_policy=dg.RetryPolicy(max_retries=1, delay=NEVER_S))
+def fails_once(context: dg.OpExecutionContext) -> None:
+    say(context.run.tags, "started")
+    raise RuntimeError("not yet")
+
+
+@dg.job(executor_def=dg.in_process_executor, resource_defs={"opened": opened})
+def waits_for_its_retry_job() -> None:
+    fails_once()
 
 
 @dg.failure_hook

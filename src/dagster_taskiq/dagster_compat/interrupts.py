@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from dagster._core.errors import DagsterExecutionInterruptedError
 from dagster._core.execution.plan import compute
+from dagster._core.execution.plan.active import ActiveExecution
 from dagster._utils import interrupts
 from dagster._utils.interrupts import (
     capture_interrupts,
@@ -33,6 +34,7 @@ __all__ = [
 _INTERRUPT: Final = signal.SIGINT
 """Dagster keeps its handler there, and copies it to SIGTERM."""
 _replace_signal: Final = interrupts._replace_interrupt_signal  # noqa: SLF001 - the one place
+_wait_for_a_step: Final = ActiveExecution.sleep_til_ready
 _through: Callable[[Callable[[], object]], object] = lambda wanted: wanted()  # noqa: E731
 _at_border: Callable[[], object] = lambda: None  # noqa: E731
 
@@ -58,6 +60,7 @@ def route_interrupts(
     global _through, _at_border
     _through, _at_border = through, at_border
     interrupts._replace_interrupt_signal = _replace  # type: ignore[assignment]  # noqa: SLF001
+    ActiveExecution.sleep_til_ready = _wait_interruptibly  # type: ignore[assignment]
     present = signal.getsignal(_INTERRUPT)
     if callable(present) and not isinstance(present, _Routed):
         _replace_signal(_Routed(present))
@@ -78,6 +81,15 @@ def _replace(new: Any) -> None:
     except BaseException:
         _replace_signal(before)  # Dagster does so only when this has returned
         raise
+
+
+def _wait_interruptibly(active: ActiveExecution) -> None:
+    """For the next attempt of a step, or for a slot of a pool, when no step is at work in this process.
+
+    Dagster only notes an interrupt there, and goes on to wait. Between two steps nothing can be torn.
+    """
+    with raise_interrupts_as(DagsterExecutionInterruptedError):
+        _wait_for_a_step(active)
 
 
 def interrupt_here() -> None:

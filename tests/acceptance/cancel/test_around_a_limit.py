@@ -6,8 +6,10 @@ import pytest
 from dagster import DagsterEventType, DagsterRunStatus
 from tests.support.late_jobs import NUMBERS
 from tests.support.platform import FOREIGN_JOBS, LATE_JOBS, Platform
+from tests.support.waiting import wait_until
 
 from dagster_taskiq.storage.engine_events import Stage
+from dagster_taskiq.storage.tags import TIMEOUT_TAG
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
 
@@ -63,6 +65,20 @@ def test_a_limit_that_makes_no_sense_is_ignored_and_the_log_says_so_once(late: P
         f"Without effect: the tag dagster-taskiq/timeout_seconds must be a number of seconds greater than 0, not {what}"
         for what in ("'soon'", "'0'")
     ]
+
+
+@pytest.mark.parametrize("by", ["terminate", "time limit"])
+def test_a_run_that_waits_for_the_retry_of_a_step_ends_at_once_and_closes_its_resources(
+    late: Platform, by: str
+) -> None:
+    run_id = late.launch("waits_for_its_retry_job", tags={TIMEOUT_TAG: "5"} if by == "time limit" else {})
+    wait_until(lambda: DagsterEventType.STEP_UP_FOR_RETRY in late.events(run_id), "it waits", within=60)
+    if by == "terminate":
+        assert late.launcher.terminate(run_id)
+    ends = DagsterRunStatus.CANCELED if by == "terminate" else DagsterRunStatus.FAILURE
+    assert late.finished(run_id) is ends, late.story(run_id)
+    assert late.marks(run_id) == ["started", "closed"], late.story(run_id)
+    assert Stage.KILLED not in late.stages(run_id)
 
 
 def test_a_late_step_that_is_killed_in_a_shield_names_it(late: Platform) -> None:
