@@ -12,11 +12,9 @@ from contextlib import suppress
 
 import pytest
 from tests.support import moto
-from tests.support.localstack import is_installed, localstack_server
 from tests.support.moto import CREDENTIALS, create_queues, sqs_client
 
 ENDPOINT_VARIABLE = "DAGSTER_TASKIQ_TEST_ENDPOINT"
-REQUIRE_ALL_VARIABLE = "DAGSTER_TASKIQ_TEST_REQUIRE_ALL"
 GIVEN = os.environ.get(ENDPOINT_VARIABLE)
 EMULATORS = ["moto", pytest.param("localstack", marks=pytest.mark.xdist_group("localstack"))]
 ON_BOTH = "test_sqs"
@@ -43,19 +41,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def endpoint(kind: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    if kind == "given":
-        assert GIVEN is not None
-        yield GIVEN
-    elif kind == "moto":
-        yield request.getfixturevalue("moto")
-    elif is_installed():
-        with localstack_server(tmp_path_factory.mktemp("localstack")) as url:
-            yield url
-    elif os.environ.get(REQUIRE_ALL_VARIABLE):
-        pytest.fail(f"LocalStack is not installed, and {REQUIRE_ALL_VARIABLE} is set; run: make emulator")
-    else:
-        pytest.skip("LocalStack is not installed; run: make emulator")
+def endpoint(kind: str, request: pytest.FixtureRequest) -> str:
+    return GIVEN if GIVEN is not None else str(request.getfixturevalue(kind))
 
 
 @pytest.fixture(autouse=True)
