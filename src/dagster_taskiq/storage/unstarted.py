@@ -53,9 +53,10 @@ class Unstarted:
     @classmethod
     def of_tags(cls, run: DagsterRun, default_by: str) -> "Unstarted":
         """As the tags of a run say that is being ended."""
-        tags = own_tags(run)
-        by = tags.get(CANCELLED_BY_TAG) or default_by
-        return cls(tags.get(TIMED_OUT_TAG) or tags.get(CANCEL_REASON_TAG), by, fails=TIMED_OUT_TAG in tags)
+        reason, by, limit = map(own_tags(run).get, (CANCEL_REASON_TAG, CANCELLED_BY_TAG, TIMED_OUT_TAG))
+        if limit is not None and reason is None and by is None:
+            return cls(limit, default_by, fails=True)
+        return cls(reason, by or default_by)  # what somebody has asked for is stronger
 
 
 def end_queued(instance: DagsterInstance, run_ids: Sequence[str], end: Unstarted) -> set[str]:
