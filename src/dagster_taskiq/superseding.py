@@ -10,13 +10,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunRecord, RunsFilter
+from dagster import (
+    DagsterEvent,
+    DagsterEventType,
+    DagsterInstance,
+    DagsterRun,
+    DagsterRunStatus,
+    RunRecord,
+    RunsFilter,
+)
 
-from dagster_taskiq.cancellation.words import OURSELVES
+from dagster_taskiq.cancellation.words import OURSELVES, asked
 from dagster_taskiq.dagster_compat.api import AUTO_RETRY_RUN_ID_TAG, FINISHED_STATUSES, RETRY_NUMBER_TAG
-from dagster_taskiq.dagster_compat.many_runs import can_move_runs, move_runs
+from dagster_taskiq.dagster_compat.many_runs import can_move_runs, move_runs, store_events
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.claims import Claims
+from dagster_taskiq.storage.engine_events import TERMINATING
 from dagster_taskiq.storage.tags import SUPERSEDE_TAG, add_own_tags
 from dagster_taskiq.storage.unstarted import Unstarted, end_handed_over, end_queued
 
@@ -155,7 +164,7 @@ class Superseding:
         now: DagsterRun | None = run
         while now is not None and now.status in (DagsterRunStatus.STARTING, DagsterRunStatus.STARTED):
             if self._is_first_to_stop(now, end):
-                self.cancel(now, end.reason or "", end.by)
+                self.cancel(self.instance.get_run_by_id(run.run_id) or now, end.reason or "", end.by)
                 return
             now = self.instance.get_run_by_id(run.run_id)
 
@@ -164,7 +173,13 @@ class Superseding:
         if not self.settings.enable_cancellation:
             return True
         add_own_tags(self.instance, run, end.tags)  # before the status: who reads that reads them with it
-        return bool(move_runs(self.instance, [run], run.status, DagsterRunStatus.CANCELING))
+        if not move_runs(self.instance, [run], run.status, DagsterRunStatus.CANCELING):
+            return False
+        # Before its worker is told: after the end of the run it would have to be repaired.
+        said = asked(TERMINATING, end.by, end.reason)
+        event = DagsterEvent(DagsterEventType.RUN_CANCELING.value, run.job_name, message=said)
+        store_events(self.instance, {run.run_id: [event]})
+        return True
 
 
 def _end(by_run: str, key: str) -> Unstarted:
