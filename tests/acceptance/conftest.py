@@ -156,6 +156,14 @@ def missing(what: str) -> None:
     pytest.skip(what)
 
 
+def chromium_program() -> str:
+    """Where it is; without it, the test is skipped."""
+    program = shutil.which("chromium")
+    if program is None:
+        missing("no Chromium (apt-get install chromium)")
+    return str(program)
+
+
 @pytest.fixture
 def postgres() -> Iterator[str]:
     """The URL of a new, empty database."""

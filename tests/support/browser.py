@@ -113,7 +113,7 @@ class Dagster:
         self.address = address
 
     def ask(self, query: str, **variables: Any) -> dict[str, Any]:
-        connection = http.client.HTTPConnection(urllib.parse.urlsplit(self.address).netloc, timeout=20)
+        connection = http.client.HTTPConnection(urllib.parse.urlsplit(self.address).netloc, timeout=60)
         try:
             body = json.dumps({"query": query, "variables": variables})
             connection.request("POST", "/graphql", body, {"Content-Type": "application/json"})

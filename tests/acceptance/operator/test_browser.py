@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import pytest
 import yaml
 from dagster import DagsterInstance
 from playwright.sync_api import Browser
-from tests.acceptance.conftest import missing
+from tests.acceptance.conftest import chromium_program
 from tests.acceptance.operator.test_dev import Dev, dev
 from tests.support import browser_jobs
 from tests.support.browser import Dagster, Event, Screen, chromium, is_alive, screen
@@ -115,10 +114,7 @@ def served(folder: Path, *arguments: str) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    executable = shutil.which("chromium")
-    if executable is None:
-        missing("no Chromium (apt-get install chromium)")
-    with chromium(str(executable)) as browser:
+    with chromium(chromium_program()) as browser:
         yield browser
 
 

@@ -2,28 +2,42 @@
 becomes of work whose code its fleet does not have.
 
 A worker sees the packages of its `PYTHONPATH` and no others, as a container sees those of its image. This process is
-the code server of both locations.
+the code server of both locations; Dagster's UI has others of its own.
 """
 
 import os
 import re
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+import yaml
 from dagster import DagsterEventType, DagsterRunStatus
 from dagster._core.definitions.reconstruct import ReconstructableRepository
 from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
-from tests.acceptance.conftest import UNHURRIED, open_platform
+from playwright.sync_api import Request
+from tests.acceptance.conftest import UNHURRIED, chromium_program, open_platform
+from tests.support.browser import Dagster, chromium, is_alive, screen
+from tests.support.moto import free_port
 from tests.support.platform import REAL_WORKER, Platform, WorkerProcess
 from tests.support.waiting import wait_until
 
+from dagster_taskiq.local.process_manager import answers
+from dagster_taskiq.process.child_handle import find_processes
 from dagster_taskiq.storage.engine_events import WORKER_KEY, Stage
 from dagster_taskiq.storage.tags import QUEUE_TAG, ROUTE_TAG
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [
+    pytest.mark.acceptance,
+    pytest.mark.slow,
+    pytest.mark.timeout(180),
+    pytest.mark.xdist_group("fleets"),
+]
 
 SHARED = '''
 """What both packages use; each has a copy of its own, as a library that is installed in both images."""
@@ -108,6 +122,11 @@ def forecast():
 defs = dg.Definitions(jobs=[forecast])
 """
 
+LOCATIONS = [
+    {"location_name": "shop", "module_name": "shop_code"},
+    {"location_name": "forecasts", "module_name": "forecast_code"},
+]
+
 
 @dataclass
 class Fleets:
@@ -129,6 +148,36 @@ class Fleets:
         )
         self.platform.instance.launch_run(run.run_id, workspace=None)  # type: ignore[arg-type]
         return run.run_id
+
+    @contextmanager
+    def webserver(self, paths: str, log: Path) -> Iterator[Dagster]:
+        """Dagster's UI, with both code locations in code servers of its own."""
+        workspace, port = self.platform.home / "workspace.yaml", free_port()
+        workspace.write_text(yaml.safe_dump({"load_from": [{"python_module": one} for one in LOCATIONS]}))
+        command = [sys.executable, "-m", "dagster_webserver", "-h", "127.0.0.1", "-p", str(port), "-w", str(workspace)]
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                command, env=self.platform.environ({"PYTHONPATH": paths}), stdout=out, stderr=subprocess.STDOUT
+            )
+        try:
+            wait_until(
+                lambda: answers(port, "/server_info") or process.poll() is not None,
+                "the webserver answers",
+                within=240,
+                seen=log.read_text,
+            )
+            dagster = Dagster(f"http://127.0.0.1:{port}")
+            dagster.be_known()
+            yield dagster
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(40)
+
+    def messages(self) -> dict[str, int]:
+        """How many each queue holds, in flight or not."""
+        routes = ("", "-gpu", "-forecasts")
+        suffixes = [f"{route}{kind}" for route in routes for kind in ("", "-steps", "-cancels")]
+        return {suffix: self.platform.waiting(suffix) for suffix in suffixes}
 
     def marks(self, run_id: str, name: str) -> dict[str, str]:
         """Of the marks of that name: the fleet that has made it, by step."""
@@ -208,6 +257,46 @@ def test_one_run_goes_through_all_fleets_and_is_terminated_in_the_middle(fleets:
     undone = fleets.marks(shop, "undone")
     assert undone == dict.fromkeys(at_work, "default"), "handlers are called on the fleet of the run"
     assert fleets.marks(forecasts, "undone") == {"predict": "forecasts"}
+
+
+def terminates(request: Request) -> bool:
+    return "terminateRuns(" in (request.post_data or "")
+
+
+@pytest.mark.browser
+@pytest.mark.long
+@pytest.mark.timeout(480)
+def test_a_click_on_terminate_stops_the_steps_on_all_fleets(
+    fleets: Fleets, packages: Mapping[str, str], tmp_path: Path
+) -> None:
+    platform, log = fleets.platform, tmp_path / "webserver.log"
+    run_id = fleets.launch("shop", "shop_code", "everywhere")
+    with (
+        fleets.webserver(os.pathsep.join(packages.values()), log) as dagster,
+        chromium(chromium_program()) as browser,
+        screen(browser, dagster.address, tmp_path, log.read_text) as shown,
+    ):
+        fleets.wait_for(run_id, "stay", "again", "borrowed")
+        at_work = {"stay": "default", "again": "gpu", "borrowed": "forecasts"}
+        steps = {pid for task_id in platform.step_tasks(run_id) for pid in find_processes(task_id)}
+        assert len(steps) >= len(at_work)
+        processes = {*platform.processes(run_id), *steps}
+        shown.open_run(run_id)
+        shown.reads("Started")  # what the dialog offers depends on what the page knows
+        shown.picture("started")
+        with shown.page.expect_request(terminates) as asked:
+            shown.terminate()
+        sent = asked.value.post_data_json or {}
+        assert sent["variables"] == {"runIds": [run_id], "terminatePolicy": "SAFE_TERMINATE"}
+        shown.reads("Canceled")
+        assert not any(map(is_alive, processes)), "it reads Canceled, so the processes must be gone"
+        platform.assert_nothing_left(run_id)
+        assert fleets.marks(run_id, "cleaned") == fleets.marks(run_id, "started")
+        assert fleets.marks(run_id, "ended") == {"begin": "default", "train": "gpu", "back": "default"}
+        assert fleets.marks(run_id, "undone") == dict.fromkeys(at_work, "default")
+        shown.picture("canceled")
+        wait_until(lambda: not any(fleets.messages().values()), "all queues are empty", within=40, seen=fleets.messages)
+        assert dagster.status(run_id) == "CANCELED"
 
 
 def test_a_fleet_without_the_package_does_not_begin_with_it(fleets: Fleets) -> None:
