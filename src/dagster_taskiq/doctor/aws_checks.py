@@ -21,7 +21,8 @@ _MANY_CANCELS: Final = 20
 _SKEW_S: Final = 5.0
 _FATAL_SKEW_S: Final = 300.0
 """AWS refuses signatures that are five minutes too old or too new."""
-_FEW_RECEIVES: Final = 10
+_FEW_RECEIVES: Final = 30
+"""Waiting for its code is up to fifteen, and each deployment one more."""
 _DAY_S: Final = 86_400
 _LONG_S: Final = 345_600
 _LONG_HIDDEN_S: Final = 30
@@ -137,7 +138,9 @@ def _of_work(check: str, url: str, has: Mapping[str, str], settings: Settings) -
     if has.get("RedrivePolicy"):
         most = int(json.loads(has["RedrivePolicy"]).get("maxReceiveCount", _FEW_RECEIVES))
         if most <= _FEW_RECEIVES:
-            reason = f"{name}: {most} receives move a run to the dead-letter queue, and each deployment adds one"
+            reason = (
+                f"{name}: {most} receives move work to the dead-letter queue; waiting for its code takes up to fifteen"
+            )
             yield Finding(check, "warning", reason, _change(url, "RedrivePolicy", ""))
 
 

@@ -11,6 +11,7 @@ label says so. What is for programs rather than people has a label that begins w
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Final
 
 from dagster_taskiq._text import duration
@@ -21,6 +22,7 @@ STAGE_KEY: Final = "dagster-taskiq/stage"
 WORKER_KEY: Final = "dagster-taskiq/worker"
 ROUTE_KEY: Final = "route"
 TASK_ID_KEY: Final = "dagster-taskiq/task_id"
+UNTIL_KEY: Final = "dagster-taskiq/until"
 PATIENCE_KEY: Final = "waits at most (s)"
 WHY_KEY: Final = "why"
 REASON_KEY: Final = "reason"
@@ -62,6 +64,7 @@ class Stage(enum.StrEnum):
     RELEASED = "released"
     REQUESTED = "requested"
     NOT_REQUESTED = "not_requested"
+    WAITING_FOR_CODE = "waiting_for_code"
     WAITING_FOR_TAKEOVER = "waiting_for_takeover"
     REACHED = "reached"
     INTERRUPTING = "interrupting"
@@ -162,6 +165,14 @@ def waits_for_route(why: str, route: str) -> EngineEvent:
     """The run is to be stopped, which takes its code, and nobody is there who has it."""
     message = f"waiting: {why}; start one with `dagster-taskiq worker start -q {route}`"
     return EngineEvent(Stage.WAITING, message, {WHY_KEY: why}, warns=True)
+
+
+def waiting_for_code(until: float, task_id: str, why: str) -> EngineEvent:
+    """No living worker has the code of the run, or of the step, and one that has it may come."""
+    at = f"{datetime.fromtimestamp(until, UTC):%H:%M:%S} UTC"
+    message = f"waiting until {at} for a worker that has the code, and fails then: {why}"
+    facts: dict[str, str | int | float] = {WHY_KEY: why, TASK_ID_KEY: task_id, UNTIL_KEY: until}
+    return EngineEvent(Stage.WAITING_FOR_CODE, message, facts, warns=True)
 
 
 def goes_on_elsewhere(most: int) -> EngineEvent:

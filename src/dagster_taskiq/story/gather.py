@@ -14,6 +14,7 @@ from dagster_taskiq.launcher import TaskiqRunLauncher
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.code_locations import why_it_waits
+from dagster_taskiq.storage.code_waits import waits_until
 from dagster_taskiq.storage.event_log import run_will_resume
 from dagster_taskiq.storage.queue_ttl import ttl_of
 from dagster_taskiq.storage.routing import route_of_run
@@ -106,6 +107,8 @@ def _surroundings(
     is_queued = run.status is DagsterRunStatus.QUEUED
     is_started = run.status is DagsterRunStatus.STARTED
     pools = waits_for_pools(instance, [run.run_id]) if is_started else {}
+    code = why_it_waits(instance, settings, run) if owner is None and not is_queued else None
+    task_id = own_tags(run).get(TASK_ID_TAG, "")
     return replace(
         around.common.of_route(route),
         owner=owner,
@@ -113,7 +116,8 @@ def _surroundings(
         steps=_steps(instance, run.run_id, around),
         pools=pools.get(run.run_id, ()),
         queue=places_in_queue(instance, [run])[run.run_id] if is_queued else None,
-        code=why_it_waits(instance, settings, run) if owner is None and not is_queued else None,
+        code=code,
+        code_until=waits_until(instance, run.run_id, task_id) if code is not None else None,
         messages=ask_queue(settings.of_route(route_of_run(run)))
         if owner is None and not is_queued and ask_queue is not None
         else None,

@@ -108,6 +108,8 @@ class Surroundings:
     messages: Messages | None = None
     code: str | None = None
     """What it waits for because workers do not have its code, and which."""
+    code_until: float | None = None
+    """Until when, where its log says so: no living worker had it."""
     can_resume: bool = False
     visibility_timeout_s: float = 30.0
     status_poll_s: float = 5.0

@@ -146,7 +146,7 @@ def _for_a_worker(since: float | None, around: Surroundings) -> Wait:
         return Wait(what, since, None, _MORE_SLOTS, cause=_NO_SLOT)
     if around.code is not None:
         advice = "a worker that does not have it hands the run on; give the location its own route: docs/routes.md"
-        return Wait(around.code, since, None, (advice,), cause="a worker with its code")
+        return Wait(around.code, since, around.code_until, (advice,), cause="a worker with its code")
     said = _said_of_messages(around)
     what = f"a worker to receive it: {around.free_slots} of {around.slots} slots are free{said}"
     advice = "if it stays: dagster-taskiq doctor, run where a worker runs"

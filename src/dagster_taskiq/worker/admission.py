@@ -18,6 +18,7 @@ from dagster_taskiq.dagster_compat.api import BACKFILL_ID_TAG, FINISHED_STATUSES
 from dagster_taskiq.dagster_compat.run_counts import CANCELLED_BACKFILL
 from dagster_taskiq.dagster_compat.storage import backfill_status
 from dagster_taskiq.storage.claims import Claim, Claims, ClaimState, is_given_up
+from dagster_taskiq.storage.code_waits import waits_for_code
 from dagster_taskiq.storage.engine_events import Stage
 from dagster_taskiq.storage.event_log import StepRef, append_event, read_engine_events, run_will_resume
 from dagster_taskiq.storage.heartbeats import Heartbeats
@@ -26,6 +27,7 @@ from dagster_taskiq.storage.routing import route_of_run
 from dagster_taskiq.storage.step_claims import StepClaims, StepState
 from dagster_taskiq.storage.step_events import step_lost
 from dagster_taskiq.storage.tags import TASK_ID_TAG, add_own_tags, own_tags, was_stopped
+from dagster_taskiq.storage.unstarted import NOT_BEGUN
 from dagster_taskiq.worker.code_check import CodeMissing, FindCode, is_here
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ class Action(enum.Enum):
     EXPIRE = "end it; it has waited for longer than it may"
     FAIL = "report the run FAILURE; the worker that had it is gone"
     HAND_ON = "give the message back; another worker may have the code"
+    WAIT_FOR_CODE = "give the message back; a worker that has the code may be about to start"
     NO_CODE = "report the FAILURE; no living worker has the code"
 
 
@@ -85,8 +88,8 @@ def admit_run(
     """Look the run up, claim it, look again, decide. Blocks on the database.
 
     `held`: why nothing may be begun; then only what is to be cancelled goes on.
-    LOOK_AGAIN means: call this again after `claims.heartbeats.confirm_s`. A decision other than that, DROP, HAND_BACK
-    and HAND_ON leaves the claim with this worker. `find_code`: whether it can be begun here.
+    LOOK_AGAIN means: call this again after `claims.heartbeats.confirm_s`. A decision other than that, DROP, HAND_BACK,
+    HAND_ON and WAIT_FOR_CODE leaves the claim with this worker. `find_code`: whether it can be begun here.
     """
     run = instance.get_run_by_id(candidate.run_id)
     early = _before_the_claim(claims, candidate, run)
@@ -101,8 +104,9 @@ def admit_run(
         return Decision(Action.HAND_BACK, held, run)
     elsewhere = candidate.elsewhere
     no_code = CodeMissing(elsewhere, others=True) if elsewhere else find_code(run, route_of_run(run), "runs")
-    if no_code is not None and no_code.others and begins_a_process(instance, run, candidate.kind):
-        return Decision(Action.HAND_ON, no_code.why, run)  # before the claim: the run's log is not about this worker
+    later = _without_its_code(instance, candidate, run, no_code) if no_code is not None else None
+    if later is not None:
+        return later  # before the claim: the run's log is not about this worker
     if TASK_ID_TAG not in own_tags(run):
         # Sent by somebody else's producer: from now on the run can be terminated all the same.
         add_own_tags(instance, run, {TASK_ID_TAG: candidate.task_id})
@@ -121,13 +125,29 @@ def admit_run(
     return decision
 
 
+def _without_its_code(
+    instance: DagsterInstance, candidate: Candidate, run: DagsterRun, no_code: CodeMissing
+) -> Decision | None:
+    """What becomes of a message whose run cannot be loaded here; None: go on, to what takes no code, or to its failure.
+
+    What was cancelled does not wait: its cleanup handlers fail, as they do without any worker that has the code.
+    """
+    if not begins_a_process(instance, run, candidate.kind):
+        return None
+    if no_code.others:
+        return Decision(Action.HAND_ON, no_code.why, run)
+    if not _is_to_be_finished(run) and waits_for_code(instance, run, candidate.task_id, no_code.why):
+        return Decision(Action.WAIT_FOR_CODE, no_code.why, run)
+    return None
+
+
 def begins_a_process(instance: DagsterInstance, run: DagsterRun, kind: WorkKind) -> bool:
     """Whether going on with it here takes the code of the run: for the run, or for its cleanup handlers."""
     if _is_to_be_finished(run):
         return cleanup_record(instance, run.run_id).due
     if run.status is DagsterRunStatus.STARTED and kind == "execute_run":
         return run_will_resume(instance, run.run_id)
-    return True
+    return _ends_unbegun(instance, run) is None
 
 
 def _before_the_claim(claims: Claims, candidate: Candidate, run: DagsterRun | None) -> Decision | None:
@@ -181,12 +201,8 @@ def _after_the_claim(candidate: Candidate, run: DagsterRun | None, before: Claim
         return Decision(Action.FINISH_CANCELLATION, "terminated while no worker was at work on it", run)
     if candidate.kind == "resume_run":
         return Decision(Action.RESUME, "resume requested by run monitoring", run)
-    if run.status in (DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING):
-        if _its_backfill_is_cancelled(claims.instance, run):
-            return Decision(Action.FINISH_CANCELLATION, "its backfill was canceled before the run was started", run)
-        if (why := waited_too_long(claims.instance, run)) is not None:
-            return Decision(Action.EXPIRE, why, run)
-        return Decision(Action.START, "to be started", run)
+    if run.status in NOT_BEGUN:
+        return _ends_unbegun(claims.instance, run) or Decision(Action.START, "to be started", run)
     gone = before is not None and before.worker_id != candidate.worker_id
     who = (
         f"worker {before.worker_id}, which had it, is gone" if before and gone else "the worker that had it is unknown"
@@ -194,6 +210,16 @@ def _after_the_claim(candidate: Candidate, run: DagsterRun | None, before: Claim
     if run_will_resume(claims.instance, run.run_id):
         return Decision(Action.RESUME, who, run)
     return Decision(Action.FAIL, who, run)
+
+
+def _ends_unbegun(instance: DagsterInstance, run: DagsterRun) -> Decision | None:
+    """How a run ends that is not to be begun any more; None: it may begin."""
+    if run.status not in NOT_BEGUN:
+        return None
+    if _its_backfill_is_cancelled(instance, run):
+        return Decision(Action.FINISH_CANCELLATION, "its backfill was canceled before the run was started", run)
+    why = waited_too_long(instance, run)
+    return Decision(Action.EXPIRE, why, run) if why is not None else None
 
 
 def _its_backfill_is_cancelled(instance: DagsterInstance, run: DagsterRun) -> bool:
@@ -247,7 +273,8 @@ def admit_step(
 ) -> Decision:
     """May this attempt of a step be started? Claims it and decides. Blocks on the database.
 
-    START, DROP; HAND_ON, without a claim, when its code may be elsewhere; NO_CODE, with the claim, when it is nowhere.
+    START, DROP; without a claim HAND_ON, when its code may be elsewhere, and WAIT_FOR_CODE, when it is nowhere yet;
+    NO_CODE, with the claim, when it has waited for it.
 
     START leaves the claim with this worker; called again after it failed half-way, it goes on with that claim. An
     attempt that anybody else has claimed is never started again under the same task id, also when that worker is dead:
@@ -261,6 +288,8 @@ def admit_step(
     no_code = find_code(run, step.route, "steps")
     if no_code is not None and no_code.others:
         return Decision(Action.HAND_ON, no_code.why)
+    if no_code is not None and waits_for_code(instance, run, step.task_id, no_code.why, step):
+        return Decision(Action.WAIT_FOR_CODE, no_code.why)
     owner = claims.claim(run, step, candidate.worker_id, candidate.where)
     if owner.worker_id != candidate.worker_id:
         return Decision(Action.DROP, f"worker {owner.worker_id} claimed it first")

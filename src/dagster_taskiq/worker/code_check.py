@@ -5,6 +5,7 @@ Knows code pointers, heartbeats and time; not what becomes of the message.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -44,6 +45,10 @@ _ASK_AGAIN_AFTER_S: Final = 5.0
 _LOOK_S: Final = 10.0
 _LONGEST_DELAY_S: Final = 30
 _TURNS: Final = 4
+_LOOK_EVERY_S: Final = 5
+"""At what waits for its code: a worker that has come with it is to have the work soon."""
+_LOOKS_PER_S: Final = 2
+"""At all that waits, by each worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,30 @@ def hand_on_after_s(receive_count: int) -> int:
     Slowly: among many workers it takes some turns until the right one has it.
     """
     return min(_LONGEST_DELAY_S, 1 + max(0, receive_count) // _TURNS)
+
+
+class Turns:
+    """When a message comes again whose code is not here. Of one worker, and of its event loop only."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seen: dict[str, float] = {}
+        """By task id, the last look at what waits."""
+
+    def after_s(self, task_id: str, receive_count: int, *, waits: bool) -> int:
+        """In seconds. `waits`: nobody has the code yet.
+
+        A look at what waits takes a slot for a moment. So the more waits here, the less often each is looked at, or
+        what can run would stand behind it.
+        """
+        if not waits:
+            return hand_on_after_s(receive_count)
+        now = self._clock()
+        self._seen.pop(task_id, None)
+        self._seen[task_id] = now
+        while now - next(iter(self._seen.values())) > 2 * _LONGEST_DELAY_S:
+            del self._seen[next(iter(self._seen))]
+        return min(_LONGEST_DELAY_S, max(_LOOK_EVERY_S, len(self._seen) // _LOOKS_PER_S))
 
 
 class CodeCheck:

@@ -35,7 +35,7 @@ from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.step_claims import StepClaims
 from dagster_taskiq.storage.tags import grace_of
 from dagster_taskiq.tasks.running_task import RunningTask
-from dagster_taskiq.worker.code_check import FindCode, is_here
+from dagster_taskiq.worker.code_check import FindCode, Turns, is_here
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,8 @@ class WorkerContext:
     """Messages that this worker has received and that nobody can use, for the heartbeat."""
     find_code: FindCode = is_here
     """Whether the code of a run is here. Blocks on the file system, and on the database when it is not."""
+    turns: Turns = field(default_factory=Turns)
+    """When a message comes again whose code is not here."""
     told_code: Callable[[], list[list[str]]] = list
     """What is known of that, for the heartbeat."""
     hear_code: Callable[[Mapping[str, str]], None] = lambda _: None

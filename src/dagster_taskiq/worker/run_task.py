@@ -32,7 +32,6 @@ from dagster_taskiq.tasks.running_task import RunningTask, current_task
 from dagster_taskiq.worker.admission import Action, Candidate, Decision, WorkKind, admit_run
 from dagster_taskiq.worker.claim_watch import TAKEN_OVER
 from dagster_taskiq.worker.cleanup_task import LateSteps
-from dagster_taskiq.worker.code_check import hand_on_after_s
 from dagster_taskiq.worker.context import WorkerContext
 from dagster_taskiq.worker.event_writer import EventWriter
 from dagster_taskiq.worker.finalization import fail
@@ -162,8 +161,9 @@ class RunWork:
         if decision.action is Action.HAND_BACK:
             # While the fleet is held nobody receives it: it is to be there when that ends.
             return Settled(Settlement.HAND_BACK) if context.held() else context.hand_back_later()
-        if decision.action is Action.HAND_ON:
-            return Settled(Settlement.HAND_BACK, hand_on_after_s(task.receive_count))
+        if decision.action in (Action.HAND_ON, Action.WAIT_FOR_CODE):
+            waits = decision.action is Action.WAIT_FOR_CODE
+            return Settled(Settlement.HAND_BACK, context.turns.after_s(task.task_id, task.receive_count, waits=waits))
         if decision.action is Action.DROP or run is None:
             return Settled(Settlement.DELETE)
         if decision.action is Action.EXPIRE:

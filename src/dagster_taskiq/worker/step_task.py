@@ -27,7 +27,6 @@ from dagster_taskiq.storage.event_log import StepRef, append_event, read_engine_
 from dagster_taskiq.tasks.running_task import RunningTask, current_task
 from dagster_taskiq.worker.admission import Action, Candidate, Decision, admit_step, admit_step_again
 from dagster_taskiq.worker.cleanup_task import LateSteps
-from dagster_taskiq.worker.code_check import hand_on_after_s
 from dagster_taskiq.worker.context import WorkerContext
 from dagster_taskiq.worker.event_writer import EventWriter
 from dagster_taskiq.worker.finalization import how_it_ended
@@ -85,8 +84,11 @@ class StepWork:
             logger.info("step not started: %s", decision.action.value, extra=extra)
         if decision.action is Action.HAND_BACK:
             return self._context.hand_back_later()
-        if decision.action is Action.HAND_ON:
-            return Settled(Settlement.HAND_BACK, hand_on_after_s(task.receive_count))
+        if decision.action in (Action.HAND_ON, Action.WAIT_FOR_CODE):
+            waits = decision.action is Action.WAIT_FOR_CODE
+            return Settled(
+                Settlement.HAND_BACK, self._context.turns.after_s(task.task_id, task.receive_count, waits=waits)
+            )
         if decision.action is Action.NO_CODE and decision.run is not None:
             return await self._fail(message, decision.run, self._ref(message, task), decision.why)
         if decision.action is not Action.START or decision.run is None:

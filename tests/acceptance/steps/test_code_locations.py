@@ -1,4 +1,4 @@
-"""A worker knows which code it has: what it cannot load goes to one that can, and fails at once when there is none."""
+"""A worker knows which code it has: what it cannot load goes to one that can, and waits a minute when there is none."""
 
 import json
 import re
@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dagster import DagsterEventType, DagsterRun, DagsterRunStatus, in_process_executor, job, op
@@ -16,7 +17,8 @@ from tests.support.platform import REAL_WORKER, Platform, WorkerProcess
 from tests.support.waiting import wait_until
 
 from dagster_taskiq.executor import taskiq_executor
-from dagster_taskiq.storage.engine_events import WORKER_KEY, Stage
+from dagster_taskiq.storage.engine_events import UNTIL_KEY, WORKER_KEY, Stage
+from dagster_taskiq.storage.event_log import read_engine_events
 from dagster_taskiq.storage.heartbeats import Heartbeats
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
@@ -25,6 +27,7 @@ MODULE = "far_away_code"
 SOURCE = """
 import os
 from pathlib import Path
+from typing import Any
 from dagster import in_process_executor, job, op
 from dagster_taskiq import taskiq_executor
 with (Path(__file__).parent / "imported").open("a") as file:
@@ -85,9 +88,9 @@ def worker(platform: Platform, name: str, *arguments: str, path: Path | None = N
         yield one
 
 
-def launch(platform: Platform, job_name: str = "whole") -> str:
+def launch(platform: Platform, job_name: str = "whole", module: str = MODULE) -> str:
     definition = {"whole": whole, "in_steps": in_steps}[job_name]
-    pointer = ModuleCodePointer(MODULE, job_name)
+    pointer = ModuleCodePointer(module, job_name)
     origin = JobPythonOrigin(job_name, RepositoryPythonOrigin("python", pointer))
     tags = {"marks": str(platform.home / "none")}
     run: DagsterRun = platform.instance.create_run_for_job(definition, job_code_origin=origin, tags=tags)
@@ -147,35 +150,86 @@ def handed_on(platform: Platform, without: WorkerProcess, job_name: str) -> str:
     return run_id
 
 
+def waits_for_it(platform: Platform, run_id: str) -> float:
+    """Until when, by the only note of it in the run's log."""
+    platform.wait_for_stage(run_id, Stage.WAITING_FOR_CODE)
+    (until,) = [facts[UNTIL_KEY] for facts in notes_of_waiting(platform, run_id)]
+    return float(until)
+
+
+def notes_of_waiting(platform: Platform, run_id: str) -> list[dict[str, Any]]:
+    notes = read_engine_events(platform.instance, run_id)
+    return [facts for stage, facts in notes if stage is Stage.WAITING_FOR_CODE]
+
+
+def ended_at(platform: Platform, run_id: str) -> float:
+    record = platform.instance.get_run_record_by_id(run_id)
+    assert record is not None
+    assert record.end_time is not None
+    return record.end_time
+
+
 def test_nobody_has_the_code(endpoint: str, code: Code) -> None:
-    """Each worker has to say so once, then the next run fails at once."""
-    with steps_platform(endpoint) as platform, worker(platform, "one"), worker(platform, "two"):
+    """A run waits a minute for a worker that has it, whichever worker looks, and can be cancelled meanwhile."""
+    with steps_platform(endpoint) as platform, worker(platform, "two"):
         why = rf"no module named '{MODULE}'"
-        for _ in range(2):
-            run_id = launch(platform)
-            assert platform.finished(run_id) is DagsterRunStatus.FAILURE
-            assert re.fullmatch(
-                rf".*no living worker can load code location '{MODULE}': (one|two)-\w+: {why}; (one|two)-\w+: {why}; a"
-                " worker must have the code of what it serves: .*",
-                failure(platform, run_id),
-            ), failure(platform, run_id)
+        with worker(platform, "first"):
+            runs = {run_id: waits_for_it(platform, run_id) for run_id in (launch(platform), launch(platform))}
+        cancelled = launch(platform)
+        waits_for_it(platform, cancelled)
+        explained = plain(platform.command("run", "explain", cancelled).stdout)
+        assert re.search(rf"a worker that has the code of {MODULE}; .* until \d\d:\d\d:\d\d UTC", explained), explained
+        assert platform.launcher.terminate(cancelled)
+        assert platform.finished(cancelled, within=20) is DagsterRunStatus.CANCELED
+        with worker(platform, "one"):
+            for run_id, until in runs.items():
+                assert platform.finished(run_id, within=90) is DagsterRunStatus.FAILURE
+                assert until <= ended_at(platform, run_id)
+                assert len(notes_of_waiting(platform, run_id)) == 1, platform.story(run_id)
+                assert re.fullmatch(
+                    rf".*no living worker can load code location '{MODULE}': (one|two)-\w+: {why}; "
+                    rf"(one|two)-\w+: {why}; a worker must have the code of what it serves: .*",
+                    failure(platform, run_id),
+                ), failure(platform, run_id)
             wait_until(lambda: platform.waiting() == 0, "its message is gone", seen=platform.waiting)
-        listed = platform.command("worker", "list")
-        assert re.search(rf"code location {MODULE}: on no worker: \w+-\w+ \({why}\)", plain(listed.stdout)), listed
-        workers = json.loads(platform.command("worker", "list", "--json").stdout)
-        assert [one["code"] for one in workers] == [{MODULE: f"no module named '{MODULE}'"}] * 2
-        examined = plain(platform.command("doctor").stdout)
+            listed = platform.command("worker", "list")
+            assert re.search(rf"code location {MODULE}: on no worker: \w+-\w+ \({why}\)", plain(listed.stdout)), listed
+            workers = json.loads(platform.command("worker", "list", "--json").stdout)
+            alive = [one["code"] for one in workers if one["state"] == "alive"]
+            assert alive == [{MODULE: f"no module named '{MODULE}'"}] * 2
+            examined = plain(platform.command("doctor").stdout)
         assert f"no living worker can load code location '{MODULE}': " in examined
         assert f"no living worker can load code location '{MODULE}': " in plain(
             platform.command("run", "explain", run_id).stdout
         )
 
 
+@pytest.mark.parametrize("job_name", ["whole", "in_steps"])
+def test_a_deployment_whose_workers_come_last(endpoint: str, code: Code, job_name: str) -> None:
+    """The run waits, and begins soon after a worker has come that has the code; so does a step."""
+    with steps_platform(endpoint) as platform, worker(platform, "old", *(["--steps-only"] * (job_name == "in_steps"))):
+        with worker(platform, "runs", "--runs-only", path=code.folder if job_name == "in_steps" else None):
+            run_id = launch(platform, job_name)
+            if job_name == "in_steps":
+                notes = wait_until(
+                    lambda: platform.step_notes(run_id, Stage.WAITING_FOR_CODE),
+                    "the step waits",
+                    seen=lambda: platform.story(run_id),
+                )
+                (until,) = [float(note[UNTIL_KEY]) for note in notes]
+            else:
+                until = waits_for_it(platform, run_id)
+            with worker(platform, "new", path=code.folder):
+                assert platform.finished(run_id) is DagsterRunStatus.SUCCESS, platform.story(run_id)
+        assert ended_at(platform, run_id) < until, platform.story(run_id)
+        assert sum("waiting until" in line for line in platform.story(run_id)) == 1, platform.story(run_id)
+
+
 def test_a_step_goes_to_the_worker_that_has_its_code_or_fails(endpoint: str, code: Code) -> None:
     with steps_platform(endpoint) as platform, worker(platform, "runs", "--runs-only", path=code.folder):
         with worker(platform, "without", "--steps-only") as without:
             failed = launch(platform, "in_steps")
-            assert platform.finished(failed) is DagsterRunStatus.FAILURE
+            assert platform.finished(failed, within=120) is DagsterRunStatus.FAILURE
             error = platform.failure(failed, "work")
             assert f"no living worker can load code location '{MODULE}': without-" in error
             assert "runs-" not in error, "it takes no steps"
@@ -191,10 +245,8 @@ def test_code_that_comes_later_counts(endpoint: str, code: Code) -> None:
     """A volume that was not mounted when the worker began."""
     late = code.folder.parent / "late"
     with steps_platform(endpoint) as platform, worker(platform, "one", path=late):
-        assert platform.finished(launch(platform)) is DagsterRunStatus.FAILURE
+        run_id = launch(platform)
+        until = waits_for_it(platform, run_id)
         late.symlink_to(code.folder)
-
-        def tried() -> bool:
-            return platform.finished(launch(platform)) is DagsterRunStatus.SUCCESS
-
-        wait_until(tried, "a run succeeds", within=60)
+        assert platform.finished(run_id) is DagsterRunStatus.SUCCESS
+        assert ended_at(platform, run_id) < until

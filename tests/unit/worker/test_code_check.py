@@ -5,7 +5,9 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, job
@@ -18,12 +20,14 @@ from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.claims import Claims
 from dagster_taskiq.storage.cleanup_events import cleanup_handlers
 from dagster_taskiq.storage.code_locations import ASK_KEY, ask_for, asked_for, code_of, told
-from dagster_taskiq.storage.event_log import StepRef, append_event
+from dagster_taskiq.storage.code_waits import waits_until
+from dagster_taskiq.storage.engine_events import UNTIL_KEY, Stage
+from dagster_taskiq.storage.event_log import StepRef, append_event, read_engine_events
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.step_claims import StepClaims
-from dagster_taskiq.storage.tags import TASK_ID_TAG
+from dagster_taskiq.storage.tags import QUEUE_TTL_TAG, TASK_ID_TAG
 from dagster_taskiq.worker.admission import Action, Candidate, Decision, WorkKind, admit_run, admit_step
-from dagster_taskiq.worker.code_check import CodeCheck, CodeMissing, hand_on_after_s
+from dagster_taskiq.worker.code_check import CodeCheck, CodeMissing, Turns, hand_on_after_s
 
 SETTINGS = Settings(queue_url="https://sqs.us-east-1.amazonaws.com/123456789012/q", region_name="us-east-1")
 NOT_HERE = "no module named 'elsewhere_only'"
@@ -169,12 +173,52 @@ def test_a_run_whose_code_may_be_elsewhere_is_not_claimed(world: World) -> None:
     assert not world.is_claimed(resumed)
 
 
-def test_a_run_whose_code_is_nowhere_is_claimed_to_be_failed(world: World) -> None:
+def test_a_run_whose_code_is_nowhere_waits_and_is_then_claimed_to_be_failed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for run, kind in ((world.run(), "execute_run"), (world.run("elsewhere_only", STARTING, START), "resume_run")):
-        decision = world.admit(run, kind)  # type: ignore[arg-type]
+        for _ in range(3):
+            decision = world.admit(run, kind)  # type: ignore[arg-type]
+            assert decision.action is Action.WAIT_FOR_CODE
+            assert not world.is_claimed(run)
+        notes = read_engine_events(world.instance, run.run_id)
+        (until,) = [facts[UNTIL_KEY] for stage, facts in notes if stage is Stage.WAITING_FOR_CODE]
+        with monkeypatch.context() as clock:
+            at_its_end = SimpleNamespace(time=partial(float, until))
+            clock.setattr("dagster_taskiq.storage.code_waits.time", at_its_end)
+            decision = world.admit(run, kind)  # type: ignore[arg-type]
         assert decision.action is Action.NO_CODE
         assert decision.why.startswith("no living worker can load code location 'elsewhere_only': me-1: ")
         assert world.is_claimed(run)
+
+
+def test_a_run_that_is_resumed_waits_anew(world: World) -> None:
+    run = world.run()
+    assert world.admit(run).action is Action.WAIT_FOR_CODE
+    assert waits_until(world.instance, run.run_id, "task-1") is not None
+    assert waits_until(world.instance, run.run_id, "task-2") is None
+
+
+def test_who_has_come_at_the_last_moment_has_the_code_and_gets_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it takes until that worker receives it."""
+    run = world.run()
+    code = code_of(run)
+    assert code is not None
+    assert world.admit(run).action is Action.WAIT_FOR_CODE
+    world.heartbeats.beat("new-1", {"slots": [1, 1], "queue": "q", "code": told({code: ""})})
+    monkeypatch.setattr("dagster_taskiq.storage.code_waits.time", SimpleNamespace(time=lambda: float("inf")))
+    assert world.admit(run).action is Action.HAND_ON
+    world.heartbeats.gone("new-1")
+    assert world.admit(run).action is Action.NO_CODE
+
+
+def test_a_run_that_has_waited_longer_than_it_may_does_not_wait_for_its_code(world: World) -> None:
+    run = world.run()
+    assert world.admit(run).action is Action.WAIT_FOR_CODE
+    world.instance.add_run_tags(run.run_id, {QUEUE_TTL_TAG: "0.001"})
+    assert world.admit(run).action is Action.EXPIRE
 
 
 @pytest.mark.parametrize("has_handlers", [False, True])
@@ -196,7 +240,7 @@ def test_what_only_has_to_be_failed_needs_no_code(world: World) -> None:
     assert world.admit(world.run("elsewhere_only", STARTING, START)).action is Action.FAIL
 
 
-def test_steps(world: World) -> None:
+def test_steps(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     run = world.run("elsewhere_only", STARTING, START)
     claims, step = StepClaims(world.instance), StepRef("work", "step-1")
     candidate = Candidate("execute_step", run.run_id, "step-1", "me-1", "here")
@@ -205,6 +249,13 @@ def test_steps(world: World) -> None:
     assert admit_step(world.instance, claims, step, candidate, world.check.missing).action is Action.HAND_ON
     assert claims.find(run.run_id, step) is None
     world.heartbeats.gone("new-1")
+    for _ in range(2):
+        decision = admit_step(world.instance, claims, step, candidate, world.check.missing)
+        assert decision.action is Action.WAIT_FOR_CODE
+        assert claims.find(run.run_id, step) is None
+    notes = [stage for stage, _ in read_engine_events(world.instance, run.run_id, step)]
+    assert notes == [Stage.WAITING_FOR_CODE]
+    monkeypatch.setattr("dagster_taskiq.storage.code_waits.time", SimpleNamespace(time=lambda: float("inf")))
     decision = admit_step(world.instance, claims, step, candidate, world.check.missing)
     assert decision.action is Action.NO_CODE
     assert decision.run is not None
@@ -215,6 +266,19 @@ def test_it_is_handed_on_the_more_slowly_the_more_often() -> None:
     delays = [hand_on_after_s(count) for count in range(200)]
     assert delays == sorted(delays)
     assert (delays[0], delays[1], delays[-1]) == (1, 1, 30)
+
+
+def test_the_more_waits_for_its_code_the_less_often_each_is_looked_at() -> None:
+    now = 0.0
+    turns = Turns(clock=lambda: now)
+    assert turns.after_s("task-0", 100, waits=True) == 5, "however often it was received"
+    delays = [turns.after_s(f"task-{number}", 1, waits=True) for number in range(50)]
+    assert (delays[9], delays[-1]) == (5, 25)
+    assert turns.after_s("task-49", 2, waits=True) == 25, "it counts once"
+    assert turns.after_s("another", 8, waits=False) == hand_on_after_s(8)
+    assert max(turns.after_s(f"task-{number}", 1, waits=True) for number in range(1_000)) == 30
+    now = 100.0
+    assert turns.after_s("task-0", 100, waits=True) == 5, "the others wait no more"
 
 
 def test_a_worker_looks_for_the_code_of_recent_runs_and_says_what_it_has(
