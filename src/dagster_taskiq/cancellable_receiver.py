@@ -194,8 +194,7 @@ class CancellableReceiver(Receiver):
             await self._callback(parsed, message, raise_err=raise_err)
 
     async def _callback(self, parsed: TaskiqMessage, message: bytes | AckableMessage, *, raise_err: bool) -> None:
-        task_id = parsed.task_id
-        settle = settling(message)
+        task_id, settle = parsed.task_id, settling(message)
         earlier = self.tasks.get(task_id)
         if earlier is not None and earlier.over:
             # A retry has the id of the first try, and may come before that is settled.
@@ -249,12 +248,13 @@ class CancellableReceiver(Receiver):
         self.tasks.add(task)
         self._mine.add(task)
         if leased is not None:
-            leased.lease.when_lost(lambda: self._on_lost(task))
+            leased.lease.when_lost(lambda: self._beside(self._lease_lost(task), name=f"lease lost of {task_id}"))
         body = message.data if isinstance(message, AckableMessage) else message
         try:
             await self._cancel_ahead(task)
             with task.entered():
-                await super().callback(AckableMessage(data=body, ack=task.acknowledge), raise_err)
+                async with task.saved_in_time():
+                    await super().callback(AckableMessage(data=body, ack=task.acknowledge), raise_err)
         except Exception:
             # A middleware failed, perhaps the one that was to send the task again: let it be delivered again.
             task.acknowledges_itself = True
@@ -299,9 +299,6 @@ class CancellableReceiver(Receiver):
         name = task.message.task_name if task.message is not None else None
         task.telling = self._beside(self._notify(stage, task.task_id, cause, name), name=f"notify of {task.task_id}")
 
-    def _on_lost(self, task: RunningTask) -> None:
-        self._beside(self._lease_lost(task), name=f"lease lost of {task.task_id}")
-
     def _beside(self, work: Coroutine[Any, Any, None], *, name: str) -> "asyncio.Task[None]":
         side_task = asyncio.create_task(work, name=name)
         self._side_tasks.add(side_task)
@@ -338,8 +335,11 @@ class CancellableReceiver(Receiver):
             result = await self._result_of(inner, task, message)
         task.end(succeeded=not result.is_err)
         if task.cancellation is not None:
-            return await self._after_cancellation(task, message, result)
-        return task.visible_result(result)
+            result = await self._after_cancellation(task, message, result)
+        else:
+            result = task.visible_result(result)
+        task.saves()
+        return result
 
     async def _after_cancellation(
         self, task: RunningTask, message: TaskiqMessage, result: TaskiqResult[Any]

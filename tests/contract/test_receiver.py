@@ -19,6 +19,7 @@ from taskiq import (
     TaskiqDepends,
     TaskiqMiddleware,
 )
+from taskiq.brokers.inmemory_broker import InmemoryResultBackend
 from tests.support.eventually import eventually
 from tests.support.proxy import sqs_proxy
 from tests.support.workers import Outside, broker_for, leftovers, working
@@ -132,6 +133,26 @@ async def bench(
             yield Bench(broker, working_receiver, diary, wait, Outside(queue_url, endpoint))
         finally:
             diary.release.set()
+
+
+class NeverAnswers(InmemoryResultBackend[Any]):
+    async def set_result(self, task_id: str, result: Any) -> None:
+        await asyncio.Event().wait()
+
+
+async def test_a_result_backend_that_never_answers_keeps_no_slot(
+    standard_url: str, endpoint: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("dagster_taskiq.tasks.running_task.SAVED_WITHIN_S", 0.5)
+    async with bench(standard_url, endpoint, receiver={"max_async_tasks": 1}) as at:
+        at.broker.with_result_backend(NeverAnswers())
+        first, second = await at.start(), await at.wait.kiq()
+        at.diary.release.set()
+        await eventually(lambda: second.task_id in at.diary.cleaned_up, "the next one has had the slot")
+        await at.all_quiet()
+        assert at.diary.started == [first.task_id, second.task_id], "neither begins again"
+    said = [record for record in caplog.records if "has not answered for" in record.getMessage()]
+    assert [record.task_id for record in said] == [first.task_id, second.task_id]  # type: ignore[attr-defined]
 
 
 async def error_of(task: AsyncTaskiqTask[Any]) -> BaseException | None:

@@ -7,12 +7,12 @@ import asyncio
 import enum
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from logging import Filter, LogRecord, getLogger
-from typing import Any
+from typing import Any, Final
 
 from taskiq import TaskiqMessage, TaskiqResult
 from taskiq.exceptions import NoResultError
@@ -33,6 +33,7 @@ from dagster_taskiq.tasks.task_token import TaskToken
 
 logger = getLogger(__name__)
 
+SAVED_WITHIN_S: Final = 60.0
 CURRENT_TASK: ContextVar["RunningTask"] = ContextVar("dagster_taskiq_running_task")
 
 
@@ -103,6 +104,7 @@ class RunningTask:
         self._awaits_signal = awaits_signal
         self._on_cancelled = on_cancelled
         self._on_unusable = on_unusable
+        self._limit: asyncio.Timeout | None = None
         self._message: TaskiqMessage | None = None
         self._coroutine: asyncio.Task[Any] | None = None
         self._is_sync = False
@@ -158,7 +160,34 @@ class RunningTask:
 
     async def acknowledge(self) -> None:
         """What taskiq calls when it is time to acknowledge; before the end, that is what the task asked for."""
+        limit, self._limit = self._limit, None  # SQS has its own patience
+        if limit is not None:
+            limit.reschedule(None)
         await self._settle(*(self.verdict() if self.over else Settled(Settlement.DELETE)))
+        self._limit = limit
+        if self.over:
+            self.saves()
+
+    @asynccontextmanager
+    async def saved_in_time(self) -> AsyncIterator[None]:
+        """As long as this lasts, what comes after `saves` has a minute: or else a dead backend would keep a slot."""
+        limit = asyncio.timeout(None)
+        try:
+            async with limit:
+                self._limit = limit
+                yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            text = "the result of a task is not saved: its result backend, or a middleware, has not answered for %.0f s"
+            logger.error(text, SAVED_WITHIN_S, extra=self.about)  # noqa: TRY400 - where it hangs says nothing of us
+        finally:
+            self._limit = None
+
+    def saves(self) -> None:
+        """All is over but what middlewares and the result backend do with the result."""
+        if self._limit is not None:
+            self._limit.reschedule(asyncio.get_running_loop().time() + SAVED_WITHIN_S)
 
     async def settle(self) -> None:
         """Carry out the verdict."""
