@@ -248,7 +248,7 @@ class CancellableReceiver(Receiver):
         self.tasks.add(task)
         self._mine.add(task)
         if leased is not None:
-            leased.lease.when_lost(lambda: self._beside(self._lease_lost(task), name=f"lease lost of {task_id}"))
+            leased.lease.when_lost(lambda: self._on_lost(task))
         body = message.data if isinstance(message, AckableMessage) else message
         try:
             await self._cancel_ahead(task)
@@ -298,6 +298,9 @@ class CancellableReceiver(Receiver):
     def _notify_later(self, stage: Stage, task: RunningTask, cause: Cancellation) -> None:
         name = task.message.task_name if task.message is not None else None
         task.telling = self._beside(self._notify(stage, task.task_id, cause, name), name=f"notify of {task.task_id}")
+
+    def _on_lost(self, task: RunningTask) -> None:
+        self._beside(self._lease_lost(task), name=f"lease lost of {task.task_id}")
 
     def _beside(self, work: Coroutine[Any, Any, None], *, name: str) -> "asyncio.Task[None]":
         side_task = asyncio.create_task(work, name=name)
