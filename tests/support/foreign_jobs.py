@@ -5,7 +5,9 @@ Each op writes `started` into the file `marks` where it is ready to be interrupt
 
 import asyncio
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
@@ -60,6 +62,28 @@ def in_forked_processes() -> None:
 @dg.job(executor_def=dg.in_process_executor)
 def coroutine() -> None:
     loads_later()
+
+
+@dg.op
+def asks_first_in_a_thread(config: Marks) -> None:
+    def ask() -> Any:
+        from dagster_taskiq import cancellation_token
+
+        return cancellation_token
+
+    with ThreadPoolExecutor(1) as threads:
+        token_of = threads.submit(ask).result(20)
+    with token_of().shield():
+        begin(config)
+        time.sleep(4)
+        with Path(config.marks).open("a") as file:
+            file.write(f"whole {time.time()}\n")
+    time.sleep(300)
+
+
+@dg.job(executor_def=dg.multiprocess_executor)
+def asks_first_in_a_thread_job() -> None:
+    asks_first_in_a_thread()
 
 
 defs = dg.Definitions(jobs=[in_process, in_processes, in_forked_processes, coroutine])

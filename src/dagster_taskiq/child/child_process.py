@@ -105,6 +105,7 @@ class ChildProcess:
 
     def token(self) -> CancellationToken:
         """See `CancellableProcess`. Whoever asks has a listener from then on."""
+        self.interrupts.route()  # a process that a thread has made to join has not done it yet
         self.listener()
         signal = self._limits.signal or self.control.signal
         return CancellationToken(signal, OpToken(self.interrupts, self._step.asked(), self._state_of))

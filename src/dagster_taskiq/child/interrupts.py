@@ -62,10 +62,17 @@ class Interrupts:
         self._received = 0
         self._coroutine: _Coroutine | None = None
         self._generators: dict[Any, asyncio.AbstractEventLoop] = {}
-        if threading.current_thread() is threading.main_thread():
-            route_interrupts(self._receive, self._interrupt_step)
-            signal.signal(STEP_SIGNAL, lambda *_: self._look_after_step())
+        self._is_routed = False
+        self.route()
         run_coroutines_with(self._outputs)
+
+    def route(self) -> None:
+        """Take over the signals, which only the main thread can. Harmless in another one, and when it has been done."""
+        if self._is_routed or threading.current_thread() is not threading.main_thread():
+            return
+        self._is_routed = True
+        route_interrupts(self._receive, self._interrupt_step)
+        signal.signal(STEP_SIGNAL, lambda *_: self._look_after_step())
 
     def forget(self) -> None:
         """In a fork of the process: nothing has come to this one, and it does with an interrupt what Dagster wants."""

@@ -10,7 +10,7 @@ from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobO
 from tests.acceptance.cleanup.test_handlers import terminated
 from tests.acceptance.conftest import open_platform
 from tests.support.moto import sqs_client
-from tests.support.platform import CLEANUP_JOBS, STATE_JOBS, Platform
+from tests.support.platform import CLEANUP_JOBS, FOREIGN_JOBS, STATE_JOBS, Platform
 from tests.support.waiting import wait_until
 
 from dagster_taskiq import cancel_run
@@ -105,6 +105,16 @@ def test_a_state_is_kept_for_the_step_that_is_at_work_or_refused(
             refusal = platform.marked(run_id, name)
             assert refusal.startswith("refused: "), platform.marks(run_id)
             assert "call cancellation_token() in the op, and pass the token on" in refusal
+
+
+def test_a_shield_holds_also_where_a_thread_was_the_first_to_ask(working: Platform) -> None:
+    """In a process of Dagster's own, which joins when it is first asked; only its main thread can catch signals."""
+    platform = replace(working, jobs=FOREIGN_JOBS)
+    run_id = platform.launch("asks_first_in_a_thread_job", grace=40)
+    platform.marked(run_id, "started")
+    assert cancel_run(run_id, instance=platform.instance)
+    assert platform.finished(run_id) is CANCELED, platform.story(run_id)
+    assert platform.mark_counts(run_id)["whole"] == 1, platform.marks(run_id)
 
 
 def test_it_raises(tokens: Platform) -> None:
