@@ -20,6 +20,7 @@ from dagster_taskiq.story.waits import what_it_waits_for
 
 MOST_STEPS: Final = 200
 _MOST_MOMENTS: Final = 500
+_NOT_ALL: Final = "Its log is longer than what was read of it, so that this is not all that happened."
 _QUIET: Final = frozenset({Stage.CLEANUP_HANDLERS})
 _LOUD_OF_STEPS: Final = frozenset(
     {Stage.TIMED_OUT, Stage.KILLED, Stage.STEP_LOST, Stage.STEP_INTERRUPTED, Stage.CLEANUP}
@@ -82,7 +83,7 @@ def tell(run: RunFacts, log: Log, around: Surroundings) -> Story:
         task_id=run.task_id,
         route=run.route,
         worker=phases.worker,
-        summary=tuple(_summary(run, phases, bars, around.now)),
+        summary=(*_summary(run, phases, bars, around.now), *((_NOT_ALL,) if log.incomplete else ())),
         waits=tuple(waits),
         advice=tuple(_advice(run, phases)) if over_at is not None else (),
         bars=tuple(sorted([*phases.finished_bars(around.now), *bars], key=lambda bar: bar.first)),

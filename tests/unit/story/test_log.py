@@ -62,6 +62,23 @@ def test_of_fifty_thousand_events_few_are_read_in_full() -> None:
     assert story.hidden_steps == {"succeeded": STEPS - 200}
 
 
+def test_a_story_of_a_part_of_the_log_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dagster_taskiq.story.log._FIRST", 2)
+    monkeypatch.setattr("dagster_taskiq.story.log._LAST", 2)
+    said = []
+    with DagsterInstance.ephemeral() as instance:
+        run = create_run_for_test(instance, status=DagsterRunStatus.STARTED)
+        for _ in range(5):
+            log = read_log(instance, run.run_id, lambda events: most_important(events, 2))
+            story = tell(RunFacts(run.run_id, "big", "STARTED", BEGAN), log, Surroundings(BEGAN + 200))
+            said.append([sentence for sentence in story.summary if "longer than what was read" in sentence])
+            instance.report_engine_event("hello", run)
+        log = read_log(instance, run.run_id, lambda events: most_important(events, 2))
+    story = tell(RunFacts(run.run_id, "big", "STARTED", BEGAN), log, Surroundings(BEGAN + 200))
+    assert said == [[]] * 5
+    assert story.summary[-1] == "Its log is longer than what was read of it, so that this is not all that happened."
+
+
 def test_where_a_step_was_sent_is_read() -> None:
     event = step_submitted("task", "tasks-gpu-steps", "gpu")
     with DagsterInstance.ephemeral() as instance:
