@@ -46,7 +46,7 @@ class CancelRequest:
     """Whether it is stopped because it, or its run, has taken longer than it may: then it has failed."""
 
     def to_json(self) -> str:
-        """The message body. Raises `MessageUnreadable` for a task id that `from_json` would refuse."""
+        """The message body. Raises `MessageUnreadable` for a task id that `from_data` would refuse."""
         if not is_task_id(self.task_id):
             raise MessageUnreadable(f"not a task id (1 to 256 printable ASCII characters, no spaces): {self.task_id!r}")
         body: dict[str, Any] = {"version": CANCEL_MESSAGE_VERSION, "task_id": self.task_id}
@@ -63,16 +63,11 @@ class CancelRequest:
         return json.dumps(body)
 
     @classmethod
-    def from_json(cls, body: str) -> "CancelRequest":
-        """Read a message body; only `task_id` is required, unknown fields are ignored.
-
-        Raises `MessageUnreadable` with the reason for anything else, also for an unknown version.
-        """
-        return cls.from_data(_cancel_data(body))
-
-    @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> "CancelRequest":
-        """The same, from the JSON object."""
+        """Read the JSON object of a message; only `task_id` is required, unknown fields are ignored.
+
+        Raises `MessageUnreadable` with the reason for anything else.
+        """
         task_id = data.get("task_id")
         if not is_task_id(task_id):
             raise MessageUnreadable("cancel message without a valid task_id")
@@ -145,7 +140,10 @@ class StandingCancel:
 
 
 def read_cancel(body: str) -> CancelRequest | StandingCancel:
-    """Read any message of the cancel queue. Raises `MessageUnreadable` with the reason."""
+    """Read any message of the cancel queue.
+
+    Raises `MessageUnreadable` with the reason for anything else, also for an unknown version.
+    """
     data = _cancel_data(body)
     named = [key for key in ("task_id", *_SCOPES) if data.get(key) is not None]
     if len(named) > 1:
