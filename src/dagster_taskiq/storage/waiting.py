@@ -174,6 +174,8 @@ class WaitNotes:
         self._clock = clock
         self._look_at = 0.0
         self._written_until = _utc(clock() - NOTED_AFTER_S)
+        self._failed_at: str | None = None
+        """The run whose note could not be written at the last look."""
 
     def write(self) -> None:
         """Look twice a minute at most, and never raise: a note that is missing must not keep a run from being launched.
@@ -199,9 +201,17 @@ class WaitNotes:
         workers = list_workers(self._instance, self._settings)
         older = count_older(self._instance, WAITING_STATUSES, records[0].create_timestamp, ROUTE_TAG)
         for record in records:
-            waited_s, value = now - record.create_timestamp.timestamp(), _tag_of(record)
-            why = why_runs_wait(workers, self._settings, route_of_run(record.dagster_run))
-            append_event(self._instance, record.dagster_run, engine_events.waiting(waited_s, older.get(value, 0), why))
+            run, value = record.dagster_run, _tag_of(record)
+            waited_s = now - record.create_timestamp.timestamp()
+            try:
+                why = why_runs_wait(workers, self._settings, route_of_run(run))
+                append_event(self._instance, run, engine_events.waiting(waited_s, older.get(value, 0), why))
+            except Exception:
+                # Once it may be an outage; twice it is this run, and those after it must not wait for it.
+                if self._failed_at != run.run_id:
+                    self._failed_at = run.run_id
+                    raise
+                logger.warning("no note about why run %s waits", run.run_id, exc_info=True)
             older[value] = older.get(value, 0) + 1
             self._written_until = record.create_timestamp
 

@@ -5,16 +5,19 @@ the launcher, it only marks the run. Knows Dagster's run status and one callable
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Final, NoReturn
 
-from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
+from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
 
 from dagster_taskiq._lane import Lane
 from dagster_taskiq._retry import retry_async
 from dagster_taskiq.cancellation.model import CancelChannel, CancelKind, Cancellation
 from dagster_taskiq.storage.stops import stored_stop
+
+logger = logging.getLogger(__name__)
 
 _SHORTEST_BOUND_S: Final = 2.0
 _WHY: Final[Mapping[DagsterRunStatus, str]] = {
@@ -40,6 +43,8 @@ class StatusPoller:
         self._every_s = every_s
         self._failed: set[str] = set()
         """Runs that were FAILURE at the last look."""
+        self._unread: set[str] = set()
+        """Runs of which it could not be read who or what stops them."""
         self._lane = Lane("the database, for the status of runs", max(every_s, _SHORTEST_BOUND_S))
 
     async def run(self) -> NoReturn:
@@ -59,12 +64,29 @@ class StatusPoller:
         # A run's own process writes FAILURE and is gone a moment later. Only one that is still there has to be stopped.
         failed = {run.run_id for run in runs if run.status is DagsterRunStatus.FAILURE}
         just_failed, self._failed = failed - self._failed, failed
+        self._unread &= found.keys()
         for task_id, run_id in watched.items():
             if run_id in just_failed:
                 continue
             run = found.get(run_id)
             why = _WHY.get(run.status) if run is not None else "the run was deleted"
             if why is not None:
-                stop = await self._lane.call(stored_stop, self._instance, run) if run is not None else None
-                stop = stop or Cancellation(CancelKind.REQUESTED, channel=CancelChannel.STATUS_WATCH)
-                self._cancel(task_id, replace(stop, cause=why))
+                stop = await self._stop_of(run)
+                if stop is not None:
+                    self._cancel(task_id, replace(stop, cause=why))
+
+    async def _stop_of(self, run: DagsterRun | None) -> Cancellation | None:
+        """Who or what stops the run. When that cannot be read: None, and at the next look, nobody who is known.
+
+        So one such run keeps no other one from being stopped, and is stopped itself.
+        """
+        stop = None
+        if run is not None:
+            try:
+                stop = await self._lane.call(stored_stop, self._instance, run)
+            except Exception:
+                if run.run_id not in self._unread:
+                    self._unread.add(run.run_id)
+                    logger.warning("cannot read who stops run %s, looking once more", run.run_id, exc_info=True)
+                    return None
+        return stop or Cancellation(CancelKind.REQUESTED, channel=CancelChannel.STATUS_WATCH)

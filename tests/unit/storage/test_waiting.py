@@ -11,6 +11,8 @@ from dagster._core.test_utils import create_run_for_test
 
 from dagster_taskiq.settings import Settings
 from dagster_taskiq.storage.claims import Claims
+from dagster_taskiq.storage.engine_events import EngineEvent
+from dagster_taskiq.storage.event_log import append_event
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.tags import TASK_ID_TAG
 from dagster_taskiq.storage.waiting import (
@@ -179,3 +181,22 @@ def test_a_run_that_has_waited_for_a_minute_says_why_once(world: World) -> None:
     for older, (line,) in enumerate(told[:-1]):
         assert line.startswith("waiting for a worker for "), line
         assert line.endswith(f" s, older runs that wait: {older}; no free slot, 1 of 1 are taken (workers: 1)"), line
+
+
+def test_a_run_whose_log_cannot_be_written_keeps_no_other_one_from_saying_why(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead_s = 0.0
+    writer = WaitNotes(world.instance, SETTINGS, clock=lambda: time.time() + ahead_s)
+    bad, good = world.run(), world.run()
+
+    def append(instance: DagsterInstance, run: DagsterRun, event: EngineEvent) -> None:
+        if run.run_id == bad.run_id:
+            raise OSError("no space left")
+        append_event(instance, run, event)
+
+    monkeypatch.setattr("dagster_taskiq.storage.waiting.append_event", append)
+    for _ in range(3):
+        ahead_s += NOTED_AFTER_S + 1
+        writer.write()
+    assert [len(notes(world, run)) for run in (bad, good)] == [0, 1]

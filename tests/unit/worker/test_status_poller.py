@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRunStatus
+from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus
 from dagster._core.test_utils import create_run_for_test
 
 from dagster_taskiq.cancellation.model import CancelKind, Cancellation
@@ -101,3 +101,26 @@ async def test_the_reason_is_what_a_person_gave_for_this_very_run(world: World) 
     world.instance.add_run_tags(world.run_id, {CANCEL_REASON_TAG: "wrong input", RUN_ID_TAG: world.run_id})
     await world.poller.look()
     assert world.reasons == [None, None, "wrong input"]
+
+
+async def test_a_run_of_which_nothing_can_be_read_keeps_no_other_one_from_being_stopped(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is looked at once more, and then stopped, too."""
+    bad, good = (create_run_for_test(world.instance, status=DagsterRunStatus.CANCELING) for _ in range(2))
+    stopped: list[tuple[str, CancelKind]] = []
+
+    def cancel(task_id: str, cancellation: Cancellation) -> bool:
+        stopped.append((task_id, cancellation.kind))
+        return True
+
+    def limit_of_monitoring(_: DagsterInstance, run: DagsterRun) -> None:
+        if run.run_id == bad.run_id:
+            raise ValueError("a tag that nobody can read")
+
+    monkeypatch.setattr("dagster_taskiq.storage.stops.limit_of_monitoring", limit_of_monitoring)
+    poller = StatusPoller(world.instance, lambda: {"bad": bad.run_id, "good": good.run_id}, cancel, 5)
+    await poller.look()
+    assert stopped == [("good", CancelKind.REQUESTED)]
+    await poller.look()
+    assert stopped[1:] == [("bad", CancelKind.REQUESTED), ("good", CancelKind.REQUESTED)]
