@@ -4,7 +4,9 @@ With the same query it reads what people want of this worker. Knows heartbeats a
 """
 
 import asyncio
+import threading
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, NoReturn
 
@@ -37,6 +39,10 @@ class Heart:
         """Task ids of the work that the last heartbeat has named."""
         # A beat that has not arrived when the next one is due may as well be given up.
         self._lane = Lane("the database, for the heartbeat", context.settings.heartbeat_every_s)
+        self._writing = 0
+        """Threads of the lane that write a heartbeat, also those that nobody waits for any more."""
+        self._has_ended = False
+        self._changed = threading.Condition()
 
     async def run(self) -> NoReturn:
         """Beat until cancelled. A database that is away for a while stops nobody."""
@@ -69,10 +75,29 @@ class Heart:
             self._measured_at = time.monotonic()
             context.metrics.put({RUNNING: len(work)})
         began = time.monotonic()
-        asked = await self._lane.call(self._heartbeats.beat, context.worker_id, facts, (*self._orders.asks, ASK_KEY))
+        asked = await self._lane.call(self._write, facts, (*self._orders.asks, ASK_KEY))
         context.heard_at = began
         self._orders.hear(asked)
         context.hear_code(asked)
+
+    def _write(self, facts: Mapping[str, Any], asks: Sequence[str]) -> Mapping[str, str]:
+        with self._changed:
+            if self._has_ended:
+                return {}
+            self._writing += 1
+        try:
+            return self._heartbeats.beat(self._context.worker_id, facts, asks)
+        finally:
+            with self._changed:
+                self._writing -= 1
+                self._changed.notify_all()
+
+    def _write_the_end(self) -> None:
+        """After the last heartbeat, also one that is late: or else the worker would seem to be alive again."""
+        with self._changed:
+            self._has_ended = True
+            self._changed.wait_for(lambda: not self._writing)
+        self._heartbeats.gone(self._context.worker_id)
 
     async def _pause(self, every_s: float) -> None:
         """Until the next beat is due; it is when there are news: a worker that stops is handed nothing more over.
@@ -100,7 +125,7 @@ class Heart:
     async def stop(self) -> None:
         """Write that the worker has ended, so that nobody waits for its heartbeat to grow old."""
         try:
-            await self._lane.call(self._heartbeats.gone, self._context.worker_id)
+            await self._lane.call(self._write_the_end)
             if self._orders.was_asked_to_stop:
                 await self._lane.call(forget_stop, self._context.instance, self._context.worker_id)
         finally:

@@ -12,7 +12,7 @@ import secrets
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from typing import Any, Final
 
@@ -169,21 +169,19 @@ class Worker:
         heart = Heart(self._heartbeats, context, self._stopping, self._orders)
         bucket = self._settings.payload_bucket
         payloads = PayloadBucket(bucket, self._settings.region_name) if bucket else None
-        try:
+        async with AsyncExitStack() as closing:  # the last one first, each whatever becomes of the others
+            closing.push_async_callback(_close, "the heartbeat", heart.stop)
+            closing.callback(self._lane.close)
+            closing.callback(context.lane.close)
+            closing.push_async_callback(_close, "the fork server", self._fork_server.stop)
+            if payloads is not None:
+                closing.push_async_callback(_close, "the payload bucket", payloads.close)
+            for broker in reversed(served.brokers):
+                closing.push_async_callback(_close, broker.queue_url, broker.shutdown)
             if not await self._unless_stopped(self._prepare(served, heart)):
                 return
             async with answering(lambda: self._describe(context)):
                 await self._work(served, context, heart, payloads, on_ready)
-        finally:
-            for broker in served.brokers:
-                await broker.shutdown()
-            if payloads is not None:
-                await payloads.close()
-            await self._fork_server.stop()
-            context.lane.close()
-            self._lane.close()
-            with suppress(Exception):  # the database may be the reason why we stop
-                await heart.stop()
 
     async def _prepare(self, served: Served, heart: Heart) -> None:
         await served.check()
@@ -373,6 +371,14 @@ async def _run(
     worker = Worker(instance, settings, name=name, task=task, agent=agent, server=server, cancel_runs=cancel_runs)
     with log_context(worker=worker.worker_id):
         await worker.run(on_ready, handle_signals=True)
+
+
+async def _close(what: str, close: Callable[[], Awaitable[None]]) -> None:
+    """Close it. What fails is only logged: it may be the reason why the worker stops, and hides no other one."""
+    try:
+        await close()
+    except Exception:
+        logger.warning("cannot close %s", what, exc_info=True)
 
 
 def _describe_message(message: TaskiqMessage) -> dict[str, str]:

@@ -1,6 +1,9 @@
-"""What a worker's heartbeat says, and when: on Dagster's own in-memory storage."""
+"""What a worker's heartbeat says, and when: on Dagster's own SQLite storage."""
 
 import asyncio
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -53,9 +56,9 @@ async def test_a_worker_of_several_routes_says_on_which_one_a_step_has_come() ->
         assert told(context, "work_routes") == [None, "gpu"]
 
 
-async def test_a_worker_that_stops_says_at_once_what_it_works_on() -> None:
+async def test_a_worker_that_stops_says_at_once_what_it_works_on(tmp_path: Path) -> None:
     """Or else `worker stop` would say for a heartbeat long that nothing is at work."""
-    with DagsterInstance.ephemeral() as instance:
+    with DagsterInstance.local_temp(str(tmp_path)) as instance:  # in memory, nobody may read while another one writes
         context, orders, stopping = context_of(instance, SLOW), Orders("w", lambda _: None, 15), asyncio.Event()
         heart = Heart(Heartbeats.of_runs(instance, SLOW), context, stopping, orders)
         await heart.beat()
@@ -71,3 +74,42 @@ async def test_a_worker_that_stops_says_at_once_what_it_works_on() -> None:
         await until_at_work(0)
         beating.cancel()
         await asyncio.wait({beating})
+
+
+class SlowHeartbeats(Heartbeats):
+    """The beat reaches the database late."""
+
+    begun: threading.Event
+    go_on: threading.Event
+    written: threading.Event
+
+    def beat(
+        self, worker_id: str, facts: Mapping[str, Any] | None = None, asks: Sequence[str] = ()
+    ) -> Mapping[str, str]:
+        self.begun.set()
+        self.go_on.wait(10)
+        try:
+            return super().beat(worker_id, facts, asks)
+        finally:
+            self.written.set()
+
+
+async def test_a_late_heartbeat_does_not_undo_that_the_worker_has_ended() -> None:
+    """Whoever sees it alive again waits for a worker that is no more."""
+    with DagsterInstance.ephemeral() as instance:
+        heartbeats = SlowHeartbeats(instance, 30, 10)
+        heartbeats.begun, heartbeats.go_on, heartbeats.written = (threading.Event() for _ in range(3))
+        orders = Orders("w", lambda _: None, 15)
+        heart = Heart(heartbeats, context_of(instance, SLOW), asyncio.Event(), orders)
+        beating = asyncio.create_task(heart.beat())
+        await asyncio.to_thread(heartbeats.begun.wait, 10)
+        beating.cancel()
+        await asyncio.wait({beating})
+        stopping = asyncio.create_task(heart.stop())
+        await asyncio.wait({stopping}, timeout=0.2)
+        heartbeats.go_on.set()
+        await stopping
+        assert await asyncio.to_thread(heartbeats.written.wait, 10)
+        assert [last.gone for last in heartbeats.last()] == [True]
+        await heart.beat()
+        assert [last.gone for last in heartbeats.last()] == [True]
