@@ -1,20 +1,16 @@
 """The table of op kinds by ways of being cancelled: all runs at once, on one platform, and what is seen of each."""
 
-import os
 import signal
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
-from dagster._core.definitions.reconstruct import ReconstructableRepository
-
-from dagster_taskiq.storage.engine_events import Stage
 from dagster_taskiq.storage.tags import GRACE_SECONDS_TAG
 from tests.support import op_kinds
+from tests.support.kinds_table import YES, all_finished, in_markdown, in_pool, is_gone, launch, open_pool, was_killed
 from tests.support.monitoring import dagster_daemon
-from tests.support.platform import FINISHED, Platform
+from tests.support.platform import Platform
 from tests.support.waiting import wait_until
 
 KINDS_FILE = Path(op_kinds.__file__)
@@ -69,7 +65,7 @@ class Table:
     def fill(self) -> None:
         """See them all through."""
         platform = self.platform
-        platform.instance.event_log_storage.set_concurrency_slots(op_kinds.POOL, 500)
+        open_pool(platform)
         deadly = [case for case in self.cases if case.way == WORKER_KILLED]
         others = [case for case in self.cases if case.way != WORKER_KILLED]
         with dagster_daemon(platform, "-f", str(KINDS_FILE), environment=NO_LIMIT) as log:
@@ -87,7 +83,7 @@ class Table:
                 self._all_started(others)
                 self._pool_is_taken(others)
                 self._cancel(others)
-                self._all_finished()
+                all_finished(platform, self.runs, within=120)
                 wait_until(
                     lambda: set(self.runs.values()) <= self._told().keys(),
                     "the sensor was told",
@@ -102,18 +98,13 @@ class Table:
                 self.seen = {case: self._look(case, told) for case in self.cases}
 
     def _launch(self, cases: Iterable[Case]) -> None:
-        instance = self.platform.instance
-        repository = ReconstructableRepository.for_file(str(KINDS_FILE), "defs")
-        for case in cases:
-            job = repository.get_reconstructable_job(op_kinds.job_name(case.kind, case.executor))
-            tags = {"marks": str(self.platform.home / f"marks-{os.urandom(6).hex()}")}
-            if case.kind in op_kinds.ASSETS:
-                tags |= op_kinds.ASSETS[case.kind][1]
-            if case.kind in self.short_grace:
-                tags[GRACE_SECONDS_TAG] = str(self.short_grace[case.kind])
-            run = instance.create_run_for_job(job.get_definition(), tags=tags, job_code_origin=job.get_python_origin())
-            self.runs[case] = run.run_id
-            instance.launch_run(run.run_id, workspace=None)  # type: ignore[arg-type]
+        self.runs |= launch(self.platform, KINDS_FILE, {case: self._job(case) for case in cases})
+
+    def _job(self, case: Case) -> tuple[str, Mapping[str, str]]:
+        tags = dict(op_kinds.ASSETS[case.kind][1]) if case.kind in op_kinds.ASSETS else {}
+        if case.kind in self.short_grace:
+            tags[GRACE_SECONDS_TAG] = str(self.short_grace[case.kind])
+        return op_kinds.job_name(case.kind, case.executor), tags
 
     def _all_started(self, cases: Iterable[Case]) -> None:
         for case in cases:
@@ -127,11 +118,7 @@ class Table:
     def _pool_is_taken(self, cases: Iterable[Case]) -> None:
         """Or else it says nothing that it is free in the end."""
         without = {self.runs[case] for case in cases if case.kind == "observable_source"}
-        assert {self.runs[case] for case in cases} - without <= self._in_pool()
-
-    def _in_pool(self) -> set[str]:
-        info = self.platform.instance.event_log_storage.get_concurrency_info(op_kinds.POOL)
-        return {slot.run_id for slot in info.claimed_slots} | {step.run_id for step in info.pending_steps}
+        assert {self.runs[case] for case in cases} - without <= in_pool(self.platform)
 
     def _cancel(self, cases: Iterable[Case]) -> None:
         platform = self.platform
@@ -141,33 +128,21 @@ class Table:
             else:
                 assert platform.launcher.terminate(self.runs[case])
 
-    def _all_finished(self) -> None:
-        for case, run_id in self.runs.items():
-            wait_until(
-                lambda run_id=run_id: self.platform.status(run_id) in FINISHED,  # type: ignore[misc]
-                f"{case} is finished",
-                within=120,
-                seen=lambda run_id=run_id: (self.platform.marks(run_id), self.platform.story(run_id)),  # type: ignore[misc]
-            )
-
     def _look(self, case: Case, told: Counter[str]) -> Seen:
         run_id, platform = self.runs[case], self.platform
         marks = [mark.split() for mark in platform.marks(run_id)]
         counts = Counter(mark[0] for mark in marks)
         states = {mark[1] for mark in marks if mark[0] == "undone"}
-        children = [int(mark[1]) for mark in marks if mark[0] == "child"]
-        left = platform.processes(run_id) + [pid for pid in children if psutil.pid_exists(pid)]
         steps = self.steps(case)
-        killed = Stage.KILLED in platform.stages(run_id) or bool(platform.step_notes(run_id, Stage.KILLED))
         return Seen(
             finally_ran=counts["finally"] // steps if counts["finally"] % steps == 0 else -1,
             handler_ran=counts["undone"] // steps if counts["undone"] % steps == 0 else -1,
             state=" ".join(states),
-            killed=killed if case.way != WORKER_KILLED else None,
-            tree_gone=not left,
+            killed=was_killed(platform, run_id) if case.way != WORKER_KILLED else None,
+            tree_gone=is_gone(platform, run_id, marks),
             status=platform.status(run_id).value,
             sensor_told=told[run_id],
-            pool_free=run_id not in self._in_pool(),
+            pool_free=run_id not in in_pool(platform),
             tidied=counts["tidied"],
         )
 
@@ -188,17 +163,12 @@ class Table:
 
     def lines(self) -> Iterator[str]:
         """As a page in Markdown."""
-        rows: list[tuple[str, ...]] = [COLUMNS]
-        for case, seen in self.seen.items():
-            yes = {True: "yes", False: "no", None: "-"}
-            rows.append(
-                (
-                    *(case.kind, case.executor, case.way, str(seen.finally_ran), str(seen.handler_ran)),
-                    *(seen.state, str(seen.tidied)),
-                    *(yes[seen.killed], yes[seen.tree_gone], seen.status, str(seen.sensor_told), yes[seen.pool_free]),
-                )
+        rows = [
+            (
+                *(case.kind, case.executor, case.way, str(seen.finally_ran), str(seen.handler_ran)),
+                *(seen.state, str(seen.tidied)),
+                *(YES[seen.killed], YES[seen.tree_gone], seen.status, str(seen.sensor_told), YES[seen.pool_free]),
             )
-        widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-        rows.insert(1, tuple("-" * width for width in widths))
-        for row in rows:
-            yield "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+            for case, seen in self.seen.items()
+        ]
+        yield from in_markdown(COLUMNS, rows)

@@ -1,20 +1,16 @@
 """The table of op kinds by executors, each with a limit that it exceeds: all runs at once, and what is seen of each."""
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 from dagster import DagsterEventType
-from dagster._core.definitions.reconstruct import ReconstructableRepository
 
-from dagster_taskiq.storage.engine_events import Stage
 from dagster_taskiq.storage.tags import GRACE_SECONDS_TAG, TIMEOUT_TAG
-from tests.support import late_kinds, op_kinds
-from tests.support.platform import FINISHED, Platform
-from tests.support.waiting import wait_until
+from tests.support import late_kinds
+from tests.support.kinds_table import YES, all_finished, in_markdown, in_pool, is_gone, launch, open_pool, was_killed
+from tests.support.platform import Platform
 
 KINDS_FILE = Path(late_kinds.__file__)
 _ENDS = {DagsterEventType.STEP_SUCCESS, DagsterEventType.STEP_FAILURE, DagsterEventType.STEP_UP_FOR_RETRY}
@@ -71,37 +67,21 @@ class Table:
     def fill(self) -> None:
         """See them all through."""
         platform = self.platform
-        platform.instance.event_log_storage.set_concurrency_slots(op_kinds.POOL, 500)
+        open_pool(platform)
         many = ("--max-runs", "100", "--max-steps", "100")
         with platform.worker("-n", "a", *many), platform.worker("-n", "b", *many):
-            self._launch()
-            for case, run_id in self.runs.items():
-                wait_until(
-                    lambda run_id=run_id: platform.status(run_id) in FINISHED,  # type: ignore[misc]
-                    f"{case} is finished",
-                    within=240,
-                    seen=lambda run_id=run_id: (platform.marks(run_id), platform.story(run_id)),  # type: ignore[misc]
-                )
+            self.runs = launch(platform, KINDS_FILE, {case: self._job(case) for case in self.cases})
+            all_finished(platform, self.runs, within=240)
             self.seen = {case: self._look(case) for case in self.cases}
 
-    def _launch(self) -> None:
-        instance = self.platform.instance
-        repository = ReconstructableRepository.for_file(str(KINDS_FILE), "defs")
-        for case in self.cases:
-            job = repository.get_reconstructable_job(late_kinds.job_name(case.kind, case.executor))
-            tags = {"marks": str(self.platform.home / f"marks-{os.urandom(6).hex()}")}
-            if case.kind in self.grace:
-                tags[GRACE_SECONDS_TAG] = str(self.grace[case.kind])
-            run = instance.create_run_for_job(job.get_definition(), tags=tags, job_code_origin=job.get_python_origin())
-            self.runs[case] = run.run_id
-            instance.launch_run(run.run_id, workspace=None)  # type: ignore[arg-type]
+    def _job(self, case: Case) -> tuple[str, Mapping[str, str]]:
+        tags = {GRACE_SECONDS_TAG: str(self.grace[case.kind])} if case.kind in self.grace else {}
+        return late_kinds.job_name(case.kind, case.executor), tags
 
     def _look(self, case: Case) -> Seen:
         run_id, platform = self.runs[case], self.platform
         marks = [mark.split() for mark in platform.marks(run_id)]
         counts = Counter(mark[0] for mark in marks)
-        children = [int(mark[1]) for mark in marks if mark[0] == "child"]
-        left = platform.processes(run_id) + [pid for pid in children if psutil.pid_exists(pid)]
         events = [entry.dagster_event for entry in platform.instance.all_logs(run_id) if entry.dagster_event]
         ends = [event for event in events if event.event_type in _ENDS and event.step_key not in _BESIDE]
         reasons = [
@@ -112,36 +92,29 @@ class Table:
         failure = next((event.message for event in events if event.event_type is DagsterEventType.RUN_FAILURE), None)
         limit = late_kinds.limit_of(case.kind)[TIMEOUT_TAG]
         said = f"step timed out: longer than its limit of {limit.removesuffix('.0')} s ({TIMEOUT_TAG})"
-        info = platform.instance.event_log_storage.get_concurrency_info(op_kinds.POOL)
-        taken = {slot.run_id for slot in info.claimed_slots} | {step.run_id for step in info.pending_steps}
         return Seen(
             finally_ran=counts["finally"],
             handler_ran=counts["undone"],
             state=" ".join(sorted({mark[1] for mark in marks if mark[0] == "undone"})),
             tidied=counts["tidied"],
-            killed=Stage.KILLED in platform.stages(run_id) or bool(platform.step_notes(run_id, Stage.KILLED)),
-            tree_gone=not left,
+            killed=was_killed(platform, run_id),
+            tree_gone=is_gone(platform, run_id, marks),
             step=" ".join(event.event_type_value.removeprefix("STEP_") for event in ends),
             reason_in="step" if any(said in text for text in reasons) else "run" if said in str(failure) else "nowhere",
             status=platform.status(run_id).value,
             others_ran=counts["beside"] == 1,
             again=" ".join(" ".join(mark[1:3]) for mark in marks if mark[0] == "again"),
-            pool_free=run_id not in taken,
+            pool_free=run_id not in in_pool(platform),
         )
 
     def lines(self) -> Iterator[str]:
         """As a page in Markdown."""
-        yes = {True: "yes", False: "no"}
-        rows: list[tuple[str, ...]] = [COLUMNS]
-        for case, seen in self.seen.items():
-            rows.append(
-                (
-                    *(case.kind, case.executor, str(seen.finally_ran), str(seen.handler_ran), seen.state),
-                    *(str(seen.tidied), yes[seen.killed], yes[seen.tree_gone], seen.step, seen.reason_in, seen.status),
-                    *(yes[seen.others_ran], seen.again, yes[seen.pool_free]),
-                )
+        rows = [
+            (
+                *(case.kind, case.executor, str(seen.finally_ran), str(seen.handler_ran), seen.state),
+                *(str(seen.tidied), YES[seen.killed], YES[seen.tree_gone], seen.step, seen.reason_in, seen.status),
+                *(YES[seen.others_ran], seen.again, YES[seen.pool_free]),
             )
-        widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-        rows.insert(1, tuple("-" * width for width in widths))
-        for row in rows:
-            yield "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+            for case, seen in self.seen.items()
+        ]
+        yield from in_markdown(COLUMNS, rows)
