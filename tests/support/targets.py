@@ -29,7 +29,7 @@ def ends(argument: dict[str, Any], channel: socket.socket) -> int:
 def leaves_one_behind(argument: dict[str, Any], channel: socket.socket) -> int:
     """Ends by itself; what it has started goes on."""
     left = subprocess.Popen(["sleep", "600"])
-    say(channel, left=left.pid)
+    say(channel, left=left.pid, shim=os.getppid())
     return 0
 
 

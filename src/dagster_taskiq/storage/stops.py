@@ -22,14 +22,14 @@ def stored_stop(instance: DagsterInstance, run: DagsterRun) -> Cancellation | No
     """
     run = with_stored_tags(instance, run)
     tags, channel = own_tags(run), CancelChannel.STATUS_WATCH
-    reason, by, limit = (tags.get(tag) for tag in (CANCEL_REASON_TAG, CANCELLED_BY_TAG, TIMED_OUT_TAG))
+    reason, by, late_reason = (tags.get(tag) for tag in (CANCEL_REASON_TAG, CANCELLED_BY_TAG, TIMED_OUT_TAG))
     if reason is None and by is None and run.status is not DagsterRunStatus.CANCELED:
-        if limit is None and run.status is DagsterRunStatus.CANCELING:
+        if late_reason is None and run.status is DagsterRunStatus.CANCELING:
             # Run monitoring marks it first, and our launcher, which it asks then, says why a moment later.
             of_dagster = limit_of_monitoring(instance, run)
-            limit = TimeLimit(*of_dagster).exceeded("run") if of_dagster is not None else None
-        if limit is not None:
-            return Cancellation(CancelKind.DEADLINE, limit, channel=channel)
+            late_reason = TimeLimit(*of_dagster).exceeded("run") if of_dagster is not None else None
+        if late_reason is not None:
+            return Cancellation(CancelKind.DEADLINE, late_reason, channel=channel)
         if run.status is not DagsterRunStatus.CANCELING:
             return None
     # Whoever asks by way of this package leaves a name.

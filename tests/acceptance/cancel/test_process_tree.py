@@ -337,10 +337,9 @@ def test_a_keeper_that_cannot_end_what_the_work_has_left_behind_keeps_nobody_wai
     monkeypatch.setattr(supervise_module, "SHIM_ANSWERS_S", 0.5)
 
     async def test(server: ForkServer) -> None:
-        work = Work(server, "leaves_one_behind", linger_s=3).start()
-        pid = await work.said("left")
+        work = Work(server, "leaves_one_behind", linger_s=5).start()
+        pid, shim = await work.said("left"), psutil.Process(await work.said("shim"))
         assert work.child is not None
-        shim = psutil.Process(psutil.Process(work.child.pid).ppid())
         work.child.exited.add_done_callback(lambda _: shim.suspend())
         end = await work.end()
         assert (end.exit_code, work.killings) == (0, 0)

@@ -299,11 +299,12 @@ def test_a_click_on_terminate_stops_the_steps_on_all_fleets(
         assert dagster.status(run_id) == "CANCELED"
 
 
+@pytest.mark.timeout(300)
 def test_a_fleet_without_the_package_does_not_begin_with_it(fleets: Fleets) -> None:
-    """Sent there by its tag, past the rule of its location."""
+    """Sent there by its tag, past the rule of its location. It waits a minute for a worker that has the package."""
     platform = fleets.platform
     run_id = fleets.launch("forecasts", "forecast_code", "forecast", {QUEUE_TAG: "default"})
-    assert platform.finished(run_id) is DagsterRunStatus.FAILURE
+    assert platform.finished(run_id, within=150) is DagsterRunStatus.FAILURE, platform.story(run_id)
     (failure,) = platform.instance.all_logs(run_id, of_type=DagsterEventType.RUN_FAILURE)
     said = str(failure.dagster_event)
     why = r"no living worker can load code location 'forecasts': d\S*: no module named 'forecast_code'; "
