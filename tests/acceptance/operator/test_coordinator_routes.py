@@ -3,16 +3,14 @@
 import json
 import uuid
 from collections import Counter
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
-from dagster._core.storage.runs.schema import RunsTable, RunTagsTable
 from tests.acceptance.operator.test_coordinator import Daemon, queued, submit
+from tests.support.many_runs import insert_runs
 from tests.support.platform import Platform
 
-from dagster_taskiq.dagster_compat.api import serialize_value
 from dagster_taskiq.errors import SettingsError
 from dagster_taskiq.storage.heartbeats import Heartbeats
 from dagster_taskiq.storage.routing import route_of_run
@@ -40,22 +38,7 @@ def put_many(platform: Platform, like: str) -> None:
         model._replace(run_id=run_id, status=DagsterRunStatus.QUEUED, tags={**model.tags, RUN_ID_TAG: run_id})
         for run_id in ids
     ]
-    rows = [
-        {
-            "run_id": run.run_id,
-            "pipeline_name": run.job_name,
-            "status": run.status.value,
-            "run_body": serialize_value(run),
-            "snapshot_id": run.job_snapshot_id,
-            "create_timestamp": datetime.now(UTC).replace(tzinfo=None),
-        }
-        for run in runs
-    ]
-    tags = [{"run_id": run.run_id, "key": key, "value": value} for run in runs for key, value in run.tags.items()]
-    storage: Any = platform.instance.run_storage
-    with storage.connect() as connection:
-        connection.execute(RunsTable.insert(), rows)
-        connection.execute(RunTagsTable.insert(), tags)
+    insert_runs(platform.instance, runs)
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])

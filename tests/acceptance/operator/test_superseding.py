@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
@@ -15,7 +14,6 @@ from dagster import DagsterEventType, DagsterInstance, DagsterRun
 from dagster._core.execution.plan.resume_retry import ReexecutionStrategy
 from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
 from dagster._core.run_coordinator import SubmitRunContext
-from dagster._core.storage.runs.schema import RunsTable, RunTagsTable
 from dagster._core.storage.tags import RETRY_NUMBER_TAG, RETRY_STRATEGY_TAG, ROOT_RUN_ID_TAG
 from dagster._core.workspace.context import WorkspaceProcessContext
 from dagster._core.workspace.load_target import PythonFileTarget
@@ -23,9 +21,9 @@ from dagster._daemon.auto_run_reexecution.auto_run_reexecution import consume_ne
 from tests.acceptance.conftest import open_platform
 from tests.acceptance.operator.test_coordinator import COORDINATOR, Daemon, submit
 from tests.acceptance.operator.test_runs_that_wait import KEY, STATUS, STORAGES, WITH_COORDINATOR, storage, superseded
+from tests.support.many_runs import insert_runs
 from tests.support.platform import Platform
 
-from dagster_taskiq.dagster_compat.api import serialize_value
 from dagster_taskiq.storage.engine_events import Stage
 from dagster_taskiq.storage.tags import QUEUE_TAG, SUPERSEDE_TAG, tag_launched_run
 from dagster_taskiq.superseding import Superseding
@@ -222,22 +220,7 @@ PLAIN = {"module": "dagster.core.run_coordinator", "class": "QueuedRunCoordinato
 def put_many(platform: Platform, like: str) -> list[str]:
     model = platform.run(like)
     runs = [model._replace(run_id=str(uuid4())) for _ in range(MANY)]
-    rows = [
-        {
-            "run_id": run.run_id,
-            "pipeline_name": run.job_name,
-            "status": run.status.value,
-            "run_body": serialize_value(run),
-            "snapshot_id": run.job_snapshot_id,
-            "create_timestamp": datetime.now(UTC).replace(tzinfo=None),
-        }
-        for run in runs
-    ]
-    tags = [{"run_id": run.run_id, "key": key, "value": value} for run in runs for key, value in run.tags.items()]
-    runs_storage: Any = platform.instance.run_storage
-    with runs_storage.connect() as connection:
-        connection.execute(RunsTable.insert(), rows)
-        connection.execute(RunTagsTable.insert(), tags)
+    insert_runs(platform.instance, runs)
     return [run.run_id for run in runs]
 
 
